@@ -16,32 +16,35 @@ if TYPE_CHECKING:
     from .weights import LogWeights, log_weights
 
 # Names load on first use, because torch, Pyro and ArviZ take seconds to import and `pyrovae --help` must not wait.
-_MODULES = (
-    "checkpoint config data encoders estimators evidence likelihoods marginal nn priors registry report training vae weights"
-).split()
 _NAMES = {
     "Comparison": "evidence",
+    "EstimatorComparison": "diagnostics",
     "Evidence": "evidence",
     "History": "training",
     "LogWeights": "weights",
     "VAE": "vae",
     "compare": "evidence",
+    "compare_estimators": "diagnostics",
     "fit": "training",
     "log_marginal": "marginal",
     "log_weights": "weights",
     "make_vae": "vae",
+    "train_estimators": "diagnostics",
 }
 
 __all__ = [
+    "VAE",
     "Comparison",
+    "EstimatorComparison",
     "Evidence",
     "History",
     "LogWeights",
-    "VAE",
     "checkpoint",
     "compare",
+    "compare_estimators",
     "config",
     "data",
+    "diagnostics",
     "encoders",
     "estimators",
     "evidence",
@@ -50,10 +53,14 @@ __all__ = [
     "log_marginal",
     "log_weights",
     "make_vae",
+    "marginal",
     "nn",
     "priors",
     "registry",
     "report",
+    "train_estimators",
+    "training",
+    "vae",
     "weights",
 ]
 
@@ -61,7 +68,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(import_module(f".{_NAMES[name]}", __name__), name)
-    if name in _MODULES:
+    if name in __all__:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -6,11 +6,14 @@ A body turns a datum into features; the encoder adds the linear heads that turn 
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from .nn import as_shape, positive_integer
 from .registry import register
 
 
@@ -24,25 +27,30 @@ class Encoder(nn.Module):
         in_scale: the data are multiplied by it on their way into the body; 1/16 for counts up to 16, say.
 
     Raises:
-        ValueError: neither says how many features there are, or ``latent_dim`` is not positive.
+        ValueError: neither says how many features there are, they disagree, or a number is not positive.
     """
 
     def __init__(self, body: nn.Module, latent_dim: int, num_features: int | None = None, in_scale: float = 1.0):
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim is a positive integer, not {latent_dim!r}.")
-        out_shape = getattr(body, "out_shape", None)
-        if num_features is None and out_shape is None:
+        shape: Any = getattr(body, "out_shape", num_features)
+        if shape is None:
             raise ValueError(
                 f"{type(body).__name__} does not say its out_shape: pass num_features=... to {type(self).__name__}."
             )
-        self.body, self.latent_dim = body, int(latent_dim)
-        self.num_features = int(num_features) if num_features is not None else math.prod(out_shape or ())
-        self.in_scale = float(in_scale)
+        self.feature_shape = as_shape(shape)
+        self.num_features = math.prod(self.feature_shape)
+        if num_features is not None and num_features != self.num_features:
+            raise ValueError(
+                f"{type(body).__name__} gives {self.num_features} features, not {num_features}: leave num_features out."
+            )
+        self.body, self.latent_dim = body, positive_integer(latent_dim, "latent_dim")
+        if not isinstance(in_scale, Real) or not 0 < in_scale < math.inf:
+            raise ValueError(f"in_scale is a positive number, not {in_scale!r}.")
+        self.in_scale: float = float(in_scale)
 
     def features(self, x: Tensor) -> Tensor:
         """The body's output for data ``x``, shape ``[..., num_features]``."""
-        return self.body(x * self.in_scale)
+        return self.body(x * self.in_scale).flatten(-len(self.feature_shape))
 
     def forward(self, x: Tensor) -> dist.Distribution:
         """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from .nn import Shape, as_shape
+from .nn import Shape, as_shape, positive_integer
 from .registry import register
 
 
@@ -25,27 +26,29 @@ class Likelihood(nn.Module):
     Args:
         decoder: the network from the latent to the parameters.
         event_shape: the shape of one datum; read off ``decoder.out_shape`` where the decoder says it.
+        num_parameters: how many parameters per dimension the decoder gives.
 
     Raises:
         ValueError: neither says the shape of a datum, or the decoder's output does not fit the parameters.
     """
 
-    def __init__(self, decoder: nn.Module, event_shape: Shape | None = None, **options: Any):
+    def __init__(self, decoder: nn.Module, event_shape: Shape | None = None, num_parameters: int = 1):
         super().__init__()
         self.decoder = decoder
-        self.num_parameters = self.count_parameters(options)
-        out_shape = getattr(decoder, "out_shape", None)
+        self.num_parameters = num_parameters
+        said = getattr(decoder, "out_shape", None)
+        out_shape = None if said is None else as_shape(said)
         leading = (self.num_parameters,) if self.num_parameters > 1 else ()
         if event_shape is not None:
             self.event_shape = as_shape(event_shape)
         elif out_shape is not None:
-            self.event_shape = tuple(out_shape[len(leading) :])
+            self.event_shape = out_shape[len(leading) :]
         else:
             raise ValueError(
                 f"{type(decoder).__name__} does not say its out_shape: pass event_shape=... to {type(self).__name__}."
             )
-        if not self.event_shape or (out_shape is not None and tuple(out_shape) != (*leading, *self.event_shape)):
-            wanted = (*leading, *(self.event_shape or ("...",)))
+        if not self.event_shape or (out_shape is not None and out_shape != (*leading, *self.event_shape)):
+            wanted = str((*leading, *(self.event_shape or ("...",)))).replace("'", "")
             raise ValueError(
                 f"{type(self).__name__} takes {self.num_parameters} parameter(s) per dimension, so its decoder's out_shape "
                 f"must be {wanted}, not {out_shape}."
@@ -53,7 +56,7 @@ class Likelihood(nn.Module):
 
     @classmethod
     def count_parameters(cls, options: Mapping[str, Any]) -> int:
-        """How many parameters per dimension the decoder must give, under these constructor options."""
+        """How many parameters per dimension the decoder must give, under these options of ``__init__``."""
         return 1
 
     @property
@@ -67,11 +70,19 @@ class Likelihood(nn.Module):
         return len(self.event_shape)
 
     def parameters_of(self, z: Tensor) -> tuple[Tensor, ...]:
-        """The decoder's output as ``num_parameters`` tensors of shape ``[..., *event_shape]``."""
+        """The decoder's output as ``num_parameters`` tensors of shape ``[..., *event_shape]``.
+
+        Raises:
+            ValueError: the decoder gave another shape, as one that does not say its ``out_shape`` can.
+        """
         out = self.decoder(z)
-        if self.num_parameters == 1:
-            return (out,)
-        return out.unbind(-self.event_dim - 1)
+        wanted = (*((self.num_parameters,) if self.num_parameters > 1 else ()), *self.event_shape)
+        if tuple(out.shape[-len(wanted) :]) != wanted:
+            raise ValueError(
+                f"The decoder of {type(self).__name__} gave a tensor of shape {tuple(out.shape)}, which must end in {wanted}: "
+                f"reshape its output, or change event_shape."
+            )
+        return (out,) if self.num_parameters == 1 else out.unbind(-self.event_dim - 1)
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
@@ -98,6 +109,9 @@ class Bernoulli(Likelihood):
         >>> p.batch_shape, p.event_shape
         (torch.Size([5, 3]), torch.Size([1, 4, 4]))
     """
+
+    def __init__(self, decoder: nn.Module, event_shape: Shape | None = None):
+        super().__init__(decoder, event_shape)
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
@@ -129,9 +143,7 @@ class Binomial(Likelihood):
 
     def __init__(self, decoder: nn.Module, total_count: int, event_shape: Shape | None = None):
         super().__init__(decoder, event_shape)
-        if int(total_count) != total_count or total_count < 1:
-            raise ValueError(f"total_count is a positive integer, not {total_count!r}.")
-        self.total_count = int(total_count)
+        self.total_count = positive_integer(total_count, "total_count")
 
     @property
     def in_scale(self) -> float:
@@ -172,10 +184,10 @@ class Normal(Likelihood):
     def __init__(self, decoder: nn.Module, scale: float | str = 1.0, event_shape: Shape | None = None):
         if isinstance(scale, str) and scale not in ("shared", "per_dimension", "decoder"):
             raise ValueError(f'scale is a positive number, "shared", "per_dimension" or "decoder", not {scale!r}.')
-        if not isinstance(scale, str) and not (scale > 0 and math.isfinite(scale)):
+        if not isinstance(scale, str) and not (isinstance(scale, Real) and 0 < scale < math.inf):
             raise ValueError(f"A fixed scale is a positive number, not {scale!r}.")
-        super().__init__(decoder, event_shape, scale=scale)
-        self.scale = scale
+        super().__init__(decoder, event_shape, self.count_parameters({"scale": scale}))
+        self.scale = scale if isinstance(scale, str) else float(scale)
         if scale == "shared":
             self.log_scale = nn.Parameter(torch.zeros(()))
         elif scale == "per_dimension":

@@ -8,7 +8,11 @@ Particles, plates and batches all stand to the left of the event, so every body 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +36,33 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 def as_shape(shape: Shape) -> tuple[int, ...]:
     """``784`` -> ``(784,)``; ``[1, 28, 28]`` -> ``(1, 28, 28)``."""
-    found = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
-    if not found or min(found) < 1:
+    found: tuple[Any, ...] = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+    if not found or not all(isinstance(size, Integral) and int(size) > 0 for size in found):
         raise ValueError(f"A shape is a positive integer or a non-empty tuple of them, not {shape!r}.")
-    return found
+    return tuple(int(size) for size in found)
+
+
+def as_widths(widths: Sequence[int]) -> list[int]:
+    """Widths or channels of hidden layers as plain integers.
+
+    Raises:
+        ValueError: they are no list of positive integers.
+    """
+    found = list(widths) if isinstance(widths, Iterable) else [0]
+    if not all(isinstance(width, Integral) and width > 0 for width in found):
+        raise ValueError(f"hidden is a list of positive integers such as [200, 200], not {widths!r}.")
+    return [int(width) for width in found]
+
+
+def positive_integer(value: Any, what: str) -> int:
+    """``value`` as a plain integer.
+
+    Raises:
+        ValueError: it is no positive integer; the message calls it ``what``.
+    """
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{what} is a positive integer, not {value!r}.")
+    return int(value)
 
 
 def activation_module(activation: Activation) -> nn.Module:
@@ -70,8 +97,38 @@ class Body(nn.Module):
             )
 
 
+class _Perceptron(Body):
+    """A stack of hidden layers over the flattened event, and an affine map if there is an ``out_shape``."""
+
+    def __init__(self, in_shape: Shape, hidden: Sequence[int], out_shape: Shape | None, activation: Activation | None):
+        super().__init__()
+        self.hidden, self.activation = as_widths(hidden), activation
+        self.in_shape = as_shape(in_shape)
+        widths = [math.prod(self.in_shape), *self.hidden]
+        self.out_shape = (widths[-1],) if out_shape is None else as_shape(out_shape)
+        self.init_arguments = {"out_shape": None if out_shape is None else self.out_shape}
+        layers: list[nn.Module] = []
+        for wide, narrow in pairwise(widths):
+            layers += self.layer(wide, narrow)
+        if out_shape is not None:
+            layers.append(_glorot(nn.Linear(widths[-1], math.prod(self.out_shape))))
+        elif not self.hidden:
+            layers.append(nn.Identity())
+        self.layers = nn.Sequential(*layers)
+
+    @abstractmethod
+    def layer(self, wide: int, narrow: int) -> list[nn.Module]:
+        """The modules of one hidden layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., *in_shape]`` -> ``[..., *out_shape]``."""
+        self.check(x)
+        y = self.layers(x.flatten(-len(self.in_shape)))
+        return y if len(self.out_shape) == 1 else y.unflatten(-1, self.out_shape)
+
+
 @register("body")
-class MLP(Body):
+class MLP(_Perceptron):
     r"""A multilayer perceptron over the last dimensions.
 
     .. math:: h_0 = \operatorname{vec}(x), \quad h_i = a(W_i h_{i-1} + b_i), \quad y = W_{n+1} h_n + b_{n+1}
@@ -93,37 +150,19 @@ class MLP(Body):
         torch.Size([7, 3, 1, 28, 28])
     """
 
+    activation: Activation
+
     def __init__(self, in_shape: Shape, hidden: Sequence[int], out_shape: Shape | None = None, activation: Activation = "relu"):
-        super().__init__()
-        self.hidden, self.activation = [int(width) for width in hidden], activation
-        self.in_shape = as_shape(in_shape)
-        widths = [math.prod(self.in_shape), *self.hidden]
-        if min(widths) < 1:
-            raise ValueError(f"Layer widths are positive integers, not {list(hidden)}.")
-        self.out_shape = (widths[-1],) if out_shape is None else as_shape(out_shape)
-        layers: list[nn.Module] = []
-        for wide, narrow in zip(widths, widths[1:], strict=False):
-            layers += self.layer(wide, narrow)
-        if out_shape is not None:
-            layers.append(_glorot(nn.Linear(widths[-1], math.prod(self.out_shape))))
-        elif not hidden:
-            layers.append(nn.Identity())
-        self.layers = nn.Sequential(*layers)
+        super().__init__(in_shape, hidden, out_shape, activation)
 
     def layer(self, wide: int, narrow: int) -> list[nn.Module]:
-        """The modules of one hidden layer."""
+        """An affine map and the activation."""
         return [_glorot(nn.Linear(wide, narrow)), activation_module(self.activation)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., *in_shape]`` -> ``[..., *out_shape]``."""
-        self.check(x)
-        y = self.layers(x.flatten(-len(self.in_shape)))
-        return y if len(self.out_shape) == 1 else y.unflatten(-1, self.out_shape)
 
 
 @register("body")
-class GatedMLP(MLP):
-    r"""An :class:`MLP` whose hidden layers are gated (Dauphin et al. 2017; Tomczak and Welling 2018).
+class GatedMLP(_Perceptron):
+    r"""A multilayer perceptron whose hidden layers are gated (Dauphin et al. 2017; Tomczak and Welling 2018).
 
     .. math:: h_i = a(W_i h_{i-1} + b_i) \odot \sigma(V_i h_{i-1} + c_i)
 
@@ -131,7 +170,7 @@ class GatedMLP(MLP):
         in_shape: event shape of the input.
         hidden: widths of the hidden layers.
         out_shape: event shape of the output, or ``None`` as in :class:`MLP`.
-        activation: applied to the ungated half; the identity in both papers.
+        activation: applied to the ungated half; the identity, as in both papers, if ``None``.
 
     Example:
         >>> import torch
@@ -143,11 +182,10 @@ class GatedMLP(MLP):
     def __init__(
         self, in_shape: Shape, hidden: Sequence[int], out_shape: Shape | None = None, activation: Activation | None = None
     ):
-        super().__init__(in_shape, hidden, out_shape, nn.Identity if activation is None else activation)
-        self.activation = activation
+        super().__init__(in_shape, hidden, out_shape, activation)
 
     def layer(self, wide: int, narrow: int) -> list[nn.Module]:
-        """The modules of one hidden layer."""
+        """A gated affine map."""
         return [_GatedLinear(wide, narrow, activation_module(self.activation or nn.Identity))]
 
 
@@ -175,11 +213,11 @@ class ConvEncoder(Body):
 
     def __init__(self, in_shape: Shape, hidden: Sequence[int] = (32, 64), activation: Activation = "relu"):
         super().__init__()
-        self.in_shape, self.hidden, self.activation = _image(in_shape), [int(width) for width in hidden], activation
+        self.in_shape, self.hidden, self.activation = _image(in_shape), as_widths(hidden), activation
         channels, height, width = self.in_shape
         height, width = _halvings(height, width, len(self.hidden))[-1]
         layers: list[nn.Module] = []
-        for wide, narrow in zip([channels, *self.hidden], self.hidden, strict=False):
+        for wide, narrow in pairwise([channels, *self.hidden]):
             layers += [_glorot(nn.Conv2d(wide, narrow, 4, 2, 1)), activation_module(activation)]
         self.layers = nn.Sequential(*layers)
         self.out_shape = ((self.hidden[-1] if self.hidden else channels) * height * width,)
@@ -215,7 +253,7 @@ class ConvDecoder(Body):
     def __init__(self, in_shape: Shape, out_shape: Shape, hidden: Sequence[int] = (32, 64), activation: Activation = "relu"):
         super().__init__()
         self.in_shape, self.out_shape = as_shape(in_shape), as_shape(out_shape)
-        self.hidden, self.activation = [int(width) for width in hidden], activation
+        self.hidden, self.activation = as_widths(hidden), activation
         if len(self.in_shape) != 1:
             raise ValueError(f"ConvDecoder takes a latent vector, not events of shape {self.in_shape}.")
         if not self.hidden:

@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
+from .nn import positive_integer
 from .registry import register
 
 
@@ -16,9 +17,7 @@ class Prior(nn.Module):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim is a positive integer, not {latent_dim!r}.")
-        self.latent_dim = int(latent_dim)
+        self.latent_dim = positive_integer(latent_dim, "latent_dim")
 
     def forward(self) -> dist.Distribution:
         """p(z): batch shape ``()``, event shape ``(latent_dim,)``."""

@@ -2,7 +2,8 @@
 
 A component keeps each argument of its ``__init__`` in an attribute of the same name, as scikit-learn's
 estimators do. That is all it takes to describe it as plain data (:func:`describe`), to build it from a name
-(:func:`build`), and so to save and load it without pickle.
+(:func:`build`), and so to save and load it without pickle. Where the attribute says more than the argument did, as a shape
+that was worked out from ``None``, the argument itself is kept in a dictionary ``init_arguments``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
 
-KINDS = ("prior", "likelihood", "encoder", "body", "estimator")
+# Each kind with the room whose import registers its classes.
+_ROOMS = {"prior": "priors", "likelihood": "likelihoods", "encoder": "encoders", "body": "nn", "estimator": "estimators"}
+
+KINDS = tuple(_ROOMS)
 
 _classes: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
 
@@ -44,8 +49,11 @@ def register(kind: str, name: str | None = None) -> Callable[[T], T]:
     def decorate(cls: T) -> T:
         key = name or snake_case(cls.__name__)
         held = known.get(key)
-        if held is not None and held.__qualname__ != cls.__qualname__:
-            raise ValueError(f"The {kind} name {key!r} belongs to {held.__qualname__}; register under another name.")
+        # The same class may come again: a module is reloaded, a notebook's cell runs twice.
+        if held is not None and (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"The {kind} name {key!r} belongs to {held.__module__}.{held.__qualname__}: register under another name."
+            )
         known[key] = cls
         return cls
 
@@ -54,7 +62,7 @@ def register(kind: str, name: str | None = None) -> Callable[[T], T]:
 
 def names(kind: str) -> list[str]:
     """Names registered for a kind, sorted."""
-    return sorted(_of_kind(kind))
+    return sorted(_loaded(kind))
 
 
 def find(kind: str, name: str) -> type:
@@ -63,8 +71,8 @@ def find(kind: str, name: str) -> type:
     Raises:
         ValueError: the name is unknown; the message has the nearest real one.
     """
-    known = _of_kind(kind)
-    if name in known:
+    known = _loaded(kind)
+    if isinstance(name, str) and name in known:
         return known[name]
     raise ValueError(unknown(kind, name, known))
 
@@ -94,7 +102,8 @@ def build(kind: str, spec: Any, **defaults: Any) -> Any:
         if key not in takes:
             raise ValueError(unknown(f"{name} option", key, [p for p in takes if p not in defaults]))
     arguments = {key: value for key, value in defaults.items() if key in takes} | options
-    missing = [p.name for p in takes.values() if p.default is p.empty and p.kind not in (2, 4) and p.name not in arguments]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [p.name for p in takes.values() if p.default is p.empty and p.kind not in variadic and p.name not in arguments]
     if missing:
         raise ValueError(f"The {kind} {name!r} needs {missing[0]}: write {{ kind = {name!r}, {missing[0]} = ... }}.")
     try:
@@ -110,17 +119,22 @@ def describe(component: Any, kind: str) -> dict[str, Any]:
         ValueError: the component, or something it holds, is not registered or not plain data.
     """
     cls = type(component)
-    for name, held in _of_kind(kind).items():
-        if held is cls:
-            break
-    else:
+    name = next((name for name, held in _of_kind(kind).items() if held is cls), None)
+    if name is None:
         raise ValueError(
             f"{cls.__qualname__} is not a registered {kind}, so it cannot be described for saving: decorate its class with "
             f'@pyrovae.registry.register("{kind}"), or save its state_dict() yourself.'
         )
-    return {"component": kind, "kind": name} | {
-        argument: _plain(getattr(component, argument), f"{name}.{argument}") for argument in inspect.signature(cls).parameters
-    }
+    found: dict[str, Any] = {"component": kind, "kind": name}
+    given = getattr(component, "init_arguments", {})
+    for argument in inspect.signature(cls).parameters:
+        if argument not in given and not hasattr(component, argument):
+            raise ValueError(
+                f"{cls.__qualname__} does not keep its argument {argument!r}, so it cannot be described for saving: write "
+                f"self.{argument} = {argument} in its __init__."
+            )
+        found[argument] = _plain(given[argument] if argument in given else getattr(component, argument), f"{name}.{argument}")
+    return found
 
 
 def unknown(what: str, name: str, known: Any) -> str:
@@ -142,7 +156,16 @@ def _of_kind(kind: str) -> dict[str, type]:
     return _classes[kind]
 
 
+def _loaded(kind: str) -> dict[str, type]:
+    known = _of_kind(kind)
+    # By name and on demand: a room imports this one to register its classes, and a caller may not have imported the room.
+    import_module(f".{_ROOMS[kind]}", __package__)
+    return known
+
+
 def _rebuilt(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_rebuilt(item) for item in value]
     nested = isinstance(value, Mapping) and "component" in value
     return build(value["component"], value) if nested else value
 
@@ -156,6 +179,6 @@ def _plain(value: Any, where: str) -> Any:
         if type(value) in _classes[kind].values():
             return describe(value, kind)
     raise ValueError(
-        f"{where} is a {type(value).__qualname__}, which is not plain data, so the model cannot be described for saving: "
-        f'register its class with @pyrovae.registry.register("body"), or save its state_dict() yourself.'
+        f"{where} is a {type(value).__qualname__}, so the model cannot be described for saving: give a name or plain data "
+        f'there, register a network\'s class with @pyrovae.registry.register("body"), or save the state_dict() yourself.'
     )

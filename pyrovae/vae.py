@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from . import checkpoint
 from .encoders import Encoder
 from .likelihoods import Likelihood
-from .nn import Activation, Shape, as_shape
+from .nn import Activation, Shape, as_shape, as_widths, positive_integer
 from .priors import Prior
-from .registry import build, describe, find
+from .registry import build, describe, find, names, unknown
 
 if TYPE_CHECKING:
     from .evidence import Evidence
@@ -44,7 +44,7 @@ class VAE(nn.Module):
             process never share parameters.
 
     Raises:
-        ValueError: the three parts disagree on the latent dimension.
+        ValueError: a part is no prior, likelihood or encoder, or they disagree on the latent dimension or the data's shape.
 
     References:
         Kingma and Welling, Auto-Encoding Variational Bayes, 2014.
@@ -61,20 +61,40 @@ class VAE(nn.Module):
 
     def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, name: str | None = None):
         super().__init__()
+        for part, family in [(prior, Prior), (likelihood, Likelihood), (encoder, Encoder)]:
+            if not isinstance(part, family):
+                kind = family.__name__
+                raise ValueError(
+                    f"The {kind.lower()} must be a {family.__module__}.{kind}, not a {type(part).__name__}: build one, or "
+                    f"subclass it."
+                )
         latents = {"prior": prior.latent_dim, "encoder": encoder.latent_dim}
         decoder_in = getattr(likelihood.decoder, "in_shape", None)
         if decoder_in is not None:
-            latents["decoder"] = math.prod(decoder_in)
+            latents["decoder"] = math.prod(as_shape(decoder_in))
         if len(set(latents.values())) > 1:
             said = ", ".join(f"{part} {size}" for part, size in latents.items())
             raise ValueError(f"The parts disagree on the latent dimension ({said}): build them with the same one.")
+        encoder_in = getattr(encoder.body, "in_shape", None)
+        if encoder_in is not None and as_shape(encoder_in) != likelihood.event_shape:
+            raise ValueError(
+                f"The parts disagree on the shape of one datum (encoder {encoder_in}, likelihood {likelihood.event_shape}): "
+                f"build them with the same one."
+            )
         self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
-        self.name = name or f"vae{next(_counter)}"
+        self.name = name or _fresh_name()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's store hangs a weak reference on every parameter that it hands out, which pickle refuses; the next run hangs
+        # it on again.
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy has parameters of its own: under the original's name Pyro's store would hand it the original's.
         super().__setstate__(state)
-        self.name = f"vae{next(_counter)}"
+        self.name = _fresh_name()
 
     @property
     def latent_dim(self) -> int:
@@ -88,23 +108,22 @@ class VAE(nn.Module):
 
     def model(self, x: Tensor) -> None:
         """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``."""
-        self._check_shape(x)
-        pyro.module(self.name, self)
+        x = self._as_data(x)
+        self._register()
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
             pyro.sample("x", self.likelihood(z), obs=x)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""
-        self._check_shape(x)
-        pyro.module(self.name, self)
+        x = self._as_data(x)
+        self._register()
         with pyro.plate("data", x.shape[0]):
             pyro.sample("z", self.encoder(x))  # batch (B,), event (L,)
 
     def encode(self, x: Tensor) -> dist.Distribution:
         """q(z|x), batch shape ``(B,)`` and event shape ``(L,)``."""
-        self._check_shape(x)
-        return self.encoder(x)
+        return self.encoder(self._as_data(x))
 
     def decode(self, z: Tensor) -> dist.Distribution:
         """p(x|z), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
@@ -170,24 +189,39 @@ class VAE(nn.Module):
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
-            ValueError: a file is truncated, or does not fit the other; nothing unpickles.
+            ValueError: a file is truncated, or does not fit the other. Nothing unpickles.
         """
         folder = Path(folder)
         parts = checkpoint.read_json(folder / "model.json")
         if not isinstance(parts, dict) or set(parts) != {"prior", "likelihood", "encoder"}:
             raise ValueError(f"{folder / 'model.json'} does not describe a VAE: it needs prior, likelihood and encoder.")
         vae = cls(**{kind: build(kind, spec) for kind, spec in parts.items()})
-        checkpoint.load_weights(folder / "model.safetensors", vae)
+        checkpoint.load_weights(folder / "model.safetensors", vae, cast=True)
         return vae
 
-    def _check_shape(self, x: Tensor) -> None:
+    def _register(self) -> None:
+        pyro.module(self.name, self)
+        store = pyro.get_param_store()
+        for name, parameter in self.named_parameters():
+            key = f"{self.name}$$${name}"
+            # Not where torch.func.functional_call has put plain tensors in the parameters' place.
+            ours = isinstance(parameter, nn.Parameter) and parameter.requires_grad
+            if ours and key in store and store[key].unconstrained() is not parameter:
+                raise ValueError(
+                    f"Another model is called {self.name!r} in Pyro's parameter store, so this one would never train: set "
+                    f"vae.name to a name of its own, or call pyro.clear_param_store()."
+                )
+
+    def _as_data(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"The model takes a tensor, not {type(x).__name__}: write torch.as_tensor(x).")
-        if tuple(x.shape[1:]) != self.data_shape or x.dim() == 0:
+        if tuple(x.shape[1:]) != self.data_shape:
             raise ValueError(
                 f"The data have shape {tuple(x.shape)}, but the model takes (N, {', '.join(map(str, self.data_shape))}): "
                 f"reshape them, or build the model for that shape."
             )
+        # Counts come as integers and pixels as bytes; the networks want their own floating type.
+        return x.to(next(self.parameters()).dtype)
 
 
 def make_vae(
@@ -210,9 +244,9 @@ def make_vae(
         prior: a name, a table ``{"kind": name, ...}``, or a ready object; so too ``likelihood`` and ``encoder``.
         likelihood: p(x|z).
         encoder: the family of q(z|x).
-        body: ``"mlp"``, ``"gated_mlp"`` or ``"conv"``.
+        body: ``"mlp"``, ``"gated_mlp"`` or ``"conv"``; the last stands for the pair ``"conv_encoder"``, ``"conv_decoder"``.
         hidden: widths of the encoder's hidden layers, mirrored in the decoder; channels for ``"conv"``. By default
-            ``[200, 200]``, or ``[32, 64]`` channels.
+            ``[200, 200]``, or the pair's own channels.
         activation: a name such as ``"tanh"``; by default the body's own.
         name: see :class:`VAE`.
 
@@ -225,22 +259,20 @@ def make_vae(
         >>> vae.data_shape, vae.latent_dim
         ((1, 28, 28), 50)
     """
-    shape = as_shape(data_shape)
-    hidden = list(hidden) if hidden is not None else ([32, 64] if body == "conv" else [200, 200])
-    networks = {"hidden": hidden} | ({} if activation is None else {"activation": activation})
-    inward, outward = ("conv_encoder", "conv_decoder") if body == "conv" else (body, body)
-    outward_networks = networks if body == "conv" else networks | {"hidden": hidden[::-1]}
-
-    def decoder(num_parameters: int) -> nn.Module:
-        out_shape = shape if num_parameters == 1 else (num_parameters, *shape)
-        return build("body", outward, in_shape=latent_dim, out_shape=out_shape, **outward_networks)
-
+    shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
+    inward, outward, networks, mirrored = _bodies(body, hidden)
+    if activation is not None:
+        networks, mirrored = networks | {"activation": activation}, mirrored | {"activation": activation}
     if isinstance(likelihood, str):
         likelihood = {"kind": likelihood}
-    if not isinstance(likelihood, Likelihood):
-        options = dict(likelihood)
-        family = find("likelihood", options.pop("kind", "none"))
-        likelihood = build("likelihood", likelihood, decoder=decoder(family.count_parameters(options)))
+    if isinstance(likelihood, Mapping) and "kind" in likelihood:
+        family: type[Likelihood] = find("likelihood", likelihood["kind"])
+        num_parameters = family.count_parameters(likelihood)
+        out_shape = shape if num_parameters == 1 else (num_parameters, *shape)
+        decoder = build("body", outward, in_shape=latent_dim, out_shape=out_shape, **mirrored)
+        likelihood = build("likelihood", likelihood, decoder=decoder)
+    elif not isinstance(likelihood, Likelihood):
+        raise ValueError('The likelihood is a name, a table with its kind = "bernoulli" or the like, or a Likelihood.')
     encoder_body = build("body", inward, in_shape=shape, **networks)
     return VAE(
         prior=build("prior", prior, latent_dim=latent_dim),
@@ -248,3 +280,21 @@ def make_vae(
         encoder=build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale),
         name=name,
     )
+
+
+def _fresh_name() -> str:
+    return f"pyrovae.vae{next(_counter)}"
+
+
+def _bodies(body: str, hidden: Sequence[int] | None) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+    """Names and options of the encoder's body and of the decoder's."""
+    known = names("body")
+    pairs = [name.removesuffix("_encoder") for name in known if name.endswith("_encoder")]
+    if body in pairs:
+        options: dict[str, Any] = {} if hidden is None else {"hidden": as_widths(hidden)}
+        return f"{body}_encoder", f"{body}_decoder", options, options
+    single = [name for name in known if not name.endswith(("_encoder", "_decoder"))]
+    if body not in single:
+        raise ValueError(unknown("body", body, single + pairs))
+    widths = [200, 200] if hidden is None else as_widths(hidden)
+    return body, body, {"hidden": widths}, {"hidden": widths[::-1]}

@@ -1,0 +1,404 @@
+"""The command line: ``pyrovae train | evaluate | compare | estimators | list``.
+
+Only cyclopts is imported at once; torch, Pyro and ArviZ take seconds, so each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from .config import Run
+
+if TYPE_CHECKING:
+    from .data import Split
+    from .evidence import Evidence
+    from .vae import VAE
+
+RUNS = Path("runs")
+
+app = App(
+    name="pyrovae",
+    help="Variational autoencoders as honest probabilistic programs.",
+    version=lambda: _version("pyrovae"),
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0, or 2 with one line on standard error."""
+    try:
+        app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+    except KeyboardInterrupt:
+        print("pyrovae: interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:  # the one place where a user's terminal begins: never a traceback there
+        if os.environ.get("PYROVAE_DEBUG"):
+            raise
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "" if isinstance(error, ValueError | OSError | FloatingPointError | CycloptsError) else _BUG
+        print(f"pyrovae: {line.strip()}{hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+_BUG = " (this is no fault of yours that we foresaw; PYROVAE_DEBUG=1 shows where)"
+
+
+@app.command(sort_key=0)
+def train(
+    run: Path | None = None,
+    /,
+    *,
+    settings: Annotated[Run | None, Parameter(name="*")] = None,
+) -> None:
+    """Train a model, score it on held-out data, and write a report.
+
+    With no argument: scikit-learn's handwritten digits, in under two minutes.
+
+    Args:
+        run: A TOML file that describes the run; options below win over it.
+        settings: The run's settings.
+    """
+    del settings  # Declared for the help page and the spelling of options; what was given is in _given.
+    from .config import build_vae, load_split, read_run, run_name, write_run
+
+    described = read_run(run, _given)
+    import torch
+
+    from . import checkpoint
+    from .estimators import make_estimator
+    from .training import fit
+
+    split = load_split(described)
+    torch.manual_seed(described.seed)
+    vae = build_vae(described, split)
+    estimator = make_estimator(described.estimator)
+    folder = _new_folder(run_name(described), described.name is not None)
+    records: list[dict[str, Any]] = []
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        if not records:
+            # Only now is it sure that the run is sound, so that a refused one leaves no folder behind.
+            checkpoint.write_text(folder / "run.toml", write_run(described))
+        records.append(record)
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+
+    settings_of = described.train
+    print(f"{split.note[0].upper()}{split.note[1:]}.")
+    fit(
+        vae.model,
+        vae.guide,
+        split.train,
+        estimator=estimator,
+        epochs=settings_of.epochs,
+        batch_size=settings_of.batch_size,
+        lr=settings_of.lr,
+        optimizer=settings_of.optimizer,
+        schedule=settings_of.schedule,
+        clip_norm=settings_of.clip_norm,
+        validation=settings_of.validation,
+        patience=settings_of.patience,
+        transform=split.transform,
+        seed=described.seed,
+        on_epoch=on_epoch,
+    )
+    vae.save_pretrained(folder)
+    _score(folder, described, split, vae, records)
+
+
+@app.command(sort_key=1)
+def evaluate(run: Path, /, *, num_samples: int | None = None, limit: int | None = None, seed: int | None = None) -> None:
+    """Score a trained run again, with other samples or more of them, and write its report anew.
+
+    Args:
+        run: The run's folder.
+        num_samples: Importance samples per datum.
+        limit: Score only the first so many test data.
+        seed: Seeds the draws; by default the run's.
+    """
+    from . import checkpoint
+    from .config import load_split
+    from .vae import VAE
+
+    given = {"num_samples": num_samples, "limit": limit}
+    overrides: dict[str, Any] = {"evaluate": {name: value for name, value in given.items() if value is not None}}
+    described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
+    vae = VAE.from_pretrained(run)
+    records = checkpoint.read_lines(run / "metrics.jsonl")
+    _score(run, described, load_split(described), vae, records)
+
+
+@app.command(sort_key=2)
+def compare(*runs: Path) -> None:
+    """Rank trained runs by held-out log p(x), with paired differences.
+
+    Args:
+        runs: Two or more run folders, scored on the same test data.
+    """
+    from .evidence import Evidence
+    from .evidence import compare as compare_evidence
+
+    if len(set(runs)) < 2:
+        raise ValueError("A comparison takes two or more run folders: pyrovae compare runs/one runs/other.")
+    if len({repr(_described(run).data) for run in runs}) > 1:
+        raise ValueError("The runs were scored on different data, so their log p(x) cannot be compared.")
+    print(compare_evidence({str(run): Evidence.load(run / "evidence.safetensors") for run in runs}))
+
+
+@app.command(sort_key=3)
+def estimators(
+    run: Path,
+    /,
+    *,
+    names: list[str] | None = None,
+    num_particles: int = 8,
+    batch_size: int = 100,
+    num_draws: int = 100,
+    train_seconds: float | None = None,
+) -> None:
+    """Compare estimators on a trained run: bound, gradient bias, noise and cost.
+
+    Args:
+        run: The run's folder; estimators.png and estimators.json are written into it.
+        names: The estimators; by default elbo, stl, iwae, dreg, miwae and vimco.
+        num_particles: K of the estimators that take more than one.
+        batch_size: Training data in the batch.
+        num_draws: Gradient draws of each estimator.
+        train_seconds: Also train each from one fresh start for so long, and score the test data.
+    """
+    import torch
+
+    from . import checkpoint
+    from .config import build_vae, load_split
+    from .diagnostics import compare_estimators, train_estimators
+    from .vae import VAE
+
+    described = _described(run)
+    split = load_split(described)
+    vae = VAE.from_pretrained(run)
+    torch.manual_seed(described.seed)
+    x = split.train[torch.randperm(len(split.train))[:batch_size]]
+    x = x if split.transform is None else split.transform(x)
+    chosen = {name: _with_particles(name, num_particles) for name in names or _SELECTION}
+    result = compare_estimators(vae.model, vae.guide, x, chosen, num_draws=num_draws, seed=described.seed, progress=True)
+    result.plot().savefig(run / "estimators.png", dpi=150)
+    checkpoint.write_text(run / "estimators.json", json.dumps(result.to_dataset().to_dict(), indent=1) + "\n")
+    print(result)
+    print(f"Figure: {run / 'estimators.png'}")
+    if train_seconds is not None:
+        torch.manual_seed(described.seed)
+        fresh = build_vae(described, split)
+        ranking = train_estimators(
+            fresh.model,
+            fresh.guide,
+            split.train,
+            chosen,
+            seconds=train_seconds,
+            held_out=split.test[: described.evaluate.limit],
+            seed=described.seed,
+            batch_size=described.train.batch_size,
+            lr=described.train.lr,
+            transform=split.transform,
+        )
+        print(f"\nHeld-out log p(x) after {train_seconds:g} s of training each, from the same start:")
+        print(ranking)
+
+
+_SELECTION = ("elbo", "stl", "iwae", "dreg", "miwae", "vimco")
+
+
+def _with_particles(name: str, num_particles: int) -> Any:
+    """The estimator of that name with K particles, where its default takes more than one."""
+    from .estimators import make_estimator
+
+    return {"kind": name, "num_particles": num_particles} if make_estimator(name).num_particles > 1 else name
+
+
+@app.command(name="list", sort_key=4)
+def list_names() -> None:
+    """List priors, likelihoods, encoders, bodies and estimators by name, with a line each."""
+    import inspect
+
+    from . import encoders, estimators, likelihoods, nn, priors  # noqa: F401  (importing registers)
+    from .registry import KINDS, find, names
+
+    for kind in KINDS:
+        print(f"{kind}s" if kind != "body" else "bodies")
+        for name in names(kind):
+            summary = (inspect.getdoc(find(kind, name)) or "").strip().split("\n\n")[0].replace("\n", " ")
+            line = f"  {name:<24}{summary}"
+            print(line if len(line) <= 80 else line[:77] + "...")
+
+
+def _described(folder: Path, overrides: dict[str, Any] | None = None) -> Run:
+    """The run behind a folder that ``train`` wrote."""
+    from .config import read_run
+
+    if not (folder / "run.toml").is_file():
+        raise FileNotFoundError(f"There is no run folder {folder}: give one that pyrovae train wrote, with its run.toml.")
+    return read_run(folder / "run.toml", overrides)
+
+
+def _score(folder: Path, run: Run, split: Split, vae: VAE, records: list[dict[str, Any]]) -> None:
+    """Score the test data, write evidence, summary and report, and say what was found."""
+    from . import checkpoint
+    from .config import write_run
+    from .report import write_report
+
+    test = split.test[: run.evaluate.limit]
+    began = time.perf_counter()
+    evidence = vae.log_marginal(test, num_samples=run.evaluate.num_samples, seed=run.seed, progress=True)
+    scored = time.perf_counter() - began
+    facts = _facts(run, split, records, scored)
+    evidence.save(folder / "evidence.safetensors")
+    checkpoint.write_text(folder / "summary.json", json.dumps(_summary(run, evidence, facts), indent=1) + "\n")
+    few = test[:10]
+    write_report(
+        folder / "report.html",
+        title=folder.name,
+        evidence=evidence,
+        records=records,
+        settings=write_run(run),
+        facts=facts,
+        originals=few.cpu().numpy(),
+        reconstructions=vae.reconstruct(few).cpu().numpy(),
+        samples=vae.decode(_prior_draws(vae, 40, run.seed)).mean.detach().cpu().numpy(),
+        latents=vae.encode(test).mean.detach().cpu().numpy(),
+        labels=None if split.test_labels is None else split.test_labels[: len(test)].numpy(),
+    )
+    _say(folder, split, evidence)
+
+
+def _prior_draws(vae: VAE, count: int, seed: int) -> Any:
+    import torch
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        return vae.prior().sample((count,))
+
+
+def _say(folder: Path, split: Split, evidence: Evidence) -> None:
+    unit = "image" if len(split.data_shape) == 3 else "datum"
+    reliable, size = int(evidence.reliable.sum()), len(evidence)
+    print(f"\nHeld-out {split.name}, {size} {unit}s, {evidence.num_samples} samples each, in nats per {unit}:")
+    print(f"  bound     {evidence.elbo.mean():9.2f}  the ELBO, which lies below log p(x)")
+    print(f"  log p(x)  {evidence.mean:9.2f}  by {evidence.method}; its standard error is")
+    print(f"                       {evidence.mean_se:.2f} from sampling and {evidence.data_se:.2f} from the choice of {unit}s")
+    print(f"  gap       {evidence.gap:9.2f}  what the guide misses: KL(q(z|x) || p(z|x))")
+    print(f"  bits/dim  {evidence.bits_per_dim:9.3f}")
+    print(f"  reliable  {reliable:9d}  of {size} estimates: Pareto k below {evidence.khat_threshold:.2f}")
+    if reliable < size:
+        print("                       the others are probably too low; the report shows which")
+    print(f"Report: {folder / 'report.html'}")
+
+
+def _summary(run: Run, evidence: Evidence, facts: dict[str, str]) -> dict[str, Any]:
+    return {
+        "log_px": evidence.mean,
+        "log_px_kind": f"estimate by {evidence.method}, nats per datum",
+        "monte_carlo_se": evidence.mean_se,
+        "data_se": _json_number(evidence.data_se),
+        "bound": float(evidence.elbo.mean()),
+        "bound_kind": "ELBO, a lower bound, nats per datum",
+        "gap": evidence.gap,
+        "bits_per_dim": evidence.bits_per_dim,
+        "num_data": len(evidence),
+        "num_samples": evidence.num_samples,
+        "num_reliable": int(evidence.reliable.sum()),
+        "khat_threshold": _json_number(evidence.khat_threshold),
+        "findings": evidence.summary(),
+        "seed": run.seed,
+        "facts": facts,
+    }
+
+
+def _json_number(value: float) -> float | None:
+    # JSON has no infinity and no NaN.
+    return value if abs(value) < float("inf") else None
+
+
+def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: float) -> dict[str, str]:
+    import platform
+    from datetime import UTC, datetime
+
+    import torch
+
+    packages = ("pyrovae", "torch", "pyro-ppl", "arviz", "arviz-stats", "numpy")
+    return {
+        "data": split.note,
+        "seed": str(run.seed),
+        "trained": f"{len(records)} epochs, {records[-1]['step']} steps, {records[-1]['seconds']:.1f} s",
+        "scored": f"{scored:.1f} s",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+        "python": platform.python_version(),
+    } | {package: version for package in packages if (version := _version(package))}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _new_folder(name: str, chosen: bool) -> Path:
+    """A run folder that does not exist yet; a name that the user chose is refused if it is taken."""
+    if Path(name).name != name:
+        raise ValueError(f"A run's name is one folder name, not {name!r}: leave out slashes.")
+    folder = RUNS / name
+    if folder.exists() and chosen:
+        raise ValueError(f"{folder} exists already: choose another --name, or remove it first.")
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = RUNS / f"{name}-{number}"
+    return folder
+
+
+# The settings of this command line as nested tables: cyclopts would fill in defaults, and only what was given may win over
+# the run's file.
+_given: dict[str, Any] = {}
+
+
+def _collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
+    """Keep the settings given to ``train`` for one validation together with the file's."""
+    _given.clear()
+    for argument in arguments if commands[-1:] == ("train",) else ():
+        if not argument.name.startswith("--"):
+            continue
+        for token in argument.tokens:
+            path: list[str] = [*argument.name.removeprefix("--").replace("-", "_").split("."), *token.keys]
+            table, last = _given, path[-1]
+            for parent in path[:-1]:
+                table = table.setdefault(parent, {})
+            if argument.hint is bool:
+                table[last] = token.value.lower() in ("", "true", "1", "yes") and ".no-" not in str(token.keyword)
+            elif "list" in str(argument.hint):
+                table.setdefault(last, []).append(token.value)
+            else:
+                table[last] = _literal(token.value) if token.keys or token.value[:1] == "{" else token.value
+        argument.tokens.clear()
+
+
+def _literal(text: str) -> Any:
+    """A TOML value, or the text itself: a component's options have no declared type."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+app.config = (_collect,)

@@ -1,0 +1,255 @@
+"""The TOML description of a run, checked, and what it stands for.
+
+This file imports neither torch nor Pyro, so that the command line can read and refuse a description at once.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:
+    from .data import Split
+    from .vae import VAE
+
+_STRICT = ConfigDict(extra="forbid")
+
+Component = str | dict[str, Any]
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSection:
+    """What to train on.
+
+    Attributes:
+        name: "digits" (ships with scikit-learn) or "mnist".
+        path: A .npy array of shape (N, ...) instead.
+        root: The folder that holds MNIST/raw.
+        binarize: For MNIST: "dynamic", "static" or "none".
+        download: Let torchvision fetch MNIST.
+        test_fraction: The held-out part of a .npy file.
+    """
+
+    name: str = "digits"
+    path: str | None = None
+    root: str = "data"
+    binarize: Literal["dynamic", "static", "none"] = "dynamic"
+    download: bool = False
+    test_fraction: Fraction = 0.2
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelSection:
+    """Prior, likelihood, encoder and networks, by name or as tables with options.
+
+    Attributes:
+        latent_dim: Number of latent dimensions.
+        prior: p(z).
+        likelihood: p(x|z); by default the one that fits the data set.
+        encoder: The family of q(z|x).
+        body: "mlp", "gated_mlp" or "conv".
+        hidden: Widths of the encoder's hidden layers, mirrored in the decoder.
+        activation: "relu", "tanh", ...; by default the body's own.
+        dtype: "float32" or "float64".
+    """
+
+    latent_dim: Positive = 8
+    prior: Component = "standard_normal"
+    likelihood: Component | None = None
+    encoder: Component = "full_covariance_normal"
+    body: str = "mlp"
+    hidden: list[Positive] | None = None
+    activation: str | None = None
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainSection:
+    """How to train; see pyrovae.fit.
+
+    Attributes:
+        epochs: Passes over the data.
+        batch_size: Data per step.
+        lr: Learning rate.
+        optimizer: "adam", "adamw", "sgd", ...
+        schedule: "constant" or "cosine".
+        clip_norm: Largest norm of the gradient.
+        validation: Fraction of the training data held out for the validation curve.
+        patience: Stop after this many epochs without a better validation bound.
+    """
+
+    epochs: Positive = 60
+    batch_size: Positive = 64
+    lr: PositiveFloat = 2e-3
+    optimizer: str = "adam"
+    schedule: Literal["constant", "cosine"] = "cosine"
+    clip_norm: PositiveFloat | None = None
+    validation: Fraction | None = 0.1
+    patience: Positive | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluateSection:
+    """How to score the test data; see pyrovae.log_marginal.
+
+    Attributes:
+        num_samples: Importance samples per datum.
+        limit: Score only the first so many test data.
+    """
+
+    num_samples: Positive = 5000
+    limit: Positive | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Run:
+    """A whole run.
+
+    Attributes:
+        seed: Seeds initialisation, order, draws and evaluation.
+        name: The run's folder under runs/; by default made of data set, estimator and latent dimension.
+        data: What to train on.
+        model: The pair of programs.
+        estimator: An estimator's name, or a table such as {kind = "iwae", num_particles = 50}.
+        train: How to train.
+        evaluate: How to score.
+    """
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    name: str | None = None
+    data: DataSection = Field(default_factory=DataSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    estimator: Component = "elbo"
+    train: TrainSection = Field(default_factory=TrainSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+
+
+SECTIONS = {"data": DataSection, "model": ModelSection, "train": TrainSection, "evaluate": EvaluateSection}
+
+
+def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Run:
+    """A run from a TOML file and overrides, checked.
+
+    Args:
+        path: a TOML file, or ``None`` for the defaults.
+        overrides: nested tables that win over the file's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: bad TOML, an unknown key (with the nearest real one), or a value of the wrong kind.
+
+    Example:
+        >>> from pyrovae.config import read_run
+        >>> read_run(overrides={"train": {"epochs": 3}}).train.epochs
+        3
+    """
+    tables: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no run file {path}: give a TOML file, or no argument for the default run.")
+        try:
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    try:
+        return TypeAdapter(Run).validate_python(_merged(tables, overrides or {}))
+    except ValidationError as error:
+        raise ValueError(_sentence(error, str(path) if path is not None else "The run")) from error
+
+
+def write_run(run: Run) -> str:
+    """The TOML text of a run, which :func:`read_run` reads back."""
+    tables = TypeAdapter(Run).dump_python(run, exclude_none=True)
+    plain = [f"{key} = {_toml(value)}" for key, value in tables.items() if key not in SECTIONS]
+    for section in SECTIONS:
+        plain += ["", f"[{section}]"] + [f"{key} = {_toml(value)}" for key, value in tables[section].items()]
+    return "\n".join(plain) + "\n"
+
+
+def run_name(run: Run) -> str:
+    """The run's own name, or one made of data set, estimator, prior and latent dimension."""
+    if run.name is not None:
+        return run.name
+    estimator = run.estimator if isinstance(run.estimator, str) else str(run.estimator.get("kind"))
+    data = run.data.name if run.data.path is None else Path(run.data.path).stem
+    return f"{data}-{estimator}-{run.model.latent_dim}"
+
+
+def load_split(run: Run) -> Split:
+    """The data set that a run names."""
+    from .data import load
+
+    data = run.data
+    return load(
+        data.name,
+        path=data.path,
+        root=data.root,
+        binarize=data.binarize,
+        download=data.download,
+        test_fraction=data.test_fraction,
+    )
+
+
+def build_vae(run: Run, split: Split) -> VAE:
+    """The model that a run describes, freshly initialised, for a data set."""
+    import torch
+
+    from .vae import make_vae
+
+    model = run.model
+    vae = make_vae(
+        split.data_shape,
+        latent_dim=model.latent_dim,
+        prior=model.prior,
+        likelihood=model.likelihood if model.likelihood is not None else split.likelihood,
+        encoder=model.encoder,
+        body=model.body,
+        hidden=model.hidden,
+        activation=model.activation,
+    )
+    return vae.to(getattr(torch, model.dtype))
+
+
+def _merged(tables: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tables)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _sentence(error: ValidationError, where: str) -> str:
+    from .registry import unknown
+
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-", "str", "dict"))]
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        section = SECTIONS.get(path[0], Run) if len(path) > 1 else Run
+        return f"{where}: {unknown('key', '.'.join(path), _keys(section, path[:-1]))}"
+    return f"{where}: {'.'.join(path)} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}."
+
+
+def _keys(section: type, prefix: list[str]) -> list[str]:
+    return [".".join([*prefix, name]) for name in section.__dataclass_fields__]  # type: ignore[attr-defined]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        # JSON's string escapes are a subset of TOML's.
+        import json
+
+        return json.dumps(value)
+    return repr(value)

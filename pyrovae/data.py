@@ -1,0 +1,355 @@
+"""Data: what the commands train on, and one way to walk over whatever a user brings."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from .registry import unknown
+
+Batch = tuple[Tensor, ...]
+
+
+class Batches:
+    """Minibatches of any data, each a tuple of tensors for the arguments of model and guide.
+
+    Arrays live on the device as whole tensors, so a batch is one gather. A ``Dataset`` goes through a ``DataLoader``; a
+    ``DataLoader`` is taken as it is, with its own batch size and order.
+
+    Args:
+        data: an array, a tensor, a tuple of them (one for each argument), a ``Dataset`` or a ``DataLoader``.
+        batch_size: data per batch; the last one may be smaller.
+        shuffle: a new order on each pass, from torch's random stream.
+        dtype: floating arrays are brought to it; integers stay, since they may be labels or indices.
+        device: where the batches go.
+        transform: applied to the first tensor of every batch, such as :func:`binarize`.
+
+    Raises:
+        ValueError: the data are empty, ragged, of mixed length, hold NaN or infinity, or are no numbers.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyrovae.data import Batches
+        >>> [x.shape[0] for (x,) in Batches(np.zeros((10, 3)), batch_size=4)]
+        [4, 4, 2]
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is a positive integer, not {batch_size!r}.")
+        self.batch_size, self.shuffle, self.transform = batch_size, shuffle, transform
+        self.dtype, self.device = dtype, device
+        self.loader: DataLoader[Any] | None = None
+        self.arrays: Batch = ()
+        if isinstance(data, TensorDataset):
+            data = data.tensors
+        if isinstance(data, DataLoader):
+            self.loader = data
+        elif isinstance(data, Dataset):
+            iterable = isinstance(data, IterableDataset)
+            self.loader = DataLoader(data, batch_size=batch_size, shuffle=shuffle and not iterable)
+        else:
+            self.arrays = as_arrays(data, dtype, device)
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Bring floating arrays to a type, and everything to a device, now and in later batches."""
+        self.dtype, self.device = dtype, device
+        self.arrays = tuple(_as_tensor(array, dtype, device) for array in self.arrays)
+
+    @property
+    def num_data(self) -> int | None:
+        """How many data there are, or ``None`` where a loader cannot say."""
+        if self.loader is None:
+            return len(self.arrays[0])
+        try:
+            return len(self.loader.dataset)  # type: ignore[arg-type]
+        except TypeError:  # an iterable dataset without a length
+            return None
+
+    def __len__(self) -> int:
+        """How many batches one pass has."""
+        return math.ceil(len(self.arrays[0]) / self.batch_size) if self.loader is None else len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass over the data."""
+        for batch in self._untransformed():
+            yield batch if self.transform is None else (self.transform(batch[0]), *batch[1:])
+
+    def _untransformed(self) -> Iterator[Batch]:
+        if self.loader is not None:
+            empty = True
+            for item in self.loader:
+                empty = False
+                yield as_arrays(tuple(item) if isinstance(item, list | tuple) else item, self.dtype, self.device)
+            if empty:
+                raise ValueError("The data loader gave no batch: the data are empty.")
+            return
+        size, step = len(self.arrays[0]), self.batch_size
+        order = torch.randperm(size, device="cpu").to(self.arrays[0].device) if self.shuffle else None
+        for start in range(0, size, step):
+            if order is None:
+                yield tuple(array[start : start + step] for array in self.arrays)
+            else:
+                yield tuple(array[order[start : start + step]] for array in self.arrays)
+
+
+def as_arrays(data: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Batch:
+    """Arrays or tensors as a tuple of tensors, checked.
+
+    Raises:
+        ValueError: empty, ragged, of mixed length, NaN or infinite, or no numbers.
+    """
+    items = data if isinstance(data, tuple) else (data,)
+    arrays = tuple(_as_tensor(item, dtype, device) for item in items)
+    if not arrays or any(array.dim() == 0 or array.numel() == 0 for array in arrays):
+        raise ValueError("The data are empty: give at least one datum, with data along the first dimension.")
+    lengths = [len(array) for array in arrays]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"The arrays have different lengths {lengths}: give each argument one entry per datum.")
+    for array in arrays:
+        bad = ~torch.isfinite(array).flatten(1).all(1) if array.dim() > 1 else ~torch.isfinite(array)
+        if bool(bad.any()):
+            raise ValueError(
+                f"The data hold NaN or infinite values in {int(bad.sum())} of {len(bad)} rows, first row "
+                f"{int(bad.nonzero()[0])}: drop or repair them; where values are missing, pass a mask beside zeros."
+            )
+    return arrays
+
+
+def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
+    """As many tensors of a batch as a program takes; labels that it does not ask for are left out.
+
+    Raises:
+        ValueError: the program needs more arguments than the batch has.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.data import arguments
+        >>> len(arguments(lambda x: None, (torch.zeros(3, 2), torch.zeros(3))))
+        1
+    """
+    parameters = inspect.signature(program).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return batch
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p.name for p in positional if p.default is p.empty]
+    if len(needed) > len(batch):
+        raise ValueError(
+            f"The model takes {', '.join(needed)}, but the data give {len(batch)} array(s): pass a tuple with one for each."
+        )
+    return batch[: len(positional)]
+
+
+def binarize(x: Tensor) -> Tensor:
+    """Draw 0 or 1 with the grey value as probability, afresh at each call (Burda et al. 2016).
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.data import binarize
+        >>> binarize(torch.tensor([0.0, 1.0]))
+        tensor([0., 1.])
+    """
+    return torch.bernoulli(x)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A data set, split once and for all.
+
+    Attributes:
+        name: what it is called.
+        train: training data, shape (N, *data_shape).
+        test: held-out data, shape (M, *data_shape), binarised once if at all.
+        test_labels: classes of the held-out data, shape (M,), or ``None``.
+        likelihood: the likelihood that fits these numbers, as a registry table.
+        transform: applied to every training batch, or ``None``.
+        note: one sentence on where the data come from and what was done to them.
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    test_labels: Tensor | None
+    likelihood: dict[str, Any]
+    transform: Callable[[Tensor], Tensor] | None
+    note: str
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """The shape of one datum."""
+        return tuple(self.train.shape[1:])
+
+
+def load(
+    name: str = "digits",
+    *,
+    path: str | None = None,
+    root: str = "data",
+    binarize: str = "dynamic",
+    download: bool = False,
+    test_fraction: float = 0.2,
+) -> Split:
+    """A data set by name, or an array file.
+
+    Args:
+        name: ``"digits"`` (scikit-learn's 1,797 images of 8 x 8 counts 0..16, which ship with it) or ``"mnist"``.
+        path: a ``.npy`` file of shape (N, ...) instead; its rows are split by a fixed permutation.
+        root: the folder that torchvision keeps MNIST in.
+        binarize: for MNIST, ``"dynamic"`` draws training pixels afresh at each batch, ``"static"`` draws them once, and
+            ``"none"`` keeps grey values in [0, 1]. The test set is drawn once in both cases, from a fixed seed.
+        download: let torchvision fetch MNIST; never without this.
+        test_fraction: the held-out part of a ``.npy`` file.
+
+    Raises:
+        ValueError: an unknown name or option, or a file that is no array of numbers.
+        FileNotFoundError: the files are not there.
+
+    Example:
+        >>> from pyrovae.data import load
+        >>> split = load("digits")
+        >>> len(split.train), len(split.test), split.data_shape
+        (1437, 360, (1, 8, 8))
+    """
+    if path is not None:
+        return _from_file(Path(path), test_fraction)
+    loaders = {"digits": _digits, "mnist": lambda: _mnist(root, binarize, download)}
+    if name not in loaders:
+        raise ValueError(unknown("data set", name, loaders))
+    return loaders[name]()
+
+
+def _digits() -> Split:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.as_tensor(bunch.images, dtype=torch.get_default_dtype())[:, None]
+    order = torch.as_tensor(np.random.default_rng(0).permutation(len(images)))
+    train, test = order[:1437], order[1437:]
+    return Split(
+        name="digits",
+        train=images[train],
+        test=images[test],
+        test_labels=torch.as_tensor(bunch.target)[test],
+        likelihood={"kind": "binomial", "total_count": 16},
+        transform=None,
+        note="scikit-learn's handwritten digits, 8 x 8 counts 0..16; 1,437 train, 360 test, by a fixed permutation",
+    )
+
+
+def _mnist(root: str, how: str, download: bool) -> Split:
+    ways = ("dynamic", "static", "none")
+    if how not in ways:
+        raise ValueError(unknown("binarisation", how, ways))
+    datasets = _torchvision_datasets()
+    try:
+        parts = [datasets.MNIST(root, train=train, download=download) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"MNIST is not under {root!r}: point --data.root at the folder that holds MNIST/raw, or pass --data.download."
+        ) from error
+    train, test = ((part.data[:, None] / 255).to(torch.get_default_dtype()) for part in parts)
+    generator = torch.Generator().manual_seed(0)
+    if how != "none":
+        test = torch.bernoulli(test, generator=generator)
+    if how == "static":
+        train = torch.bernoulli(train, generator=generator)
+    done = {
+        "dynamic": "training pixels binarised afresh at each batch, test pixels once",
+        "static": "all pixels binarised once",
+        "none": "grey values in [0, 1]",
+    }
+    return Split(
+        name="mnist",
+        train=train,
+        test=test,
+        test_labels=parts[1].targets,
+        likelihood={"kind": "bernoulli"},
+        transform=binarize if how == "dynamic" else None,
+        note=f"MNIST, 60,000 train and 10,000 test images of 28 x 28; {done[how]}",
+    )
+
+
+def _from_file(path: Path, test_fraction: float) -> Split:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no data file {path}: give the path of a .npy array.")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction lies between 0 and 1, not {test_fraction!r}.")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a .npy array of numbers ({error}): write it with numpy.save.") from error
+    if not isinstance(array, np.ndarray) or array.ndim < 2:
+        raise ValueError(f"{path} must hold one array of shape (N, ...), one datum a row.")
+    (data,) = as_arrays(array, torch.get_default_dtype())
+    data = data.to(torch.get_default_dtype())
+    order = torch.as_tensor(np.random.default_rng(0).permutation(len(data)))
+    held_out = round(len(data) * test_fraction)
+    if not 0 < held_out < len(data):
+        raise ValueError(f"{len(data)} data cannot be split with test_fraction {test_fraction}: give more data.")
+    return Split(
+        name=path.stem,
+        train=data[order[:-held_out]],
+        test=data[order[-held_out:]],
+        test_labels=None,
+        likelihood={"kind": "normal", "scale": "shared"},
+        transform=None,
+        note=f"{path}, {len(data) - held_out} train and {held_out} test rows, by a fixed permutation",
+    )
+
+
+def _torchvision_datasets() -> Any:
+    """Import torchvision's datasets, also beside a torch without CUDA.
+
+    The registry's torchvision is built for CUDA and its extension does not load beside a CPU-only torch; then the operators
+    that its Python code names at import have no schema. Reading MNIST needs none of them, so declaring the schemas is enough.
+    """
+    global _schemas
+    if _schemas is None:
+        spec = importlib.util.find_spec("torchvision")
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError("MNIST is read through torchvision, which is not installed: pip install torchvision.")
+        try:
+            torch.ops.load_library(str(Path(spec.submodule_search_locations[0]) / "_C.so"))
+            _schemas = False
+        except OSError:
+            _schemas = torch.library.Library("torchvision", "FRAGMENT")  # kept alive: schemas die with it
+            for operator in ("nms", "qnms"):
+                _schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from torchvision import datasets
+
+    return datasets
+
+
+_schemas: torch.library.Library | bool | None = None
+
+
+def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    try:
+        tensor = item if isinstance(item, Tensor) else torch.as_tensor(np.asarray(item))
+    except (TypeError, ValueError) as error:
+        what = f"dtype {item.dtype}" if isinstance(item, np.ndarray) else type(item).__name__
+        raise ValueError(
+            f"The data are no array of numbers ({what}): give an array, a tensor, a tuple of them, a Dataset or a DataLoader."
+        ) from error
+    if tensor.is_complex():
+        raise ValueError("The data are complex: give real numbers, for example real and imaginary parts side by side.")
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)

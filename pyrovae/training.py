@@ -1,0 +1,306 @@
+"""Training: one readable loop over any pair of Pyro programs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import Batches, arguments
+from .estimators import check_estimator, make_estimator
+from .registry import unknown
+from .weights import PairInfo, Program, evaluation_mode, first_run, inspect_pair
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+    "adamw": torch.optim.AdamW,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass
+class History:
+    """What happened in training, one record an epoch.
+
+    Attributes:
+        estimator: the name of the objective's class.
+        num_particles: K.
+        records: dictionaries with ``epoch``, ``step``, ``bound`` and ``validation`` (nats per datum; ``None`` without
+            validation data), ``lr`` and ``seconds`` since the start.
+        stopped: why training ended.
+    """
+
+    estimator: str
+    num_particles: int
+    records: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = "all epochs done"
+
+    @property
+    def bound(self) -> list[float]:
+        """The training bound of each epoch, averaged while the parameters moved, in nats per datum."""
+        return [record["bound"] for record in self.records]
+
+    @property
+    def validation(self) -> list[float]:
+        """The validation bound of each epoch, in nats per datum; empty without validation data."""
+        return [record["validation"] for record in self.records if record["validation"] is not None]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the learning curve, on new axes unless given some."""
+        from .report import learning_curve
+
+        if ax is None:
+            from matplotlib.figure import Figure
+
+            ax = Figure(figsize=(6, 4), layout="constrained").subplots()
+        return learning_curve(self.records, ax)
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    estimator: Any = "elbo",
+    epochs: int = 100,
+    batch_size: int = 100,
+    lr: float = 1e-3,
+    optimizer: str | Callable[..., torch.optim.Optimizer] = "adam",
+    schedule: str | Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] = "constant",
+    clip_norm: float | None = None,
+    validation: Any = None,
+    patience: int | None = None,
+    max_seconds: float | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = True,
+    seed: int | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> History:
+    r"""Train a pair of Pyro programs by stochastic gradients of an estimator.
+
+    Parameters are found as Pyro's ``SVI`` finds them: modules registered with ``pyro.module``, ``PyroModule``\ s, bare
+    ``pyro.param``\ s, and the module whose bound method a program is. Each step follows the mean objective per datum.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x); takes the same arguments.
+        data: an array or tensor (N, ...), a tuple of them for programs of several arguments, a Dataset or a DataLoader (which
+            keeps its own batch size and order).
+        estimator: a name (``"elbo"``, ``"iwae"``, ``"trace_elbo"``, ...), a table ``{"kind": "iwae", "num_particles": 50}``,
+            one of :mod:`pyrovae.estimators`, or any ``pyro.infer.ELBO``.
+        epochs: passes over the data, at most.
+        batch_size: data per step.
+        lr: the learning rate.
+        optimizer: ``"adam"``, another name, or a callable ``(parameters, lr=...)`` such as a torch optimizer class.
+        schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), or a callable that makes a torch scheduler, which is
+            stepped after every optimizer step.
+        clip_norm: the largest norm that the gradient of all parameters together may have.
+        validation: a fraction of the data to hold out, or data of their own; scored by the same estimator each epoch.
+        patience: stop after this many epochs without a better validation bound, and go back to the best parameters.
+        max_seconds: stop after the step that crosses this time, counted from the first step.
+        transform: applied to the first tensor of each training batch, such as :func:`pyrovae.data.binarize`.
+        progress: show a bar with the bound in nats per datum.
+        seed: seeds torch's random stream, for the order, the draws and the transform.
+        on_epoch: called with each epoch's record.
+
+    Returns:
+        The history of the bound.
+
+    Raises:
+        ValueError: bad data or options, or a pair or estimator that do not fit; nothing has been trained then.
+        FloatingPointError: the loss or a gradient became NaN or infinite; the last parameters before it are kept.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+        >>> history = pv.fit(vae.model, vae.guide, torch.ones(50, 9), epochs=5, lr=0.01, progress=False, seed=0)
+        >>> history.bound[-1] > history.bound[0]
+        True
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs is a positive integer, not {epochs!r}.")
+    if patience is not None and validation is None:
+        raise ValueError("patience watches the validation bound: pass validation=0.1, say.")
+    if seed is not None:
+        torch.manual_seed(seed)
+    elbo = make_estimator(estimator)
+    train, held_out = _split(data, validation, batch_size, transform)
+    start = first_run(model, guide, *arguments(model, next(iter(train))))
+    if not start.parameters:
+        raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
+    for batches in (train, held_out):
+        if batches is not None:
+            batches.to(start.dtype, start.device)
+            _check_data(model, guide, batches)
+    check_estimator(elbo, start.info)
+    with torch.random.fork_rng(), torch.no_grad():
+        elbo.loss(model, guide, *arguments(model, next(iter(train))))
+
+    steps = epochs * len(train)
+    optimize = _named(optimizer, "optimizer", OPTIMIZERS)(start.parameters, lr=lr)
+    scheduler = _named(schedule, "schedule", _schedules(steps))(optimize)
+    history = History(type(elbo).__name__, elbo.num_particles)
+    best, best_epoch, best_state = -math.inf, 0, None
+    began, step = time.perf_counter(), 0
+
+    def out_of_time() -> bool:
+        return max_seconds is not None and time.perf_counter() - began > max_seconds
+
+    # The data have been checked, so the per-call validation that Pyro would repeat at each step is off; NaN is still caught.
+    with pyro.validation_enabled(False), tqdm(total=steps, unit="step", disable=not progress) as bar:
+        for epoch in range(1, epochs + 1):
+            total, seen = 0.0, 0.0
+            for batch in train:
+                batch = arguments(model, batch)
+                count = _count(batch, start.info)
+                loss = _loss_and_grads(elbo, model, guide, batch)
+                norm = _rescale(start.parameters, 1 / count, clip_norm)
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    what = "loss" if not math.isfinite(loss) else "gradient"
+                    raise FloatingPointError(
+                        f"The {what} became {loss if what == 'loss' else norm} in epoch {epoch}, step {step + 1}: lower the "
+                        f"learning rate ({lr:g}), or set clip_norm."
+                    )
+                optimize.step()
+                optimize.zero_grad(set_to_none=True)
+                scheduler.step()
+                step += 1
+                total, seen = total - loss, seen + count
+                bar.update()
+                if out_of_time():
+                    break
+            record = {
+                "epoch": epoch,
+                "step": step,
+                "bound": total / seen,
+                "validation": None if held_out is None else _bound(elbo, model, guide, held_out, start.info),
+                "lr": optimize.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - began,
+            }
+            history.records.append(record)
+            bar.set_postfix_str(_said(record))
+            if on_epoch is not None:
+                on_epoch(record)
+            if patience is not None:
+                if record["validation"] > best:
+                    best, best_epoch = record["validation"], epoch
+                    best_state = [parameter.detach().clone() for parameter in start.parameters]
+                elif epoch - best_epoch >= patience:
+                    history.stopped = f"no better validation bound for {patience} epochs"
+                    break
+            if out_of_time():
+                history.stopped = f"{max_seconds} seconds are over"
+                break
+    if best_state is not None:
+        with torch.no_grad():
+            for parameter, value in zip(start.parameters, best_state, strict=True):
+                parameter.copy_(value)
+    return history
+
+
+def _split(
+    data: Any, validation: Any, batch_size: int, transform: Callable[[Tensor], Tensor] | None
+) -> tuple[Batches, Batches | None]:
+    train = Batches(data, batch_size, shuffle=True, transform=transform)
+    if validation is None:
+        return train, None
+    if not isinstance(validation, int | float):
+        return train, Batches(validation, batch_size)
+    if not 0 < validation < 1:
+        raise ValueError(f"validation is a fraction between 0 and 1, or data, not {validation!r}.")
+    if not train.arrays:
+        raise ValueError("A fraction cannot be held out of a Dataset or DataLoader: pass validation=another one.")
+    size = len(train.arrays[0])
+    held = round(size * validation)
+    if not 0 < held < size:
+        raise ValueError(f"validation={validation} of {size} data leaves one part empty: give more data.")
+    order = torch.randperm(size)
+    kept, held_out = (tuple(array[part] for array in train.arrays) for part in (order[held:], order[:held]))
+    if transform is not None:
+        # Once, so that epochs are compared on the same numbers.
+        held_out = (transform(held_out[0]), *held_out[1:])
+    return Batches(kept, batch_size, shuffle=True, transform=transform), Batches(held_out, batch_size)
+
+
+def _check_data(model: Program, guide: Program, batches: Batches) -> None:
+    """Run every batch of arrays once, so that bad data stop the run before it starts; a loader's first batch only."""
+    order, batches.shuffle = batches.shuffle, False
+    try:
+        with torch.random.fork_rng():
+            for batch in batches:
+                inspect_pair(model, guide, *arguments(model, batch))
+                if batches.loader is not None:
+                    break
+    finally:
+        batches.shuffle = order
+
+
+def _count(batch: tuple, info: PairInfo) -> float:
+    # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
+    return len(batch[0]) if info.scale == 1.0 else info.num_data * info.scale
+
+
+def _loss_and_grads(elbo: Any, model: Program, guide: Program, batch: tuple) -> float:
+    # Pyro's own loss_and_grads skip the backward pass, in silence, where no parameter was announced by a pyro statement, as
+    # with the bound methods of a plain module; their differentiable losses do not.
+    if not hasattr(elbo, "differentiable_loss"):
+        return elbo.loss_and_grads(model, guide, *batch)
+    loss = elbo.differentiable_loss(model, guide, *batch)
+    loss.backward()
+    return loss.item()
+
+
+def _rescale(parameters: list[Tensor], factor: float, clip_norm: float | None) -> float:
+    """Turn the gradients' sum into a mean, clip it, and return its norm before clipping."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")
+    torch._foreach_mul_(gradients, factor)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm.item()
+
+
+@torch.no_grad()
+def _bound(elbo: Any, model: Program, guide: Program, batches: Batches, info: PairInfo) -> float:
+    with evaluation_mode(model, guide):
+        total, seen = 0.0, 0.0
+        for batch in batches:
+            batch = arguments(model, batch)
+            total, seen = total - elbo.loss(model, guide, *batch), seen + _count(batch, info)
+    return total / seen
+
+
+def _named(choice: Any, what: str, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    if not isinstance(choice, str):
+        return choice
+    if choice not in known:
+        raise ValueError(unknown(what, choice, known))
+    return known[choice]
+
+
+def _schedules(steps: int) -> dict[str, Callable[..., Any]]:
+    schedulers = torch.optim.lr_scheduler
+    return {
+        "constant": lambda optimizer: schedulers.LambdaLR(optimizer, lambda step: 1.0),
+        "cosine": lambda optimizer: schedulers.CosineAnnealingLR(optimizer, T_max=steps),
+    }
+
+
+def _said(record: dict[str, Any]) -> str:
+    validation = "" if record["validation"] is None else f", validation {record['validation']:.2f}"
+    return f"bound {record['bound']:.2f}{validation} nats/datum"

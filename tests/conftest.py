@@ -1,0 +1,27 @@
+"""What every test starts from: one thread, an empty parameter store, a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    # Pyro's store and the default dtype belong to the process: what one test leaves there another would find.
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64() -> None:
+    """Float64 by default, for comparisons with exact values."""
+    torch.set_default_dtype(torch.float64)

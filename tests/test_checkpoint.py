@@ -1,0 +1,190 @@
+"""Writes are atomic, reads are safe."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import stat
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from pyrovae import checkpoint
+from pyrovae.nn import MLP
+
+
+def _same(a: nn.Module, b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, b[name]) and tensor.dtype == b[name].dtype for name, tensor in a.state_dict().items())
+
+
+def _snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_round_trip_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    source, target = MLP(3, [4], 2).to(dtype), MLP(3, [4], 2).to(dtype)
+    checkpoint.save_weights(tmp_path / "w", source)
+    checkpoint.load_weights(tmp_path / "w", target)
+    assert _same(source, target.state_dict())
+
+
+def test_precision_is_the_modules_or_with_cast_the_files(tmp_path: Path) -> None:
+    source, target = MLP(3, [4], 2).double(), MLP(3, [4], 2)
+    identity = [id(parameter) for parameter in target.parameters()]
+    checkpoint.save_weights(tmp_path / "w", source)
+    checkpoint.load_weights(tmp_path / "w", target)
+    assert {parameter.dtype for parameter in target.parameters()} == {torch.float32}
+    checkpoint.load_weights(tmp_path / "w", target, cast=True)
+    assert _same(source, target.state_dict())
+    # An optimizer that holds the parameters still does.
+    assert [id(parameter) for parameter in target.parameters()] == identity
+
+
+def test_tied_weights_round_trip(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        net[1].weight = net[0].weight
+        return net
+
+    source, target = tied(), tied()
+    checkpoint.save_weights(tmp_path / "w", source)
+    checkpoint.load_weights(tmp_path / "w", target)
+    assert _same(source, target.state_dict())
+    assert target[1].weight is target[0].weight
+
+
+def test_arrays_round_trip_with_notes(tmp_path: Path) -> None:
+    base = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
+    # Views of one tensor, transposed and strided: safetensors by itself refuses them.
+    arrays = {"base": base, "transposed": base.T, "slice": base[:, ::2], "row": base[1], "flags": base > 3, "empty": base[:0]}
+    checkpoint.write_arrays(tmp_path / "a", arrays, {"method": "iwae", "n": 5, "nested": {"x": [1, 2.5]}})
+    found, notes = checkpoint.read_arrays(tmp_path / "a")
+    assert set(found) == set(arrays)
+    assert all(torch.equal(found[name], arrays[name]) and found[name].dtype == arrays[name].dtype for name in arrays)
+    assert notes == {"method": "iwae", "n": 5, "nested": {"x": [1, 2.5]}}
+    checkpoint.write_arrays(tmp_path / "b", {})
+    assert checkpoint.read_arrays(tmp_path / "b") == ({}, {})
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    checkpoint.write_text(tmp_path / "deep" / "t.json", '{"å": "β\\n"}')
+    assert (tmp_path / "deep" / "t.json").read_bytes() == '{"å": "β\\n"}'.encode()
+    assert checkpoint.read_json(tmp_path / "deep" / "t.json") == {"å": "β\n"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_mode_is_the_umasks(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        checkpoint.write_text(tmp_path / "t", "x")
+        checkpoint.save_weights(tmp_path / "w", MLP(1, [], 1))
+        assert os.umask(umask) == umask  # a write leaves the process's umask alone
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "tw"} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+@pytest.mark.parametrize(
+    "write", [lambda path: checkpoint.write_text(path, "new"), lambda path: checkpoint.save_weights(path, MLP(1, [], 1))]
+)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, write: object
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[broken], full)
+    with pytest.raises(OSError, match="No space left"):
+        write(path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_readers_never_see_a_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    checkpoint.write_text(path, "old")
+    seen = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(path.read_text()), fsync(handle)))
+    checkpoint.write_text(path, "new and longer")
+    assert seen == ["old"]
+    assert path.read_text() == "new and longer"
+
+
+def _damaged(folder: Path, how: str) -> Path:
+    path = folder / "w"
+    checkpoint.save_weights(path, MLP(3, [4], 2))
+    whole = path.read_bytes()
+    content = {
+        "empty": b"",
+        "half": whole[: len(whole) // 2],
+        "header": whole[:4],
+        "last byte": whole[:-1],
+        "pickle": pickle.dumps({"a": 1}),
+        "text": b"hello, this is a text file",
+    }[how]
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "header", "last byte", "pickle", "text"])
+def test_damaged_weights_are_refused_and_the_module_stays(tmp_path: Path, how: str) -> None:
+    module = MLP(3, [4], 2)
+    before = _snapshot(module)
+    with pytest.raises(ValueError, match=r"cannot be read .*truncated or not a safetensors file") as caught:
+        checkpoint.load_weights(_damaged(tmp_path, how), module)
+    assert "\n" not in str(caught.value)
+    assert _same(module, before)
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        (MLP(3, [4, 4], 2), "layers.4.bias"),
+        (MLP(3, [], 2), "layers.2.bias"),
+        (MLP(3, [5], 2), "layers.0.bias"),
+        (nn.Linear(3, 2), "bias"),
+    ],
+)
+def test_weights_of_another_model_are_refused_and_the_module_stays(tmp_path: Path, other: nn.Module, name: str) -> None:
+    checkpoint.save_weights(tmp_path / "w", other.double())
+    module = MLP(3, [4], 2)
+    before = _snapshot(module)
+    with pytest.raises(ValueError, match=f"does not fit the model: {name} is missing, unexpected or of another shape"):
+        checkpoint.load_weights(tmp_path / "w", module, cast=True)
+    assert _same(module, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"\xff\xfe\x00"])
+def test_damaged_json_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "j").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot be read .*truncated or not JSON") as caught:
+        checkpoint.read_json(tmp_path / "j")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [checkpoint.read_json, checkpoint.read_arrays])
+@pytest.mark.parametrize("what", ["missing", "folder"])
+def test_missing_files_are_named(tmp_path: Path, read: object, what: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"There is no file {tmp_path / what}"):
+        read(tmp_path / what)
+
+
+def test_notes_that_are_not_json_are_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "a", {"notes": "{oops"})
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.read_arrays(tmp_path / "a")
+    # A file of someone else's, without notes, is fine.
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "b")
+    assert checkpoint.read_arrays(tmp_path / "b")[1] == json.loads("{}")

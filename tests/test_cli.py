@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pyrovae as pv
+from pyrovae.cli import main
+
+QUICK = ["--train.epochs", "2", "--evaluate.num-samples", "60", "--model.hidden", "20", "--model.latent-dim", "2"]
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run_folder(in_folder: Path) -> Path:
+    assert main(["train", "--name", "mine", *QUICK]) == 0
+    return in_folder / "runs" / "mine"
+
+
+def test_train_writes_everything_and_says_what_it_found(in_folder: Path, capsys: pytest.CaptureFixture):
+    assert main(["train", "--name", "mine", *QUICK]) == 0
+    folder = in_folder / "runs" / "mine"
+    assert {path.name for path in folder.iterdir()} == {
+        "run.toml", "metrics.jsonl", "model.json", "model.safetensors", "evidence.safetensors", "summary.json", "report.html",
+    }  # fmt: skip
+    evidence = pv.Evidence.load(folder / "evidence.safetensors")
+    assert (len(evidence), evidence.num_samples, evidence.num_dims) == (360, 60, 64)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["log_px"] == pytest.approx(evidence.mean)
+    assert summary["bits_per_dim"] == pytest.approx(-evidence.mean / 64 / math.log(2))
+    assert summary["facts"]["torch"] == torch.__version__
+    assert summary["seed"] == 0
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2]
+    vae = pv.VAE.from_pretrained(folder)
+    again = vae.log_marginal(pv.data.load("digits").test, num_samples=60, seed=0)
+    np.testing.assert_allclose(again.log_px, evidence.log_px, rtol=1e-6)
+    out = capsys.readouterr().out
+    for text in (f"{evidence.mean:.2f}", f"{evidence.bits_per_dim:.3f}", "nats per image", "runs/mine/report.html"):
+        assert text in out
+    assert max(map(len, out.splitlines())) <= 110
+    assert all(len(line) <= 80 for line in out.splitlines()[1:])
+
+
+def test_toml_file_and_overrides(in_folder: Path):
+    (in_folder / "r.toml").write_text('[train]\nepochs = 50\n[model]\nencoder = "diagonal_normal"\nhidden = [9]\n')
+    command = ["train", "r.toml", "--train.epochs", "1", "--evaluate.num-samples", "30", "--estimator.kind", "iwae"]
+    assert main([*command, "--estimator.num_particles", "3", "--model.latent-dim", "2"]) == 0
+    run = pv.config.read_run(in_folder / "runs" / "digits-iwae-2" / "run.toml")
+    assert run.train.epochs == 1
+    assert run.model.encoder == "diagonal_normal"
+    assert run.model.hidden == [9]
+    assert run.estimator == {"kind": "iwae", "num_particles": 3}
+
+
+def test_a_second_run_gets_its_own_folder_and_a_chosen_name_is_not_overwritten(run_folder: Path, capsys: pytest.CaptureFixture):
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
+    assert main(["train", "--name", "mine", *QUICK]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
+    for _ in range(2):
+        assert main(["train", *QUICK]) == 0
+    assert {path.name for path in run_folder.parent.iterdir()} == {"mine", "digits-elbo-2", "digits-elbo-2-2"}
+
+
+def test_evaluate_scores_again(run_folder: Path):
+    first = pv.Evidence.load(run_folder / "evidence.safetensors")
+    assert main(["evaluate", str(run_folder), "--num-samples", "90", "--limit", "50"]) == 0
+    second = pv.Evidence.load(run_folder / "evidence.safetensors")
+    assert (len(second), second.num_samples) == (50, 90)
+    assert second.mean == pytest.approx(first.log_px[:50].mean(), abs=2)
+    assert "90 samples" in json.loads((run_folder / "summary.json").read_text())["findings"]
+
+
+def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):
+    assert main(["train", "--name", "other", *QUICK, "--seed", "1"]) == 0
+    capsys.readouterr()
+    assert main(["compare", "runs/mine", "runs/other"]) == 0
+    out = capsys.readouterr().out
+    assert "runs/mine" in out
+    assert "runs/other" in out
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ("standard_normal", "binomial", "full_covariance_normal", "gated_mlp", "iwae", "trace_elbo"):
+        assert f"  {name} " in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --train.epohcs 3", "Did you mean --train.epochs?"),
+        ("train --train.epochs x", "train.epochs is 'x'"),
+        ("train --train.lr -1", "train.lr is '-1'"),
+        ("train nope.toml", "no run file nope.toml"),
+        ("train bad.toml", "bad.toml is not valid TOML"),
+        ("train odd.toml", "no key 'train.epohcs'; did you mean 'train.epochs'"),
+        ("train --data.name mnits", "did you mean 'mnist'"),
+        ("train --data.name mnist --data.root nowhere", "--data.root"),
+        ("train --data.path nan.npy", "NaN or infinite values in 1 of 20 rows"),
+        ("train --data.path empty.npy", "empty"),
+        ("train --data.path text.npy", "cannot be read"),
+        ("train --data.path x.npy --model.likelihood bernoulli", "outside the support of Bernoulli"),
+        ("train --model.prior standrd_normal", "did you mean 'standard_normal'"),
+        ("train --model.likelihood binomal", "did you mean 'binomial'"),
+        ("train --model.likelihood.kind normal --model.likelihood.scale wide", "scale is a positive number"),
+        ("train --model.likelihood binomial", "needs total_count"),
+        ("train --model.encoder diagnal_normal", "did you mean 'diagonal_normal'"),
+        ("train --model.body conw", "did you mean 'conv"),
+        ("train --model.activation tahn", "did you mean 'tanh'"),
+        ("train --estimator iwea", "did you mean 'iwae'"),
+        ("train --estimator.kind iwae --estimator.num_particle 3", "did you mean 'num_particles'"),
+        ("train --train.optimizer adm", "did you mean 'adam'"),
+        ("train --name a/b", "slashes"),
+        ("trian", 'Did you mean "train"'),
+        ("evaluate runs/none", "no run folder"),
+        ("evaluate hollow", "no run folder hollow"),
+        ("compare runs/none runs/other", "no run folder runs/none"),
+        ("compare", "two or more"),
+    ],
+)
+def test_mistakes_get_one_line_exit_2_and_leave_files_alone(
+    in_folder: Path, capsys: pytest.CaptureFixture, command: str, message: str
+):
+    (in_folder / "bad.toml").write_text("[train\n")
+    (in_folder / "odd.toml").write_text("[train]\nepohcs = 3\n")
+    (in_folder / "hollow").mkdir()
+    x = np.random.default_rng(0).normal(size=(20, 3))
+    np.save(in_folder / "x.npy", x)
+    np.save(in_folder / "empty.npy", x[:0])
+    x[3, 1] = math.nan
+    np.save(in_folder / "nan.npy", x)
+    (in_folder / "text.npy").write_text("1,2,3")
+    before = sorted(in_folder.rglob("*"))
+    assert main(command.split()) == 2
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("pyrovae: ")]
+    assert message in err
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    assert sorted(in_folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "run.toml", "metrics.jsonl"])
+def test_a_truncated_run_folder_is_named_and_left_alone(run_folder: Path, capsys: pytest.CaptureFixture, name: str):
+    whole = (run_folder / name).read_bytes()
+    (run_folder / name).write_bytes(whole[: len(whole) * 2 // 5])
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
+    capsys.readouterr()
+    assert main(["evaluate", str(run_folder), "--num-samples", "30"]) == 2
+    err = capsys.readouterr().err
+    assert name in err
+    assert "Traceback" not in err
+    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
+
+
+def test_a_diverging_run_says_so(in_folder: Path, capsys: pytest.CaptureFixture):
+    assert main(["train", *QUICK, "--train.optimizer", "sgd", "--train.lr", "1e12"]) == 2
+    assert "lower the learning rate" in capsys.readouterr().err
+
+
+def test_an_unforeseen_error_is_one_line_and_debug_shows_where(in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("some tensor\nis off")
+
+    monkeypatch.setattr("pyrovae.training.fit", broken)
+    assert main(["train", *QUICK]) == 2
+    err = capsys.readouterr().err
+    assert "some tensor" in err
+    assert "PYROVAE_DEBUG=1" in err
+    assert "is off" not in err
+    monkeypatch.setenv("PYROVAE_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="some tensor"):
+        main(["train", *QUICK])
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from pyrovae.cli import main; assert main(['--help']) == 0; "
+        "print([m for m in ('torch', 'pyro', 'arviz', 'sklearn', 'matplotlib', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "train" in done.stdout
+
+
+def test_the_command_is_installed():
+    done = subprocess.run(
+        [sys.executable, "-c", "from pyrovae.cli import app; app(['--version'])"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == pv.__version__

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyrovae.config import SECTIONS, Run, build_vae, load_split, read_run, run_name, write_run
+
+
+def test_written_runs_read_back_equal(tmp_path: Path):
+    run = read_run(
+        overrides={
+            "seed": 3,
+            "name": 'a "quoted" name',
+            "estimator": {"kind": "iwae", "num_particles": 5},
+            "model": {"hidden": [30, 20], "likelihood": {"kind": "normal", "scale": 0.5}},
+            "train": {"clip_norm": 1e-7, "validation": 0.25},
+            "data": {"download": True},
+        }
+    )
+    path = tmp_path / "run.toml"
+    path.write_text(write_run(run))
+    assert read_run(path) == run
+    path.write_text(write_run(Run()))
+    assert read_run(path) == Run() == read_run()
+
+
+def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text('[train]\nepochs = 7\nlr = 0.5\n[model]\nlikelihood = { kind = "normal", scale = 2.0 }\n')
+    run = read_run(path, {"train": {"epochs": "9"}, "model": {"likelihood": {"scale": "shared"}}})
+    assert (run.train.epochs, run.train.lr) == (9, 0.5)
+    assert run.model.likelihood == {"kind": "normal", "scale": "shared"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train": {"epohcs": 3}}, "no key 'train.epohcs'; did you mean 'train.epochs'"),
+        ({"trian": {}}, "no key 'trian'; did you mean 'train'"),
+        ({"train": {"epochs": -1}}, "train.epochs is -1, but input should be greater than 0"),
+        ({"train": {"lr": "fast"}}, "train.lr is 'fast', but input should be a valid number"),
+        ({"data": {"binarize": "dyn"}}, "data.binarize is 'dyn', but input should be 'dynamic', 'static' or 'none'"),
+        ({"model": {"hidden": [3, -1]}}, "model.hidden.1 is -1"),
+        ({"model": 3}, "model is 3"),
+    ],
+)
+def test_mistakes_get_one_sentence(overrides: dict, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_run(overrides=overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_toml_names_the_file_and_the_place(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text("[train\nepochs = 3\n")
+    with pytest.raises(ValueError, match=r"run\.toml is not valid TOML.*line 1"):
+        read_run(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        read_run(path)
+    with pytest.raises(FileNotFoundError, match=r"no\.toml"):
+        read_run(tmp_path / "no.toml")
+
+
+def test_a_run_builds_what_it_says():
+    run = read_run(overrides={"model": {"latent_dim": 3, "hidden": [11], "dtype": "float64", "encoder": "diagonal_normal"}})
+    vae = build_vae(run, load_split(run))
+    assert vae.latent_dim == 3
+    assert type(vae.encoder).__name__ == "DiagonalNormal"
+    assert vae.likelihood.total_count == 16, "the data set's own likelihood"
+    assert {str(parameter.dtype) for parameter in vae.parameters()} == {"torch.float64"}
+    assert vae.encoder.body.out_shape == (11,)
+
+
+def test_names_of_runs():
+    assert run_name(read_run(overrides={"estimator": {"kind": "iwae"}})).startswith("digits-iwae-")
+    assert run_name(read_run(overrides={"name": "mine"})) == "mine"
+    assert run_name(read_run(overrides={"data": {"path": "a/b.npy"}})).startswith("b-")
+
+
+def test_every_setting_is_documented():
+    for section in (Run, *SECTIONS.values()):
+        for name in section.__dataclass_fields__:
+            assert f"    {name}: " in section.__doc__, f"{section.__name__}.{name}"

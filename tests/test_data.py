@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, Dataset
+
+from pyrovae.data import Batches, arguments, as_arrays, binarize, load
+
+MNIST = Path(__file__).parents[2] / "shared" / "data"
+needs_mnist = pytest.mark.skipif(not (MNIST / "MNIST" / "raw").is_dir(), reason=f"the MNIST files are not under {MNIST}")
+
+
+def test_digits_split_is_fixed_and_complete():
+    one, two = load("digits"), load("digits")
+    assert torch.equal(one.train, two.train)
+    assert one.train.shape == (1437, 1, 8, 8)
+    assert one.test.shape == (360, 1, 8, 8)
+    both = torch.cat([one.train, one.test]).flatten(1).numpy()
+    original = load_digits().data
+    np.testing.assert_array_equal(both[np.lexsort(both.T)], original[np.lexsort(original.T)])
+    assert one.likelihood == {"kind": "binomial", "total_count": 16}
+    # Each label still belongs to its image.
+    label_of = {
+        image.tobytes(): label for image, label in zip(load_digits().images.astype("f4"), load_digits().target, strict=True)
+    }
+    assert [label_of[image.numpy().tobytes()] for image in one.test[:, 0]] == one.test_labels.tolist()
+
+
+@needs_mnist
+def test_mnist_is_read_through_torchvision_and_binarised():
+    dynamic = load("mnist", root=str(MNIST))
+    assert dynamic.train.shape == (60000, 1, 28, 28)
+    assert dynamic.test.shape == (10000, 1, 28, 28)
+    assert dynamic.transform is binarize
+    assert set(dynamic.test.unique().tolist()) == {0.0, 1.0}
+    assert dynamic.train.max() == 1
+    assert 0.1 < dynamic.train.mean() < 0.15
+    static = load("mnist", root=str(MNIST), binarize="static")
+    assert static.transform is None
+    assert set(static.train[:100].unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(static.test, dynamic.test), "one binarised test set for both"
+    assert torch.equal(static.train[:50], load("mnist", root=str(MNIST), binarize="static").train[:50])
+    grey = load("mnist", root=str(MNIST), binarize="none")
+    assert len(grey.test.unique()) > 200
+    # The binarised test set was drawn from these probabilities.
+    assert (dynamic.test - grey.test).mean().abs() < 1e-3
+    assert ((dynamic.test == 1) & (grey.test == 0)).sum() == 0
+
+
+def test_missing_mnist_says_where_to_look_and_downloads_nothing(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"--data\.root"):
+        load("mnist", root=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_npy_file(tmp_path: Path):
+    array = np.random.default_rng(0).normal(size=(50, 3))
+    np.save(tmp_path / "mine.npy", array)
+    split = load(path=str(tmp_path / "mine.npy"), test_fraction=0.3)
+    assert (len(split.train), len(split.test), split.name) == (35, 15, "mine")
+    both = torch.cat([split.train, split.test]).numpy()
+    np.testing.assert_allclose(np.sort(both, 0), np.sort(array, 0).astype("f4"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"nonsense", "cannot be read"),
+        (b"", "cannot be read"),
+        (np.array([["a", "b"]]), "no array of numbers"),
+        (np.ones(3), r"shape \(N"),
+    ],
+)
+def test_bad_npy_files(tmp_path: Path, content: object, message: str):
+    path = tmp_path / "bad.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(ValueError, match=message):
+        load(path=str(path))
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="did you mean 'mnist'"):
+        load("mnits")
+    with pytest.raises(ValueError, match="did you mean 'dynamic'"):
+        load("mnist", binarize="dynamik")
+    with pytest.raises(FileNotFoundError, match=r"nope\.npy"):
+        load(path="nope.npy")
+
+
+def test_batches_cover_every_datum_once_in_a_new_order_each_pass():
+    x, y = torch.arange(10.0)[:, None], torch.arange(10)
+    batches = Batches((x, y), 4, shuffle=True)
+    passes = [torch.cat([b[1] for b in batches]) for _ in range(2)]
+    for order in passes:
+        assert sorted(order.tolist()) == list(range(10))
+    assert not torch.equal(passes[0], passes[1])
+    assert len(batches) == 3
+    assert all(torch.equal(b[0][:, 0].long(), b[1]) for b in batches), "the arrays stay aligned"
+
+
+def test_map_datasets_and_loaders():
+    class Squares(Dataset):
+        def __len__(self) -> int:
+            return 7
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+            return torch.tensor([float(i)]), i
+
+    batches = Batches(Squares(), 3, dtype=torch.float64)
+    assert [len(b[0]) for b in batches] == [3, 3, 1]
+    assert next(iter(batches))[0].dtype == torch.float64
+    assert next(iter(batches))[1].dtype == torch.int64, "labels stay integers"
+    assert batches.num_data == 7
+    assert [len(b[0]) for b in Batches(DataLoader(Squares(), batch_size=5), 3)] == [5, 2]
+
+
+def test_arguments_are_as_many_as_the_program_takes():
+    batch = (torch.zeros(2), torch.ones(2))
+    assert len(arguments(lambda x: None, batch)) == 1
+    assert len(arguments(lambda x, y=None: None, batch)) == 2
+    assert len(arguments(lambda *xs: None, batch)) == 2
+    with pytest.raises(ValueError, match="takes x, y, z"):
+        arguments(lambda x, y, z: None, batch)
+
+
+def test_lists_and_integers_are_data():
+    (x,) = as_arrays([[1, 0], [0, 1]])
+    assert x.dtype == torch.int64
+    assert as_arrays(np.float64([[1.5]]), torch.float32)[0].dtype == torch.float32

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pairs import LinearGaussian, bare_param_pair, two_latents_pair
+from scipy.special import logsumexp
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyrovae as pv
+from pyrovae.marginal import log_marginal
+from pyrovae.weights import log_weights
+
+
+@pytest.mark.usefixtures("float64")
+def test_agrees_with_closed_form_within_three_standard_errors_on_99_percent_of_data():
+    pair = LinearGaussian(spread=1.2)
+    x = pair.sample(2000)
+    evidence = log_marginal(pair.model, pair.guide, x, num_samples=1000, seed=0)
+    error = np.abs(evidence.log_px - pair.log_px(x))
+    assert np.mean(error < 3 * evidence.se) >= 0.99
+    assert error.max() < 0.2
+    assert evidence.se.min() > 1e-3, "a guide that is not exact has sampling error"
+    assert evidence.reliable.mean() > 0.99
+
+
+@pytest.mark.usefixtures("float64")
+def test_exact_guide_gives_exact_answer_whatever_the_chunks():
+    pair = LinearGaussian()
+    x = pair.sample(7)
+    for num_samples, chunk_size in [(1, None), (7, 3), (1000, 999), (5000, 1), (5000, 10**6)]:
+        if num_samples == 5000 and chunk_size == 1:
+            x, chunk_size = x[:1], 64
+        evidence = log_marginal(pair.model, pair.guide, x, num_samples=num_samples, chunk_size=chunk_size)
+        np.testing.assert_allclose(evidence.log_px, pair.log_px(x), atol=1e-10)
+        np.testing.assert_allclose(evidence.elbo, pair.log_px(x), atol=1e-10)
+        np.testing.assert_allclose(evidence.ess, num_samples, rtol=1e-9)
+        assert evidence.num_samples == num_samples
+        if num_samples >= 25:
+            assert np.isneginf(evidence.khat).all()
+            assert evidence.reliable.all()
+            assert evidence.se.max() < 1e-7
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("num_samples", "chunk_size"), [(1, 1), (7, 2), (7, 70), (1000, 13), (5000, 4999), (5000, 10**6)])
+def test_draws_exactly_that_many_samples_per_datum(num_samples: int, chunk_size: int):
+    pair = LinearGaussian(spread=1.3)
+    drawn: list[int] = []
+
+    def guide(x: torch.Tensor) -> None:
+        pair.guide(x)
+        z = pair.seen["z"]
+        drawn.append(z.shape[0] if z.dim() == 3 else 1)
+
+    x = pair.sample(2)
+    log_marginal(pair.model, guide, x, num_samples=num_samples, chunk_size=chunk_size)
+    # Besides: one run to find parameters and one to inspect on the first datum, and one inspection a batch.
+    data_chunk = max(1, chunk_size // num_samples)
+    batches = math.ceil(2 / data_chunk)
+    assert sum(drawn) == 2 + batches * (1 + num_samples)
+
+
+@pytest.mark.usefixtures("float64")
+def test_streaming_equals_the_formulas_on_the_same_weights():
+    pair = LinearGaussian(spread=1.5)
+    x = pair.sample(3)
+    torch.manual_seed(5)
+    log_w = log_weights(pair.model, pair.guide, x, num_particles=600, max_plate_nesting=1).log_weights.numpy()
+
+    values = iter(torch.as_tensor(log_w).split([250, 250, 100]))
+
+    class Replayed:
+        """A pair whose weights are the ones drawn above, in three chunks."""
+
+        def model(self, x: torch.Tensor) -> None:
+            with pyro.plate("data", x.shape[0]):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+                pyro.sample("x", dist.Normal(0.0, 1.0).mask(False), obs=x[:, 0])
+                if z.dim() == 2:
+                    pyro.factor("w", next(values))
+
+        def guide(self, x: torch.Tensor) -> None:
+            with pyro.plate("data", x.shape[0]):
+                pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+
+    replayed = Replayed()
+    evidence = log_marginal(
+        replayed.model, replayed.guide, DataLoader(TensorDataset(x), batch_size=3), num_samples=600, chunk_size=750
+    )
+    w = np.exp(log_w)
+    np.testing.assert_allclose(evidence.log_px, logsumexp(log_w, axis=0) - math.log(600), rtol=1e-12)
+    np.testing.assert_allclose(evidence.se, w.std(0, ddof=1) / w.mean(0) / math.sqrt(600), rtol=1e-9)
+    np.testing.assert_allclose(evidence.ess, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-9)
+    np.testing.assert_allclose(evidence.elbo, log_w.mean(0), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_pareto_k_follows_the_law_of_a_narrow_guide():
+    for spread in (0.8, 0.5):
+        pair = LinearGaussian(latent_dim=3, data_dim=4, spread=spread)
+        evidence = log_marginal(pair.model, pair.guide, pair.sample(300), num_samples=2000, seed=1)
+        assert evidence.khat.mean() == pytest.approx(1 - spread**2, abs=0.05)
+    wide = LinearGaussian(latent_dim=3, data_dim=4, spread=1.1)
+    assert (~log_marginal(wide.model, wide.guide, wide.sample(300), num_samples=2000, seed=1).reliable).mean() < 0.02
+
+
+def test_95_percent_intervals_cover_over_500_seeds():
+    torch.set_default_dtype(torch.float64)
+    pair = LinearGaussian(spread=1.25)
+    # One datum 500 times over: the repeats are independent streams of one seeded run, which is 500 seeds for one price.
+    x = pair.sample(1).expand(500, -1)
+    evidence = log_marginal(pair.model, pair.guide, x, num_samples=800, seed=0)
+    covered = np.abs(evidence.log_px - pair.log_px(x)) < 1.96 * evidence.se
+    kept = evidence.khat < 0.7
+    assert kept.mean() > 0.99
+    assert 0.93 <= covered[kept].mean() <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_95_percent_intervals_cover_over_500_seeds_and_guides():
+    for spread in (0.9, 1.1, 1.5):
+        pair = LinearGaussian(spread=spread)
+        x = pair.sample(1)
+        covered = []
+        for seed in range(500):
+            evidence = log_marginal(pair.model, pair.guide, x, num_samples=800, seed=seed)
+            if evidence.khat[0] < 0.7:
+                covered.append(abs(evidence.log_px[0] - pair.log_px(x)[0]) < 1.96 * evidence.se[0])
+        assert len(covered) > 450
+        assert 0.93 <= np.mean(covered) <= 0.97, spread
+
+
+def test_seed_repeats_the_answer_and_leaves_the_global_stream_alone():
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    x = torch.bernoulli(torch.full((5, 6), 0.5))
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first, second = (vae.log_marginal(x, num_samples=50, seed=7) for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    np.testing.assert_array_equal(first.log_px, second.log_px)
+    assert not np.array_equal(first.log_px, vae.log_marginal(x, num_samples=50, seed=8).log_px)
+
+
+def test_foreign_pairs_numpy_and_loaders_score_alike():
+    chain = two_latents_pair()
+    y = np.random.default_rng(0).normal(size=(9, 4))
+    from_numpy = log_marginal(chain.model, chain.guide, y, num_samples=40, seed=0)
+    loader = DataLoader(TensorDataset(torch.as_tensor(y).float()), batch_size=4)
+    from_loader = log_marginal(chain.model, chain.guide, loader, num_samples=40, seed=0)
+    assert len(from_numpy) == len(from_loader) == 9
+    assert from_numpy.num_dims == 4
+    bare = bare_param_pair()
+    x = torch.linspace(-1, 1, 5)
+    evidence = log_marginal(bare.model, bare.guide, x, num_samples=4000, seed=0)
+    exact = dist.Normal(0.0, math.hypot(0.8, 0.6)).log_prob(x).numpy()
+    assert (np.abs(evidence.log_px - exact) < 4 * evidence.se).all()
+
+
+def test_scoring_is_done_in_evaluation_mode_and_leaves_training_mode():
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    vae.encoder.body.layers.append(torch.nn.Dropout(0.5))
+    modes = []
+    vae.encoder.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    vae.log_marginal(torch.ones(2, 6), num_samples=3)
+    assert vae.training
+    assert vae.encoder.body.layers[-1].training
+    assert not modes[-1]
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2.5])
+def test_num_samples_must_be_a_positive_integer(bad: float):
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    with pytest.raises(ValueError, match="num_samples is a positive integer"):
+        vae.log_marginal(torch.ones(2, 6), num_samples=bad)
+
+
+def test_data_outside_the_support_are_refused_in_any_batch():
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    x = torch.ones(40, 6)
+    x[39, 2] = 0.5
+    with pytest.raises(ValueError, match="outside the support of Bernoulli"):
+        vae.log_marginal(x, num_samples=10, chunk_size=20)
+
+
+def test_a_datum_without_weight_is_minus_infinity_and_unreliable():
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("allowed", torch.where(x > 0, 0.0, -math.inf))
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.5))
+
+    evidence = log_marginal(model, guide, torch.tensor([1.0, -1.0]), num_samples=200, seed=0)
+    assert evidence.log_px[1] == -math.inf
+    assert evidence.ess[1] == 0
+    assert evidence.khat[1] == math.inf
+    assert evidence.reliable.tolist() == [True, False]
+    assert evidence.log_px[0] == pytest.approx(0.0, abs=4 * evidence.se[0])
+    assert "Datum 1 has zero weight" in evidence.summary()

@@ -1,0 +1,320 @@
+"""The contract of every registered component, and the registry itself.
+
+The contract runs over the names: a new class is tested by being registered.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pyrovae import registry
+from pyrovae.encoders import DiagonalNormal
+from pyrovae.likelihoods import Bernoulli, Normal
+from pyrovae.nn import MLP
+from pyrovae.priors import Prior, StandardNormal
+from pyrovae.registry import build, describe, find, names, register, snake_case
+
+LATENT, DATA = 2, (2,)
+
+# What a class needs that has no default. One line for a new class that has such an argument.
+NEEDED: dict[tuple[str, str], dict] = {("likelihood", "binomial"): {"total_count": 3}}
+# Options worth their own contract run.
+VARIANTS = [
+    ("likelihood", {"kind": "normal", "scale": 0.3}),
+    ("likelihood", {"kind": "normal", "scale": "shared"}),
+    ("likelihood", {"kind": "normal", "scale": "per_dimension"}),
+    ("likelihood", {"kind": "normal", "scale": "decoder"}),
+]
+COMPONENTS = [
+    (kind, {"kind": name} | NEEDED.get((kind, name), {}))
+    for kind in ("prior", "likelihood", "encoder", "body")
+    for name in names(kind)
+] + VARIANTS
+
+over_components = pytest.mark.parametrize(("kind", "spec"), COMPONENTS, ids=lambda case: str(case))
+over_distributions = pytest.mark.parametrize(
+    ("kind", "spec"), [case for case in COMPONENTS if case[0] != "body"], ids=lambda case: str(case)
+)
+
+
+def component(kind: str, spec: dict, *, data_shape: tuple[int, ...] = DATA) -> nn.Module:
+    """A small instance of any registered class, with every parameter moved off its initial value."""
+    defaults: dict = {}
+    if kind == "prior":
+        defaults = {"latent_dim": LATENT}
+    if kind == "likelihood":
+        num_parameters = find(kind, spec["kind"]).count_parameters(spec)
+        out_shape = data_shape if num_parameters == 1 else (num_parameters, *data_shape)
+        defaults = {"decoder": MLP(LATENT, [5], out_shape, activation="tanh")}
+    if kind == "encoder":
+        defaults = {"body": MLP(data_shape, [5], activation="tanh"), "latent_dim": LATENT}
+    if kind == "body":
+        image = {"in_shape": (1, 6, 9), "out_shape": 5}
+        defaults = ({"in_shape": LATENT, "out_shape": (2, 6, 9)} if spec["kind"].endswith("_decoder") else image) | {
+            "hidden": [4, 3],
+            "activation": "tanh",
+        }
+    built = build(kind, spec, **defaults)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return built
+
+
+def inputs(kind: str, built: nn.Module, *batch: int) -> tuple[torch.Tensor, ...]:
+    if kind == "prior":
+        return ()
+    event = {"likelihood": (LATENT,), "encoder": DATA}.get(kind) or built.in_shape
+    return (torch.randn(*batch, *event),)
+
+
+def output(kind: str, built: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    """Something that depends on all that a component computes."""
+    found = built(*args)
+    if kind == "body":
+        return found
+    value = found.sample() if kind == "likelihood" else torch.full(found.event_shape, 0.4)
+    return found.log_prob(value)
+
+
+@over_components
+def test_keeps_every_argument(kind: str, spec: dict) -> None:
+    built = component(kind, spec)
+    for argument in inspect.signature(type(built)).parameters:
+        assert hasattr(built, argument)
+
+
+@over_components
+def test_description_builds_the_same_component(kind: str, spec: dict) -> None:
+    built = component(kind, spec)
+    again = build(kind, json.loads(json.dumps(describe(built, kind))))
+    assert type(again) is type(built)
+    assert list(again.state_dict()) == list(built.state_dict())
+    again.load_state_dict(built.state_dict())
+    args = inputs(kind, built, 4)
+    torch.manual_seed(11)
+    expected = output(kind, built, *args)
+    torch.manual_seed(11)
+    assert torch.equal(output(kind, again, *args), expected)
+
+
+@over_components
+def test_gradients_reach_every_parameter(kind: str, spec: dict) -> None:
+    built = component(kind, spec)
+    out = output(kind, built, *inputs(kind, built, 6))
+    # Random directions, since a sum can have a gradient of exactly zero.
+    if out.requires_grad:
+        (out * torch.randn_like(out)).sum().backward()
+    for name, parameter in built.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@over_components
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keeps_the_precision_of_its_weights(kind: str, spec: dict, dtype: torch.dtype) -> None:
+    built = component(kind, spec).to(dtype)
+    out = output(kind, built, *(arg.to(dtype) for arg in inputs(kind, built, 3)))
+    assert out.dtype == dtype
+    if kind != "body":
+        assert built(*(arg.to(dtype) for arg in inputs(kind, built, 3))).sample().dtype == dtype
+
+
+@over_components
+@pytest.mark.usefixtures("float64")
+def test_whatever_leads_is_a_batch(kind: str, spec: dict) -> None:
+    built = component(kind, spec)
+    if kind == "prior":
+        law = built()
+        assert (law.batch_shape, law.event_shape) == ((), (LATENT,))
+        return
+    (x,) = inputs(kind, built, 3, 4)
+    together = built(x)
+    if kind == "body":
+        assert together.shape == (3, 4, *built.out_shape)
+        assert built(x[0, 0]).shape == built.out_shape
+        torch.testing.assert_close(together[2, 1], built(x[2, 1]))
+        return
+    event = {"likelihood": DATA, "encoder": (LATENT,)}[kind]
+    assert (together.batch_shape, together.event_shape) == ((3, 4), event)
+    value = together.sample()
+    assert value.shape == (3, 4, *event)
+    single = built(x[2, 1])
+    assert single.batch_shape == ()
+    torch.testing.assert_close(together.log_prob(value)[2, 1], single.log_prob(value[2, 1]))
+
+
+@over_distributions
+@pytest.mark.usefixtures("float64")
+def test_samples_lie_in_the_support(kind: str, spec: dict) -> None:
+    built = component(kind, spec)
+    law = built(*inputs(kind, built, 5))
+    value = law.sample((50,))
+    assert law.support.check(value).all()
+    assert law.log_prob(value).isfinite().all()
+
+
+@over_distributions
+@pytest.mark.usefixtures("float64")
+def test_is_normalised(kind: str, spec: dict) -> None:
+    """exp(log_prob) over all values of a two-dimensional event sums, or integrates, to one: no constant is left out."""
+    built = component(kind, spec)
+    law = built(*inputs(kind, built))
+    base = law
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    step = 1.0 if base.support.is_discrete else 0.06
+    axis = torch.arange(0.0, 61.0) if base.support.is_discrete else torch.arange(-400.0, 401.0) * step
+    grid = torch.cartesian_prod(axis, axis)
+    total = step**2 * law.log_prob(grid[law.support.check(grid)]).exp().sum().item()
+    assert math.isclose(total, 1.0, rel_tol=1e-6)
+
+
+@over_distributions
+@pytest.mark.usefixtures("float64")
+def test_sampler_and_density_agree(kind: str, spec: dict) -> None:
+    """The mean of a statistic over samples equals its sum over the density, within five standard errors."""
+    built = component(kind, spec)
+    law = built(*inputs(kind, built))
+    drawn = law.sample((20_000,))
+    error = (drawn.mean(0) - law.mean).abs() / (drawn.std(0) / len(drawn) ** 0.5)
+    assert error.max() < 5
+
+
+# -- the registry itself ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in registry.KINDS:
+        monkeypatch.setitem(registry._classes, kind, dict(registry._classes[kind]))
+
+
+@pytest.mark.parametrize(
+    ("camel", "snake"),
+    [("DiagonalNormal", "diagonal_normal"), ("IWAE", "iwae"), ("MLP", "mlp"), ("StudentT", "student_t")],
+)
+def test_snake_case(camel: str, snake: str) -> None:
+    assert snake_case(camel) == snake
+
+
+def test_foundation_names_are_there() -> None:
+    assert "standard_normal" in names("prior")
+    assert {"bernoulli", "binomial", "normal"} <= set(names("likelihood"))
+    assert {"diagonal_normal", "full_covariance_normal"} <= set(names("encoder"))
+    assert {"mlp", "gated_mlp", "conv_encoder", "conv_decoder"} <= set(names("body"))
+    assert {"trace_elbo", "trace_mean_field_elbo", "renyi_elbo"} <= set(names("estimator"))
+
+
+def test_names_load_the_room_that_has_them() -> None:
+    # In a process of its own, where no room is imported yet.
+    code = "from pyrovae.registry import find, names; print(names('prior')[0], find('encoder', 'diagonal_normal').__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [names("prior")[0], "DiagonalNormal"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "nearest"),
+    [("prior", "standardnormal", "standard_normal"), ("likelihood", "bernouli", "bernoulli"), ("body", "gated", "gated_mlp")],
+)
+def test_unknown_name_says_the_nearest(kind: str, name: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"There is no {kind} '{name}'; did you mean '{nearest}'\\?"):
+        find(kind, name)
+
+
+def test_name_like_no_other_lists_them_all() -> None:
+    with pytest.raises(ValueError, match=r"choose one of .*diagonal_normal, full_covariance_normal"):
+        find("encoder", "xyz")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": ["normal"]}, "There is no likelihood"),
+        ({"kind": "normal", "scal": 2}, "There is no normal option 'scal'; did you mean 'scale'"),
+        ({"total_count": 2}, "A likelihood table needs its name: kind = "),
+        ({"kind": "binomial"}, "The likelihood 'binomial' needs total_count: write { kind = 'binomial', total_count = ... }"),
+    ],
+)
+def test_bad_table_gets_one_sentence(spec: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build("likelihood", spec, decoder=MLP(1, [], 2))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="There is no registry kind 'priors'; did you mean 'prior'"):
+        names("priors")
+
+
+def test_table_wins_over_defaults_and_unused_defaults_are_dropped() -> None:
+    built = build("prior", {"kind": "standard_normal", "latent_dim": 3}, latent_dim=7, decoder=None)
+    assert built.latent_dim == 3
+
+
+def test_instance_passes_through() -> None:
+    prior = StandardNormal(2)
+    assert build("prior", prior, latent_dim=9) is prior
+
+
+@pytest.mark.usefixtures("_scratch")
+def test_a_name_has_one_class() -> None:
+    with pytest.raises(ValueError, match=r"The prior name 'standard_normal' belongs to pyrovae\.priors.StandardNormal"):
+        register("prior", "standard_normal")(type("Mine", (Prior,), {}))
+    # A user's class of the same name in another module must not take over ours unseen.
+    with pytest.raises(ValueError, match="register under another name"):
+        register("prior")(type("StandardNormal", (Prior,), {"__module__": "mine"}))
+    assert find("prior", "standard_normal") is StandardNormal
+
+
+@pytest.mark.usefixtures("_scratch")
+def test_a_reloaded_class_takes_its_name_again() -> None:
+    again = type("StandardNormal", (Prior,), {"__module__": StandardNormal.__module__})
+    register("prior")(again)
+    assert find("prior", "standard_normal") is again
+
+
+@pytest.mark.usefixtures("_scratch")
+def test_components_in_lists_come_back() -> None:
+    @register("body")
+    class Chain(nn.Module):
+        def __init__(self, parts: list[nn.Module]):
+            super().__init__()
+            self.parts = parts
+
+    again = build("body", json.loads(json.dumps(describe(Chain([MLP(2, [3]), MLP(3, [], 1)]), "body"))))
+    assert [type(part) for part in again.parts] == [MLP, MLP]
+    assert [part.in_shape for part in again.parts] == [(2,), (3,)]
+
+
+class _Homemade(Prior):
+    def __init__(self, width: int):
+        super().__init__(2)
+
+
+@pytest.mark.usefixtures("_scratch")
+def test_what_cannot_be_described_says_why() -> None:
+    with pytest.raises(ValueError, match=r"_Homemade is not a registered prior.*decorate its class"):
+        describe(_Homemade(1), "prior")
+    register("prior")(_Homemade)
+    with pytest.raises(ValueError, match=r"_Homemade does not keep its argument 'width'.*self.width = width"):
+        describe(_Homemade(1), "prior")
+    with pytest.raises(ValueError, match=r"bernoulli.decoder is a Linear.*register a network's class"):
+        describe(Bernoulli(nn.Linear(2, 3), event_shape=3), "likelihood")
+    with pytest.raises(ValueError, match=r"mlp.activation is a type.*give a name or plain data"):
+        describe(DiagonalNormal(MLP(3, [4], activation=nn.Tanh), 2), "encoder")
+
+
+def test_numpy_numbers_become_plain() -> None:
+    import numpy as np
+
+    likelihood = Normal(MLP(np.int64(2), [np.int64(4)], (np.int64(3),)), scale=np.float32(0.5))
+    assert json.loads(json.dumps(describe(likelihood, "likelihood")))["scale"] == 0.5
