@@ -6,6 +6,7 @@ This file imports neither torch nor Pyro, so that the command line can read and 
 from __future__ import annotations
 
 import tomllib
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -60,7 +61,7 @@ class ModelSection:
         dtype: "float32" or "float64".
     """
 
-    latent_dim: Positive = 8
+    latent_dim: Positive = 4
     prior: Component = "standard_normal"
     likelihood: Component | None = None
     encoder: Component = "full_covariance_normal"
@@ -124,11 +125,11 @@ class Run:
 
     seed: Annotated[int, Field(ge=0)] = 0
     name: str | None = None
-    data: DataSection = Field(default_factory=DataSection)
-    model: ModelSection = Field(default_factory=ModelSection)
-    estimator: Component = "elbo"
-    train: TrainSection = Field(default_factory=TrainSection)
-    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    estimator: Component = field(default_factory=lambda: {"kind": "dreg", "num_particles": 10})
+    train: TrainSection = field(default_factory=TrainSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
 
 SECTIONS = {"data": DataSection, "model": ModelSection, "train": TrainSection, "evaluate": EvaluateSection}
@@ -158,8 +159,12 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    overrides = overrides or {}
+    if isinstance(overrides.get("estimator"), dict) and "kind" not in overrides["estimator"]:
+        # Options without a name are meant for the estimator that would run without them.
+        tables = {"estimator": Run().estimator} | tables
     try:
-        return TypeAdapter(Run).validate_python(_merged(tables, overrides or {}))
+        return TypeAdapter(Run).validate_python(_merged(tables, overrides))
     except ValidationError as error:
         raise ValueError(_sentence(error, str(path) if path is not None else "The run")) from error
 

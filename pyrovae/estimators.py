@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .registry import build, register
-from .weights import Gradients, LogWeights, PairInfo, Program, dreamt_log_guide, inspect_pair, log_weights
+from .weights import Gradients, Leaf, LogWeights, PairInfo, Program, dreamt_log_guide, inspect_pair, log_weights
 
 for _pyros_own, _name in [
     (pyro.infer.Trace_ELBO, "trace_elbo"),
@@ -444,9 +444,9 @@ class GDReG(_ManyParticles):
         - \tilde w_k^2 \, \partial_{z_i} \log w_k \Big) \frac{\partial T(\epsilon_k; \theta)}{\partial \theta}
 
     which has the mean of :math:`\tilde w_k \partial_\theta \log p_\theta(z_{ik} | \cdot)`, the ordinary one. That one stays
-    where no sampler can be inverted (a mixture, say); :meth:`prior_terms` says which. Known samplers: Normal, Laplace, Cauchy,
-    StudentT and Gumbel, MultivariateNormal, and invertible transforms of these. The model's graph is traversed twice. Needs
-    reparameterised sites.
+    where no sampler can be inverted (a mixture, say) or the guide's site is a Delta; :meth:`prior_terms` says which. Known
+    samplers: Normal, Laplace, Cauchy, StudentT and Gumbel, MultivariateNormal, and invertible transforms of these. The model's
+    graph is traversed twice. Needs reparameterised sites.
 
     Args:
         num_particles: K.
@@ -471,7 +471,7 @@ class GDReG(_ManyParticles):
         """For each latent, how its prior gets its gradient: ``"reparameterised"`` or ``"score"``."""
         with torch.enable_grad():
             leaves = self._draw(model, guide, args, kwargs).leaves
-        priors = {leaf.name: _resample(leaf.prior, leaf.value) for leaf in leaves if leaf.prior is not None}
+        priors = {leaf.name: _resample_leaf(leaf) for leaf in leaves if leaf.prior is not None}
         return {name: "score" if resampled is None else "reparameterised" for name, resampled in priors.items()}
 
     def reduce(self, weights: LogWeights) -> Tensor:
@@ -497,7 +497,7 @@ class GDReG(_ManyParticles):
             part = leaf.layout.spread(share[leaf.rows], leaf.value, leaf.event_dim)
             path = torch.where(part == 0, 0.0, part**2 * (joint - guide))
             objective = objective + leaf.layout.gather(path * leaf.sample, leaf.event_dim).sum(0)
-            resampled = _resample(leaf.prior, leaf.value.detach())
+            resampled = _resample_leaf(leaf)
             if resampled is None:
                 objective = objective + share[leaf.rows].mul(torch.where(dead[leaf.rows], 0.0, leaf.log_prior)).sum(0)
             else:
@@ -508,6 +508,10 @@ class GDReG(_ManyParticles):
 
 
 _LOC_SCALE = (dist.Normal, dist.Laplace, dist.Cauchy, dist.StudentT, dist.Gumbel)
+
+
+def _resample_leaf(leaf: Leaf) -> Tensor | None:
+    return None if leaf.is_point else _resample(leaf.prior, leaf.value.detach())
 
 
 def _resample(prior: Any, value: Tensor) -> Tensor | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -128,9 +131,7 @@ class Evidence:
             )
         if np.isneginf(self.log_px).any():
             datum = int(np.flatnonzero(np.isneginf(self.log_px))[0])
-            return (
-                said + f"Datum {datum} has zero weight in all samples: the guide misses all that the model allows."
-            )
+            return said + f"Datum {datum} has zero weight in all samples: the guide misses all that the model allows."
         if not len(bad):
             return said + f"Pareto k is below {self.khat_threshold:.2f} for all data: the estimate can be believed."
         return said + (
@@ -314,9 +315,25 @@ def _psislw() -> tuple[Any, bool]:
     try:
         from arviz_stats.base import array_stats
     except ImportError:
-        with warnings.catch_warnings():
-            # 0.23 announces its successor once a day.
-            warnings.simplefilter("ignore", FutureWarning)
-            import arviz
-        return arviz.psislw, False
+        return _arviz_023().psislw, False
     return array_stats.psislw, True
+
+
+def _arviz_023() -> Any:
+    """ArviZ 0.23, which announces its successor once a day and keeps the date of that in a cache folder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            return importlib.import_module("arviz")
+        except OSError:
+            # The cache folder cannot be written, as in a container without a home: the date may as well be lost.
+            before = os.environ.get("XDG_CACHE_HOME")
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ["XDG_CACHE_HOME"] = folder
+                try:
+                    return importlib.import_module("arviz")
+                finally:
+                    if before is None:
+                        del os.environ["XDG_CACHE_HOME"]
+                    else:
+                        os.environ["XDG_CACHE_HOME"] = before

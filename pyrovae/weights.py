@@ -98,6 +98,7 @@ class Leaf(NamedTuple):
     value: Tensor
     event_dim: int
     prior: Any  # p(z | its parents) as the model declared it; None where the guide alone has the site
+    is_point: bool  # the guide puts a Delta here, whose density at z lies in other sites
     log_prior: Tensor
     rows: slice  # its particles, among the K
     layout: Layout
@@ -474,6 +475,8 @@ def _read(traces: _Traces, num_particles: int, gradients: Gradients = "total", a
     observed = [site for site in model_sites if site["is_observed"]]
     priors = {site["name"]: site for site in model_sites if not site["is_observed"]}
     # Sampled before detached: a flow remembers the inverse of its last value only.
+    if gradients == "score":
+        _check_scores(guide_sites)
     try:
         log_guide = {site["name"]: read(site) for site in guide_sites}
         rescored = None if traces.rescored is None else sum((read(site) for site in _sites(traces.rescored)), zeros)
@@ -493,7 +496,8 @@ def _read(traces: _Traces, num_particles: int, gradients: Gradients = "total", a
         for site in (site for site in guide_sites if not site["is_observed"]):
             name, value = site["name"], traces.rescored.nodes[site["name"]]["value"]
             prior = priors[name]["fn"] if name in priors else None
-            terms = (site["value"], value, site["fn"].event_dim, prior, log_prior.get(name, zeros))
+            is_point = isinstance(_law(site), pyro.distributions.Delta)
+            terms = (site["value"], value, site["fn"].event_dim, prior, is_point, log_prior.get(name, zeros))
             leaves.append(Leaf(name, *terms, slice(0, num_particles), layout))
     return LogWeights(
         log_likelihood=sum((read(site) for site in observed), zeros),
@@ -606,6 +610,24 @@ def _check_scale(sites: list[dict], scale: float, plate: str) -> None:
             )
 
 
+def _law(site: dict) -> Any:
+    """A site's distribution without what Pyro wraps around it."""
+    law = site["fn"]
+    while type(law).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
+        law = law.base_dist
+    return law
+
+
+def _check_scores(guide_sites: list[dict]) -> None:
+    for site in guide_sites:
+        law = _law(site)
+        if isinstance(law, pyro.distributions.Delta) and law.v.requires_grad:
+            raise ValueError(
+                f"The guide's site {site['name']!r} is a learned Delta, which has no score, so this estimator would never move "
+                f"it: choose one that follows its path, such as elbo."
+            )
+
+
 def _log_prob(site: dict) -> Tensor:
     value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(value, 1.0, site["mask"])
@@ -656,10 +678,7 @@ def _check_support(site: dict) -> None:
     outside = (~inside & mask).nonzero()
     if not len(outside):
         return
-    law = site["fn"]
-    while type(law).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
-        law = law.base_dist
-    law = type(law).__name__
+    law = type(_law(site)).__name__
     low, high = site["value"].min().item(), site["value"].max().item()
     raise ValueError(
         f"The data have values outside the support of {law} at site {site['name']!r}, in {len(outside)} of the "

@@ -72,7 +72,7 @@ def test_a_second_run_gets_its_own_folder_and_a_chosen_name_is_not_overwritten(r
     assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
     for _ in range(2):
         assert main(["train", *QUICK]) == 0
-    assert {path.name for path in run_folder.parent.iterdir()} == {"mine", "digits-elbo-2", "digits-elbo-2-2"}
+    assert {path.name for path in run_folder.parent.iterdir()} == {"mine", "digits-dreg-2", "digits-dreg-2-2"}
 
 
 def test_evaluate_scores_again(run_folder: Path):
@@ -82,6 +82,31 @@ def test_evaluate_scores_again(run_folder: Path):
     assert (len(second), second.num_samples) == (50, 90)
     assert second.mean == pytest.approx(first.log_px[:50].mean(), abs=2)
     assert "90 samples" in json.loads((run_folder / "summary.json").read_text())["findings"]
+
+
+def test_estimators_are_compared_on_a_run(run_folder: Path, capsys: pytest.CaptureFixture):
+    capsys.readouterr()
+    command = [
+        "estimators",
+        "runs/mine",
+        "--names",
+        "elbo",
+        "iwae",
+        "--num-draws",
+        "10",
+        "--num-particles",
+        "3",
+        "--batch-size",
+        "20",
+    ]
+    assert main([*command, "--train-seconds", "0.3"]) == 0
+    out = capsys.readouterr().out
+    assert "elbo" in out
+    assert "from the same start" in out
+    assert max(map(len, out.splitlines())) <= 80
+    written = json.loads((run_folder / "estimators.json").read_text())
+    assert written["data_vars"]["num_particles"]["data"] == [1, 3]
+    assert (run_folder / "estimators.png").stat().st_size > 5000
 
 
 def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):

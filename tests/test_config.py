@@ -33,6 +33,14 @@ def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path):
     assert run.model.likelihood == {"kind": "normal", "scale": "shared"}
 
 
+def test_estimator_options_without_a_name_are_the_default_estimators(tmp_path: Path):
+    default = Run().estimator
+    assert read_run(overrides={"estimator": {"num_particles": 3}}).estimator == default | {"num_particles": 3}
+    path = tmp_path / "run.toml"
+    path.write_text('estimator = { kind = "iwae", num_particles = 50 }')
+    assert read_run(path, {"estimator": {"num_particles": 3}}).estimator == {"kind": "iwae", "num_particles": 3}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

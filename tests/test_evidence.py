@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +118,17 @@ def test_comparison_is_paired():
         compare({"one": made(base)})
     with pytest.raises(ValueError, match="different numbers of data"):
         compare({"one": made(base), "two": made(base[:5])})
+
+
+def test_an_unwritable_cache_folder_does_not_stop_the_fit(tmp_path: Path):
+    (tmp_path / "file").write_text("no folder can be made under a file")
+    code = (
+        "import os, numpy as np; from pyrovae.evidence import pareto_khat; "
+        "khat = pareto_khat(np.random.default_rng(0).normal(size=(1, 100)), 100); "
+        "print(np.isfinite(khat).all(), os.environ['XDG_CACHE_HOME'])"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file" / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == ["True", str(tmp_path / "file" / "cache")], done.stderr
