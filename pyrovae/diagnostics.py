@@ -18,8 +18,10 @@ from .data import Batches, arguments, as_arrays
 from .estimators import check_estimator, make_estimator
 from .evidence import Comparison, compare
 from .marginal import log_marginal
+from .pairs import FirstRun, first_run
+from .traces import Program
 from .training import fit
-from .weights import FirstRun, Program, first_run, log_weights
+from .weights import log_weights
 
 if TYPE_CHECKING:
     import xarray

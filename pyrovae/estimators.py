@@ -27,8 +27,10 @@ import pyro.infer
 import torch
 from torch import Tensor
 
+from .pairs import PairInfo, inspect_pair
 from .registry import build, register
-from .weights import Gradients, Leaf, LogWeights, PairInfo, Program, dreamt_log_guide, inspect_pair, log_weights
+from .traces import Gradients, Program
+from .weights import Leaf, LogWeights, dreamt_log_guide, log_weights
 
 for _pyros_own, _name in [
     (pyro.infer.Trace_ELBO, "trace_elbo"),
@@ -62,7 +64,7 @@ def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
 
     Args:
         estimator: one of ours or Pyro's.
-        info: what :func:`pyrovae.weights.inspect_pair` says of the pair.
+        info: what :func:`pyrovae.pairs.inspect_pair` says of the pair.
 
     Raises:
         ValueError: the estimator needs reparameterised sites and the pair has others, or it is Pyro's ``RenyiELBO`` on a
@@ -71,7 +73,7 @@ def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
     Example:
         >>> import torch, pyrovae as pv
         >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
-        >>> info = pv.weights.inspect_pair(vae.model, vae.guide, torch.zeros(5, 9))
+        >>> info = pv.pairs.inspect_pair(vae.model, vae.guide, torch.zeros(5, 9))
         >>> pv.estimators.check_estimator(pv.estimators.IWAE(), info)
     """
     if isinstance(estimator, pyro.infer.RenyiELBO) and info.scale != 1.0:

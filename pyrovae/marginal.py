@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from .data import Batches, arguments
 from .evidence import Evidence, pareto_khat, tail_size
-from .weights import Program, evaluation_mode, first_run, inspect_pair, log_weights
+from .pairs import first_run, inspect_pair
+from .traces import Program, evaluation_mode
+from .weights import log_weights
 
 # A chunk of decoder output past 32 MB makes every temporary a fresh mapping, which is slower than many small chunks.
 CHUNK_NUMBERS = 2**22

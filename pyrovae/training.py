@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from .data import Batches, arguments
 from .estimators import check_estimator, make_estimator
+from .pairs import PairInfo, first_run, inspect_pair
 from .registry import unknown
-from .weights import PairInfo, Program, evaluation_mode, first_run, inspect_pair
+from .traces import Program, evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

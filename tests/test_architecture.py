@@ -19,19 +19,23 @@ ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__
 LEAVES = {"registry", "checkpoint", "data", "evidence", "staging"}
 _BODIES = {"nn", "distributions"}
 _PARTS = {"priors", "likelihoods", "encoders"}
-_SCORING = {"weights", "estimators", "marginal", "annealing", "diagnostics", "training"}
+_TRACES = {"traces", "weights", "pairs"}
+_SCORING = _TRACES | {"estimators", "marginal", "annealing", "diagnostics", "training"}
 ALLOWED: dict[str, set[str]] = {
     "nn": set(),
     "distributions": set(),
     **dict.fromkeys(_PARTS, _BODIES),
     **dict.fromkeys(("vae", "hierarchical"), _BODIES | _PARTS),
-    "weights": set(),
-    "estimators": {"weights"},
-    "marginal": {"weights"},
-    "annealing": {"weights"},
+    # The page has one room for these: traces reads, weights reduces, pairs inspects.
+    "traces": set(),
+    "weights": {"traces"},
+    "pairs": {"traces", "weights"},
+    "estimators": _TRACES,
+    "marginal": _TRACES,
+    "annealing": _TRACES,
     # Beyond the page's arrow from weights: a comparison trains and scores, with estimators found by name.
-    "diagnostics": {"weights", "estimators", "marginal", "training"},
-    "training": {"weights", "estimators"},
+    "diagnostics": _TRACES | {"estimators", "marginal", "training"},
+    "training": _TRACES | {"estimators"},
     **{leaf: set() for leaf in LEAVES},
     "config": set(ROOMS) - {"report", "cli"},
     "report": set(ROOMS) - {"cli"},

@@ -20,8 +20,9 @@ from pyro.distributions.transforms import AffineTransform, SigmoidTransform, Spl
 from torch import Tensor, nn
 
 from pyrovae import estimators as est
+from pyrovae.pairs import inspect_pair
 from pyrovae.registry import build, describe, names
-from pyrovae.weights import LogWeights, inspect_pair, log_weights
+from pyrovae.weights import LogWeights, log_weights
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -307,6 +308,24 @@ def test_the_score_function_gives_the_exact_gradient_of_the_expected_bound(name:
     make, reduce, K = SCORED[name]
     exact = exact_gradient(pair.expected(reduce, K), pair.values)
     assert_agrees(gradient_draws(make(), pair.pair, pair.values, pair.x), exact)
+
+
+def test_control_variates_are_those_of_the_papers() -> None:
+    # An unbiased gradient does not show a wrong control variate: only its noise does.
+    torch.manual_seed(5)
+    log_w = 2 * torch.randn(4, 3)
+    w, K = log_w.exp(), 4
+    for k in range(K):
+        rest = [j for j in range(K) if j != k]
+        geometric = w[rest].prod(0) ** (1 / (K - 1))
+        vimco = (w.mean(0).log() - ((w[rest].sum(0) + geometric) / K).log()) - w[k] / w.sum(0)
+        assert -est.VIMCO(K).coefficients(log_w).score[k] == pytest.approx(vimco)
+        for gamma in (0.0, 0.4, 1.0):
+            share = w[k] / w.sum(0)
+            control = w[rest].mean(0).log() - gamma * share + (1 - gamma) * math.log(1 - 1 / K)
+            ovis = w.mean(0).log() - share - control
+            assert -est.OVIS(K, gamma=gamma).coefficients(log_w).score[k] == pytest.approx(ovis)
+        assert -est.ScoreELBO(K).coefficients(log_w).score[k] == pytest.approx((log_w[k] - log_w[rest].mean(0)) / K)
 
 
 def wake(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -959,7 +978,7 @@ def test_sleep_refuses_an_observation_that_is_no_argument() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x + 0)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x + 1)
 
     guide = Gaussian.pair({name: torch.full((3,), value, requires_grad=True) for name, value in Gaussian.values.items()})[1]
     with pytest.raises(ValueError, match=r"site 'x'.*wake phase"):

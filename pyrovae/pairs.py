@@ -1,0 +1,151 @@
+"""Pairs: what one run of a model and a guide tells about them before they are trained or scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from .traces import (
+    Program,
+    check_finite,
+    check_support,
+    evaluation_mode,
+    plate_nesting,
+    same_random_stream,
+    sites_of,
+    trace_pair,
+)
+from .weights import read_weights
+
+
+@dataclass(frozen=True)
+class PairInfo:
+    """What one run of a pair tells about it.
+
+    Attributes:
+        max_plate_nesting: how many plate dimensions it uses.
+        num_data: data in the batch.
+        scale: N/B of a subsampled data plate, else 1.0.
+        num_dims: observed numbers per datum.
+        latents: names of the latent sites.
+        not_reparameterized: those of them without a reparameterised sampler.
+    """
+
+    max_plate_nesting: int
+    num_data: int
+    scale: float
+    num_dims: int
+    latents: tuple[str, ...]
+    not_reparameterized: tuple[str, ...]
+
+
+def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
+    """Run a pair once, without touching the random stream, and say what it is made of.
+
+    Raises:
+        ValueError: as :func:`log_weights`; also where an observed value lies outside its distribution's support.
+    """
+    check_finite((*args, *kwargs.values()))
+    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
+        traces = trace_pair(model, guide, args, kwargs, 1, None)
+        model_trace, guide_trace = traces.model, traces.guide
+        for site in sites_of(model_trace):
+            if site["is_observed"]:
+                check_support(site)
+        weights = read_weights(traces, 1)
+    latents = tuple(site["name"] for site in sites_of(guide_trace) if not site["is_observed"])
+    return PairInfo(
+        max_plate_nesting=plate_nesting(model_trace, guide_trace),
+        num_data=weights.num_data,
+        scale=weights.scale,
+        num_dims=weights.num_dims,
+        latents=latents,
+        not_reparameterized=weights.not_reparameterized,
+    )
+
+
+def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """The unconstrained leaf parameters of a pair, as Pyro's SVI finds them, each once.
+
+    Parameters of an ``nn.Module`` whose bound method a program is come along, whether or not it calls ``pyro.module``.
+
+    Raises:
+        ValueError: a module's parameter is hidden by another one of the same name in Pyro's store, so that it would never
+            train.
+    """
+    with (
+        torch.no_grad(),
+        same_random_stream(args),
+        evaluation_mode(model, guide),
+        poutine.trace(param_only=True) as capture,
+    ):
+        trace_pair(model, guide, args, kwargs, 1, None)
+    found: dict[int, Tensor] = {}
+    for name, site in capture.trace.nodes.items():
+        if site["type"] != "param":
+            continue
+        given = site["args"][1] if len(site["args"]) > 1 else None
+        live = site["value"].unconstrained() if hasattr(site["value"], "unconstrained") else site["value"]
+        if isinstance(given, nn.Parameter) and given is not live:
+            raise ValueError(
+                f"Pyro's parameter store already holds {name!r} from another module, so this one would never train: "
+                f"call pyro.clear_param_store() before building it, or register it under another name."
+            )
+        found.setdefault(id(live), live)
+    for program in (model, guide):
+        owner = getattr(program, "__self__", program)
+        if isinstance(owner, nn.Module):
+            for parameter in owner.parameters():
+                found.setdefault(id(parameter), parameter)
+    return [parameter for parameter in found.values() if parameter.requires_grad and parameter.is_leaf]
+
+
+@dataclass(frozen=True)
+class FirstRun:
+    """What the first run of a pair on a batch settles for all later ones.
+
+    Attributes:
+        parameters: the unconstrained leaf parameters.
+        info: what the pair is made of.
+        dtype: the floating type that its data must have.
+        device: where its parameters live.
+    """
+
+    parameters: list[Tensor]
+    info: PairInfo
+    dtype: torch.dtype
+    device: torch.device
+
+
+def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
+    """Find a pair's parameters, structure, floating type and device from one batch.
+
+    NumPy's arrays are float64 on the CPU, where most networks are float32 and some are on a GPU. Which a program wants shows
+    only when it runs, so a batch that fails as it is runs once more in torch's default type, then on the GPU.
+
+    Raises:
+        ValueError: as :func:`inspect_pair` and :func:`find_parameters`.
+        RuntimeError: the pair fails in all of them; the message is torch's.
+    """
+    default = torch.get_default_dtype()
+    attempts = [args, _moved(args, default, None)]
+    if torch.cuda.is_available():
+        attempts.append(_moved(args, default, torch.device("cuda")))
+    for attempt in attempts:
+        try:
+            parameters = find_parameters(model, guide, *attempt)
+            break
+        except RuntimeError:
+            if attempt is attempts[-1]:
+                raise
+    like = next((parameter for parameter in parameters if parameter.is_floating_point()), None)
+    dtype, device = (default, args[0].device) if like is None else (like.dtype, like.device)
+    return FirstRun(parameters, inspect_pair(model, guide, *_moved(args, dtype, device)), dtype, device)
+
+
+def _moved(args: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device | None) -> tuple[Tensor, ...]:
+    return tuple(arg.to(device=device, dtype=dtype if arg.is_floating_point() else None) for arg in args)
