@@ -85,8 +85,8 @@ def snr(draws: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--particles", type=int, nargs="+", default=[32, 64, 128, 256, 512])
-    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--particles", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     toy = Toy(options.seed)

@@ -107,7 +107,7 @@ def write_report(
         curve=_svg("curve", lambda ax: learning_curve(records, ax), 3.3) if _finite_epochs(records) else None,
         last=records[-1] if records else None,
         best=_best(records),
-        gaps=_svg("gaps", lambda ax: _gap_histogram(evidence.log_px - evidence.elbo, ax), 2.7),
+        gaps=_svg("gaps", lambda ax: _gap_histogram(_gaps(evidence), ax), 2.7, 13.0),
         pareto=_svg("pareto", lambda ax: _pareto(evidence.khat, evidence.khat_threshold, ax), 2.7),
         pairs=_pairs(originals, reconstructions, bounds),
         samples=_samples(samples, bounds),
@@ -123,7 +123,7 @@ def write_report(
 
 def _numbers(evidence: Evidence) -> dict[str, Any]:
     """What the page says beyond the fields of the evidence: means with their standard errors over data, quantiles."""
-    gap = evidence.log_px - evidence.elbo
+    gap = _gaps(evidence)
     spread = np.isfinite(evidence.ess)
     nats = max(evidence.num_dims, 1) * math.log(2)
     size = abs(float(gap.mean())) if np.isfinite(gap).all() else math.inf
@@ -143,6 +143,12 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
     }
 
 
+def _gaps(evidence: Evidence) -> np.ndarray:
+    """Estimate minus bound of each datum; not a number where both are -inf."""
+    with np.errstate(invalid="ignore"):
+        return evidence.log_px - evidence.elbo
+
+
 def _verdict(evidence: Evidence) -> dict[str, str]:
     num_data, unreliable = len(evidence.log_px), int(np.sum(~evidence.reliable))
     threshold = f"{evidence.khat_threshold:.2f}"
@@ -158,6 +164,8 @@ def _verdict(evidence: Evidence) -> dict[str, str]:
     )
     if share <= 0.05:
         return {"level": "fair", "word": "Mostly reliable", "text": text}
+    if share <= 0.5:
+        return {"level": "fair", "word": "Partly reliable", "text": text}
     return {"level": "bad", "word": "Not reliable", "text": text}
 
 
@@ -333,7 +341,7 @@ def _scatter(points: np.ndarray, labels: np.ndarray | None, axes: tuple[str, str
                     bbox={"boxstyle": "round,pad=0.22", "facecolor": SURFACE, "edgecolor": LINE, "alpha": 0.85})  # fmt: skip
     else:  # too many to name: colour by order, which for numbers is the number's rank
         order = np.searchsorted(np.asarray(kinds), labels) / (len(kinds) - 1)
-        ax.scatter(*points.T, c=order, cmap="viridis", s=12, alpha=0.8, linewidths=0)
+        ax.scatter(points[:, 0], points[:, 1], c=order, cmap="viridis", s=12, alpha=0.8, linewidths=0)
     ax.set_xlabel(axes[0])
     ax.set_ylabel(axes[1])
     if axes[1]:
@@ -360,10 +368,10 @@ def _profiles(groups: Sequence[np.ndarray], ax: Axes) -> None:
         panel.grid(axis="y", color=LINE, linewidth=0.5)
 
 
-def _svg(name: str, draw: Callable[[Axes], Any], height: float) -> Markup:
+def _svg(name: str, draw: Callable[[Axes], Any], height: float, width: float = 6.2) -> Markup:
     """Draw on fresh axes and return the figure as SVG to stand inside HTML, which scales with the page."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(6.2, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots())
         file = io.StringIO()
         # Without metadata, as that would name outside addresses.

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+
+from pyrovae.evidence import Evidence
+from pyrovae.report import image_grid, learning_curve, write_report
+
+RECORDS = [
+    {"epoch": e, "bound": -150 + 3.0 * e, "validation": -152 + 2.5 * e, "lr": 1e-3, "seconds": 0.5 * e, "step": 20 * e}
+    for e in range(1, 9)
+]
+
+
+def evidence(size: int = 50, **changes: Any) -> Evidence:
+    random = np.random.default_rng(0)
+    log_px = random.normal(-113.4567, 10, size)
+    fields = {
+        "log_px": log_px,
+        "se": np.full(size, 0.05),
+        "ess": random.uniform(100, 2000, size),
+        "khat": random.uniform(0, 0.69, size),
+        "elbo": log_px - random.uniform(3, 6, size),
+    }
+    return Evidence(**(fields | changes), num_samples=5000, num_dims=64)
+
+
+def page_of(tmp_path: Path, scored: Evidence | None = None, **options: Any) -> str:
+    given = {"title": "a run", "records": RECORDS, "settings": "seed = 0\n", "facts": {"torch": "2.13.0"}} | options
+    write_report(tmp_path / "report.html", evidence=evidence() if scored is None else scored, **given)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def text_of(page: str) -> str:
+    body = re.sub(r"<(svg|style).*?</\1>", " ", page[page.index("<body") :], flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body))).replace("\N{MINUS SIGN}", "-")
+
+
+def test_the_numbers_on_the_page_are_the_evidences(tmp_path: Path):
+    khat = evidence().khat.copy()
+    khat[:3] = 0.9
+    scored = evidence(khat=khat)
+    text = text_of(page_of(tmp_path, scored))
+    for number in (
+        f"{scored.mean:.2f}",
+        f"{scored.elbo.mean():.2f}",
+        f"{scored.gap:.2f}",
+        f"{scored.bits_per_dim:.3f}",
+        "5,000",
+        "3 of 50",
+        "94.0 %",
+    ):
+        assert number in text, number
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"), [(0, "Reliable"), (2, "Mostly reliable"), (20, "Partly reliable"), (40, "Not reliable")]
+)
+def test_the_verdict_follows_the_share_of_unreliable_data(tmp_path: Path, bad: int, word: str):
+    khat = evidence().khat.copy()
+    khat[:bad] = 1.2
+    assert f" {word}" in text_of(page_of(tmp_path, evidence(khat=khat)))
+
+
+def test_nothing_external_and_no_script(tmp_path: Path):
+    page = page_of(tmp_path, originals=load_digits().images[:5], reconstructions=load_digits().images[5:10])
+    assert "http" not in page
+    assert "<script" not in page
+    assert "<link" not in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+
+
+def test_titles_settings_and_facts_are_escaped(tmp_path: Path):
+    hostile = "<img src=x onerror=alert(1)>"
+    page = page_of(tmp_path, title=hostile, settings=f'name = "{hostile}"', facts={hostile: hostile})
+    assert hostile not in page
+    assert html.escape(hostile) in page
+
+
+def pictures(page: str) -> list[np.ndarray]:
+    found = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+    return [matplotlib.image.imread(io.BytesIO(base64.b64decode(data))) for data in found]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (64,), (3, 8, 8)])
+def test_images_of_every_layout_are_drawn(tmp_path: Path, shape: tuple[int, ...]):
+    data = np.random.default_rng(0).uniform(size=(6, *shape))
+    drawn = pictures(page_of(tmp_path, originals=data, reconstructions=data, samples=data))
+    assert len(drawn) >= 3
+    # A picture of the same data twice is the same picture, with the extremes of the data in it.
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert drawn[0][..., :3].max() == 1
+    assert drawn[0][..., :3].min() == 0
+
+
+def test_what_is_no_image_is_drawn_as_profiles(tmp_path: Path):
+    data = np.random.default_rng(0).normal(size=(5, 7))
+    page = page_of(tmp_path, originals=data, reconstructions=data, samples=data)
+    assert not pictures(page)
+    assert page.count("<svg") > page_of(tmp_path).count("<svg")
+
+
+def test_parts_that_are_missing_are_left_out(tmp_path: Path):
+    text = text_of(page_of(tmp_path, records=[]))
+    for part in ("Learning curve", "Reconstructions", "Latent space"):
+        assert part not in text
+    full = text_of(
+        page_of(tmp_path, originals=load_digits().images[:4], reconstructions=load_digits().images[:4], latents=np.eye(6, 3))
+    )
+    for part in ("Learning curve", "Reconstructions", "Latent space"):
+        assert part in full
+
+
+@pytest.mark.parametrize("fill", [-math.inf, math.inf, math.nan])
+def test_extreme_khat_and_weights_do_not_break_the_page(tmp_path: Path, fill: float):
+    ones = np.full(50, fill)
+    assert "Pareto k" in text_of(page_of(tmp_path, evidence(khat=ones)))
+    log_px = evidence().log_px.copy()
+    log_px[0] = -math.inf
+    assert "Not usable" in text_of(page_of(tmp_path, evidence(log_px=log_px, elbo=log_px, khat=ones, ess=ones)))
+
+
+def test_latents_say_how_they_were_projected(tmp_path: Path):
+    random = np.random.default_rng(0)
+    wide = random.normal(size=(200, 5)) * [5, 2, 0.1, 0.1, 0.1]
+    text = text_of(page_of(tmp_path, latents=wide, labels=random.integers(0, 10, 200)))
+    variance = wide.var(0)
+    assert "principal components" in text
+    assert f"{100 * variance[0] / variance.sum():.0f}" in text
+    assert "principal components" not in text_of(page_of(tmp_path, latents=wide[:, :2]))
+
+
+def test_learning_curve_draws_the_records():
+    ax = learning_curve(RECORDS, Figure().subplots())
+    drawn = [np.asarray(line.get_ydata(), float) for line in ax.lines]
+    assert any(np.array_equal(y, [r["bound"] for r in RECORDS]) for y in drawn)
+    assert any(np.array_equal(y, [r["validation"] for r in RECORDS]) for y in drawn)
+
+
+def test_image_grid_places_each_image():
+    images = np.stack([np.full((4, 4), value) for value in (0.0, 0.5, 1.0)])
+    grid = image_grid(images, columns=2)
+    assert grid[0, 0, 0] < grid[0, -1, 0]
+    assert grid[-1, 0, 0] == 255
+    assert grid[-1, -1, 3] == 0, "the empty place is transparent"
