@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Batches, arguments, as_arrays
-from .estimators import check_estimator, make_estimator
+from .estimators import check_estimator, loss_and_grads, make_estimator
 from .evidence import Comparison, compare
 from .marginal import log_marginal
 from .pairs import FirstRun, first_run
@@ -306,7 +306,7 @@ def _gradients(
     torch.manual_seed(seed)
     size = len(batch[0]) * start.info.scale
     _clear(start.parameters)
-    loss = estimator.loss_and_grads(model, guide, *batch)
+    loss = loss_and_grads(estimator, model, guide, *batch)
     vectors = [
         np.concatenate([np.zeros(0), *(_numpy(p.grad if p.grad is not None else torch.zeros_like(p)) for p in group)]) / -size
         for group in groups
@@ -361,7 +361,7 @@ def _times(estimators: list[Any], model: Program, guide: Program, batch: tuple, 
     for lap in times:
         for e, estimator in enumerate(estimators):
             began = time.perf_counter()
-            estimator.loss_and_grads(model, guide, *batch)
+            loss_and_grads(estimator, model, guide, *batch)
             if batch[0].device.type == "cuda":
                 torch.cuda.synchronize()
             lap[e] = time.perf_counter() - began

@@ -67,8 +67,8 @@ def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
         info: what :func:`pyrovae.pairs.inspect_pair` says of the pair.
 
     Raises:
-        ValueError: the estimator needs reparameterised sites and the pair has others, or it is Pyro's ``RenyiELBO`` on a
-            scaled or subsampled plate.
+        ValueError: the estimator needs reparameterised sites and the pair has others, it is Pyro's ``RenyiELBO`` on a
+            scaled or subsampled plate, or it cannot sum out a site that the model leaves to enumeration.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -76,6 +76,11 @@ def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
         >>> info = pv.pairs.inspect_pair(vae.model, vae.guide, torch.zeros(5, 9))
         >>> pv.estimators.check_estimator(pv.estimators.IWAE(), info)
     """
+    if info.enumerated and not isinstance(estimator, pyro.infer.TraceEnum_ELBO):
+        raise ValueError(
+            f"{type(estimator).__name__} cannot sum out {', '.join(map(repr, info.enumerated))}, which the model marks for "
+            f"enumeration and the guide does not sample: choose 'trace_enum_elbo', or sample it in the guide."
+        )
     if isinstance(estimator, pyro.infer.RenyiELBO) and info.scale != 1.0:
         raise ValueError(
             f"RenyiELBO puts the data plate's scale N/B = {info.scale:g} inside the logsumexp, where it is no bound on "
@@ -102,6 +107,27 @@ class Coefficients(NamedTuple):
     model: Tensor
     path: Tensor
     score: Tensor
+
+
+def loss_and_grads(estimator: pyro.infer.ELBO, model: Program, guide: Program, *args: Any) -> float:
+    """An estimator's loss in nats, after adding its gradients to the parameters', for ours and Pyro's alike.
+
+    Pyro's own ``loss_and_grads`` skip the backward pass, in silence, where no parameter was announced by a pyro statement, as
+    with the bound methods of a plain module. Their differentiable losses do not, so those are used where there is one.
+
+    Example:
+        >>> import pyro, torch, pyrovae as pv
+        >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+        >>> loss = pv.estimators.loss_and_grads(pyro.infer.Trace_ELBO(), vae.model, vae.guide, torch.zeros(5, 9))
+        >>> all(parameter.grad is not None for parameter in vae.parameters())
+        True
+    """
+    if not hasattr(estimator, "differentiable_loss"):
+        return estimator.loss_and_grads(model, guide, *args)
+    loss = estimator.differentiable_loss(model, guide, *args)
+    if loss.requires_grad:
+        loss.backward(retain_graph=estimator.retain_graph)
+    return loss.item()
 
 
 class Estimator(pyro.infer.ELBO):

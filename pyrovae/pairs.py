@@ -33,6 +33,7 @@ class PairInfo:
         num_dims: observed numbers per datum.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
+        enumerated: latent sites of the model that the guide leaves to Pyro's enumeration.
     """
 
     max_plate_nesting: int
@@ -41,6 +42,7 @@ class PairInfo:
     num_dims: int
     latents: tuple[str, ...]
     not_reparameterized: tuple[str, ...]
+    enumerated: tuple[str, ...] = ()
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
@@ -56,6 +58,13 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         for site in sites_of(model_trace):
             if site["is_observed"]:
                 check_support(site)
+        enumerated = tuple(
+            site["name"]
+            for site in sites_of(model_trace)
+            if site["infer"].get("enumerate") and not site["is_observed"] and site["name"] not in guide_trace
+        )
+        for name in enumerated:
+            model_trace.remove_node(name)
         weights = read_weights(traces, 1)
     latents = tuple(site["name"] for site in sites_of(guide_trace) if not site["is_observed"])
     return PairInfo(
@@ -65,6 +74,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         num_dims=weights.num_dims,
         latents=latents,
         not_reparameterized=weights.not_reparameterized,
+        enumerated=enumerated,
     )
 
 

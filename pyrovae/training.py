@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Batches, arguments
-from .estimators import check_estimator, make_estimator
+from .estimators import check_estimator, loss_and_grads, make_estimator
 from .pairs import PairInfo, first_run, inspect_pair
 from .registry import unknown
 from .traces import Program, evaluation_mode
@@ -167,7 +167,7 @@ def fit(
             for batch in train:
                 batch = arguments(model, batch)
                 count = _count(batch, start.info)
-                loss = _loss_and_grads(elbo, model, guide, batch)
+                loss = loss_and_grads(elbo, model, guide, *batch)
                 norm = _rescale(start.parameters, 1 / count, clip_norm)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     what = "loss" if not math.isfinite(loss) else "gradient"
@@ -252,16 +252,6 @@ def _check_data(model: Program, guide: Program, batches: Batches) -> None:
 def _count(batch: tuple, info: PairInfo) -> float:
     # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
     return len(batch[0]) if info.scale == 1.0 else info.num_data * info.scale
-
-
-def _loss_and_grads(elbo: Any, model: Program, guide: Program, batch: tuple) -> float:
-    # Pyro's own loss_and_grads skip the backward pass, in silence, where no parameter was announced by a pyro statement, as
-    # with the bound methods of a plain module; their differentiable losses do not.
-    if not hasattr(elbo, "differentiable_loss"):
-        return elbo.loss_and_grads(model, guide, *batch)
-    loss = elbo.differentiable_loss(model, guide, *batch)
-    loss.backward()
-    return loss.item()
 
 
 def _rescale(parameters: list[Tensor], factor: float, clip_norm: float | None) -> float:

@@ -239,6 +239,39 @@ def test_subsampled_plate_is_reported_per_datum():
         fit(model, guide, x, estimator=renyi, epochs=1, batch_size=25, progress=False)
 
 
+def test_a_discrete_latent_is_summed_by_pyros_enumeration():
+    logits = nn.Parameter(torch.tensor([0.3, -0.2]))
+    means = nn.Parameter(torch.tensor([-1.0, 1.5]))
+    x = torch.cat([torch.randn(60) - 2, torch.randn(40) + 2])
+
+    @pyro.infer.config_enumerate
+    def model(x: torch.Tensor) -> None:
+        weights, locs = pyro.param("logits", logits), pyro.param("means", means)
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=weights))
+            pyro.sample("x", dist.Normal(locs[c], 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        pass
+
+    def exact() -> float:
+        law = torch.distributions.MixtureSameFamily(
+            torch.distributions.Categorical(logits=logits), torch.distributions.Normal(means, torch.ones(2))
+        )
+        return law.log_prob(x).mean().item()
+
+    at_start = exact()
+    history = fit(model, guide, x, estimator="trace_enum_elbo", epochs=1, lr=1e-30, progress=False)
+    assert history.bound[0] == pytest.approx(at_start, rel=1e-5)
+    history = fit(model, guide, x, estimator=pyro.infer.TraceEnum_ELBO(), epochs=200, lr=0.05, progress=False)
+    assert history.bound[-1] == pytest.approx(exact(), rel=1e-3)
+    assert exact() > at_start + 0.1
+    with pytest.raises(ValueError, match=r"IWAE cannot sum out 'c'.*trace_enum_elbo"):
+        fit(model, guide, x, estimator="iwae", epochs=1, progress=False)
+    with pytest.raises(ValueError, match="'c' is not in the guide"):
+        pv.log_marginal(model, guide, x, num_samples=10)
+
+
 def test_patience_stops_and_restores_the_best():
     vae = pv.make_vae(4, latent_dim=2, hidden=[8])
     x = torch.bernoulli(torch.full((60, 4), 0.5))
