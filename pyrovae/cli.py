@@ -84,14 +84,22 @@ def train(
     estimator = make_estimator(described.estimator)
     folder = _new_folder(run_name(described), described.name is not None)
     records: list[dict[str, Any]] = []
+    writer = _tensorboard() if described.train.tensorboard else None
+    board: Any = None
 
     def on_epoch(record: dict[str, Any]) -> None:
+        nonlocal board
         if not records:
             # Only now is it sure that the run is sound, so that a refused one leaves no folder behind.
             checkpoint.write_text(folder / "run.toml", write_run(described))
+            board = None if writer is None else writer(str(folder / "tensorboard"))
         records.append(record)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record) + "\n")
+        if board is not None:
+            for name in ("bound", "validation", "lr"):
+                if record[name] is not None:
+                    board.add_scalar(name, record[name], record["step"])
 
     settings_of = described.train
     print(f"{split.note[0].upper()}{split.note[1:]}.")
@@ -112,6 +120,8 @@ def train(
         seed=described.seed,
         on_epoch=on_epoch,
     )
+    if board is not None:
+        board.close()
     vae.save_pretrained(folder)
     _score(folder, described, split, vae, records)
 
@@ -164,6 +174,7 @@ def estimators(
     num_particles: int = 8,
     batch_size: int = 100,
     num_draws: int = 100,
+    reference_particles: int = 512,
     train_seconds: float | None = None,
 ) -> None:
     """Compare estimators on a trained run: bound, gradient bias, noise and cost.
@@ -174,6 +185,7 @@ def estimators(
         num_particles: K of the estimators that take more than one.
         batch_size: Training data in the batch.
         num_draws: Gradient draws of each estimator.
+        reference_particles: K of the DReG gradient that biases are against.
         train_seconds: Also train each from one fresh start for so long, and score the test data.
     """
     import torch
@@ -190,7 +202,9 @@ def estimators(
     x = split.train[torch.randperm(len(split.train))[:batch_size]]
     x = x if split.transform is None else split.transform(x)
     chosen = {name: _with_particles(name, num_particles) for name in names or _SELECTION}
-    result = compare_estimators(vae.model, vae.guide, x, chosen, num_draws=num_draws, seed=described.seed, progress=True)
+    reference = {"kind": "dreg", "num_particles": reference_particles}
+    options: dict[str, Any] = {"num_draws": num_draws, "reference": reference, "seed": described.seed}
+    result = compare_estimators(vae.model, vae.guide, x, chosen, progress=True, **options)
     result.plot().savefig(run / "estimators.png", dpi=150)
     checkpoint.write_text(run / "estimators.json", json.dumps(result.to_dataset().to_dict(), indent=1) + "\n")
     print(result)
@@ -238,6 +252,15 @@ def list_names() -> None:
             summary = (inspect.getdoc(find(kind, name)) or "").strip().split("\n\n")[0].replace("\n", " ")
             line = f"  {name:<24}{summary}"
             print(line if len(line) <= 80 else line[:77] + "...")
+
+
+def _tensorboard() -> Any:
+    """TensorBoard's writer, an optional extra."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError('TensorBoard is not installed: pip install "pyrovae[tensorboard]".') from error
+    return SummaryWriter
 
 
 def _described(folder: Path, overrides: dict[str, Any] | None = None) -> Run:

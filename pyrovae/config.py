@@ -84,6 +84,7 @@ class TrainSection:
         clip_norm: Largest norm of the gradient.
         validation: Fraction of the training data held out for the validation curve.
         patience: Stop after this many epochs without a better validation bound.
+        tensorboard: Also log the curves for TensorBoard, in the run's folder.
     """
 
     epochs: Positive = 60
@@ -94,6 +95,7 @@ class TrainSection:
     clip_norm: PositiveFloat | None = None
     validation: Fraction | None = 0.1
     patience: Positive | None = None
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)

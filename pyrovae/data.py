@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,25 +322,25 @@ def _torchvision_datasets() -> Any:
 
     The registry's torchvision is built for CUDA and its extension does not load beside a CPU-only torch; then the operators
     that its Python code names at import have no schema. Reading MNIST needs none of them, so declaring the schemas is enough.
+    Loading the extension first, to see whether it loads, is no way: loaded twice it aborts the process.
     """
     global _schemas
-    if _schemas is None:
-        spec = importlib.util.find_spec("torchvision")
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError("MNIST is read through torchvision, which is not installed: pip install torchvision.")
-        try:
-            torch.ops.load_library(str(Path(spec.submodule_search_locations[0]) / "_C.so"))
-            _schemas = False
-        except OSError:
-            _schemas = torch.library.Library("torchvision", "FRAGMENT")  # kept alive: schemas die with it
-            for operator in ("nms", "qnms"):
-                _schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from torchvision import datasets
+    try:
+        return importlib.import_module("torchvision.datasets")
+    except ModuleNotFoundError as error:
+        raise ValueError("MNIST is read through torchvision, which is not installed: pip install torchvision.") from error
+    except RuntimeError as error:
+        if "torchvision::" not in str(error) or _schemas is not None:
+            raise
+    for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[module]  # half imported
+    _schemas = torch.library.Library("torchvision", "FRAGMENT")  # kept alive: schemas die with it
+    for operator in ("nms", "qnms"):
+        _schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("torchvision.datasets")
 
-    return datasets
 
-
-_schemas: torch.library.Library | bool | None = None
+_schemas: torch.library.Library | None = None
 
 
 def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:

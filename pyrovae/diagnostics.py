@@ -144,7 +144,9 @@ def compare_estimators(
     .. math:: \widehat{\|E g\|^2} = \frac{1}{R (R-1)} \sum_{r \ne s} g_r^\top g_s, \qquad
         \mathrm{SNR} = \sqrt{\widehat{\|E g\|^2} / \operatorname{tr} \widehat{\operatorname{Var}}(g)},
 
-    and the bias likewise from the paired differences to the reference's draws; its test flips their signs. Parameters belong
+    and the bias likewise from the paired differences to the reference's draws; its test flips their signs. For the model the
+    reference is nearly the gradient of log p(x). The guide's objectives differ by design (the ELBO's is not IWAE's), so there
+    the bias says how far an estimator pulls elsewhere, not that it is wrong. Parameters belong
     to the model if log p(x, z) at fixed z depends on them, to the guide if log q(z|x) does, to both if they are shared.
 
     Args:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -63,6 +64,23 @@ def test_toml_file_and_overrides(in_folder: Path):
     assert run.model.encoder == "diagonal_normal"
     assert run.model.hidden == [9]
     assert run.estimator == {"kind": "iwae", "num_particles": 3}
+
+
+def test_tensorboard_logs_the_curves_or_says_how_to_install(in_folder: Path, capsys: pytest.CaptureFixture):
+    installed = importlib.util.find_spec("tensorboard") is not None
+    code = main(["train", "--name", "mine", *QUICK, "--train.tensorboard"])
+    if not installed:
+        assert code == 2
+        assert "pyrovae[tensorboard]" in capsys.readouterr().err
+        return
+    assert code == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(in_folder / "runs" / "mine" / "tensorboard"))
+    events.Reload()
+    records = [json.loads(line) for line in (in_folder / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()]
+    logged = {event.step: event.value for event in events.Scalars("validation")}
+    assert logged == pytest.approx({record["step"]: record["validation"] for record in records})
 
 
 def test_a_second_run_gets_its_own_folder_and_a_chosen_name_is_not_overwritten(run_folder: Path, capsys: pytest.CaptureFixture):
