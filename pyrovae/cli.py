@@ -356,7 +356,7 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: float)
 
     import torch
 
-    packages = ("pyrovae", "torch", "pyro-ppl", "arviz", "arviz-stats", "numpy")
+    packages = ("pyrovae", "pyro-ppl", "arviz", "arviz-stats", "numpy")
     return {
         "data": split.note,
         "seed": str(run.seed),
@@ -365,6 +365,7 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: float)
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
         "python": platform.python_version(),
+        "torch": torch.__version__,
     } | {package: version for package in packages if (version := _version(package))}
 
 

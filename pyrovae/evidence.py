@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -312,11 +313,17 @@ def _fit(row: Array, efficiency: float) -> float:
 @cache
 def _psislw() -> tuple[Any, bool]:
     """ArviZ's Pareto smoothing and whether it negates its input, as the 1.x line does and 0.23 does not."""
-    try:
-        from arviz_stats.base import array_stats
-    except ImportError:
-        return _arviz_023().psislw, False
+    return _psislw_of_023() if version("arviz").startswith("0.") else _psislw_of_1()
+
+
+def _psislw_of_1() -> tuple[Any, bool]:
+    from arviz_stats.base import array_stats
+
     return array_stats.psislw, True
+
+
+def _psislw_of_023() -> tuple[Any, bool]:
+    return _arviz_023().psislw, False
 
 
 def _arviz_023() -> Any:
