@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import textwrap
 import time
 import tomllib
 from collections.abc import Sequence
@@ -243,15 +245,16 @@ def list_names() -> None:
     """List priors, likelihoods, encoders, bodies and estimators by name, with a line each."""
     import inspect
 
-    from . import encoders, estimators, likelihoods, nn, priors  # noqa: F401  (importing registers)
     from .registry import KINDS, find, names
 
     for kind in KINDS:
         print(f"{kind}s" if kind != "body" else "bodies")
         for name in names(kind):
-            summary = (inspect.getdoc(find(kind, name)) or "").strip().split("\n\n")[0].replace("\n", " ")
-            line = f"  {name:<24}{summary}"
-            print(line if len(line) <= 80 else line[:77] + "...")
+            cls = find(kind, name)
+            own = not cls.__module__.startswith("pyro.")
+            first = (inspect.getdoc(cls) or "").split("\n\n")[0] if own else f"Pyro's own pyro.infer.{cls.__name__}, as it is."
+            plain = re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", " ".join(first.split()))
+            print(textwrap.fill(plain, 80, initial_indent=f"  {name:<24}", subsequent_indent=" " * 26))
 
 
 def _tensorboard() -> Any:
