@@ -86,9 +86,15 @@ class Batches:
         except TypeError:  # an iterable dataset without a length
             return None
 
-    def __len__(self) -> int:
-        """How many batches one pass has."""
-        return math.ceil(len(self.arrays[0]) / self.batch_size) if self.loader is None else len(self.loader)
+    @property
+    def num_batches(self) -> int | None:
+        """How many batches one pass has, or ``None`` where a loader cannot say."""
+        if self.loader is None:
+            return math.ceil(len(self.arrays[0]) / self.batch_size)
+        try:
+            return len(self.loader)
+        except TypeError:  # an iterable dataset without a length
+            return None
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over the data."""
@@ -148,7 +154,9 @@ def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
         >>> len(arguments(lambda x: None, (torch.zeros(3, 2), torch.zeros(3))))
         1
     """
-    parameters = inspect.signature(program).parameters.values()
+    # A module's own signature is that of __call__, which takes anything.
+    called = program.forward if isinstance(program, torch.nn.Module) else program
+    parameters = inspect.signature(called).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return batch
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -345,7 +353,7 @@ _schemas: torch.library.Library | None = None
 
 def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     try:
-        tensor = item if isinstance(item, Tensor) else torch.as_tensor(np.asarray(item))
+        tensor = item if isinstance(item, Tensor) else torch.as_tensor(_plain(np.asarray(item)))
     except (TypeError, ValueError) as error:
         what = f"dtype {item.dtype}" if isinstance(item, np.ndarray) else type(item).__name__
         raise ValueError(
@@ -354,3 +362,9 @@ def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str 
     if tensor.is_complex():
         raise ValueError("The data are complex: give real numbers, for example real and imaginary parts side by side.")
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same numbers in an order of bytes and strides that torch takes, and writable."""
+    native = array.dtype.isnative and array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    return array if native else np.array(array, dtype=array.dtype.newbyteorder("="), order="C")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -156,7 +157,7 @@ def compare_estimators(
         estimators: names, tables or instances; a mapping gives them names of one's own.
         num_draws: R, gradient draws of each, at least 10.
         reference: the estimator whose gradients the biases are against; by default ``dreg`` with 512 particles, whose model
-            gradient is nearly that of log p(x).
+            gradient is nearly that of log p(x), or ``vimco`` where a site is not reparameterised.
         seed: seeds draw r with ``seed + r`` for every estimator alike.
         progress: show bars.
 
@@ -182,7 +183,8 @@ def compare_estimators(
     named = _named(estimators)
     start = first_run(model, guide, *as_arrays(x))
     batch = as_arrays(x, start.dtype, start.device)
-    against = make_estimator({"kind": "dreg", "num_particles": 512} if reference is None else reference)
+    usual = "vimco" if start.info.not_reparameterized else "dreg"
+    against = make_estimator({"kind": usual, "num_particles": 512} if reference is None else reference)
     for estimator in (*named.values(), against):
         check_estimator(estimator, start.info)
     groups = _groups(model, guide, batch, start.parameters)
@@ -275,11 +277,12 @@ def train_estimators(
 
 
 def _named(estimators: Iterable[Any] | Mapping[str, Any]) -> dict[str, pyro.infer.ELBO]:
+    # Copies, because some count their steps.
     if isinstance(estimators, Mapping):
-        return {name: make_estimator(spec) for name, spec in estimators.items()}
+        return {name: copy.copy(make_estimator(spec)) for name, spec in estimators.items()}
     named: dict[str, pyro.infer.ELBO] = {}
-    for spec in estimators:
-        estimator = make_estimator(spec)
+    for spec in [estimators] if isinstance(estimators, str) else estimators:
+        estimator = copy.copy(make_estimator(spec))
         name = spec if isinstance(spec, str) else spec["kind"] if isinstance(spec, Mapping) else type(estimator).__name__
         while name in named:
             name += "'"

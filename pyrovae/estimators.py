@@ -76,6 +76,8 @@ def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
         >>> info = pv.pairs.inspect_pair(vae.model, vae.guide, torch.zeros(5, 9))
         >>> pv.estimators.check_estimator(pv.estimators.IWAE(), info)
     """
+    if isinstance(estimator, pyro.infer.ReweightedWakeSleep):
+        raise ValueError("Pyro's ReweightedWakeSleep has two losses and no bound: choose 'rws'.")
     if info.enumerated and not isinstance(estimator, pyro.infer.TraceEnum_ELBO):
         raise ValueError(
             f"{type(estimator).__name__} cannot sum out {', '.join(map(repr, info.enumerated))}, which the model marks for "
@@ -729,7 +731,9 @@ class Renyi(_ManyParticles):
         if self.alpha == 1.0:
             return _elbo(weights)
         power = 1.0 - self.alpha
-        return _log_mean_exp(power * weights.log_weights) / power
+        # In float64: near alpha = 1 the quotient would magnify float32's rounding without bound.
+        mean = _log_mean_exp(power * weights.log_weights.double()) / power
+        return mean.to(weights.log_weights.dtype)
 
 
 @register("estimator", "vr_max")

@@ -154,7 +154,7 @@ class Evidence:
     def save(self, path: str | Path) -> None:
         """Write the evidence as one safetensors file, atomically."""
         arrays = {name: torch.as_tensor(np.asarray(getattr(self, name))) for name in _PER_DATUM}
-        notes = {name: getattr(self, name) for name in ("num_samples", "num_dims", "method", "notes")}
+        notes = {name: getattr(self, name) for name in _NOTES}
         checkpoint.write_arrays(path, arrays, {"evidence": notes})
 
     @classmethod
@@ -166,13 +166,15 @@ class Evidence:
             ValueError: it is truncated, or holds something else.
         """
         arrays, notes = checkpoint.read_arrays(path)
-        if set(arrays) != set(_PER_DATUM) or "evidence" not in notes:
+        kept = notes.get("evidence")
+        if set(arrays) != set(_PER_DATUM) or not isinstance(kept, dict) or set(kept) != set(_NOTES):
             raise ValueError(f"{path} holds no evidence: give a file that Evidence.save wrote.")
         fields: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
-        return cls(**fields, **notes["evidence"])
+        return cls(**fields, **kept)
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
+_NOTES = ("num_samples", "num_dims", "method", "notes")
 
 
 @dataclass(frozen=True)

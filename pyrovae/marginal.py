@@ -82,7 +82,7 @@ def log_marginal(
     with torch.no_grad(), evaluation_mode(model, guide), torch.random.fork_rng(generator_devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        with tqdm(data, total=len(data), desc="log p(x)", unit="batch", disable=not progress) as bar:
+        with tqdm(data, total=data.num_batches, desc="log p(x)", unit="batch", disable=not progress) as bar:
             for batch in bar:
                 batch = arguments(model, batch)
                 inspect_pair(model, guide, *batch)

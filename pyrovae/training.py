@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -78,6 +79,7 @@ def fit(
     estimator: Any = "elbo",
     epochs: int = 100,
     batch_size: int = 100,
+    shuffle: bool = True,
     lr: float = 1e-3,
     optimizer: str | Callable[..., torch.optim.Optimizer] = "adam",
     schedule: str | Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] = "constant",
@@ -104,6 +106,8 @@ def fit(
             one of :mod:`pyrovae.estimators`, or any ``pyro.infer.ELBO``.
         epochs: passes over the data, at most.
         batch_size: data per step.
+        shuffle: a new order in each epoch; ``False`` for a guide that keeps a parameter for each datum in its place, such as
+            an autoguide, with all data in one batch.
         lr: the learning rate.
         optimizer: ``"adam"``, another name, or a callable ``(parameters, lr=...)`` such as a torch optimizer class.
         schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), or a callable that makes a torch scheduler, which is
@@ -131,14 +135,14 @@ def fit(
         >>> history.bound[-1] > history.bound[0]
         True
     """
-    if epochs < 1:
+    if int(epochs) != epochs or epochs < 1:
         raise ValueError(f"epochs is a positive integer, not {epochs!r}.")
     if patience is not None and validation is None:
         raise ValueError("patience watches the validation bound: pass validation=0.1, say.")
     if seed is not None:
         torch.manual_seed(seed)
     elbo = make_estimator(estimator)
-    train, held_out = _split(data, validation, batch_size, transform)
+    train, held_out = _split(data, validation, batch_size, shuffle, transform)
     start = first_run(model, guide, *arguments(model, next(iter(train))))
     if not start.parameters:
         raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
@@ -150,7 +154,11 @@ def fit(
     with torch.random.fork_rng(), torch.no_grad():
         elbo.loss(model, guide, *arguments(model, next(iter(train))))
 
-    steps = epochs * len(train)
+    batches_each = train.num_batches
+    # Gradients that another loop, or a run that failed, left behind would enter the first step.
+    for parameter in start.parameters:
+        parameter.grad = None
+    steps = None if batches_each is None else epochs * batches_each
     optimize = _named(optimizer, "optimizer", OPTIMIZERS)(start.parameters, lr=lr)
     scheduler = _named(schedule, "schedule", _schedules(steps))(optimize)
     history = History(type(elbo).__name__, elbo.num_particles)
@@ -213,19 +221,20 @@ def fit(
 
 
 def _split(
-    data: Any, validation: Any, batch_size: int, transform: Callable[[Tensor], Tensor] | None
+    data: Any, validation: Any, batch_size: int, shuffle: bool, transform: Callable[[Tensor], Tensor] | None
 ) -> tuple[Batches, Batches | None]:
-    train = Batches(data, batch_size, shuffle=True, transform=transform)
+    train = Batches(data, batch_size, shuffle=shuffle, transform=transform)
     if validation is None:
         return train, None
-    if not isinstance(validation, int | float):
+    if not isinstance(validation, numbers.Real):
         return train, Batches(validation, batch_size)
-    if not 0 < validation < 1:
+    fraction = float(validation)
+    if not 0 < fraction < 1:
         raise ValueError(f"validation is a fraction between 0 and 1, or data, not {validation!r}.")
     if not train.arrays:
         raise ValueError("A fraction cannot be held out of a Dataset or DataLoader: pass validation=another one.")
     size = len(train.arrays[0])
-    held = round(size * validation)
+    held = round(size * fraction)
     if not 0 < held < size:
         raise ValueError(f"validation={validation} of {size} data leaves one part empty: give more data.")
     order = torch.randperm(size)
@@ -233,7 +242,7 @@ def _split(
     if transform is not None:
         # Once, so that epochs are compared on the same numbers.
         held_out = (transform(held_out[0]), *held_out[1:])
-    return Batches(kept, batch_size, shuffle=True, transform=transform), Batches(held_out, batch_size)
+    return Batches(kept, batch_size, shuffle=shuffle, transform=transform), Batches(held_out, batch_size)
 
 
 def _check_data(model: Program, guide: Program, batches: Batches) -> None:
@@ -284,12 +293,18 @@ def _named(choice: Any, what: str, known: dict[str, Callable[..., Any]]) -> Call
     return known[choice]
 
 
-def _schedules(steps: int) -> dict[str, Callable[..., Any]]:
+def _schedules(steps: int | None) -> dict[str, Callable[..., Any]]:
     schedulers = torch.optim.lr_scheduler
     return {
         "constant": lambda optimizer: schedulers.LambdaLR(optimizer, lambda step: 1.0),
-        "cosine": lambda optimizer: schedulers.CosineAnnealingLR(optimizer, T_max=steps),
+        "cosine": lambda optimizer: schedulers.CosineAnnealingLR(optimizer, T_max=_known(steps)),
     }
+
+
+def _known(steps: int | None) -> int:
+    if steps is None:
+        raise ValueError("A cosine schedule needs data that know their length: choose schedule='constant'.")
+    return steps
 
 
 def _said(record: dict[str, Any]) -> str:

@@ -201,7 +201,7 @@ def log_weights(
         >>> pv.log_weights(vae.model, vae.guide, torch.zeros(5, 9), num_particles=3).log_weights.shape
         torch.Size([3, 5])
     """
-    if num_particles < 1:
+    if int(num_particles) != num_particles or num_particles < 1:
         raise ValueError(f"num_particles is a positive integer, not {num_particles!r}.")
     if not torch.is_grad_enabled():
         gradients = "total"

@@ -98,7 +98,7 @@ def test_batches_cover_every_datum_once_in_a_new_order_each_pass():
     for order in passes:
         assert sorted(order.tolist()) == list(range(10))
     assert not torch.equal(passes[0], passes[1])
-    assert len(batches) == 3
+    assert batches.num_batches == 3
     assert all(torch.equal(b[0][:, 0].long(), b[1]) for b in batches), "the arrays stay aligned"
 
 
@@ -131,3 +131,18 @@ def test_lists_and_integers_are_data():
     (x,) = as_arrays([[1, 0], [0, 1]])
     assert x.dtype == torch.int64
     assert as_arrays(np.float64([[1.5]]), torch.float32)[0].dtype == torch.float32
+
+
+def test_arrays_of_odd_layout_are_the_same_numbers():
+    x = np.arange(12.0, dtype="f4").reshape(4, 3)
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    for odd in (x[::-1][::-1], x[::-1], x.astype(">f4"), read_only, np.asfortranarray(x)):
+        np.testing.assert_array_equal(as_arrays(odd)[0].numpy(), np.asarray(odd, "f4"))
+
+
+def test_a_module_takes_what_its_forward_takes():
+    class Program(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> None: ...
+
+    assert len(arguments(Program(), (torch.zeros(2), torch.ones(2)))) == 1

@@ -1194,3 +1194,15 @@ def test_stl_trains_a_linear_vae_to_the_likelihood_of_probabilistic_pca() -> Non
     covariance = W @ W.T + (2 * log_noise.detach()).exp() * torch.eye(D)
     reached = dist.MultivariateNormal(b, covariance).log_prob(x).mean().item()
     assert best - 1e-5 < reached <= best + 1e-9
+
+
+def test_renyi_is_continuous_at_one_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_w = 3 * torch.randn(5, 200, generator=generator, dtype=torch.float32) - 90
+    weights = LogWeights(log_w, torch.zeros_like(log_w), torch.zeros_like(log_w))
+    for distance in (1e-3, 1e-5, 1e-7):
+        near = est.Renyi(5, alpha=1 - distance).reduce(weights)
+        assert near.dtype == torch.float32
+        # To first order the bound moves by half the variance of the log-weights times the distance.
+        expected = log_w.double().mean(0) + 0.5 * distance * log_w.double().var(0, correction=0)
+        assert torch.allclose(near.double(), expected, atol=2e-5 + 30 * distance**2 * 100, rtol=0)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from pyrovae import evidence
+from pyrovae import checkpoint, evidence
 from pyrovae.evidence import Evidence, compare, pareto_khat, tail_size
 
 
@@ -109,6 +110,11 @@ def test_save_and_load_round_trip_and_truncation(tmp_path: Path):
         Evidence.load(path)
     with pytest.raises(FileNotFoundError):
         Evidence.load(tmp_path / "none")
+    arrays = {name: torch.zeros(2) for name in ("log_px", "se", "ess", "khat", "elbo")}
+    for notes in ({"evidence": 3}, {"evidence": {"foo": 1}}, {}):
+        checkpoint.write_arrays(path, arrays, notes)
+        with pytest.raises(ValueError, match="holds no evidence"):
+            Evidence.load(path)
 
 
 def test_datatree_holds_the_arrays():

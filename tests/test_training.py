@@ -181,11 +181,11 @@ def test_iterable_dataset_is_counted_as_it_comes():
         def __iter__(self):
             return iter(torch.bernoulli(torch.full((30, 4), 0.5)))
 
-        def __len__(self) -> int:
-            return 30
-
     vae = pv.make_vae(4, latent_dim=2, hidden=[8])
     assert vae.fit(Stream(), epochs=2, batch_size=8, progress=False).records[-1]["step"] == 8
+    assert len(vae.log_marginal(Stream(), num_samples=5)) == 30
+    with pytest.raises(ValueError, match="choose schedule='constant'"):
+        vae.fit(Stream(), epochs=2, batch_size=8, schedule="cosine", progress=False)
 
 
 def test_pairs_of_two_arguments_take_a_tuple():
@@ -313,6 +313,27 @@ def test_nan_stops_with_one_sentence_and_keeps_the_last_parameters():
         vae.fit(torch.randn(20, 4), epochs=50, batch_size=20, lr=1e4, optimizer="sgd", progress=False, seed=0)
 
 
+def test_gradients_left_behind_do_not_enter_the_first_step():
+    x = torch.bernoulli(torch.full((20, 4), 0.5))
+    results = []
+    for left in (None, math.nan, 1e6):
+        torch.manual_seed(0)
+        vae = pv.make_vae(4, latent_dim=2, hidden=[8])
+        for parameter in vae.parameters():
+            parameter.grad = None if left is None else torch.full_like(parameter, left)
+        results.append(vae.fit(x, epochs=2, lr=0.1, progress=False, seed=0).bound)
+    assert results[0] == results[1] == results[2]
+
+
+def test_unshuffled_data_keep_their_order():
+    x = torch.eye(6)
+    seen = []
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    vae.fit(x, epochs=2, batch_size=6, shuffle=False, progress=False)
+    assert all(torch.equal(batch, x[: len(batch)]) for batch in seen)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -356,6 +377,8 @@ def test_a_bad_datum_in_a_late_batch_is_found_before_training():
         ({"optimizer": "adm"}, "did you mean 'adam'"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"epochs": 0}, "epochs is a positive integer"),
+        ({"epochs": 1.5}, "epochs is a positive integer"),
+        ({"estimator": pyro.infer.ReweightedWakeSleep()}, "choose 'rws'"),
         ({"batch_size": 0}, "batch_size is a positive integer"),
         ({"validation": 1.5}, "fraction between 0 and 1"),
         ({"patience": 3}, "validation=0.1"),
