@@ -6,6 +6,7 @@ Only cyclopts is imported at once; torch, Pyro and ArviZ take seconds, so each c
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -208,7 +209,7 @@ def estimators(
     options: dict[str, Any] = {"num_draws": num_draws, "reference": reference, "seed": described.seed}
     result = compare_estimators(vae.model, vae.guide, x, chosen, progress=True, **options)
     result.plot().savefig(run / "estimators.png", dpi=150)
-    checkpoint.write_text(run / "estimators.json", json.dumps(result.to_dataset().to_dict(), indent=1) + "\n")
+    checkpoint.write_text(run / "estimators.json", _json(result.to_dataset().to_dict()) + "\n")
     print(result)
     print(f"Figure: {run / 'estimators.png'}")
     if train_seconds is not None:
@@ -287,7 +288,7 @@ def _score(folder: Path, run: Run, split: Split, vae: VAE, records: list[dict[st
     scored = time.perf_counter() - began
     facts = _facts(run, split, records, scored)
     evidence.save(folder / "evidence.safetensors")
-    checkpoint.write_text(folder / "summary.json", json.dumps(_summary(run, evidence, facts), indent=1) + "\n")
+    checkpoint.write_text(folder / "summary.json", _json(_summary(run, evidence, facts)) + "\n")
     few = test[:10]
     write_report(
         folder / "report.html",
@@ -333,7 +334,7 @@ def _summary(run: Run, evidence: Evidence, facts: dict[str, str]) -> dict[str, A
         "log_px": evidence.mean,
         "log_px_kind": f"estimate by {evidence.method}, nats per datum",
         "monte_carlo_se": evidence.mean_se,
-        "data_se": _json_number(evidence.data_se),
+        "data_se": evidence.data_se,
         "bound": float(evidence.elbo.mean()),
         "bound_kind": "ELBO, a lower bound, nats per datum",
         "gap": evidence.gap,
@@ -341,16 +342,23 @@ def _summary(run: Run, evidence: Evidence, facts: dict[str, str]) -> dict[str, A
         "num_data": len(evidence),
         "num_samples": evidence.num_samples,
         "num_reliable": int(evidence.reliable.sum()),
-        "khat_threshold": _json_number(evidence.khat_threshold),
+        "khat_threshold": evidence.khat_threshold,
         "findings": evidence.summary(),
         "seed": run.seed,
         "facts": facts,
     }
 
 
-def _json_number(value: float) -> float | None:
-    # JSON has no infinity and no NaN.
-    return value if abs(value) < float("inf") else None
+def _json(value: Any) -> str:
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: plain(held) for key, held in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(held) for held in item]
+        # JSON has no infinity and no NaN.
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(plain(value), indent=1, allow_nan=False)
 
 
 def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: float) -> dict[str, str]:

@@ -134,6 +134,7 @@ class Run:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
 
+COMPONENTS = ("prior", "likelihood", "encoder", "estimator")
 SECTIONS = {"data": DataSection, "model": ModelSection, "train": TrainSection, "evaluate": EvaluateSection}
 
 
@@ -162,9 +163,10 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}.") from error
     overrides = overrides or {}
-    if isinstance(overrides.get("estimator"), dict) and "kind" not in overrides["estimator"]:
-        # Options without a name are meant for the estimator that would run without them.
-        tables = {"estimator": Run().estimator} | tables
+    # Options without a name are meant for the component that would run without them.
+    tables = {"estimator": Run().estimator} | tables
+    model = ModelSection()
+    tables["model"] = {"prior": model.prior, "encoder": model.encoder} | tables.get("model", {})
     try:
         return TypeAdapter(Run).validate_python(_merged(tables, overrides))
     except ValidationError as error:
@@ -227,6 +229,11 @@ def build_vae(run: Run, split: Split) -> VAE:
 def _merged(tables: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     merged = dict(tables)
     for key, value in overrides.items():
+        if key in COMPONENTS and isinstance(value, dict):
+            held = merged.get(key)
+            held = {"kind": held} if isinstance(held, str) else held
+            same = isinstance(held, dict) and value.get("kind", held.get("kind")) == held.get("kind")
+            merged[key] = held if same else {}  # another kind has options of its own
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
@@ -255,8 +262,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):
-        # JSON's string escapes are a subset of TOML's.
+        # JSON's escapes are TOML's too, but for surrogate pairs; and TOML wants the delete character escaped.
         import json
 
-        return json.dumps(value)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

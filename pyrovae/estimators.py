@@ -148,6 +148,11 @@ class Estimator(pyro.infer.ELBO):
     gradients: ClassVar[Gradients] = "total"
     fewest_particles: ClassVar[int] = 1
 
+    @property
+    def needs_density(self) -> bool:
+        """Whether the gradient rests on the score of each sample's own density: all but the plain path's and STL's do."""
+        return self.gradients != "total" and not isinstance(self, STL)
+
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True):
         if int(num_particles) != num_particles or num_particles < 1:
             raise ValueError(f"num_particles is a positive integer, not {num_particles!r}.")
@@ -176,10 +181,17 @@ class Estimator(pyro.infer.ELBO):
         """What is differentiated, shape (B,); only its gradient means something.
 
         Raises:
-            ValueError: a site is not reparameterised and the estimator needs it to be; the message names it.
+            ValueError: a site is not reparameterised, or its density is masked, and the estimator needs it; the message names
+                the site.
         """
         if self.gradients != "score":
             _refuse_unreparameterized(self, weights.not_reparameterized)
+        if self.needs_density and weights.masked:
+            sites = ", ".join(map(repr, weights.masked))
+            raise ValueError(
+                f"{type(self).__name__} needs the density of every latent it samples, and that of {sites} "
+                f"is masked for some data: choose 'iwae', 'elbo' or 'stl', or leave what is masked out of the guide."
+            )
         return self._objective(weights)
 
     def _objective(self, weights: LogWeights) -> Tensor:

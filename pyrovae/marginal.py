@@ -36,7 +36,8 @@ def log_marginal(
 
     :math:`\hat p(x)` is unbiased, so its logarithm is an estimate that lies below log p(x) on average. It is only as good as
     the guide's tails: read ``khat`` before the number. Sums run in float64 whatever the networks' precision, and the memory
-    does not grow with ``num_samples`` beyond its square root.
+    does not grow with ``num_samples`` beyond its square root. Modules whose bound methods the programs are score in evaluation
+    mode; where the programs are functions, call ``eval()`` on their modules first.
 
     Args:
         model: a Pyro program for p(x, z).

@@ -126,7 +126,7 @@ def fit(
 
     Raises:
         ValueError: bad data or options, or a pair or estimator that do not fit; nothing has been trained then.
-        FloatingPointError: the loss or a gradient became NaN or infinite; the last parameters before it are kept.
+        FloatingPointError: the loss became NaN, or a gradient NaN or infinite; the last parameters before it are kept.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -137,6 +137,8 @@ def fit(
     """
     if int(epochs) != epochs or epochs < 1:
         raise ValueError(f"epochs is a positive integer, not {epochs!r}.")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm is a positive number, not {clip_norm!r}.")
     if patience is not None and validation is None:
         raise ValueError("patience watches the validation bound: pass validation=0.1, say.")
     if seed is not None:
@@ -177,8 +179,9 @@ def fit(
                 count = _count(batch, start.info)
                 loss = loss_and_grads(elbo, model, guide, *batch)
                 norm = _rescale(start.parameters, 1 / count, clip_norm)
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    what = "loss" if not math.isfinite(loss) else "gradient"
+                # An infinite loss is a datum of weight zero, whose gradient our estimators leave out.
+                if math.isnan(loss) or not math.isfinite(norm):
+                    what = "loss" if math.isnan(loss) else "gradient"
                     raise FloatingPointError(
                         f"The {what} became {loss if what == 'loss' else norm} in epoch {epoch}, step {step + 1}: lower the "
                         f"learning rate ({lr:g}), or set clip_norm."

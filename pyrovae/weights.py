@@ -80,6 +80,7 @@ class LogWeights:
         scale: N/B of a subsampled data plate, else 1.0; it multiplies an objective, never a weight.
         num_dims: how many observed numbers one datum has.
         not_reparameterized: guide sites through which no gradient flows.
+        masked: latent sites of the guide whose density is masked for some data.
         gradients: how they were drawn; see :func:`log_weights`.
         log_guide_score: log q of the detached samples, shape (K, B), where gradients are split.
         log_dream: log q of a pair that the model dreamt per datum, shape (B,), where an estimator asked for it.
@@ -94,6 +95,7 @@ class LogWeights:
     scale: float = 1.0
     num_dims: int = 0
     not_reparameterized: tuple[str, ...] = ()
+    masked: tuple[str, ...] = ()
     gradients: Gradients = "total"
     log_guide_score: Tensor | None = None
     log_dream: Tensor | None = None
@@ -232,7 +234,8 @@ def dreamt_log_guide(model: Program, guide: Program, *args: Any, **kwargs: Any) 
         if "was_observed" not in site["infer"] or type(site["fn"]).__name__ == "Unit":
             continue
         obs = site["infer"]["obs"]
-        shown = [arg for arg in (*args, *kwargs.values()) if _same_values(arg, obs)]
+        given = (*args, *kwargs.values())
+        shown = [arg for arg in given if arg is obs] or [arg for arg in given if _same_values(arg, obs)][:1]
         if not shown:
             raise ValueError(
                 f"Sleep shows the guide a dream of site {site['name']!r}, but its obs is not one of the programs' arguments as "
@@ -249,9 +252,7 @@ def dreamt_log_guide(model: Program, guide: Program, *args: Any, **kwargs: Any) 
 
 def _same_values(argument: Any, obs: Tensor) -> bool:
     # A program may bring its argument to another type, as counts to floats, before it observes them.
-    if argument is obs or not isinstance(argument, Tensor):
-        return argument is obs
-    return argument.shape == obs.shape and torch.equal(argument.to(obs), obs)
+    return isinstance(argument, Tensor) and argument.shape == obs.shape and torch.equal(argument.to(obs), obs)
 
 
 def _concatenate(draws: list[LogWeights]) -> LogWeights:
@@ -329,6 +330,7 @@ def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "tot
         log_guide=rescored if rescored is not None and gradients == "leaf" else sum(log_guide.values(), zeros),
         scale=scale,
         num_dims=sum(num_dims_of(site, data) for site in observed),
+        masked=tuple(site["name"] for site in guide_sites if not site["is_observed"] and isinstance(site["mask"], Tensor)),
         not_reparameterized=tuple(
             site["name"] for site in guide_sites if not site["is_observed"] and not site["fn"].has_rsample
         ),

@@ -66,6 +66,16 @@ def test_toml_file_and_overrides(in_folder: Path):
     assert run.estimator == {"kind": "iwae", "num_particles": 3}
 
 
+def test_the_summary_is_json_even_where_numbers_are_undefined(in_folder: Path):
+    assert main(["train", "--name", "mine", *QUICK, "--evaluate.num-samples", "1"]) == 0
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    text = (in_folder / "runs" / "mine" / "summary.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["monte_carlo_se"] is None
+
+
 def test_tensorboard_logs_the_curves_or_says_how_to_install(in_folder: Path, capsys: pytest.CaptureFixture):
     installed = importlib.util.find_spec("tensorboard") is not None
     code = main(["train", "--name", "mine", *QUICK, "--train.tensorboard"])

@@ -41,6 +41,24 @@ def test_estimator_options_without_a_name_are_the_default_estimators(tmp_path: P
     assert read_run(path, {"estimator": {"num_particles": 3}}).estimator == {"kind": "iwae", "num_particles": 3}
 
 
+def test_components_merge_by_kind(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text('estimator = "iwae"\n[model]\nlikelihood = { kind = "normal", scale = 2.0 }\n')
+    assert read_run(path, {"estimator": {"num_particles": "3"}}).estimator == {"kind": "iwae", "num_particles": "3"}
+    assert read_run(path, {"estimator": {"kind": "elbo", "beta": 0.5}}).estimator == {"kind": "elbo", "beta": 0.5}
+    assert read_run(path, {"model": {"likelihood": {"kind": "binomial", "total_count": 3}}}).model.likelihood == {
+        "kind": "binomial",
+        "total_count": 3,
+    }
+    assert read_run(overrides={"model": {"encoder": {"num_features": 3}}}).model.encoder["kind"] == "full_covariance_normal"
+
+
+def test_any_character_survives_the_file(tmp_path: Path):
+    run = read_run(overrides={"name": 'emoji \U0001f600 "quoted" \\ \x7f \t'})
+    (tmp_path / "run.toml").write_text(write_run(run), encoding="utf-8")
+    assert read_run(tmp_path / "run.toml") == run
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -1206,3 +1206,41 @@ def test_renyi_is_continuous_at_one_in_float32() -> None:
         # To first order the bound moves by half the variance of the log-weights times the distance.
         expected = log_w.double().mean(0) + 0.5 * distance * log_w.double().var(0, correction=0)
         assert torch.allclose(near.double(), expected, atol=2e-5 + 30 * distance**2 * 100, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["dreg", "gdreg", "piwae", "vimco", "rws"])
+def test_a_masked_latent_is_refused_where_its_density_is_needed(name: str) -> None:
+    scale = torch.tensor(0.5, requires_grad=True)
+    mask = torch.tensor([True, False, True])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 3):
+            with pyro.poutine.mask(mask=mask):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", 3), pyro.poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(0.3 * x, scale))
+
+    with pytest.raises(ValueError, match="that of 'z' is masked for some data"):
+        est.make_estimator({"kind": name, "num_particles": 4}).loss_and_grads(model, guide, torch.ones(3))
+    est.make_estimator({"kind": "iwae", "num_particles": 4}).loss_and_grads(model, guide, torch.ones(3))
+    assert scale.grad is not None
+
+
+def test_a_dream_leaves_arguments_of_equal_values_alone() -> None:
+    seen = []
+
+    def model(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z - 3.0), obs=x)
+
+    def guide(x: Tensor, mask: Tensor) -> None:
+        seen.append(mask)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    est.RWS(3, guide_phase="sleep").loss_and_grads(model, guide, torch.ones(30), torch.ones(30, dtype=torch.bool))
+    assert all(bool(mask.all()) for mask in seen)

@@ -325,6 +325,25 @@ def test_gradients_left_behind_do_not_enter_the_first_step():
     assert results[0] == results[1] == results[2]
 
 
+def test_a_datum_of_weight_zero_does_not_stop_training():
+    loc = nn.Parameter(torch.tensor(0.0))
+    allowed = torch.tensor([True] * 19 + [False])
+
+    def model(x: torch.Tensor, allowed: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("loc", loc), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("allowed", torch.where(allowed, 0.0, -math.inf))
+
+    def guide(x: torch.Tensor, allowed: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + 2) / 2, 0.7))
+
+    x = torch.full((20,), 2.0)
+    fit(model, guide, (x, allowed), estimator="iwae", epochs=300, batch_size=20, lr=0.05, progress=False, seed=0)
+    assert loc.item() == pytest.approx(2.0, abs=0.2)
+
+
 def test_unshuffled_data_keep_their_order():
     x = torch.eye(6)
     seen = []
@@ -377,6 +396,7 @@ def test_a_bad_datum_in_a_late_batch_is_found_before_training():
         ({"optimizer": "adm"}, "did you mean 'adam'"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"epochs": 0}, "epochs is a positive integer"),
+        ({"clip_norm": -1.0}, "clip_norm is a positive number"),
         ({"epochs": 1.5}, "epochs is a positive integer"),
         ({"estimator": pyro.infer.ReweightedWakeSleep()}, "choose 'rws'"),
         ({"batch_size": 0}, "batch_size is a positive integer"),
