@@ -66,13 +66,13 @@ def test_toml_file_and_overrides(in_folder: Path):
     assert run.estimator == {"kind": "iwae", "num_particles": 3}
 
 
-def test_the_summary_is_json_even_where_numbers_are_undefined(in_folder: Path):
-    assert main(["train", "--name", "mine", *QUICK, "--evaluate.num-samples", "1"]) == 0
+def test_the_summary_is_json_even_where_numbers_are_undefined(run_folder: Path):
+    assert main(["evaluate", "runs/mine", "--num-samples", "1"]) == 0
 
     def refuse(word: str) -> None:
         raise AssertionError(word)
 
-    text = (in_folder / "runs" / "mine" / "summary.json").read_text()
+    text = (run_folder / "summary.json").read_text()
     assert json.loads(text, parse_constant=refuse)["monte_carlo_se"] is None
 
 
