@@ -162,12 +162,20 @@ class Estimator(pyro.infer.ELBO):
                 f"{self.fewest_particles}, not {num_particles}."
             )
         super().__init__(num_particles=int(num_particles), vectorize_particles=vectorize_particles)
+        self.held: Tensor | None = None
         # Pyro's ELBOs keep the nesting of the first pair they meet; this one keeps it per pair.
         self._nesting: dict[tuple[Program, Program], int] = {}
 
     @abstractmethod
     def reduce(self, weights: LogWeights) -> Tensor:
         """The bound per datum, shape (B,), in nats."""
+
+    def step_input(self) -> float | None:
+        """The number that the objective takes anew at each step, if there is one; each call moves on by a step.
+
+        A captured step has it as an input, which :attr:`held` is while the step is captured.
+        """
+        return None
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         """The gradient's coefficients from detached log-weights (K, B); those of the bound itself unless overridden."""
@@ -333,9 +341,14 @@ class ELBO(Estimator):
             return _elbo(weights)
         return (weights.log_likelihood - sum(_kls(weights))).mean(0)
 
-    def _objective(self, weights: LogWeights) -> Tensor:
+    def step_input(self) -> float:
+        """Beta, and a step of its warm-up."""
         beta = self.current_beta
         self.steps += 1
+        return beta
+
+    def _objective(self, weights: LogWeights) -> Tensor:
+        beta = self.step_input() if self.held is None else self.held
         if self.kl == "sample" and isinstance(beta, float) and beta == 1.0 and self.free_bits == 0.0:
             return super()._objective(weights)
         dead = weights.log_weights.detach() == -torch.inf

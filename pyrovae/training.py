@@ -7,7 +7,8 @@ import numbers
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
@@ -15,22 +16,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Batches, arguments
-from .estimators import check_estimator, loss_and_grads, make_estimator
+from .estimators import check_estimator, make_estimator
 from .pairs import PairInfo, first_run, inspect_pair
 from .registry import unknown
+from .staging import Step
 from .traces import Program, evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
+    "adam": partial(torch.optim.Adam, fused=True),
     "adamax": torch.optim.Adamax,
-    "adamw": torch.optim.AdamW,
+    "adamw": partial(torch.optim.AdamW, fused=True),
     "radam": torch.optim.RAdam,
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
 }
+# Inductor takes 5 to 20 seconds, and saves 3 to 15 milliseconds a step on two cores.
+STEPS_TO_COMPILE = 3000
 
 
 @dataclass
@@ -87,6 +91,7 @@ def fit(
     validation: Any = None,
     patience: int | None = None,
     max_seconds: float | None = None,
+    compile: bool | Literal["auto"] = "auto",
     transform: Callable[[Tensor], Tensor] | None = None,
     progress: bool = True,
     seed: int | None = None,
@@ -116,6 +121,9 @@ def fit(
         validation: a fraction of the data to hold out, or data of their own; scored by the same estimator each epoch.
         patience: stop after this many epochs without a better validation bound, and go back to the best parameters.
         max_seconds: stop after the step that crosses this time, counted from the first step.
+        compile: capture the step as one graph and compile it (:mod:`pyrovae.staging`); ``"auto"`` does so for runs of 3,000
+            steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
+            to rounding. A pair that cannot be captured trains as it is, and a warning says why.
         transform: applied to the first tensor of each training batch, such as :func:`pyrovae.data.binarize`.
         progress: show a bar with the bound in nats per datum.
         seed: seeds torch's random stream, for the order, the draws and the transform.
@@ -139,6 +147,8 @@ def fit(
         raise ValueError(f"epochs is a positive integer, not {epochs!r}.")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm is a positive number, not {clip_norm!r}.")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile is True, False or "auto", not {compile!r}.')
     if patience is not None and validation is None:
         raise ValueError("patience watches the validation bound: pass validation=0.1, say.")
     if seed is not None:
@@ -163,6 +173,17 @@ def fit(
     steps = None if batches_each is None else epochs * batches_each
     optimize = _named(optimizer, "optimizer", OPTIMIZERS)(start.parameters, lr=lr)
     scheduler = _named(schedule, "schedule", _schedules(steps))(optimize)
+    if compile == "auto":
+        compile = steps is not None and steps >= STEPS_TO_COMPILE
+    take_step = Step(
+        elbo,
+        model,
+        guide,
+        optimize,
+        clip_norm=clip_norm,
+        count=partial(_count, info=start.info),
+        backend="inductor" if compile else "eager",
+    )
     history = History(type(elbo).__name__, elbo.num_particles)
     best, best_epoch, best_state = -math.inf, 0, None
     began, step = time.perf_counter(), 0
@@ -176,9 +197,7 @@ def fit(
             total, seen = 0.0, 0.0
             for batch in train:
                 batch = arguments(model, batch)
-                count = _count(batch, start.info)
-                loss = loss_and_grads(elbo, model, guide, *batch)
-                norm = _rescale(start.parameters, 1 / count, clip_norm)
+                loss, norm = take_step(*batch)
                 # An infinite loss is a datum of weight zero, whose gradient our estimators leave out.
                 if math.isnan(loss) or not math.isfinite(norm):
                     what = "loss" if math.isnan(loss) else "gradient"
@@ -186,11 +205,9 @@ def fit(
                         f"The {what} became {loss if what == 'loss' else norm} in epoch {epoch}, step {step + 1}: lower the "
                         f"learning rate ({lr:g}), or set clip_norm."
                     )
-                optimize.step()
-                optimize.zero_grad(set_to_none=True)
                 scheduler.step()
                 step += 1
-                total, seen = total - loss, seen + count
+                total, seen = total - loss, seen + _count(batch, start.info)
                 bar.update()
                 if out_of_time():
                     break
@@ -264,18 +281,6 @@ def _check_data(model: Program, guide: Program, batches: Batches) -> None:
 def _count(batch: tuple, info: PairInfo) -> float:
     # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
     return len(batch[0]) if info.scale == 1.0 else info.num_data * info.scale
-
-
-def _rescale(parameters: list[Tensor], factor: float, clip_norm: float | None) -> float:
-    """Turn the gradients' sum into a mean, clip it, and return its norm before clipping."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")
-    torch._foreach_mul_(gradients, factor)
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-    return norm.item()
 
 
 @torch.no_grad()

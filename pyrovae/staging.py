@@ -1,0 +1,383 @@
+"""Staging: a training or scoring step captured once as one graph, compiled, and run without Pyro in between.
+
+Pyro's handlers work in Python, once for every statement of every step, and they do the same each time. ``make_fx`` records the
+tensor operations of one run: the pair, the log-weights, the objective and its gradients. Every tensor that the run met from
+outside (parameters, buffers, constants) becomes an input of the graph, so later runs see what an optimizer has done to it.
+Inductor then compiles the graph. Random numbers stay torch's own, so a staged step draws what an eager one would.
+
+The run that is recorded is itself the first step: capture has no side effect of its own. The second step compiles, and compares
+the compiled graph with the eager function at other parameters, where a value that the program read and froze would show.
+What cannot be captured or compiled runs as it is, and says once why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pyro
+import pyro.infer
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Tensors = tuple[Tensor, ...]
+
+# A graph for every shape that batches come in would be a recompile storm; the shapes past these run uncaptured.
+MOST_GRAPHS = 4
+# A second shape, such as a ragged last batch, repays its own graph only if it keeps coming.
+USES_BEFORE_CAPTURE = 50
+
+
+class Staged:
+    """A function of tensors that returns a tuple of tensors, captured on its first call and compiled on its second.
+
+    One graph serves one set of shapes. The function must do the same whatever the values are: what it reads into Python
+    (``.item()``, ``if x.sum() > 0``) cannot be captured, and then it runs as it is.
+
+    Args:
+        function: what to run; it may read live parameters and buffers, and draw from torch's random stream.
+        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
+
+    Attributes:
+        reason: why it runs slower than asked, one sentence, or ``None``.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.staging import Staged
+        >>> scale = torch.tensor(2.0)
+        >>> double = Staged(lambda x: (scale * x,), backend="aten")
+        >>> first = double(torch.ones(1))
+        >>> _ = scale.fill_(3.0)
+        >>> double(torch.ones(1))
+        (tensor([3.]),)
+    """
+
+    def __init__(self, function: Callable[..., Tensors], backend: str = "inductor"):
+        if backend not in ("inductor", "aten", "eager"):
+            raise ValueError(f'backend is "inductor", "aten" or "eager", not {backend!r}.')
+        self.function, self.backend = function, backend
+        self.reason: str | None = None
+        self._graphs: dict[tuple, _Graph] = {}
+        self._uses: dict[tuple, int] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensors:
+        """The function's value."""
+        if self.backend == "eager":
+            return self.function(*inputs)
+        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+        graph = self._graphs.get(key)
+        if graph is None:
+            return self._first(key, inputs)
+        inputs = tuple(tensor.contiguous() for tensor in inputs)
+        if graph.run is None:
+            self._compile(graph, inputs)
+            if self.backend == "eager":
+                return self.function(*inputs)
+        assert graph.run is not None
+        with torch.no_grad():
+            return tuple(graph.run(*inputs, *graph.outside))
+
+    def _first(self, key: tuple, inputs: Tensors) -> Tensors:
+        uses = self._uses[key] = self._uses.get(key, 0) + 1
+        if self._graphs and (uses < USES_BEFORE_CAPTURE or len(self._graphs) == MOST_GRAPHS):
+            return self.function(*inputs)
+        random = _random_state(inputs)
+        try:
+            self._graphs[key], outputs = _capture(self.function, inputs)
+        except Exception as error:  # whatever stops the tracer: run as it is, the program says what is wrong
+            _set_random_state(random)
+            self._fall_back("eager", f"it cannot be captured ({_first_line(error)})")
+            return self.function(*inputs)
+        return outputs
+
+    def _compile(self, graph: _Graph, inputs: Tensors) -> None:
+        graph.run = graph.module
+        if self.backend == "inductor":
+            try:
+                graph.run = _inductor(graph.module, (*inputs, *graph.outside))
+            except Exception as error:  # no C++ compiler, say; the graph is right without
+                self._fall_back("aten", f"the compiler failed ({_first_line(error)})")
+        if not graph.agrees_with(self.function, inputs):
+            self._fall_back(
+                "eager", "its captured graph gives other numbers: it reads a tensor's value into Python, or keeps a state there"
+            )
+
+    def _fall_back(self, backend: str, why: str) -> None:
+        self.backend = backend
+        slower = "with Pyro's handlers at every step" if backend == "eager" else "captured, but not compiled"
+        self.reason = f"This step runs {slower}, since {why}: pass compile=False to run it as it is."
+        warnings.warn(self.reason, RuntimeWarning, stacklevel=5)
+
+
+class Outcome(NamedTuple):
+    """What one training step returns.
+
+    Attributes:
+        loss: minus the objective's bound, summed over the batch, in nats.
+        norm: the norm of the mean gradient, before clipping.
+    """
+
+    loss: float
+    norm: float
+
+
+class Step:
+    """One training step of a pair: draw, weigh, differentiate, clip, update.
+
+    Nothing moves where the loss is NaN or the gradient NaN or infinite. Learning rates are read from the optimizer at each
+    step, and an annealed beta from the estimator.
+
+    Args:
+        estimator: any ``pyro.infer.ELBO``; one without a differentiable loss runs uncaptured.
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x); takes the same arguments.
+        optimizer: holds the pair's parameters; Adam and AdamW made with ``fused=True`` go straight to their kernel.
+        clip_norm: the largest norm that the gradient of all parameters together may have.
+        count: from a batch to the number of data that its loss stands for; by default their number.
+        backend: as in :class:`Staged`.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+        >>> adam = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
+        >>> step = pv.staging.Step(pv.estimators.IWAE(5), vae.model, vae.guide, adam, backend="aten")
+        >>> step(torch.ones(50, 9)).loss > step(torch.ones(50, 9)).norm
+        True
+    """
+
+    def __init__(
+        self,
+        estimator: pyro.infer.ELBO,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+        count: Callable[[Tensors], float] | None = None,
+        backend: str = "inductor",
+    ):
+        self.estimator, self.model, self.guide, self.optimizer = estimator, model, guide, optimizer
+        self.clip_norm, self.count = clip_norm, count or (lambda batch: len(batch[0]))
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.reached: list[Tensor] = []
+        self._annealed: Tensor | None = None
+        self._staged = Staged(self._differentiate, backend if hasattr(estimator, "differentiable_loss") else "eager")
+
+    @property
+    def reason(self) -> str | None:
+        """Why it runs slower than asked, or ``None``."""
+        return self._staged.reason
+
+    def __call__(self, *batch: Tensor) -> Outcome:
+        """Take the step."""
+        annealed = self._step_input()
+        inputs = batch
+        if annealed is not None:
+            if self._annealed is None:
+                self._annealed = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
+            self._annealed.fill_(annealed)
+            inputs = (*batch, self._annealed)
+        with pyro.validation_enabled(False):
+            loss, norm, *gradients = self._staged(*inputs)
+        outcome = Outcome(loss.item(), norm.item())
+        if not math.isnan(outcome.loss) and math.isfinite(outcome.norm):
+            _update(self.optimizer, self.reached, gradients)
+        return outcome
+
+    def _step_input(self) -> float | None:
+        # Pyro's own estimators have none.
+        return self.estimator.step_input() if hasattr(self.estimator, "step_input") else None
+
+    def _differentiate(self, *inputs: Tensor) -> Tensors:
+        """Loss, norm, and the gradient of each parameter that the loss reaches."""
+        if self._annealed is None:
+            loss, gradients = self._loss_and_gradients(inputs)
+        else:
+            self.estimator.held = inputs[-1]
+            try:
+                loss, gradients = self._loss_and_gradients(inputs[:-1])
+            finally:
+                self.estimator.held = None
+        pairs = [(par, grad) for par, grad in zip(self.parameters, gradients, strict=True) if grad is not None]
+        if not pairs:
+            raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")
+        self.reached, found = [par for par, _ in pairs], tuple(grad for _, grad in pairs)
+        norm = nn.utils.get_total_norm(found)
+        if self.clip_norm is not None:
+            found = torch._foreach_mul(found, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return (loss.detach(), norm, *found)
+
+    def _loss_and_gradients(self, batch: Tensors) -> tuple[Tensor, Sequence[Tensor | None]]:
+        count = self.count(batch)
+        if hasattr(self.estimator, "differentiable_loss"):
+            loss = self.estimator.differentiable_loss(self.model, self.guide, *batch)
+            if not loss.requires_grad:
+                return loss, [None] * len(self.parameters)
+            return loss, torch.autograd.grad(loss / count, self.parameters, allow_unused=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.as_tensor(self.estimator.loss_and_grads(self.model, self.guide, *batch))
+        gradients = [None if par.grad is None else par.grad / count for par in self.parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, gradients
+
+
+def _update(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    """The optimizer's step; of a plain fused Adam its kernel alone, as the bookkeeping costs a small step a fifth."""
+    plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and len(optimizer.param_groups) == 1
+    group = optimizer.param_groups[0]
+    if not (plain and group["fused"] and all(parameter in optimizer.state for parameter in parameters)):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return
+    states = [optimizer.state[parameter] for parameter in parameters]
+    steps = [state["step"] for state in states]
+    with torch.no_grad():
+        torch._foreach_add_(steps, 1)
+        (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
+            parameters,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )
+
+
+def _capture(function: Callable[..., Tensors], inputs: Tensors) -> tuple[_Graph, Tensors]:
+    """Record one run; return the graph, and what that run itself returned."""
+    returned: list[Tensors] = []
+
+    def run(*given: Tensor) -> Tensors:
+        outputs = function(*given)
+        returned.append(tuple(tensor.detach() for tensor in outputs))
+        return outputs
+
+    with _values_stay_tensors():
+        module = make_fx(run)(*inputs)
+    return _Graph(module), returned[-1]
+
+
+class _Graph:
+    """A captured function: a module over its inputs and then over all it met from outside, and what to call for it.
+
+    What it met from outside are inputs too, so that no compiler takes a parameter for a constant.
+    """
+
+    def __init__(self, module: fx.GraphModule):
+        graph = module.graph
+        self.outside: list[Tensor] = []
+        self.trained: list[Tensor] = []
+        self.run: Callable[..., Any] | None = None
+        placed: dict[int, fx.Node] = {}
+        last = list(graph.find_nodes(op="placeholder"))[-1]
+        for node in list(graph.find_nodes(op="get_attr")):
+            tensor = getattr(module, node.target)
+            if id(tensor) not in placed:
+                with graph.inserting_after(last):
+                    last = placed[id(tensor)] = graph.placeholder(f"outside_{len(self.outside)}")
+                self.outside.append(tensor.detach())  # shares the storage, so it follows an optimizer's updates
+                if tensor.requires_grad:
+                    self.trained.append(self.outside[-1])
+            node.replace_all_uses_with(placed[id(tensor)])
+            graph.erase_node(node)
+        self.module = fx.GraphModule(nn.Module(), graph)
+
+    def agrees_with(self, function: Callable[..., Tensors], inputs: Tensors) -> bool:
+        """Whether it gives the function's numbers at other parameters too, where a value that was frozen would show."""
+        assert self.run is not None
+        before = [tensor.clone() for tensor in self.outside]
+        random = _random_state(inputs)
+
+        def put_back() -> None:
+            _set_random_state(random)
+            for tensor, value in zip(self.outside, before, strict=True):
+                tensor.copy_(value)
+
+        def moved(run: Callable[[], Tensors]) -> Tensors:
+            with torch.no_grad():
+                put_back()
+                for tensor in self.trained:
+                    tensor.mul_(1.01).add_(0.001)
+            return tuple(tensor.detach().clone() for tensor in run())
+
+        try:
+            with torch.no_grad():
+                staged = moved(lambda: tuple(self.run(*inputs, *self.outside)))  # type: ignore[misc]
+            eager = moved(lambda: function(*inputs))
+        finally:
+            with torch.no_grad():
+                put_back()
+        return _close(staged, eager)
+
+
+def _close(staged: Tensors, eager: Tensors) -> bool:
+    if len(staged) != len(eager):
+        return False
+    largest = max(float(torch.nan_to_num(tensor, 0.0, 0.0, 0.0).double().norm()) for tensor in eager)
+    for have, want in zip(staged, eager, strict=True):
+        if have.shape != want.shape or not torch.equal(torch.isfinite(have), torch.isfinite(want)):
+            return False
+        tolerance = 1e-3 if want.dtype == torch.float32 else 1e-8 if want.dtype == torch.float64 else 5e-2
+        finite = torch.isfinite(want)
+        error = float((have[finite].double() - want[finite].double()).norm())
+        if error > tolerance * (float(want[finite].double().norm()) + 1e-2 * largest) + 1e-12:
+            return False
+    return True
+
+
+def _inductor(module: fx.GraphModule, inputs: Tensors) -> Callable[..., Any]:
+    from torch import _inductor
+
+    on_gpu = any(tensor.is_cuda for tensor in inputs)
+    # Not torch.compile: its guards read every parameter at each call, a tenth of a small step, and shapes are all they find.
+    options = {"fallback_random": True} | ({"triton.cudagraphs": True} if on_gpu else {})
+    with torch.no_grad():
+        return _inductor.compile(module, list(inputs), options=options)
+
+
+@contextlib.contextmanager
+def _values_stay_tensors() -> Iterator[None]:
+    """Let Pyro's own losses be captured: they read values to report and to warn, not to decide anything."""
+    from pyro.infer import trace_elbo, trace_mean_field_elbo
+
+    def detached(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) else value
+
+    with contextlib.ExitStack() as stack:
+        for module in (trace_elbo, trace_mean_field_elbo):
+            for name, stand_in in [("torch_item", detached), ("warn_if_nan", lambda value, *args, **kwargs: value)]:
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, stand_in))
+        yield
+
+
+def _random_state(inputs: Tensors) -> list[tuple[torch.device, Tensor]]:
+    gpus = {tensor.device for tensor in inputs if tensor.is_cuda}
+    return [(torch.device("cpu"), torch.get_rng_state())] + [(gpu, torch.cuda.get_rng_state(gpu)) for gpu in gpus]
+
+
+def _set_random_state(states: list[tuple[torch.device, Tensor]]) -> None:
+    for device, state in states:
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:200]
