@@ -65,6 +65,11 @@ class Staged:
         self._graphs: dict[tuple, _Graph] = {}
         self._uses: dict[tuple, int] = {}
 
+    @property
+    def captured(self) -> bool:
+        """Whether it runs from a graph, compiled or not."""
+        return self.backend != "eager" and bool(self._graphs)
+
     def __call__(self, *inputs: Tensor) -> Tensors:
         """The function's value."""
         if self.backend == "eager":
@@ -172,6 +177,11 @@ class Step:
     def reason(self) -> str | None:
         """Why it runs slower than asked, or ``None``."""
         return self._staged.reason
+
+    @property
+    def captured(self) -> bool:
+        """Whether it runs from a graph, compiled or not."""
+        return self._staged.captured
 
     def __call__(self, *batch: Tensor) -> Outcome:
         """Take the step."""
@@ -345,7 +355,8 @@ def _inductor(module: fx.GraphModule, inputs: Tensors) -> Callable[..., Any]:
     on_gpu = any(tensor.is_cuda for tensor in inputs)
     # Not torch.compile: its guards read every parameter at each call, a tenth of a small step, and shapes are all they find.
     options = {"fallback_random": True} | ({"triton.cudagraphs": True} if on_gpu else {})
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch
         return _inductor.compile(module, list(inputs), options=options)
 
 

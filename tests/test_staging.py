@@ -1,0 +1,323 @@
+"""A staged step is the eager step: the same draws, losses, parameters, buffers and optimizer state."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pairs import bare_param_pair, nested_plates_pair, pyro_nn_pair, two_latents_pair
+from torch import Tensor, nn
+
+import pyrovae as pv
+from pyrovae import staging
+from pyrovae.pairs import find_parameters
+from pyrovae.registry import names
+from pyrovae.staging import Staged, Step
+
+X = torch.bernoulli(torch.full((12, 6), 0.3), generator=torch.Generator().manual_seed(0))
+UNCAPTURED = {"trace_graph_elbo", "trace_enum_elbo", "renyi_elbo"}  # Pyro's, without a differentiable loss
+
+
+def a_vae() -> Any:
+    torch.manual_seed(0)
+    return pv.make_vae(6, latent_dim=2, hidden=[8])
+
+
+def train(pair: Any, x: Tensor, estimator: Any, backend: str, steps: int = 20, **options: Any) -> SimpleNamespace:
+    """Train a pair whose parameters are known by name, and return all that a step leaves behind."""
+    elbo = pv.estimators.make_estimator(estimator)
+    elbo.loss(pair.model, pair.guide, x)
+    optimizer = torch.optim.Adam(find_parameters(pair.model, pair.guide, x), lr=0.02, fused=True)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    step = Step(elbo, pair.model, pair.guide, optimizer, backend=backend, **options)
+    torch.manual_seed(1)
+    losses = []
+    for turn in range(steps):
+        losses.append(step(x if turn % 5 != 4 else x[:5]).loss)
+        schedule.step()
+    parameters = [parameter.detach().clone() for parameter in step.parameters]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    return SimpleNamespace(losses=losses, parameters=parameters, state=state, step=step, draw=torch.rand(1))
+
+
+def assert_same(one: SimpleNamespace, other: SimpleNamespace, rtol: float) -> None:
+    torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=rtol, atol=0)
+    for have, want in zip(one.parameters, other.parameters, strict=True):
+        torch.testing.assert_close(have, want, rtol=100 * rtol, atol=100 * rtol)
+    assert one.state.keys() == other.state.keys()
+    for index in one.state:
+        for key, want in one.state[index].items():
+            torch.testing.assert_close(other.state[index][key], want, rtol=100 * rtol, atol=100 * rtol)
+    assert torch.equal(one.draw, other.draw)  # the random stream stands at the same place
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", sorted(set(names("estimator")) - {"trace_enum_elbo"}))
+def test_captured_equals_eager_for_every_estimator(name: str) -> None:
+    spec = name if name.startswith("trace_") else {"kind": name, "num_particles": 4}
+    runs = []
+    for backend in ("eager", "aten"):
+        pyro.clear_param_store()
+        runs.append(train(a_vae(), X.double(), spec, backend))
+    assert_same(*runs, rtol=1e-12)
+    assert runs[1].step.reason is None
+    assert runs[1].step.captured == (name not in UNCAPTURED)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"kind": "elbo", "warm_up": 9, "num_particles": 3},
+    {"kind": "elbo", "kl": "analytic", "beta": 0.5, "free_bits": 0.1},
+    {"kind": "rws", "num_particles": 4, "guide_phase": "sleep"},
+    {"kind": "ovis", "num_particles": 4, "gamma": 0.5},
+    {"kind": "iwae", "num_particles": 4, "vectorize_particles": False},
+]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("spec", OPTIONS, ids=lambda spec: "-".join(map(str, spec.values())))
+def test_captured_equals_eager_for_options(spec: dict[str, Any]) -> None:
+    runs = [train(a_vae(), X.double(), spec, backend) for backend in ("eager", "aten")]
+    assert_same(*runs, rtol=1e-12)
+    assert runs[1].step.captured
+
+
+PAIRS: dict[str, tuple[Callable[[], Any], Tensor]] = {
+    "bare params": (bare_param_pair, torch.linspace(-2, 2, 12)),
+    "pyro modules": (pyro_nn_pair, torch.randn(12, 3, generator=torch.Generator().manual_seed(2))),
+    "two latents": (two_latents_pair, torch.randn(12, 4, generator=torch.Generator().manual_seed(2))),
+}
+
+
+@pytest.mark.parametrize("kind", ["elbo", "iwae", "dreg", "gdreg", "rws"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_captured_equals_eager_on_foreign_pairs(pair: str, kind: str) -> None:
+    build, x = PAIRS[pair]
+    runs = []
+    for backend in ("eager", "aten"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        runs.append(train(build(), x, {"kind": kind, "num_particles": 3}, backend))
+    assert_same(*runs, rtol=1e-6)
+    assert runs[1].step.captured
+
+
+def test_a_pair_without_parameters_says_so() -> None:
+    pair = nested_plates_pair(-2)
+    scale = nn.Parameter(torch.ones(()))
+    step = Step(pv.estimators.ELBO(), pair.model, pair.guide, torch.optim.SGD([scale], lr=0.1), backend="eager")
+    with pytest.raises(ValueError, match="No gradient reached any parameter"):
+        step(torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"kind": "dreg", "num_particles": 4},
+        pytest.param({"kind": "elbo", "warm_up": 30}, marks=pytest.mark.slow),
+        pytest.param({"kind": "gdreg", "num_particles": 4}, marks=pytest.mark.slow),
+        pytest.param({"kind": "vimco", "num_particles": 4}, marks=pytest.mark.slow),
+        pytest.param("trace_elbo", marks=pytest.mark.slow),
+        pytest.param("trace_mean_field_elbo", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_compiled_equals_eager_over_100_steps(spec: Any) -> None:
+    runs = []
+    for backend in ("eager", "inductor"):
+        pyro.clear_param_store()
+        runs.append(train(a_vae(), X, spec, backend, steps=100))
+    assert_same(*runs, rtol=1e-5)
+    assert runs[1].step.captured
+    assert runs[1].step.reason is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
+def test_compiled_equals_eager_on_foreign_pairs(pair: str) -> None:
+    build, x = PAIRS[pair]
+    runs = []
+    for backend in ("eager", "inductor"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        runs.append(train(build(), x, {"kind": "dreg", "num_particles": 3}, backend, steps=100))
+    assert_same(*runs, rtol=1e-5)
+    assert runs[1].step.reason is None
+
+
+class Normalised(nn.Module):
+    """A pair whose networks keep running statistics and draw dropout masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2))
+        self.decoder = nn.Linear(2, 6)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(self.encoder(x), 0.5).to_event(1))
+
+
+@pytest.mark.parametrize("backend", ["aten", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_buffers_and_dropout_are_as_in_eager_mode(backend: str) -> None:
+    runs, statistics = [], []
+    for each in ("eager", backend):
+        pair = Normalised()
+        runs.append(train(pair, X, "elbo", each))
+        statistics.append([buffer.clone() for buffer in pair.buffers()])
+    assert_same(*runs, rtol=1e-5)
+    assert runs[1].step.captured
+    for have, want in zip(*statistics, strict=True):
+        torch.testing.assert_close(have, want)
+    assert int(statistics[0][2]) == 21  # num_batches_tracked: twenty steps, and the loss before them
+
+
+def test_a_program_that_reads_values_runs_as_it_is_and_says_why() -> None:
+    pair = bare_param_pair()
+
+    def model(x: Tensor) -> None:
+        if x.sum() > 0:
+            pair.model(x)
+        else:
+            pair.model(-x)
+
+    reading = SimpleNamespace(model=model, guide=pair.guide)
+    with pytest.warns(RuntimeWarning, match="it cannot be captured .* compile=False") as caught:
+        staged = train(reading, torch.linspace(-2, 3, 12), "elbo", "inductor")
+    assert len(caught) == 1
+    pyro.clear_param_store()
+    assert_same(train(reading, torch.linspace(-2, 3, 12), "elbo", "eager"), staged, rtol=0)
+
+
+def test_without_a_compiler_the_captured_graph_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: Any) -> None:
+        raise RuntimeError("No working C++ compiler found.\nmore lines")
+
+    monkeypatch.setattr(staging, "_inductor", no_compiler)
+    with pytest.warns(RuntimeWarning, match="captured, but not compiled.*No working C\\+\\+ compiler found\\)") as caught:
+        staged = train(a_vae(), X, "elbo", "inductor")
+    assert len(caught) == 1
+    assert staged.step.captured
+    assert_same(train(a_vae(), X, "elbo", "eager"), staged, rtol=1e-6)
+
+
+def test_a_state_kept_in_python_is_found_out() -> None:
+    calls = [0]
+
+    def counting(x: Tensor) -> tuple[Tensor]:
+        calls[0] += 1
+        return (x * calls[0],)
+
+    staged = Staged(counting, "aten")
+    assert staged(torch.ones(2))[0].tolist() == [1.0, 1.0]
+    with pytest.warns(RuntimeWarning, match="gives other numbers"):
+        second = staged(torch.ones(2))[0]
+    assert second[0] == calls[0] > 1
+    assert not staged.captured
+
+
+def test_a_value_that_was_frozen_is_found_out() -> None:
+    weight = nn.Parameter(torch.tensor(2.0))
+
+    def frozen(x: Tensor) -> tuple[Tensor]:
+        return (x * float(weight.data.numpy()),)
+
+    staged = Staged(frozen, "aten")
+    used = Staged(lambda x: (frozen(x)[0] + 0 * weight.detach(),), "aten")
+    used(torch.ones(2))
+    del staged
+    with pytest.warns(RuntimeWarning, match="gives other numbers"):
+        used(torch.ones(2))
+
+
+def test_ragged_and_many_shapes_make_few_graphs() -> None:
+    staged = Staged(lambda x: (x.sum(),), "aten")
+    for _ in range(3):
+        for size in range(1, 30):
+            assert staged(torch.ones(size))[0] == size
+    assert len(staged._graphs) == 1
+    for _ in range(staging.USES_BEFORE_CAPTURE):
+        for size in range(1, 30):
+            staged(torch.ones(size))
+    assert len(staged._graphs) == staging.MOST_GRAPHS
+
+
+def test_nothing_moves_on_nan() -> None:
+    vae = a_vae()
+    optimizer = torch.optim.Adam(vae.parameters(), lr=0.1, fused=True)
+    step = Step(pv.estimators.ELBO(), vae.model, vae.guide, optimizer, backend="aten")
+    step(X)
+    before = [parameter.detach().clone() for parameter in vae.parameters()]
+    assert torch.isnan(torch.tensor(step(torch.full_like(X, torch.nan)).loss))
+    assert all(torch.equal(have, want) for have, want in zip(vae.parameters(), before, strict=True))
+    step(X)
+    assert not torch.equal(before[0], next(iter(vae.parameters())))
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_the_kernel_alone_is_the_optimizers_step(kind: type[torch.optim.Optimizer], amsgrad: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(2, 2))] for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.1, "amsgrad": amsgrad, "betas": (0.8, 0.9), "eps": 1e-3}
+    one, other = kind(ours, fused=True, **options), kind(theirs, **options)
+    for _ in range(5):
+        gradients = [torch.randn(3), torch.randn(2, 2)]
+        staging._update(one, ours, gradients)
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient
+        other.step()
+    for have, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(have, want)
+
+
+def test_clipping_bounds_the_step() -> None:
+    vae = a_vae()
+    optimizer = torch.optim.SGD(vae.parameters(), lr=1.0)
+    step = Step(pv.estimators.ELBO(), vae.model, vae.guide, optimizer, clip_norm=0.01, backend="aten")
+    for _ in range(3):
+        before = [parameter.detach().clone() for parameter in vae.parameters()]
+        assert step(X).norm > 0.01
+        moved = [have.detach() - want for have, want in zip(vae.parameters(), before, strict=True)]
+        assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_fit_compiled_is_fit_eager() -> None:
+    bounds = []
+    for compile in (True, False):
+        history = pv.fit(
+            *pair_of(a_vae()), X.repeat(20, 1), epochs=20, batch_size=50, lr=0.01, progress=False, seed=0, compile=compile
+        )
+        bounds.append(history.bound)
+    torch.testing.assert_close(torch.tensor(bounds[0]), torch.tensor(bounds[1]), rtol=1e-5, atol=0)
+
+
+def test_compile_is_refused_where_it_is_no_choice() -> None:
+    with pytest.raises(ValueError, match='compile is True, False or "auto"'):
+        pv.fit(*pair_of(a_vae()), X, compile="always", progress=False)
+    with pytest.raises(ValueError, match="backend is"):
+        Staged(lambda x: (x,), "jit")
+
+
+def test_short_runs_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_inductor", lambda *args: pytest.fail("compiled"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pv.fit(*pair_of(a_vae()), X, epochs=3, progress=False)
+
+
+def pair_of(vae: Any) -> tuple[Any, Any]:
+    return vae.model, vae.guide
