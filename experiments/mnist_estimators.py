@@ -2,8 +2,8 @@
 
 The network is the importance-weighted autoencoder paper's 784-200-200-50 with tanh; every estimator draws K = 8 particles per
 datum and trains for the same 30 epochs (Adam, cosine from 1e-3, batches of 100, pixels binarised afresh), from the same initial
-weights and the same seed. The groups of MIWAE and PIWAE are two of four particles; CIWAE is half ELBO. The score is log p(x) of the
-first 2,000 test images, binarised once, by 5,000 importance samples each; the differences are paired over the images.
+weights and the same seed. The groups of MIWAE and PIWAE are two of four particles; CIWAE is half ELBO. The score is log p(x) of
+the first 2,000 test images, binarised once, by 5,000 importance samples each; the differences are paired over the images.
 
     python experiments/mnist_estimators.py --root ../shared/data     # about an hour; writes results/mnist_estimators.json
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import checkpoint, config, data, encoders, estimators, evidence, likelihoods, nn, priors, registry, report, weights
     from .evidence import Comparison, Evidence, compare
     from .marginal import log_marginal
+    from .staging import stage
     from .training import History, fit
     from .vae import VAE, make_vae
     from .weights import LogWeights, log_weights
@@ -29,6 +30,7 @@ _NAMES = {
     "log_marginal": "marginal",
     "log_weights": "weights",
     "make_vae": "vae",
+    "stage": "staging",
     "train_estimators": "diagnostics",
 }
 
@@ -59,6 +61,8 @@ __all__ = [
     "priors",
     "registry",
     "report",
+    "stage",
+    "staging",
     "traces",
     "train_estimators",
     "training",

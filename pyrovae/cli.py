@@ -119,6 +119,7 @@ def train(
         clip_norm=settings_of.clip_norm,
         validation=settings_of.validation,
         patience=settings_of.patience,
+        compile=settings_of.compile,
         transform=split.transform,
         seed=described.seed,
         on_epoch=on_epoch,

@@ -84,6 +84,7 @@ class TrainSection:
         clip_norm: Largest norm of the gradient.
         validation: Fraction of the training data held out for the validation curve.
         patience: Stop after this many epochs without a better validation bound.
+        compile: Capture and compile the training step: true, false, or "auto" for runs long enough to repay it.
         tensorboard: Also log the curves for TensorBoard, in the run's folder.
     """
 
@@ -95,6 +96,7 @@ class TrainSection:
     clip_norm: PositiveFloat | None = None
     validation: Fraction | None = 0.1
     patience: Positive | None = None
+    compile: bool | Literal["auto"] = "auto"
     tensorboard: bool = False
 
 
@@ -243,7 +245,11 @@ def _sentence(error: ValidationError, where: str) -> str:
     from .registry import unknown
 
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-", "str", "dict"))]
+    path = [
+        str(part)
+        for part in first["loc"]
+        if not str(part).startswith(("function-", "constrained-", "str", "dict", "bool", "literal["))
+    ]
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section = SECTIONS.get(path[0], Run) if len(path) > 1 else Run
         return f"{where}: {unknown('key', '.'.join(path), _keys(section, path[:-1]))}"

@@ -131,28 +131,63 @@ class Outcome(NamedTuple):
     norm: float
 
 
-class Step:
-    """One training step of a pair: draw, weigh, differentiate, clip, update.
-
-    Nothing moves where the loss is NaN or the gradient NaN or infinite. Learning rates are read from the optimizer at each
-    step, and an annealed beta from the estimator.
+def stage(
+    estimator: pyro.infer.ELBO,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    example: Tensor | Tensors,
+    *,
+    clip_norm: float | None = None,
+    count: Callable[[Tensors], float] | None = None,
+    backend: str = "inductor",
+) -> Step:
+    """A training step for a loop of your own; :func:`pyrovae.fit` makes its own.
 
     Args:
         estimator: any ``pyro.infer.ELBO``; one without a differentiable loss runs uncaptured.
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
         optimizer: holds the pair's parameters; Adam and AdamW made with ``fused=True`` go straight to their kernel.
+        example: a batch, or a tuple of tensors for programs of several arguments. It is scored once with Pyro's validation,
+            which the steps leave out; the random stream does not notice.
         clip_norm: the largest norm that the gradient of all parameters together may have.
         count: from a batch to the number of data that its loss stands for; by default their number.
-        backend: as in :class:`Staged`.
+        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
+
+    Returns:
+        A step: called with a batch's tensors it updates the parameters and returns loss and gradient norm.
+
+    Raises:
+        ValueError: the pair or the estimator refuses the example.
 
     Example:
         >>> import torch, pyrovae as pv
         >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
-        >>> adam = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
-        >>> step = pv.staging.Step(pv.estimators.IWAE(5), vae.model, vae.guide, adam, backend="aten")
-        >>> step(torch.ones(50, 9)).loss > step(torch.ones(50, 9)).norm
-        True
+        >>> x, adam = torch.ones(50, 9), torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
+        >>> step = pv.stage(pv.estimators.IWAE(5), vae.model, vae.guide, adam, x, backend="aten")
+        >>> first, second = step(x), step(x)
+        >>> first.loss > 0, first.norm > 0
+        (True, True)
+    """
+    batch = example if isinstance(example, tuple) else (example,)
+    devices = [tensor.device for tensor in batch if tensor.is_cuda]
+    with torch.random.fork_rng(devices), torch.no_grad():
+        estimator.loss(model, guide, *batch)
+    return Step(estimator, model, guide, optimizer, clip_norm=clip_norm, count=count, backend=backend)
+
+
+class Step:
+    """One training step of a pair: draw, weigh, differentiate, clip, update.
+
+    Nothing moves where the loss is NaN or the gradient NaN or infinite. Learning rates are read from the optimizer at each
+    step, and an annealed beta from the estimator.
+
+    Made by :func:`stage`, whose arguments it has.
+
+    Attributes:
+        parameters: those that the optimizer holds.
+        reached: those of them that the loss reaches, known after the first step.
     """
 
     def __init__(
@@ -192,8 +227,7 @@ class Step:
                 self._annealed = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
             self._annealed.fill_(annealed)
             inputs = (*batch, self._annealed)
-        with pyro.validation_enabled(False):
-            loss, norm, *gradients = self._staged(*inputs)
+        loss, norm, *gradients = self._staged(*inputs)
         outcome = Outcome(loss.item(), norm.item())
         if not math.isnan(outcome.loss) and math.isfinite(outcome.norm):
             _update(self.optimizer, self.reached, gradients)
@@ -205,14 +239,15 @@ class Step:
 
     def _differentiate(self, *inputs: Tensor) -> Tensors:
         """Loss, norm, and the gradient of each parameter that the loss reaches."""
-        if self._annealed is None:
-            loss, gradients = self._loss_and_gradients(inputs)
-        else:
-            self.estimator.held = inputs[-1]
-            try:
-                loss, gradients = self._loss_and_gradients(inputs[:-1])
-            finally:
-                self.estimator.held = None
+        with pyro.validation_enabled(False):
+            if self._annealed is None:
+                loss, gradients = self._loss_and_gradients(inputs)
+            else:
+                self.estimator.held = inputs[-1]
+                try:
+                    loss, gradients = self._loss_and_gradients(inputs[:-1])
+                finally:
+                    self.estimator.held = None
         pairs = [(par, grad) for par, grad in zip(self.parameters, gradients, strict=True) if grad is not None]
         if not pairs:
             raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")

@@ -19,7 +19,7 @@ from .data import Batches, arguments
 from .estimators import check_estimator, make_estimator
 from .pairs import PairInfo, first_run, inspect_pair
 from .registry import unknown
-from .staging import Step
+from .staging import stage
 from .traces import Program, evaluation_mode
 
 if TYPE_CHECKING:
@@ -163,8 +163,8 @@ def fit(
             batches.to(start.dtype, start.device)
             _check_data(model, guide, batches)
     check_estimator(elbo, start.info)
-    with torch.random.fork_rng(), torch.no_grad():
-        elbo.loss(model, guide, *arguments(model, next(iter(train))))
+    with torch.random.fork_rng():
+        example = arguments(model, next(iter(train)))
 
     batches_each = train.num_batches
     # Gradients that another loop, or a run that failed, left behind would enter the first step.
@@ -175,11 +175,12 @@ def fit(
     scheduler = _named(schedule, "schedule", _schedules(steps))(optimize)
     if compile == "auto":
         compile = steps is not None and steps >= STEPS_TO_COMPILE
-    take_step = Step(
+    take_step = stage(
         elbo,
         model,
         guide,
         optimize,
+        example,
         clip_norm=clip_norm,
         count=partial(_count, info=start.info),
         backend="inductor" if compile else "eager",
