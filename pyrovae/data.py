@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from .registry import unknown
+from .registry import positive_integer, unknown
 
 Batch = tuple[Tensor, ...]
 
@@ -55,9 +55,7 @@ class Batches:
         device: torch.device | str | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size is a positive integer, not {batch_size!r}.")
-        self.batch_size, self.shuffle, self.transform = batch_size, shuffle, transform
+        self.batch_size, self.shuffle, self.transform = positive_integer(batch_size, "batch_size"), shuffle, transform
         self.dtype, self.device = dtype, device
         self.loader: DataLoader[Any] | None = None
         self.arrays: Batch = ()

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .pairs import PairInfo, inspect_pair
-from .registry import build, register
+from .registry import build, positive_integer, register
 from .traces import Gradients, Program
 from .weights import Leaf, LogWeights, dreamt_log_guide, log_weights
 
@@ -154,14 +154,13 @@ class Estimator(pyro.infer.ELBO):
         return self.gradients != "total" and not isinstance(self, STL)
 
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True):
-        if int(num_particles) != num_particles or num_particles < 1:
-            raise ValueError(f"num_particles is a positive integer, not {num_particles!r}.")
+        num_particles = positive_integer(num_particles, "num_particles")
         if num_particles < self.fewest_particles:
             raise ValueError(
                 f"{type(self).__name__} compares particles of one datum: give it num_particles of at least "
                 f"{self.fewest_particles}, not {num_particles}."
             )
-        super().__init__(num_particles=int(num_particles), vectorize_particles=vectorize_particles)
+        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.held: Tensor | None = None
         # Pyro's ELBOs keep the nesting of the first pair they meet; this one keeps it per pair.
         self._nesting: dict[tuple[Program, Program], int] = {}
@@ -595,7 +594,7 @@ class _Grouped(_ManyParticles):
 
     def __init__(self, num_particles: int = 8, *, num_groups: int = 2, vectorize_particles: bool = True):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        if num_groups < 1 or self.num_particles % num_groups:
+        if positive_integer(num_groups, "num_groups") > self.num_particles or self.num_particles % num_groups:
             raise ValueError(f"num_groups divides num_particles = {num_particles} into equal parts, unlike {num_groups!r}.")
         self.num_groups = int(num_groups)
 
@@ -823,7 +822,9 @@ class JVI(_ManyParticles):
 
     def __init__(self, num_particles: int = 5, *, order: int = 1, vectorize_particles: bool = True):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        if not 0 <= order < self.num_particles:
+        if order != 0:
+            order = positive_integer(order, "order, where it is not 0,")
+        if order >= self.num_particles:
             raise ValueError(f"JVI leaves out order = {order!r} of num_particles = {num_particles}: give it more particles.")
         self.order = order
 
@@ -886,11 +887,9 @@ class TVO(_ManyParticles):
         vectorize_particles: bool = True,
     ):
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        if num_partitions < 1:
-            raise ValueError(f"num_partitions is a positive integer, not {num_partitions!r}.")
         if log10_beta >= 0:
             raise ValueError(f"log10_beta is negative, so that the first point lies below 1, not {log10_beta!r}.")
-        self.num_partitions, self.log10_beta = num_partitions, log10_beta
+        self.num_partitions, self.log10_beta = positive_integer(num_partitions, "num_partitions"), log10_beta
 
     @property
     def points(self) -> list[float]:

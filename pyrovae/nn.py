@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .registry import positive_integer as positive_integer
 from .registry import register, unknown
 
 Shape = int | Sequence[int]
@@ -52,17 +53,6 @@ def as_widths(widths: Sequence[int]) -> list[int]:
     if not all(isinstance(width, Integral) and width > 0 for width in found):
         raise ValueError(f"hidden is a list of positive integers such as [200, 200], not {widths!r}.")
     return [int(width) for width in found]
-
-
-def positive_integer(value: Any, what: str) -> int:
-    """``value`` as a plain integer.
-
-    Raises:
-        ValueError: it is no positive integer; the message calls it ``what``.
-    """
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{what} is a positive integer, not {value!r}.")
-    return int(value)
 
 
 def activation_module(activation: Activation) -> nn.Module:

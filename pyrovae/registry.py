@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from numbers import Integral
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
@@ -135,6 +136,22 @@ def describe(component: Any, kind: str) -> dict[str, Any]:
             )
         found[argument] = _plain(given[argument] if argument in given else getattr(component, argument), f"{name}.{argument}")
     return found
+
+
+def positive_integer(value: Any, what: str) -> int:
+    """``value`` as a plain integer.
+
+    Raises:
+        ValueError: it is no positive whole number; the message calls it ``what``.
+
+    Example:
+        >>> from pyrovae.registry import positive_integer
+        >>> positive_integer(5e3, "num_samples")
+        5000
+    """
+    if not (isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())) or value < 1:
+        raise ValueError(f"{what} is a positive integer, not {value!r}.")
+    return int(value)
 
 
 def unknown(what: str, name: str, known: Any) -> str:

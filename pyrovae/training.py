@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .data import Batches, arguments
 from .estimators import check_estimator, make_estimator
 from .pairs import PairInfo, first_run, inspect_pair
-from .registry import unknown
+from .registry import positive_integer, unknown
 from .staging import stage
 from .traces import Program, evaluation_mode
 
@@ -143,8 +143,9 @@ def fit(
         >>> history.bound[-1] > history.bound[0]
         True
     """
-    if int(epochs) != epochs or epochs < 1:
-        raise ValueError(f"epochs is a positive integer, not {epochs!r}.")
+    epochs = positive_integer(epochs, "epochs")
+    if not (isinstance(lr, numbers.Real) and 0 < lr < math.inf):
+        raise ValueError(f"lr is a positive number, not {lr!r}.")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm is a positive number, not {clip_norm!r}.")
     if compile not in (True, False, "auto"):

@@ -25,6 +25,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from .registry import positive_integer
 from .traces import (
     Gate,
     Gradients,
@@ -203,8 +204,7 @@ def log_weights(
         >>> pv.log_weights(vae.model, vae.guide, torch.zeros(5, 9), num_particles=3).log_weights.shape
         torch.Size([3, 5])
     """
-    if int(num_particles) != num_particles or num_particles < 1:
-        raise ValueError(f"num_particles is a positive integer, not {num_particles!r}.")
+    num_particles = positive_integer(num_particles, "num_particles")
     if not torch.is_grad_enabled():
         gradients = "total"
     together = num_particles if vectorize_particles else 1
