@@ -33,6 +33,7 @@ app = App(
     help="Variational autoencoders as honest probabilistic programs.",
     version=lambda: _version("pyrovae"),
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
+    suppress_keyboard_interrupt=False,  # main says so in a line, and returns 130
 )
 
 
@@ -117,7 +118,7 @@ def train(
         optimizer=settings_of.optimizer,
         schedule=settings_of.schedule,
         clip_norm=settings_of.clip_norm,
-        validation=settings_of.validation,
+        validation=settings_of.validation or None,
         patience=settings_of.patience,
         compile=settings_of.compile,
         transform=split.transform,

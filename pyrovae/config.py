@@ -82,7 +82,7 @@ class TrainSection:
         optimizer: "adam", "adamw", "sgd", ...
         schedule: "constant" or "cosine".
         clip_norm: Largest norm of the gradient.
-        validation: Fraction of the training data held out for the validation curve.
+        validation: Fraction of the training data held out for the validation curve; 0 for none.
         patience: Stop after this many epochs without a better validation bound.
         compile: Capture and compile the training step: true, false, or "auto" for runs long enough to repay it.
         tensorboard: Also log the curves for TensorBoard, in the run's folder.
@@ -94,7 +94,7 @@ class TrainSection:
     optimizer: str = "adam"
     schedule: Literal["constant", "cosine"] = "cosine"
     clip_norm: PositiveFloat | None = None
-    validation: Fraction | None = 0.1
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     patience: Positive | None = None
     compile: bool | Literal["auto"] = "auto"
     tensorboard: bool = False

@@ -78,6 +78,8 @@ def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
     """
     if isinstance(estimator, pyro.infer.ReweightedWakeSleep):
         raise ValueError("Pyro's ReweightedWakeSleep has two losses and no bound: choose 'rws'.")
+    if isinstance(estimator, pyro.infer.TraceTailAdaptive_ELBO):
+        raise ValueError("Pyro's TraceTailAdaptive_ELBO has a gradient and no loss: choose 'vr_max' or 'dreg'.")
     if info.enumerated and not isinstance(estimator, pyro.infer.TraceEnum_ELBO):
         raise ValueError(
             f"{type(estimator).__name__} cannot sum out {', '.join(map(repr, info.enumerated))}, which the model marks for "

@@ -174,6 +174,10 @@ def fit(
     steps = None if batches_each is None else epochs * batches_each
     optimize = _named(optimizer, "optimizer", OPTIMIZERS)(start.parameters, lr=lr)
     scheduler = _named(schedule, "schedule", _schedules(steps))(optimize)
+    if isinstance(optimize, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the loss several times a step, which a stochastic one cannot be: choose 'adam'.")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError("ReduceLROnPlateau waits for a metric, and a schedule here follows the step: choose 'cosine'.")
     if compile == "auto":
         compile = steps is not None and steps >= STEPS_TO_COMPILE
     take_step = stage(

@@ -254,3 +254,19 @@ def test_the_command_is_installed():
         [sys.executable, "-c", "from pyrovae.cli import app; app(['--version'])"], capture_output=True, text=True
     )
     assert done.stdout.strip() == pv.__version__
+
+
+def test_an_interrupt_is_a_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyrovae.training.fit", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "pyrovae: interrupted.\n"
+
+
+def test_a_run_file_can_do_without_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = "--train.epochs 1 --train.validation 0 --evaluate.limit 5 --evaluate.num-samples 30 --name short"
+    assert main(["train", *options.split()]) == 0
+    assert json.loads((tmp_path / "runs" / "short" / "metrics.jsonl").read_text())["validation"] is None
