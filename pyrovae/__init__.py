@@ -8,8 +8,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import checkpoint, config, data, encoders, estimators, evidence, likelihoods, nn, priors, registry, report, weights
+    from . import (
+        checkpoint,
+        conditional,
+        config,
+        data,
+        encoders,
+        estimators,
+        evidence,
+        hierarchical,
+        likelihoods,
+        nn,
+        priors,
+        registry,
+        report,
+        weights,
+    )
+    from .conditional import ConditionalVAE, SemiSupervisedVAE, make_conditional_vae, make_semi_supervised_vae
     from .evidence import Comparison, Evidence, compare
+    from .hierarchical import HierarchicalVAE, make_hierarchical_vae
     from .marginal import log_marginal
     from .staging import stage
     from .training import History, fit
@@ -19,16 +36,22 @@ if TYPE_CHECKING:
 # Names load on first use, because torch, Pyro and ArviZ take seconds to import and `pyrovae --help` must not wait.
 _NAMES = {
     "Comparison": "evidence",
+    "ConditionalVAE": "conditional",
     "EstimatorComparison": "diagnostics",
     "Evidence": "evidence",
+    "HierarchicalVAE": "hierarchical",
     "History": "training",
     "LogWeights": "weights",
+    "SemiSupervisedVAE": "conditional",
     "VAE": "vae",
     "compare": "evidence",
     "compare_estimators": "diagnostics",
     "fit": "training",
     "log_marginal": "marginal",
     "log_weights": "weights",
+    "make_conditional_vae": "conditional",
+    "make_hierarchical_vae": "hierarchical",
+    "make_semi_supervised_vae": "conditional",
     "make_vae": "vae",
     "stage": "staging",
     "train_estimators": "diagnostics",
@@ -37,13 +60,17 @@ _NAMES = {
 __all__ = [
     "VAE",
     "Comparison",
+    "ConditionalVAE",
     "EstimatorComparison",
     "Evidence",
+    "HierarchicalVAE",
     "History",
     "LogWeights",
+    "SemiSupervisedVAE",
     "checkpoint",
     "compare",
     "compare_estimators",
+    "conditional",
     "config",
     "data",
     "diagnostics",
@@ -51,9 +78,13 @@ __all__ = [
     "estimators",
     "evidence",
     "fit",
+    "hierarchical",
     "likelihoods",
     "log_marginal",
     "log_weights",
+    "make_conditional_vae",
+    "make_hierarchical_vae",
+    "make_semi_supervised_vae",
     "make_vae",
     "marginal",
     "nn",

@@ -245,7 +245,7 @@ def _with_particles(name: str, num_particles: int) -> Any:
 
 @app.command(name="list", sort_key=4)
 def list_names() -> None:
-    """List priors, likelihoods, encoders, bodies and estimators by name, with a line each."""
+    """List priors, likelihoods, encoders, bodies, guides and estimators by name, with a line each."""
     import inspect
 
     from .registry import KINDS, find, names

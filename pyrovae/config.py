@@ -55,7 +55,7 @@ class ModelSection:
         prior: p(z).
         likelihood: p(x|z); by default the one that fits the data set.
         encoder: The family of q(z|x).
-        body: "mlp", "gated_mlp" or "conv".
+        body: "mlp", "gated_mlp", "conv" or "resnet".
         hidden: Widths of the encoder's hidden layers, mirrored in the decoder.
         activation: "relu", "tanh", ...; by default the body's own.
         dtype: "float32" or "float64".

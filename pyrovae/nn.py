@@ -2,7 +2,7 @@
 
 Particles, plates and batches all stand to the left of the event, so every body maps the event alone. A body says its
 ``in_shape`` and ``out_shape``; a shape is an integer (a vector) or a tuple (an image). Weights start by Glorot and Bengio
-(2010), biases at zero, as in Burda et al. (2016).
+(2010), as in Burda et al. (2016), or by He et al. (2015) where layers are residual; biases start at zero.
 """
 
 from __future__ import annotations
@@ -179,8 +179,74 @@ class GatedMLP(_Perceptron):
         return [_GatedLinear(wide, narrow, activation_module(self.activation or nn.Identity))]
 
 
+class _ImageEncoder(Body):
+    """A stage for each number of channels, which halves height and width, then the flattened result."""
+
+    def _assemble(self, in_shape: Shape, hidden: Sequence[int], activation: Activation) -> None:
+        self.in_shape, self.hidden, self.activation = _image(in_shape), as_widths(hidden), activation
+        channels, height, width = self.in_shape
+        height, width = _halvings(height, width, len(self.hidden))[-1]
+        layers: list[nn.Module] = []
+        for wide, narrow in pairwise([channels, *self.hidden]):
+            layers += self.stage(wide, narrow)
+        self.layers = nn.Sequential(*layers)
+        self.out_shape = ((self.hidden[-1] if self.hidden else channels) * height * width,)
+
+    @abstractmethod
+    def stage(self, wide: int, narrow: int) -> list[nn.Module]:
+        """The modules of one stage."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., C, H, W]`` -> ``[..., features]``."""
+        self.check(x)
+        y = self.layers(x.reshape(-1, *self.in_shape))
+        return y.reshape(*x.shape[:-3], *self.out_shape)
+
+
+class _ImageDecoder(Body):
+    """An affine map to the smallest image, then a stage for each doubling of height and width."""
+
+    def _assemble(self, in_shape: Shape, out_shape: Shape, hidden: Sequence[int], activation: Activation) -> None:
+        kind = type(self).__name__
+        self.in_shape, self.out_shape = as_shape(in_shape), as_shape(out_shape)
+        self.hidden, self.activation = as_widths(hidden), activation
+        if len(self.in_shape) != 1:
+            raise ValueError(f"{kind} takes a latent vector, not events of shape {self.in_shape}.")
+        if not self.hidden:
+            raise ValueError(f"{kind} needs at least one hidden layer of channels: hidden=[32, 64], for example.")
+        _image(self.out_shape[-3:])
+        height, width = self.out_shape[-2:]
+        sizes = _halvings(height, width, len(self.hidden))
+        channels = math.prod(self.out_shape[:-2])
+        self.start_shape = (self.hidden[-1], *sizes[-1])
+        self.start = self.initialize(nn.Linear(self.in_shape[0], math.prod(self.start_shape)))
+        layers: list[nn.Module] = []
+        widths = [channels, *self.hidden]
+        for i in reversed(range(len(self.hidden))):
+            # A halving rounds down, so an odd size needs the lost row or column back.
+            extra = (sizes[i][0] - 2 * sizes[i + 1][0], sizes[i][1] - 2 * sizes[i + 1][1])
+            layers += self.stage(widths[i + 1])
+            layers += [activation_module(activation)]
+            layers += [self.initialize(nn.ConvTranspose2d(widths[i + 1], widths[i], 4, 2, 1, extra))]
+        self.layers = nn.Sequential(*layers)
+
+    @abstractmethod
+    def stage(self, channels: int) -> list[nn.Module]:
+        """The modules before one doubling."""
+
+    @abstractmethod
+    def initialize(self, layer: nn.Linear | nn.ConvTranspose2d) -> nn.Module:
+        """The layer with its first weights."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``[..., L]`` -> ``[..., *out_shape]``."""
+        self.check(z)
+        y = self.layers(self.start(z).reshape(-1, *self.start_shape))
+        return y.reshape(*z.shape[:-1], *self.out_shape)
+
+
 @register("body")
-class ConvEncoder(Body):
+class ConvEncoder(_ImageEncoder):
     r"""Strided convolutions from an image to a feature vector.
 
     Each layer halves height and width (kernel 4, stride 2, padding 1), so any image size works as long as it survives
@@ -203,24 +269,15 @@ class ConvEncoder(Body):
 
     def __init__(self, in_shape: Shape, hidden: Sequence[int] = (32, 64), activation: Activation = "relu"):
         super().__init__()
-        self.in_shape, self.hidden, self.activation = _image(in_shape), as_widths(hidden), activation
-        channels, height, width = self.in_shape
-        height, width = _halvings(height, width, len(self.hidden))[-1]
-        layers: list[nn.Module] = []
-        for wide, narrow in pairwise([channels, *self.hidden]):
-            layers += [_glorot(nn.Conv2d(wide, narrow, 4, 2, 1)), activation_module(activation)]
-        self.layers = nn.Sequential(*layers)
-        self.out_shape = ((self.hidden[-1] if self.hidden else channels) * height * width,)
+        self._assemble(in_shape, hidden, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., C, H, W]`` -> ``[..., features]``."""
-        self.check(x)
-        y = self.layers(x.reshape(-1, *self.in_shape))
-        return y.reshape(*x.shape[:-3], *self.out_shape)
+    def stage(self, wide: int, narrow: int) -> list[nn.Module]:
+        """A strided convolution and the activation."""
+        return [_glorot(nn.Conv2d(wide, narrow, 4, 2, 1)), activation_module(self.activation)]
 
 
 @register("body")
-class ConvDecoder(Body):
+class ConvDecoder(_ImageDecoder):
     r"""The mirror of :class:`ConvEncoder`: a latent to an image by transposed convolutions.
 
     Args:
@@ -242,31 +299,110 @@ class ConvDecoder(Body):
 
     def __init__(self, in_shape: Shape, out_shape: Shape, hidden: Sequence[int] = (32, 64), activation: Activation = "relu"):
         super().__init__()
-        self.in_shape, self.out_shape = as_shape(in_shape), as_shape(out_shape)
-        self.hidden, self.activation = as_widths(hidden), activation
-        if len(self.in_shape) != 1:
-            raise ValueError(f"ConvDecoder takes a latent vector, not events of shape {self.in_shape}.")
-        if not self.hidden:
-            raise ValueError("ConvDecoder needs at least one hidden layer of channels: hidden=[32, 64], for example.")
-        _image(self.out_shape[-3:])
-        height, width = self.out_shape[-2:]
-        sizes = _halvings(height, width, len(self.hidden))
-        channels = math.prod(self.out_shape[:-2])
-        self.start_shape = (self.hidden[-1], *sizes[-1])
-        self.start = _glorot(nn.Linear(self.in_shape[0], math.prod(self.start_shape)))
-        layers: list[nn.Module] = []
-        widths = [channels, *self.hidden]
-        for i in reversed(range(len(self.hidden))):
-            # A halving rounds down, so an odd size needs the lost row or column back.
-            extra = (sizes[i][0] - 2 * sizes[i + 1][0], sizes[i][1] - 2 * sizes[i + 1][1])
-            layers += [activation_module(activation), _glorot(nn.ConvTranspose2d(widths[i + 1], widths[i], 4, 2, 1, extra))]
-        self.layers = nn.Sequential(*layers)
+        self._assemble(in_shape, out_shape, hidden, activation)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """``[..., L]`` -> ``[..., *out_shape]``."""
-        self.check(z)
-        y = self.layers(self.start(z).reshape(-1, *self.start_shape))
-        return y.reshape(*z.shape[:-1], *self.out_shape)
+    def stage(self, channels: int) -> list[nn.Module]:
+        """Nothing before a doubling."""
+        return []
+
+    def initialize(self, layer: nn.Linear | nn.ConvTranspose2d) -> nn.Module:
+        """Glorot and Bengio's."""
+        return _glorot(layer)
+
+
+@register("body", "resnet_encoder")
+class ResNetEncoder(_ImageEncoder):
+    r"""Strided convolutions from an image to a feature vector, each followed by residual blocks.
+
+    .. math:: h \mapsto h + W_2 * a(W_1 * a(h))
+
+    A stage halves height and width as :class:`ConvEncoder` does; its blocks are two 3 x 3 convolutions, activated before each
+    (He et al. 2016), and have no normalisation, so that a datum's posterior does not depend on the others in its batch.
+    Weights start as :math:`N(0, 2 / n)` for n inputs of a unit (He et al. 2015).
+
+    Args:
+        in_shape: ``(channels, height, width)``.
+        hidden: channels of the stages.
+        blocks: residual blocks in each stage.
+        activation: a name or a callable that makes a module.
+
+    Raises:
+        ValueError: the input is not an image, or too small for that many halvings.
+
+    References:
+        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015; Identity Mappings in Deep Residual Networks, 2016.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.nn import ResNetEncoder
+        >>> ResNetEncoder((1, 28, 28), [8, 16])(torch.zeros(5, 2, 1, 28, 28)).shape
+        torch.Size([5, 2, 784])
+    """
+
+    def __init__(self, in_shape: Shape, hidden: Sequence[int] = (32, 64), blocks: int = 1, activation: Activation = "relu"):
+        super().__init__()
+        self.blocks = positive_integer(blocks, "blocks")
+        self._assemble(in_shape, hidden, activation)
+
+    def stage(self, wide: int, narrow: int) -> list[nn.Module]:
+        """A strided convolution, the blocks, and the activation."""
+        blocks = [_ResidualBlock(narrow, self.activation) for _ in range(self.blocks)]
+        return [_he(nn.Conv2d(wide, narrow, 4, 2, 1)), *blocks, activation_module(self.activation)]
+
+
+@register("body", "resnet_decoder")
+class ResNetDecoder(_ImageDecoder):
+    r"""The mirror of :class:`ResNetEncoder`: a latent to an image by residual blocks and transposed convolutions.
+
+    Args:
+        in_shape: the latent dimension.
+        out_shape: ``(channels, height, width)``, or ``(parameters, channels, height, width)`` as in :class:`ConvDecoder`.
+        hidden: channels of the mirrored encoder, so the first stage here has ``hidden[-1]``.
+        blocks: residual blocks in each stage.
+        activation: a name or a callable that makes a module.
+
+    Raises:
+        ValueError: the output is not an image, or too small for that many doublings.
+
+    References:
+        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015; Identity Mappings in Deep Residual Networks, 2016.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.nn import ResNetDecoder
+        >>> ResNetDecoder(10, (3, 29, 35), [8, 16])(torch.zeros(4, 10)).shape
+        torch.Size([4, 3, 29, 35])
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        hidden: Sequence[int] = (32, 64),
+        blocks: int = 1,
+        activation: Activation = "relu",
+    ):
+        super().__init__()
+        self.blocks = positive_integer(blocks, "blocks")
+        self._assemble(in_shape, out_shape, hidden, activation)
+
+    def stage(self, channels: int) -> list[nn.Module]:
+        """The residual blocks."""
+        return [_ResidualBlock(channels, self.activation) for _ in range(self.blocks)]
+
+    def initialize(self, layer: nn.Linear | nn.ConvTranspose2d) -> nn.Module:
+        """He's."""
+        return _he(layer)
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, channels: int, activation: Activation):
+        super().__init__()
+        convolutions = [_he(nn.Conv2d(channels, channels, 3, 1, 1)) for _ in range(2)]
+        self.branch = nn.Sequential(*(layer for each in convolutions for layer in (activation_module(activation), each)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
 
 
 class _GatedLinear(nn.Module):
@@ -282,6 +418,18 @@ class _GatedLinear(nn.Module):
 
 def _glorot(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
     nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _he(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
+    if isinstance(layer, nn.ConvTranspose2d):
+        # A strided transposed convolution reaches each output through one tap in stride^2.
+        fan_in = layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride)
+    else:
+        fan_in = layer.weight[0].numel()
+    nn.init.normal_(layer.weight, std=math.sqrt(2.0 / fan_in))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer

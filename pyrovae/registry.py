@@ -19,7 +19,14 @@ from typing import Any, TypeVar
 T = TypeVar("T", bound=type)
 
 # Each kind with the room whose import registers its classes.
-_ROOMS = {"prior": "priors", "likelihood": "likelihoods", "encoder": "encoders", "body": "nn", "estimator": "estimators"}
+_ROOMS = {
+    "prior": "priors",
+    "likelihood": "likelihoods",
+    "encoder": "encoders",
+    "body": "nn",
+    "guide": "hierarchical",
+    "estimator": "estimators",
+}
 
 KINDS = tuple(_ROOMS)
 
@@ -30,7 +37,7 @@ def register(kind: str, name: str | None = None) -> Callable[[T], T]:
     """Give a class a name that Python, TOML and the command line share.
 
     Args:
-        kind: one of ``"prior"``, ``"likelihood"``, ``"encoder"``, ``"body"``, ``"estimator"``.
+        kind: one of ``"prior"``, ``"likelihood"``, ``"encoder"``, ``"body"``, ``"guide"``, ``"estimator"``.
         name: the name; by default the class name in snake case.
 
     Raises:

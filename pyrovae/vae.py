@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pyro
 import pyro.distributions as dist
@@ -28,7 +29,118 @@ if TYPE_CHECKING:
 _counter = itertools.count()
 
 
-class VAE(nn.Module):
+class PairModule(nn.Module):
+    """A module whose ``model`` and ``guide`` are Pyro programs: what every such model does the same way.
+
+    A concrete one writes the two programs, and names in ``parts`` the arguments of its ``__init__``, which it keeps as
+    attributes: each with its kind in the registry, or ``None`` for plain data.
+
+    Args:
+        name: the name under which Pyro's parameter store knows this instance; unique unless set, so that two models in one
+            process never share parameters.
+    """
+
+    parts: ClassVar[dict[str, str | None]]
+    prior: Prior
+    likelihood: Likelihood
+
+    def __init__(self, name: str | None = None):
+        super().__init__()
+        self.name = name or _fresh_name()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's store hangs a weak reference on every parameter that it hands out, which pickle refuses; the next run hangs
+        # it on again.
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy has parameters of its own: under the original's name Pyro's store would hand it the original's.
+        super().__setstate__(state)
+        self.name = _fresh_name()
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """The shape of one datum."""
+        return self.likelihood.event_shape
+
+    @abstractmethod
+    def model(self, *args: Any, **kwargs: Any) -> None:
+        """The joint as a Pyro program."""
+
+    @abstractmethod
+    def guide(self, *args: Any, **kwargs: Any) -> None:
+        """The variational posterior as a Pyro program; takes what ``model`` takes."""
+
+    def fit(self, data: Any, **options: Any) -> History:
+        """Train on data; see :func:`pyrovae.fit`."""
+        from .training import fit
+
+        return fit(self.model, self.guide, data, **options)
+
+    def log_marginal(self, x: Any, **options: Any) -> Evidence:
+        """Importance-sampled log p(x) of every datum; see :func:`pyrovae.log_marginal`."""
+        from .marginal import log_marginal
+
+        return log_marginal(self.model, self.guide, x, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.json`` (what to build) and ``model.safetensors`` (its weights) into a folder.
+
+        Raises:
+            ValueError: a part is not registered, so it could not be built again.
+        """
+        parts = {part: _describe(getattr(self, part), kind) for part, kind in self.parts.items()}
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_weights(folder / "model.safetensors", self)
+        checkpoint.write_text(folder / "model.json", json.dumps(parts, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Build the model that :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: the folder or a file in it is missing.
+            ValueError: a file is truncated, or does not fit the other. Nothing unpickles.
+        """
+        folder = Path(folder)
+        parts = checkpoint.read_json(folder / "model.json")
+        if not isinstance(parts, dict) or set(parts) != set(cls.parts):
+            *most, last = cls.parts
+            needs = f"{', '.join(most)} and {last}"
+            raise ValueError(f"{folder / 'model.json'} does not describe a {cls.__name__}: it needs {needs}.")
+        model = cls(**{part: _build(parts[part], kind) for part, kind in cls.parts.items()})
+        checkpoint.load_weights(folder / "model.safetensors", model, cast=True)
+        return model
+
+    def _register(self) -> None:
+        pyro.module(self.name, self)
+        store = pyro.get_param_store()
+        for name, parameter in self.named_parameters():
+            key = f"{self.name}$$${name}"
+            # Not where torch.func.functional_call has put plain tensors in the parameters' place.
+            ours = isinstance(parameter, nn.Parameter) and parameter.requires_grad
+            if ours and key in store and store[key].unconstrained() is not parameter:
+                raise ValueError(
+                    f"Another model is called {self.name!r} in Pyro's parameter store, so this one would never train: set "
+                    f"vae.name to a name of its own, or call pyro.clear_param_store()."
+                )
+
+    def _as_data(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"The model takes a tensor, not {type(x).__name__}: write torch.as_tensor(x).")
+        if tuple(x.shape[1:]) != self.data_shape:
+            raise ValueError(
+                f"The data have shape {tuple(x.shape)}, but the model takes (N, {', '.join(map(str, self.data_shape))}): "
+                f"reshape them, or build the model for that shape."
+            )
+        # Counts come as integers and pixels as bytes; the networks want their own floating type.
+        return x.to(next(self.parameters()).dtype)
+
+
+class VAE(PairModule):
     r"""A variational autoencoder as a pair of Pyro programs.
 
     .. math:: p_\theta(x, z) = p_\theta(z) \, p_\theta(x \mid z), \qquad q_\phi(z \mid x) \approx p_\theta(z \mid x)
@@ -59,52 +171,24 @@ class VAE(nn.Module):
         torch.Size([5, 9])
     """
 
+    parts: ClassVar[dict[str, str | None]] = {"prior": "prior", "likelihood": "likelihood", "encoder": "encoder"}
+
     def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, name: str | None = None):
-        super().__init__()
-        for part, family in [(prior, Prior), (likelihood, Likelihood), (encoder, Encoder)]:
-            if not isinstance(part, family):
-                kind = family.__name__
-                raise ValueError(
-                    f"The {kind.lower()} must be a {family.__module__}.{kind}, not a {type(part).__name__}: build one, or "
-                    f"subclass it."
-                )
-        latents = {"prior": prior.latent_dim, "encoder": encoder.latent_dim}
-        decoder_in = getattr(likelihood.decoder, "in_shape", None)
-        if decoder_in is not None:
-            latents["decoder"] = math.prod(as_shape(decoder_in))
-        if len(set(latents.values())) > 1:
-            said = ", ".join(f"{part} {size}" for part, size in latents.items())
-            raise ValueError(f"The parts disagree on the latent dimension ({said}): build them with the same one.")
-        encoder_in = getattr(encoder.body, "in_shape", None)
-        if encoder_in is not None and as_shape(encoder_in) != likelihood.event_shape:
-            raise ValueError(
-                f"The parts disagree on the shape of one datum (encoder {encoder_in}, likelihood {likelihood.event_shape}): "
-                f"build them with the same one."
-            )
+        super().__init__(name)
+        check_parts((prior, Prior), (likelihood, Likelihood), (encoder, Encoder))
+        check_sizes(
+            "on the latent dimension",
+            prior=prior.latent_dim,
+            encoder=encoder.latent_dim,
+            decoder=in_size_of(likelihood.decoder),
+        )
+        check_sizes("on the shape of one datum", encoder=in_shape_of(encoder.body), likelihood=likelihood.event_shape)
         self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
-        self.name = name or _fresh_name()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro's store hangs a weak reference on every parameter that it hands out, which pickle refuses; the next run hangs
-        # it on again.
-        for parameter in self.parameters():
-            vars(parameter).pop("unconstrained", None)
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy has parameters of its own: under the original's name Pyro's store would hand it the original's.
-        super().__setstate__(state)
-        self.name = _fresh_name()
 
     @property
     def latent_dim(self) -> int:
         """L, the number of latent dimensions."""
         return self.prior.latent_dim
-
-    @property
-    def data_shape(self) -> tuple[int, ...]:
-        """The shape of one datum."""
-        return self.likelihood.event_shape
 
     def model(self, x: Tensor) -> None:
         """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``."""
@@ -159,70 +243,6 @@ class VAE(nn.Module):
         means = self.decode(ends[0] + weight * (ends[1] - ends[0])).mean
         return means[:, 0] if single else means
 
-    def fit(self, data: Any, **options: Any) -> History:
-        """Train on data; see :func:`pyrovae.fit`."""
-        from .training import fit
-
-        return fit(self.model, self.guide, data, **options)
-
-    def log_marginal(self, x: Any, **options: Any) -> Evidence:
-        """Importance-sampled log p(x) of every datum; see :func:`pyrovae.log_marginal`."""
-        from .marginal import log_marginal
-
-        return log_marginal(self.model, self.guide, x, **options)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.json`` (what to build) and ``model.safetensors`` (its weights) into a folder.
-
-        Raises:
-            ValueError: a part is not registered, so it could not be built again.
-        """
-        parts = {kind: describe(getattr(self, kind), kind) for kind in ("prior", "likelihood", "encoder")}
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_weights(folder / "model.safetensors", self)
-        checkpoint.write_text(folder / "model.json", json.dumps(parts, indent=1) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> VAE:
-        """Build the model that :meth:`save_pretrained` wrote.
-
-        Raises:
-            FileNotFoundError: the folder or a file in it is missing.
-            ValueError: a file is truncated, or does not fit the other. Nothing unpickles.
-        """
-        folder = Path(folder)
-        parts = checkpoint.read_json(folder / "model.json")
-        if not isinstance(parts, dict) or set(parts) != {"prior", "likelihood", "encoder"}:
-            raise ValueError(f"{folder / 'model.json'} does not describe a VAE: it needs prior, likelihood and encoder.")
-        vae = cls(**{kind: build(kind, spec) for kind, spec in parts.items()})
-        checkpoint.load_weights(folder / "model.safetensors", vae, cast=True)
-        return vae
-
-    def _register(self) -> None:
-        pyro.module(self.name, self)
-        store = pyro.get_param_store()
-        for name, parameter in self.named_parameters():
-            key = f"{self.name}$$${name}"
-            # Not where torch.func.functional_call has put plain tensors in the parameters' place.
-            ours = isinstance(parameter, nn.Parameter) and parameter.requires_grad
-            if ours and key in store and store[key].unconstrained() is not parameter:
-                raise ValueError(
-                    f"Another model is called {self.name!r} in Pyro's parameter store, so this one would never train: set "
-                    f"vae.name to a name of its own, or call pyro.clear_param_store()."
-                )
-
-    def _as_data(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"The model takes a tensor, not {type(x).__name__}: write torch.as_tensor(x).")
-        if tuple(x.shape[1:]) != self.data_shape:
-            raise ValueError(
-                f"The data have shape {tuple(x.shape)}, but the model takes (N, {', '.join(map(str, self.data_shape))}): "
-                f"reshape them, or build the model for that shape."
-            )
-        # Counts come as integers and pixels as bytes; the networks want their own floating type.
-        return x.to(next(self.parameters()).dtype)
-
 
 def make_vae(
     data_shape: Shape,
@@ -244,8 +264,9 @@ def make_vae(
         prior: a name, a table ``{"kind": name, ...}``, or a ready object; so too ``likelihood`` and ``encoder``.
         likelihood: p(x|z).
         encoder: the family of q(z|x).
-        body: ``"mlp"``, ``"gated_mlp"`` or ``"conv"``; the last stands for the pair ``"conv_encoder"``, ``"conv_decoder"``.
-        hidden: widths of the encoder's hidden layers, mirrored in the decoder; channels for ``"conv"``. By default
+        body: ``"mlp"``, ``"gated_mlp"``, ``"conv"`` or ``"resnet"``; the last two stand for a pair, such as ``"conv_encoder"``
+            and ``"conv_decoder"``.
+        hidden: widths of the encoder's hidden layers, mirrored in the decoder; channels for such a pair. By default
             ``[200, 200]``, or the pair's own channels.
         activation: a name such as ``"tanh"``; by default the body's own.
         name: see :class:`VAE`.
@@ -260,19 +281,10 @@ def make_vae(
         ((1, 28, 28), 50)
     """
     shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
-    inward, outward, networks, mirrored = _bodies(body, hidden)
-    if activation is not None:
-        networks, mirrored = networks | {"activation": activation}, mirrored | {"activation": activation}
-    if isinstance(likelihood, str):
-        likelihood = {"kind": likelihood}
-    if isinstance(likelihood, Mapping) and "kind" in likelihood:
-        family: type[Likelihood] = find("likelihood", likelihood["kind"])
-        num_parameters = family.count_parameters(likelihood)
-        out_shape = shape if num_parameters == 1 else (num_parameters, *shape)
-        decoder = build("body", outward, in_shape=latent_dim, out_shape=out_shape, **mirrored)
-        likelihood = build("likelihood", likelihood, decoder=decoder)
-    elif not isinstance(likelihood, Likelihood):
-        raise ValueError('The likelihood is a name, a table with its kind = "bernoulli" or the like, or a Likelihood.')
+    inward, outward, networks, mirrored = body_pair(body, hidden, activation)
+    likelihood = build_likelihood(
+        likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim, out_shape=out, **mirrored)
+    )
     encoder_body = build("body", inward, in_shape=shape, **networks)
     return VAE(
         prior=build("prior", prior, latent_dim=latent_dim),
@@ -282,19 +294,95 @@ def make_vae(
     )
 
 
+def build_likelihood(spec: Any, data_shape: tuple[int, ...], decoder: Callable[[Shape], nn.Module]) -> Likelihood:
+    """A likelihood from a name, a table or a ready object; ``decoder`` makes the network for an ``out_shape``.
+
+    Raises:
+        ValueError: an unknown name or option, or something that is no likelihood.
+    """
+    if isinstance(spec, str):
+        spec = {"kind": spec}
+    if isinstance(spec, Mapping) and "kind" in spec:
+        family: type[Likelihood] = find("likelihood", spec["kind"])
+        num_parameters = family.count_parameters(spec)
+        out_shape = data_shape if num_parameters == 1 else (num_parameters, *data_shape)
+        return build("likelihood", spec, decoder=decoder(out_shape))
+    if isinstance(spec, Likelihood):
+        return spec
+    raise ValueError('The likelihood is a name, a table with its kind = "bernoulli" or the like, or a Likelihood.')
+
+
+def check_parts(*parts: tuple[Any, type]) -> None:
+    """Refuse a part that is not of its family.
+
+    Raises:
+        ValueError: the first such part.
+    """
+    for part, family in parts:
+        if not isinstance(part, family):
+            kind = family.__name__
+            raise ValueError(
+                f"The {kind.lower()} must be a {family.__module__}.{kind}, not a {type(part).__name__}: build one, or "
+                f"subclass it."
+            )
+
+
+def check_sizes(where: str, **said: Any) -> None:
+    """Refuse parts that say different sizes; ``None`` says nothing.
+
+    Raises:
+        ValueError: they disagree.
+    """
+    found = {part: size for part, size in said.items() if size is not None}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{part} {size}" for part, size in found.items())
+        raise ValueError(f"The parts disagree {where} ({listed}): build them with the same one.")
+
+
+def in_shape_of(body: nn.Module) -> tuple[int, ...] | None:
+    """The event shape that a network takes, if it says it."""
+    said: Any = getattr(body, "in_shape", None)
+    return None if said is None else as_shape(said)
+
+
+def in_size_of(body: nn.Module) -> int | None:
+    """How many numbers a network takes, if it says it."""
+    shape = in_shape_of(body)
+    return None if shape is None else math.prod(shape)
+
+
 def _fresh_name() -> str:
     return f"pyrovae.vae{next(_counter)}"
 
 
-def _bodies(body: str, hidden: Sequence[int] | None) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
-    """Names and options of the encoder's body and of the decoder's."""
+def _describe(part: Any, kind: str | None) -> Any:
+    if kind is None:
+        return part
+    return [describe(each, kind) for each in part] if isinstance(part, nn.ModuleList) else describe(part, kind)
+
+
+def _build(spec: Any, kind: str | None) -> Any:
+    if kind is None:
+        return spec
+    return [build(kind, each) for each in spec] if isinstance(spec, list) else build(kind, spec)
+
+
+def body_pair(
+    body: str, hidden: Sequence[int] | None, activation: Activation | None = None
+) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+    """Names of the encoder's body and of the decoder's, then the options of each.
+
+    Raises:
+        ValueError: an unknown name, or widths that are no positive integers.
+    """
     known = names("body")
     pairs = [name.removesuffix("_encoder") for name in known if name.endswith("_encoder")]
+    chosen = {} if activation is None else {"activation": activation}
     if body in pairs:
-        options: dict[str, Any] = {} if hidden is None else {"hidden": as_widths(hidden)}
+        options: dict[str, Any] = chosen if hidden is None else {"hidden": as_widths(hidden)} | chosen
         return f"{body}_encoder", f"{body}_decoder", options, options
     single = [name for name in known if not name.endswith(("_encoder", "_decoder"))]
     if body not in single:
         raise ValueError(unknown("body", body, single + pairs))
     widths = [200, 200] if hidden is None else as_widths(hidden)
-    return body, body, {"hidden": widths}, {"hidden": widths[::-1]}
+    return body, body, {"hidden": widths} | chosen, {"hidden": widths[::-1]} | chosen

@@ -25,7 +25,9 @@ ALLOWED: dict[str, set[str]] = {
     "nn": set(),
     "distributions": set(),
     **dict.fromkeys(_PARTS, _BODIES),
-    **dict.fromkeys(("vae", "hierarchical"), _BODIES | _PARTS),
+    "vae": _BODIES | _PARTS,
+    # What all models of ours do the same way is in vae.
+    **dict.fromkeys(("hierarchical", "conditional"), _BODIES | _PARTS | {"vae"}),
     # The page has one room for these: traces reads, weights reduces, pairs inspects.
     "traces": set(),
     "weights": {"traces"},
@@ -43,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 # The convenience methods of a VAE call into the second and third chain, inside the method.
 # A History plots itself, and plots live in report.
-LAZY: dict[str, set[str]] = {**dict.fromkeys(("vae", "hierarchical"), _SCORING), "training": {"report"}}
+LAZY: dict[str, set[str]] = {**dict.fromkeys(("vae", "hierarchical", "conditional"), _SCORING), "training": {"report"}}
 ONLY_IN = {"torchvision": {"data"}, "arviz": {"evidence"}, "torch.fx": {"staging"}, "torch._dynamo": {"staging"}}
 
 

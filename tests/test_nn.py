@@ -11,7 +11,18 @@ from numpy.testing import assert_allclose
 from scipy.signal import correlate2d
 from torch import nn
 
-from pyrovae.nn import ACTIVATIONS, MLP, ConvDecoder, ConvEncoder, GatedMLP, activation_module, as_shape
+from pyrovae.nn import (
+    ACTIVATIONS,
+    MLP,
+    ConvDecoder,
+    ConvEncoder,
+    GatedMLP,
+    ResNetDecoder,
+    ResNetEncoder,
+    _ResidualBlock,
+    activation_module,
+    as_shape,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -94,6 +105,52 @@ def test_conv_bodies_fit_any_size(size: tuple[int, int], channels: int) -> None:
     assert decoder.start_shape[1:] == (size[0] // 4, size[1] // 4)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("size", [(8, 8), (9, 14), (7, 5), (13, 4)])
+def test_residual_bodies_take_any_size_and_whatever_leads(size: tuple[int, int], blocks: int) -> None:
+    encoder, decoder = ResNetEncoder((2, *size), [4, 6], blocks), ResNetDecoder(5, (2, 3, *size), [4, 6], blocks)
+    x, z = torch.randn(2, 3, 2, *size), torch.randn(2, 3, 5)
+    h, y = encoder(x), decoder(z)
+    assert h.shape == (2, 3, *encoder.out_shape) == (2, 3, 6 * (size[0] // 4) * (size[1] // 4))
+    assert y.shape == (2, 3, 2, 3, *size)
+    assert_allclose(encoder(x[1, 2]).detach(), h[1, 2].detach(), rtol=1e-9, atol=1e-12)
+    assert_allclose(decoder(z[1, 2]).detach(), y[1, 2].detach(), rtol=1e-9, atol=1e-12)
+    for net, out in [(encoder, h), (decoder, y)]:
+        (out * torch.randn_like(out)).sum().backward()
+        for name, parameter in net.named_parameters():
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_residual_block_is_its_formula_and_the_identity_at_zero_weights() -> None:
+    block, x = _ResidualBlock(2, "relu"), torch.randn(3, 2, 5, 6)
+    w1, b1, w2, b2 = _perturb(block)
+
+    def convolved(image: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.stack([sum(correlate2d(image[i], w[o, i], "same") for i in range(2)) + b[o] for o in range(2)])
+
+    for image, found in zip(x.numpy(), block(x).detach().numpy(), strict=True):
+        inner = convolved(np.maximum(image, 0), w1, b1)
+        assert_allclose(found, image + convolved(np.maximum(inner, 0), w2, b2), rtol=1e-10)
+    for parameter in block.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(block(x), x)
+
+
+def test_residual_weights_start_by_he() -> None:
+    """N(0, 2 / n), n the inputs of a unit: a strided transposed convolution reaches one through a tap in four."""
+    encoder, decoder = ResNetEncoder((3, 16, 16), [64, 64]), ResNetDecoder(50, (64, 16, 16), [64, 64])
+    strided, block, fan_in = encoder.layers[3], encoder.layers[1].branch[1], 64 * 3 * 3
+    cases = [(strided, 64 * 4 * 4), (block, fan_in), (decoder.start, 50), (decoder.layers[-1], 64 * 4 * 4 / 4)]
+    for layer, inputs in cases:
+        assert_allclose(layer.weight.std().item(), (2 / inputs) ** 0.5, rtol=0.03)
+        assert abs(layer.weight.mean().item()) < 4 * (2 / inputs / layer.weight.numel()) ** 0.5
+        assert not layer.bias.any()
+    # What He's rule is for: a rectified signal keeps its second moment from layer to layer.
+    h = torch.randn(20, 64, 16, 16).relu()
+    for layer in (decoder.layers[-1], strided):
+        assert_allclose((layer(h)[..., 2:-2, 2:-2] ** 2).mean().item(), 2 * (h**2).mean().item(), rtol=0.2)
+
+
 def test_empty_batch_passes() -> None:
     assert ConvEncoder((1, 8, 8), [2])(torch.zeros(0, 1, 8, 8)).shape == (0, 32)
     assert ConvDecoder(2, (1, 8, 8), [2])(torch.zeros(0, 2)).shape == (0, 1, 8, 8)
@@ -140,6 +197,8 @@ NO_IMAGE = "A convolutional body takes images (channels, height, width), not sha
             "ConvDecoder needs at least one hidden layer of channels: hidden=[32, 64], for example.",
         ),
         (lambda: ConvDecoder((2, 2), (1, 8, 8)), "ConvDecoder takes a latent vector, not events of shape (2, 2)."),
+        (lambda: ResNetEncoder((1, 8, 8), [2], blocks=0), "blocks is a positive integer, not 0."),
+        (lambda: ResNetDecoder((2, 2), (1, 8, 8)), "ResNetDecoder takes a latent vector, not events of shape (2, 2)."),
         (
             lambda: MLP(3, [4])(torch.zeros(5, 4)),
             "MLP takes events of shape (3,), but got a tensor of shape (5, 4): reshape it, or build the network for "

@@ -223,7 +223,13 @@ def test_two_models_train_as_if_alone_in_either_order() -> None:
 
 @pytest.mark.parametrize(
     ("data_shape", "options"),
-    [(6, {}), ((1, 8, 8), {}), ((1, 8, 8), {"body": "conv", "hidden": [3, 4]}), ((2, 9, 7), {"body": "conv", "hidden": [3]})],
+    [
+        (6, {}),
+        ((1, 8, 8), {}),
+        ((1, 8, 8), {"body": "conv", "hidden": [3, 4]}),
+        ((2, 9, 7), {"body": "conv", "hidden": [3]}),
+        ((2, 9, 7), {"body": "resnet", "hidden": [3, 4]}),
+    ],
 )
 @pytest.mark.parametrize("likelihood", ["bernoulli", {"kind": "normal", "scale": "decoder"}], ids=["bernoulli", "normal"])
 def test_shapes(data_shape: object, options: dict, likelihood: object) -> None:

@@ -1,0 +1,499 @@
+"""Hierarchies: several stochastic layers, and guides that infer them from the data up or from the top down.
+
+Layers are numbered from the data: ``z1`` is nearest to them, the last one has the prior. A conditional p(z_i|z_{i+1}) maps a
+vector to a distribution over a vector, so it is an :class:`pyrovae.encoders.Encoder`, and so is every factor of a guide.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from .encoders import DiagonalNormal, Encoder
+from .likelihoods import Likelihood
+from .nn import MLP, Activation, Shape, as_shape, positive_integer
+from .priors import Prior
+from .registry import build, find, register
+from .vae import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
+
+Draw = Callable[[int, dist.Distribution], Tensor]
+
+
+class Sizes(NamedTuple):
+    """What a guide is built for by name: ``network(i, in_shape)`` makes the deterministic layers below ``z{i + 1}``."""
+
+    data_shape: tuple[int, ...]
+    latent_dims: tuple[int, ...]
+    encoder: Any
+    in_scale: float
+    network: Callable[[int, Shape], Any]
+
+
+class Guide(nn.Module):
+    """A factorised q(z|x); concrete guides implement ``forward`` and ``of_sizes``.
+
+    Attributes:
+        latent_dims: the size of each layer, nearest to the data first.
+        data_shape: the shape of one datum, if the network that sees the data says it.
+    """
+
+    latent_dims: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def data_shape(self) -> tuple[int, ...] | None:
+        """The shape of one datum, if the network that sees the data says it."""
+
+    @classmethod
+    @abstractmethod
+    def of_sizes(cls, sizes: Sizes) -> Guide:
+        """The guide that :func:`make_hierarchical_vae` builds by name."""
+
+    def check_layers(self, layers: Sequence[Encoder]) -> None:
+        """Refuse conditionals p(z_i|z_{i+1}) that this guide cannot use.
+
+        Raises:
+            ValueError: it needs others.
+        """
+        return
+
+    @abstractmethod
+    def forward(self, x: Tensor, layers: Sequence[Encoder], draw: Draw) -> list[Tensor]:
+        """Values of all layers, nearest to the data first.
+
+        Args:
+            x: data ``(B, *data_shape)``.
+            layers: the model's p(z_i|z_{i+1}), nearest to the data first, for guides that share them.
+            draw: from a layer's index and its law to a value: a sample, or the mean.
+        """
+
+
+@register("guide")
+class BottomUp(Guide):
+    r"""A guide that climbs from the data.
+
+    .. math:: q(z \mid x) = q(z_1 \mid x) \prod_{i=2}^{n} q(z_i \mid z_{i-1})
+
+    Args:
+        encoders: q(z1|x), q(z2|z1), ...
+
+    Raises:
+        ValueError: the encoders do not chain.
+
+    References:
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016.
+
+    Example:
+        >>> import pyrovae as pv
+        >>> guide = pv.hierarchical.BottomUp([pv.encoders.DiagonalNormal(pv.nn.MLP(9, [8]), 3),
+        ...                                   pv.encoders.DiagonalNormal(pv.nn.MLP(3, [8]), 2)])
+        >>> guide.latent_dims
+        (3, 2)
+    """
+
+    def __init__(self, encoders: Sequence[Encoder]):
+        super().__init__()
+        self.encoders, self.latent_dims = _listed(encoders)
+        self.init_arguments = {"encoders": list(encoders)}
+        for i, below in enumerate(self.latent_dims[:-1]):
+            check_sizes(
+                f"on the size of z{i + 1}", **{f"q(z{i + 1})": below, f"q(z{i + 2}|z{i + 1})": _in(self.encoders[i + 1])}
+            )
+
+    @classmethod
+    def of_sizes(cls, sizes: Sizes) -> BottomUp:
+        """Each encoder has its layer's deterministic layers."""
+        ins: list[Shape] = [sizes.data_shape, *sizes.latent_dims[:-1]]
+        return cls(
+            [
+                build(
+                    "encoder",
+                    sizes.encoder,
+                    body=sizes.network(i, ins[i]),
+                    latent_dim=size,
+                    in_scale=1.0 if i else sizes.in_scale,
+                )
+                for i, size in enumerate(sizes.latent_dims)
+            ]
+        )
+
+    @property
+    def data_shape(self) -> tuple[int, ...] | None:
+        """What its first network takes."""
+        return in_shape_of(_encoder(self.encoders[0]).body)
+
+    def forward(self, x: Tensor, layers: Sequence[Encoder], draw: Draw) -> list[Tensor]:
+        """Values of all layers, drawn from ``z1`` upwards."""
+        values: list[Tensor] = []
+        for i, encoder in enumerate(self.encoders):
+            values.append(draw(i, encoder(values[-1] if values else x)))
+        return values
+
+
+@register("guide")
+class Structured(Guide):
+    r"""A guide that factorises as the posterior does: each layer given its parents in the model, and the data.
+
+    .. math:: q(z \mid x) = q(z_n \mid x) \prod_{i=1}^{n-1} q(z_i \mid z_{i+1}, x)
+
+    The exact posterior of a chain has this form. All factors see the data through one body; its features stand before the
+    parent in the input of the lower encoders.
+
+    Args:
+        body: maps ``[..., *data_shape]`` to features ``[..., H]``.
+        encoders: q(z1|h, z2), ..., q(zn|h): bodies of ``H + L_2``, ..., ``H`` inputs.
+        in_scale: multiplies the data on their way into the body.
+
+    Raises:
+        ValueError: the sizes do not fit.
+
+    References:
+        Webb et al., Faithful Inversion of Generative Models for Effective Amortized Inference, 2018.
+
+    Example:
+        >>> import pyrovae as pv
+        >>> guide = pv.hierarchical.Structured(pv.nn.MLP(9, [8]), [pv.encoders.DiagonalNormal(pv.nn.MLP(8 + 2, [8]), 3),
+        ...                                                        pv.encoders.DiagonalNormal(pv.nn.MLP(8, [8]), 2)])
+        >>> guide.latent_dims
+        (3, 2)
+    """
+
+    def __init__(self, body: nn.Module, encoders: Sequence[Encoder], in_scale: float = 1.0):
+        super().__init__()
+        self.encoders, self.latent_dims = _listed(encoders)
+        self.init_arguments = {"encoders": list(encoders)}
+        self.body, self.in_scale = body, float(in_scale)
+        width = _features(body)
+        wanted = [width + above for above in self.latent_dims[1:]] + [width]
+        for i, size in enumerate(wanted):
+            check_sizes(f"on the input of q(z{i + 1})", **{"features and parent": size, "encoder": _in(self.encoders[i])})
+
+    @classmethod
+    def of_sizes(cls, sizes: Sizes) -> Structured:
+        """The first deterministic layers see the data; each encoder has the second's or its own above them."""
+        body = sizes.network(0, sizes.data_shape)
+        width, top = _features(body), len(sizes.latent_dims) - 1
+        ins = [width + above for above in sizes.latent_dims[1:]] + [width]
+        encoders = [
+            build("encoder", sizes.encoder, body=sizes.network(max(i, min(1, top)), ins[i]), latent_dim=size)
+            for i, size in enumerate(sizes.latent_dims)
+        ]
+        return cls(body, encoders, sizes.in_scale)
+
+    @property
+    def data_shape(self) -> tuple[int, ...] | None:
+        """What its first network takes."""
+        return in_shape_of(self.body)
+
+    def forward(self, x: Tensor, layers: Sequence[Encoder], draw: Draw) -> list[Tensor]:
+        """Values of all layers, drawn from the top down."""
+        h = self.body(x * self.in_scale)
+        top = len(self.encoders) - 1
+        values = [draw(top, self.encoders[top](h))]
+        for i in reversed(range(top)):
+            above = values[0]
+            seen = torch.cat([h.expand(*above.shape[:-1], h.shape[-1]), above], -1)
+            values.insert(0, draw(i, self.encoders[i](seen)))
+        return values
+
+
+@register("guide")
+class Ladder(Guide):
+    r"""A guide that corrects the model's own way down by what a way up saw of the data.
+
+    .. math:: d_1 = f_1(x), \quad d_i = f_i(d_{i-1}), \quad q(z_n \mid x) = N(\hat\mu_n(d_n), \hat\sigma_n(d_n)^2), \quad
+        q(z_i \mid z_{i+1}, x) = N\!\left(\frac{\hat\mu_i \hat\sigma_i^{-2} + \mu_i \sigma_i^{-2}}
+        {\hat\sigma_i^{-2} + \sigma_i^{-2}}, \frac{1}{\hat\sigma_i^{-2} + \sigma_i^{-2}}\right)
+
+    with :math:`\mu_i, \sigma_i` those of the model's :math:`p(z_i \mid z_{i+1})`, whose networks it shares.
+
+    Args:
+        bodies: f_1, f_2, ...
+        encoders: diagonal normals, the i-th from d_i to mean and scale.
+        in_scale: multiplies the data on their way into the first body.
+
+    Raises:
+        ValueError: a factor of guide or model is no diagonal normal, or the sizes do not fit.
+
+    References:
+        Sonderby et al., Ladder Variational Autoencoders, 2016.
+
+    Example:
+        >>> import pyrovae as pv
+        >>> guide = pv.hierarchical.Ladder([pv.nn.MLP(9, [8]), pv.nn.MLP(8, [6])],
+        ...                                [pv.encoders.DiagonalNormal(pv.nn.MLP(8, []), 3),
+        ...                                 pv.encoders.DiagonalNormal(pv.nn.MLP(6, []), 2)])
+        >>> guide.latent_dims
+        (3, 2)
+    """
+
+    def __init__(self, bodies: Sequence[nn.Module], encoders: Sequence[Encoder], in_scale: float = 1.0):
+        super().__init__()
+        self.encoders, self.latent_dims = _listed(encoders)
+        self.init_arguments = {"bodies": list(bodies), "encoders": list(encoders)}
+        self.bodies, self.in_scale = nn.ModuleList(bodies), float(in_scale)
+        if len(self.bodies) != len(self.encoders):
+            raise ValueError(f"A ladder has a body for each encoder, not {len(self.bodies)} for {len(self.encoders)}.")
+        _check_diagonal("guide", encoders)
+        for i, (body, encoder) in enumerate(zip(bodies, encoders, strict=True)):
+            check_sizes(f"on the size of d{i + 1}", body=_features(body), encoder=_in(encoder))
+            if i + 1 < len(bodies):
+                check_sizes(
+                    f"on the size of d{i + 1}", **{f"f{i + 1}": _features(body), f"f{i + 2}": in_size_of(bodies[i + 1])}
+                )
+
+    @classmethod
+    def of_sizes(cls, sizes: Sizes) -> Ladder:
+        """One after the other, the deterministic layers are the bodies."""
+        bodies: list[Any] = []
+        for i in range(len(sizes.latent_dims)):
+            bodies.append(sizes.network(i, _features(bodies[-1]) if bodies else sizes.data_shape))
+        encoders = [
+            build("encoder", sizes.encoder, body=MLP(_features(body), []), latent_dim=size)
+            for body, size in zip(bodies, sizes.latent_dims, strict=True)
+        ]
+        return cls(bodies, encoders, sizes.in_scale)
+
+    @property
+    def data_shape(self) -> tuple[int, ...] | None:
+        """What its first network takes."""
+        return in_shape_of(self.bodies[0])
+
+    def check_layers(self, layers: Sequence[Encoder]) -> None:
+        """The model's conditionals must be diagonal normals too."""
+        _check_diagonal("model", layers)
+
+    def forward(self, x: Tensor, layers: Sequence[Encoder], draw: Draw) -> list[Tensor]:
+        """Values of all layers, drawn from the top down."""
+        d, evidence = x * self.in_scale, []
+        for body, encoder in zip(self.bodies, self.encoders, strict=True):
+            d = body(d)
+            evidence.append(encoder(d))
+        top = len(evidence) - 1
+        values = [draw(top, evidence[top])]
+        for i in reversed(range(top)):
+            values.insert(0, draw(i, merge(evidence[i], layers[i](values[0]))))
+        return values
+
+
+def merge(evidence: dist.Distribution, prior: dist.Distribution) -> dist.Distribution:
+    r"""The normalised product of two diagonal normals: precisions add, means are weighted by them.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> from pyrovae.hierarchical import merge
+        >>> law = merge(dist.Normal(torch.zeros(1), 1.0).to_event(1), dist.Normal(torch.ones(1), 1.0).to_event(1))
+        >>> law.mean, law.variance
+        (tensor([0.5000]), tensor([0.5000]))
+    """
+    here, there = evidence.variance.reciprocal(), prior.variance.reciprocal()
+    variance = (here + there).reciprocal()
+    return dist.Normal((evidence.mean * here + prior.mean * there) * variance, variance.sqrt()).to_event(1)
+
+
+class HierarchicalVAE(PairModule):
+    r"""A variational autoencoder of several stochastic layers, as a pair of Pyro programs.
+
+    .. math:: p_\theta(x, z) = p(z_n) \prod_{i=1}^{n-1} p(z_i \mid z_{i+1}) \; p(x \mid z_1), \qquad
+        q_\phi(z \mid x) \approx p_\theta(z \mid x)
+
+    The sites are ``"z1"``, nearest to the data, ``"z2"``, ... and ``"x"``, in the plate ``"data"`` at dim -1.
+
+    Args:
+        prior: p(z_n), any prior.
+        layers: p(z1|z2), p(z2|z3), ...: encoders from the layer above.
+        likelihood: p(x|z1), with its decoder.
+        inference: q(z|x): a :class:`BottomUp`, :class:`Ladder` or :class:`Structured` guide.
+        name: as in :class:`pyrovae.VAE`.
+
+    Raises:
+        ValueError: a part is not of its family, they disagree on a size, or the guide cannot use the model's layers.
+
+    References:
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016. Sonderby et al., Ladder Variational
+        Autoencoders, 2016.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_hierarchical_vae(9, latent_dims=[3, 2], hidden=[[16], [8]], guide="ladder")
+        >>> vae.sample(5).shape
+        torch.Size([5, 9])
+        >>> pv.log_weights(vae.model, vae.guide, torch.zeros(4, 9), num_particles=3).log_weights.shape
+        torch.Size([3, 4])
+    """
+
+    parts: ClassVar[dict[str, str | None]] = {
+        "prior": "prior",
+        "layers": "encoder",
+        "likelihood": "likelihood",
+        "inference": "guide",
+    }
+
+    def __init__(
+        self, prior: Prior, layers: Sequence[Encoder], likelihood: Likelihood, inference: Guide, name: str | None = None
+    ):
+        super().__init__(name)
+        if not isinstance(layers, Sequence) or not layers:
+            raise ValueError("layers is a list with at least one encoder, p(z1|z2): for one layer, make a VAE.")
+        check_parts((prior, Prior), *((layer, Encoder) for layer in layers), (likelihood, Likelihood), (inference, Guide))
+        dims = (*(layer.latent_dim for layer in layers), prior.latent_dim)
+        check_sizes("on the layers", guide=inference.latent_dims, model=dims)
+        check_sizes("on the size of z1", layer=dims[0], decoder=in_size_of(likelihood.decoder))
+        for i, layer in enumerate(layers):
+            check_sizes(f"on the size of z{i + 2}", **{"layer above": dims[i + 1], f"p(z{i + 1}|z{i + 2})": _in(layer)})
+        check_sizes("on the shape of one datum", guide=inference.data_shape, likelihood=likelihood.event_shape)
+        inference.check_layers(layers)
+        self.prior, self.likelihood, self.inference = prior, likelihood, inference
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def latent_dims(self) -> tuple[int, ...]:
+        """The size of each layer, nearest to the data first."""
+        return self.inference.latent_dims
+
+    def model(self, x: Tensor) -> None:
+        """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``."""
+        x = self._as_data(x)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            z = self._descend(lambda i, law: pyro.sample(f"z{i + 1}", law))
+            pyro.sample("x", self.likelihood(z), obs=x)  # batch (B,), event data_shape
+
+    def guide(self, x: Tensor) -> None:
+        """q(z|x) as a Pyro program; takes what ``model`` takes."""
+        x = self._as_data(x)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            self.inference(x, self._layers, lambda i, law: pyro.sample(f"z{i + 1}", law))
+
+    def decode(self, z: Tensor) -> dist.Distribution:
+        """p(x|z1), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
+        return self.likelihood(z)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int) -> Tensor:
+        """Draws from p(x), shape ``(num_samples, *data_shape)``."""
+        top = len(self.layers)
+        return self.decode(self._descend(lambda i, law: law.sample((num_samples,) if i == top else ()))).sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The mean of p(x|z1) where each layer of the guide is at its mean, given the means before it; shape of ``x``."""
+        return self.decode(self.inference(self._as_data(x), self._layers, lambda i, law: law.mean)[0]).mean
+
+    @property
+    def _layers(self) -> list[Encoder]:
+        return [_encoder(layer) for layer in self.layers]
+
+    def _descend(self, draw: Draw) -> Tensor:
+        z = draw(len(self.layers), self.prior())  # event (L_n,)
+        for i in reversed(range(len(self.layers))):
+            z = draw(i, self.layers[i](z))  # event (L_{i+1},)
+        return z
+
+
+def make_hierarchical_vae(
+    data_shape: Shape,
+    *,
+    latent_dims: Sequence[int],
+    hidden: Sequence[Sequence[int]] | None = None,
+    guide: Any = "bottom_up",
+    prior: Any = "standard_normal",
+    likelihood: Any = "bernoulli",
+    layer: Any = "diagonal_normal",
+    encoder: Any = "diagonal_normal",
+    body: str = "mlp",
+    activation: Activation | None = "tanh",
+    name: str | None = None,
+) -> HierarchicalVAE:
+    """A :class:`HierarchicalVAE` from names; by default with the networks of Burda et al. (2016).
+
+    ``latent_dims=[100, 50]`` is their model of two layers: 784-200-200-100 and 100-100-100-50 up, the mirror image down.
+
+    Args:
+        data_shape: the shape of one datum, ``(1, 28, 28)`` or ``784``.
+        latent_dims: sizes of the stochastic layers, nearest to the data first; two or more.
+        hidden: widths of the deterministic layers below each stochastic one, mirrored on the way down; by default
+            ``[[200, 200], [100, 100], ...]``.
+        guide: ``"bottom_up"``, ``"ladder"``, ``"structured"``, or a ready guide.
+        prior: of the top layer: a name, a table or a ready object.
+        likelihood: p(x|z1), likewise.
+        layer: the family of p(z_i|z_{i+1}): an encoder's name or table.
+        encoder: the family of the guide's factors: an encoder's name or table.
+        body: as in :func:`pyrovae.make_vae`; of a pair such as ``"conv"`` the layers next to the data are made, and MLPs above.
+        activation: a name; ``None`` for the body's own.
+        name: see :class:`pyrovae.VAE`.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
+
+    Example:
+        >>> import pyrovae as pv
+        >>> vae = pv.make_hierarchical_vae((1, 28, 28), latent_dims=[100, 50], hidden=[[200, 200], [100, 100]])
+        >>> vae.latent_dims, sum(p.numel() for p in vae.parameters())
+        ((100, 50), 521084)
+    """
+    shape = as_shape(data_shape)
+    dims = tuple(positive_integer(size, "Each of latent_dims") for size in latent_dims)
+    if len(dims) < 2:
+        raise ValueError(f"A hierarchy has two or more layers, not latent_dims={list(dims)}: for one, call make_vae.")
+    widths = [[200, 200]] + [[100, 100]] * (len(dims) - 1) if hidden is None else list(hidden)
+    if len(widths) != len(dims):
+        raise ValueError(
+            f"hidden has a list of widths for each of {len(dims)} layers, as [[200, 200], [100, 100]], not {hidden}."
+        )
+    # A pair of image networks suits the data alone.
+    inward, outward, _, _ = body_pair(body, widths[0])
+    bodies = [body_pair(body if i == 0 or inward == outward else "mlp", each, activation) for i, each in enumerate(widths)]
+
+    def up(i: int, in_shape: Shape) -> nn.Module:
+        return build("body", bodies[i][0], in_shape=in_shape, **bodies[i][2])
+
+    def down(i: int, in_shape: Shape, **out: Any) -> nn.Module:
+        return build("body", bodies[i][1], in_shape=in_shape, **bodies[i][3], **out)
+
+    likelihood = build_likelihood(likelihood, shape, lambda out_shape: down(0, dims[0], out_shape=out_shape))
+    layers = [build("encoder", layer, body=down(i + 1, dims[i + 1]), latent_dim=dims[i]) for i in range(len(dims) - 1)]
+    if isinstance(guide, str):
+        family: type[Guide] = find("guide", guide)
+        guide = family.of_sizes(Sizes(shape, dims, encoder, likelihood.in_scale, up))
+    return HierarchicalVAE(build("prior", prior, latent_dim=dims[-1]), layers, likelihood, guide, name)
+
+
+def _listed(encoders: Sequence[Encoder]) -> tuple[nn.ModuleList, tuple[int, ...]]:
+    check_parts(*((encoder, Encoder) for encoder in encoders))
+    if len(encoders) < 2:
+        raise ValueError(f"A hierarchy's guide has an encoder for each of two or more layers, not {len(encoders)}.")
+    return nn.ModuleList(encoders), tuple(encoder.latent_dim for encoder in encoders)
+
+
+def _encoder(module: nn.Module) -> Encoder:
+    # nn.ModuleList forgets what it holds.
+    assert isinstance(module, Encoder)
+    return module
+
+
+def _in(encoder: nn.Module) -> int | None:
+    return in_size_of(_encoder(encoder).body)
+
+
+def _features(body: nn.Module) -> int:
+    shape: Any = getattr(body, "out_shape", None)
+    if shape is None or len(as_shape(shape)) != 1:
+        raise ValueError(f"The body of a guide gives a vector and says its out_shape, and {type(body).__name__} does not.")
+    return as_shape(shape)[0]
+
+
+def _check_diagonal(where: str, encoders: Sequence[Encoder]) -> None:
+    for encoder in encoders:
+        if not isinstance(encoder, DiagonalNormal):
+            raise ValueError(
+                f"A ladder multiplies diagonal normals, and the {where} has a {type(encoder).__name__}: choose "
+                f"'diagonal_normal' there, or a 'structured' guide."
+            )
