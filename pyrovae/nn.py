@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -63,6 +63,17 @@ def positive_integer(value: Any, what: str) -> int:
     if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{what} is a positive integer, not {value!r}.")
     return int(value)
+
+
+def positive_number(value: Any, what: str) -> float:
+    """``value`` as a plain float.
+
+    Raises:
+        ValueError: it is no positive, finite number; the message calls it ``what``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{what} is a positive number, not {value!r}.")
+    return float(value)
 
 
 def activation_module(activation: Activation) -> nn.Module:
