@@ -251,6 +251,28 @@ class DiagonalNormalMixture(dist.MixtureSameFamily):
         return z - torch.linalg.solve_triangular(jacobian, moved, upper=False).squeeze(-1)
 
 
+class OneHot(dist.OneHotCategorical):
+    r"""One category as a one-hot vector, drawn without a look at values, so that a graph can be captured around it.
+
+    .. math:: p(z) = \prod_l \pi_l^{z_l}
+
+    Args:
+        logits: log pi up to a constant, shape ``[..., L]``.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.distributions import OneHot
+        >>> OneHot(logits=torch.tensor([0.0, 200.0])).sample((2,))
+        tensor([[0., 1.],
+                [0., 1.]])
+    """
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, shape ``sample_shape + batch_shape + (L,)``."""
+        which = self._categorical.sample(Size(sample_shape)).unsqueeze(-1)
+        return self.logits.new_zeros(self._extended_shape(Size(sample_shape))).scatter(-1, which, 1.0)
+
+
 class RelaxedOneHot(dist.RelaxedOneHotCategorical):
     r"""The concrete law on the simplex, a relaxed one-hot vector, kept off the edge where float32 rounds to zero.
 

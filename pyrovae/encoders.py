@@ -432,7 +432,7 @@ class Categorical(Encoder):
 
     def forward(self, x: Tensor) -> dist.Distribution:
         """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""
-        return dist.OneHotCategorical(logits=self.logits(self.features(x)))
+        return distributions.OneHot(logits=self.logits(self.features(x)))
 
 
 def _head(num_features: int, latent_dim: int) -> nn.Linear:

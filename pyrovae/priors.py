@@ -469,7 +469,7 @@ class Categorical(_Probabilities):
 
     def forward(self) -> dist.Distribution:
         """p(z): batch shape ``()``, event shape ``(latent_dim,)``."""
-        return dist.OneHotCategorical(logits=self.logits)
+        return distributions.OneHot(logits=self.logits)
 
 
 @register("prior")

@@ -10,8 +10,8 @@ from pyrovae.registry import find, names
 SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("prior", "vamp"): {"components": 4},
     ("prior", "mixture"): {"components": 3},
-    ("prior", "flow"): {"hidden": [8]},
-    ("encoder", "flow"): {"hidden": [8]},
+    ("prior", "flow"): {"hidden": [8], "depth": 2},
+    ("encoder", "flow"): {"hidden": [8], "depth": 1},
     ("encoder", "low_rank_normal"): {"rank": 1},
 }
 
