@@ -302,7 +302,7 @@ def _score(folder: Path, run: Run, split: Split, vae: VAE, records: list[dict[st
         originals=few.cpu().numpy(),
         reconstructions=vae.reconstruct(few).cpu().numpy(),
         samples=vae.decode(_prior_draws(vae, 40, run.seed)).mean.detach().cpu().numpy(),
-        latents=vae.encode(test).mean.detach().cpu().numpy(),
+        latents=vae.embed(test).detach().cpu().numpy(),
         labels=None if split.test_labels is None else split.test_labels[: len(test)].numpy(),
     )
     _say(folder, split, evidence)

@@ -6,15 +6,18 @@ A body turns a datum into features; the encoder adds the linear heads that turn 
 from __future__ import annotations
 
 import math
-from numbers import Real
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from .nn import as_shape, positive_integer
-from .registry import register
+from . import distributions
+from .distributions import FlowDistribution, check_sphere, flow_transform, normalizing_flow
+from .nn import as_shape, as_widths, positive_integer, positive_number
+from .registry import build, find, register
 
 
 class Encoder(nn.Module):
@@ -28,7 +31,12 @@ class Encoder(nn.Module):
 
     Raises:
         ValueError: neither says how many features there are, they disagree, or a number is not positive.
+
+    Attributes:
+        support: where q(z|x) lives, which must be where its prior lives.
     """
+
+    support: ClassVar[constraints.Constraint] = constraints.real_vector
 
     def __init__(self, body: nn.Module, latent_dim: int, num_features: int | None = None, in_scale: float = 1.0):
         super().__init__()
@@ -44,9 +52,7 @@ class Encoder(nn.Module):
                 f"{type(body).__name__} gives {self.num_features} features, not {num_features}: leave num_features out."
             )
         self.body, self.latent_dim = body, positive_integer(latent_dim, "latent_dim")
-        if not isinstance(in_scale, Real) or not 0 < in_scale < math.inf:
-            raise ValueError(f"in_scale is a positive number, not {in_scale!r}.")
-        self.in_scale: float = float(in_scale)
+        self.in_scale: float = positive_number(in_scale, "in_scale")
 
     def features(self, x: Tensor) -> Tensor:
         """The body's output for data ``x``, shape ``[..., num_features]``."""
@@ -131,6 +137,302 @@ class FullCovarianceNormal(Encoder):
         if self.latent_dim > 1:
             scale_tril[..., self.rows, self.columns] = self.below(h)
         return dist.MultivariateNormal(self.loc(h), scale_tril=scale_tril)
+
+
+@register("encoder")
+class LowRankNormal(Encoder):
+    r"""A Gaussian whose covariance is a diagonal and a few directions.
+
+    .. math:: q(z \mid x) = N(z \mid \mu(x), W(x) W(x)^\top + \operatorname{diag}(\sigma(x)^2)), \quad \sigma = \exp(s(x))
+
+    Each scale starts at one; W starts small, the same for every datum, and not at zero, which is a saddle.
+
+    Args:
+        body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
+        latent_dim: L.
+        num_features: the number of features, if the body does not say it.
+        in_scale: multiplies the data on their way into the body.
+        rank: R, the columns of W.
+
+    Raises:
+        ValueError: ``rank`` is not a positive integer.
+
+    References:
+        Ong, Nott and Smith, Gaussian Variational Approximation with a Factor Covariance Structure, 2018.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.encoders import LowRankNormal
+        >>> from pyrovae.nn import MLP
+        >>> LowRankNormal(MLP(6, [8]), 5, rank=2)(torch.zeros(3, 6)).cov_factor.shape
+        torch.Size([3, 5, 2])
+    """
+
+    def __init__(self, body: nn.Module, latent_dim: int, num_features: int | None = None, in_scale: float = 1.0, rank: int = 2):
+        super().__init__(body, latent_dim, num_features, in_scale)
+        self.rank = positive_integer(rank, "rank")
+        self.loc = _head(self.num_features, self.latent_dim)
+        self.log_scale = _flat_head(self.num_features, self.latent_dim)
+        self.factor = _flat_head(self.num_features, self.latent_dim * self.rank)
+        nn.init.normal_(self.factor.bias, std=0.1)
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""
+        h = self.features(x)
+        factor = self.factor(h).unflatten(-1, (self.latent_dim, self.rank))
+        return dist.LowRankMultivariateNormal(self.loc(h), factor, (2 * self.log_scale(h)).exp())
+
+
+@register("encoder")
+class Mixture(Encoder):
+    r"""A mixture of diagonal Gaussians, for posteriors of several modes.
+
+    .. math:: q(z \mid x) = \sum_{c=1}^{C} \pi_c(x) \prod_l N(z_l \mid \mu_{cl}(x), \sigma_{cl}(x)^2)
+
+    Draws have gradients for every parameter, the weights too, by implicit reparameterisation
+    (:class:`pyrovae.distributions.DiagonalNormalMixture`), so every estimator takes it.
+
+    Args:
+        body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
+        latent_dim: L.
+        num_features: the number of features, if the body does not say it.
+        in_scale: multiplies the data on their way into the body.
+        components: C.
+
+    Raises:
+        ValueError: ``components`` is not a positive integer.
+
+    References:
+        Morningstar et al., Automatic Differentiation Variational Inference with Mixtures, 2021. Figurnov, Mohamed and Mnih,
+        Implicit Reparameterization Gradients, 2018.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.encoders import Mixture
+        >>> from pyrovae.nn import MLP
+        >>> Mixture(MLP(6, [8]), 2, components=4)(torch.zeros(3, 6)).component_distribution.batch_shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(
+        self, body: nn.Module, latent_dim: int, num_features: int | None = None, in_scale: float = 1.0, components: int = 3
+    ):
+        super().__init__(body, latent_dim, num_features, in_scale)
+        self.components = positive_integer(components, "components")
+        self.logits = _flat_head(self.num_features, self.components)
+        self.loc = _head(self.num_features, self.components * self.latent_dim)
+        self.log_scale = _flat_head(self.num_features, self.components * self.latent_dim)
+        # Equal components would get equal gradients, and where the features are zero the weights tell none apart.
+        nn.init.normal_(self.loc.bias)
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""
+        h, shape = self.features(x), (self.components, self.latent_dim)
+        loc, log_scale = self.loc(h).unflatten(-1, shape), self.log_scale(h).unflatten(-1, shape)
+        parts = dist.Normal(loc, log_scale.exp()).to_event(1)  # batch [..., C], event (L,)
+        return distributions.DiagonalNormalMixture(dist.Categorical(logits=self.logits(h)), parts)
+
+
+@register("encoder")
+class Flow(Encoder):
+    r"""A normalising flow on top of another guide: what an invertible g, given the features h, makes of a draw from it.
+
+    .. math:: z = g(\epsilon; h(x)), \; \epsilon \sim q_0(\epsilon \mid x), \quad
+        \log q(z \mid x) = \log q_0(\epsilon \mid x) - \log \left| \det \frac{\partial g}{\partial \epsilon} \right|
+
+    It starts as the base, g being the identity. A draw and its own density take one pass. At any other point, such as the
+    detached draws of ``stl``, ``dreg`` and the like, the density takes L passes, or two for a coupling.
+
+    Args:
+        body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
+        latent_dim: L.
+        num_features: the number of features, if the body does not say it.
+        in_scale: multiplies the data on their way into the body.
+        base: the name of the encoder below, which shares the body.
+        family: ``"iaf"``, inverse autoregressive and affine; ``"coupling"``, affine in two halves; ``"nsf"``, inverse
+            autoregressive rational-quadratic splines on [-5, 5].
+        depth: how many transforms are stacked.
+        hidden: widths of the network in each.
+
+    Raises:
+        ValueError: the family is none of these, the base does not live on all real vectors, or a number is not positive.
+
+    References:
+        Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow, 2016. Rezende and Mohamed, Variational
+        Inference with Normalizing Flows, 2015. Dinh et al., RealNVP, 2016. Durkan et al., Neural Spline Flows, 2019.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.encoders import Flow
+        >>> from pyrovae.nn import MLP
+        >>> Flow(MLP(6, [8]), 2, base="full_covariance_normal")(torch.zeros(3, 6)).rsample((5,)).shape
+        torch.Size([5, 3, 2])
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        latent_dim: int,
+        num_features: int | None = None,
+        in_scale: float = 1.0,
+        base: str = "diagonal_normal",
+        family: str = "iaf",
+        depth: int = 2,
+        hidden: Sequence[int] = (64,),
+    ):
+        super().__init__(body, latent_dim, num_features, in_scale)
+        families = {"iaf": "maf", "coupling": "coupling", "nsf": "nsf"}
+        if family not in families:
+            raise ValueError(f"family is one of {', '.join(map(repr, families))}, not {family!r}.")
+        below: type[Encoder] = find("encoder", base)
+        if str(below.support) != str(constraints.real_vector):
+            raise ValueError(f"A flow moves all real vectors, and {base!r} does not live there: choose another base.")
+        self.init_arguments = {"base": base}
+        # The base sees features for data, so that the body has one owner.
+        self.base = build(
+            "encoder", base, body=nn.Identity(), latent_dim=self.latent_dim, num_features=self.num_features, in_scale=1.0
+        )
+        self.family, self.depth, self.hidden = family, positive_integer(depth, "depth"), as_widths(hidden)
+        self.transform = flow_transform(
+            families[family], self.latent_dim, context=self.num_features, depth=self.depth, hidden=self.hidden
+        )
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""
+        h = self.features(x)
+        # The inverse, because what is autoregressive goes one way in one pass, and a guide must draw.
+        return FlowDistribution(normalizing_flow(self.transform(h).inv, self.base(h)))
+
+
+@register("encoder")
+class PowerSpherical(Encoder):
+    r"""A law about a direction on the unit sphere of R^L, for the prior ``hypersphere_uniform``.
+
+    .. math:: q(z \mid x) \propto (1 + \mu(x)^\top z)^{\kappa(x)}, \quad \|z\| = \|\mu\| = 1, \quad
+        \kappa = (L - 1) \exp(s(x))
+
+    It starts at a concentration of L - 1, where a draw and mu have a scalar product of one half on average, in any dimension.
+    The KL to the uniform prior has a closed form; see :class:`pyrovae.distributions.PowerSpherical`.
+
+    Args:
+        body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
+        latent_dim: L, the dimension of the space around the sphere.
+        num_features: the number of features, if the body does not say it.
+        in_scale: multiplies the data on their way into the body.
+
+    Raises:
+        ValueError: L is below 2.
+
+    References:
+        De Cao and Aziz, The Power Spherical Distribution, 2020. Davidson et al., Hyperspherical Variational Auto-Encoders,
+        2018.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.encoders import PowerSpherical
+        >>> from pyrovae.nn import MLP
+        >>> PowerSpherical(MLP(6, [8]), 5)(torch.zeros(3, 6)).rsample().shape
+        torch.Size([3, 5])
+    """
+
+    support = constraints.sphere
+
+    def __init__(self, body: nn.Module, latent_dim: int, num_features: int | None = None, in_scale: float = 1.0):
+        super().__init__(body, latent_dim, num_features, in_scale)
+        check_sphere(self.latent_dim)
+        self.loc = _head(self.num_features, self.latent_dim)
+        self.log_concentration = _flat_head(self.num_features, 1)
+        # A datum without features, such as a black image, has a direction too.
+        nn.init.normal_(self.loc.bias, std=0.1)
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""
+        h = self.features(x)
+        concentration = (self.latent_dim - 1) * self.log_concentration(h).squeeze(-1).exp()
+        return distributions.PowerSpherical(nn.functional.normalize(self.loc(h), dim=-1), concentration)
+
+
+@register("encoder")
+class RelaxedOneHot(Encoder):
+    r"""A relaxed one-hot vector on the simplex, for the prior ``relaxed_one_hot``.
+
+    .. math:: q(z \mid x) = \Gamma(L) \, \tau^{L-1} \Big( \sum_l \pi_l(x) z_l^{-\tau} \Big)^{-L}
+        \prod_l \pi_l(x) z_l^{-\tau - 1}
+
+    The KL is that between two relaxed densities, by samples.
+
+    Args:
+        body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
+        latent_dim: L, the number of categories.
+        num_features: the number of features, if the body does not say it.
+        in_scale: multiplies the data on their way into the body.
+        temperature: tau; two thirds, as in the paper.
+
+    Raises:
+        ValueError: ``temperature`` is not a positive number.
+
+    References:
+        Maddison, Mnih and Teh, The Concrete Distribution, 2017. Jang, Gu and Poole, Gumbel-Softmax, 2017.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.encoders import RelaxedOneHot
+        >>> from pyrovae.nn import MLP
+        >>> RelaxedOneHot(MLP(6, [8]), 4)(torch.zeros(3, 6)).rsample().shape
+        torch.Size([3, 4])
+    """
+
+    support = constraints.simplex
+
+    def __init__(
+        self,
+        body: nn.Module,
+        latent_dim: int,
+        num_features: int | None = None,
+        in_scale: float = 1.0,
+        temperature: float = 2 / 3,
+    ):
+        super().__init__(body, latent_dim, num_features, in_scale)
+        self.temperature = positive_number(temperature, "temperature")
+        self.logits = _head(self.num_features, self.latent_dim)
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""
+        logits = self.logits(self.features(x))
+        return distributions.RelaxedOneHot(logits.new_full((), self.temperature), logits=logits)
+
+
+@register("encoder")
+class Categorical(Encoder):
+    r"""One of L categories as a one-hot vector, for the prior ``categorical``.
+
+    .. math:: q(z \mid x) = \prod_l \pi_l(x)^{z_l}, \quad \pi = \operatorname{softmax}(a(x))
+
+    No gradient flows through its draws: train it with ``vimco``, ``score_elbo`` or ``rws``.
+
+    Args:
+        body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
+        latent_dim: L, the number of categories.
+        num_features: the number of features, if the body does not say it.
+        in_scale: multiplies the data on their way into the body.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.encoders import Categorical
+        >>> from pyrovae.nn import MLP
+        >>> Categorical(MLP(6, [8]), 4)(torch.zeros(3, 6)).sample().sum(-1)
+        tensor([1., 1., 1.])
+    """
+
+    support = constraints.one_hot
+
+    def __init__(self, body: nn.Module, latent_dim: int, num_features: int | None = None, in_scale: float = 1.0):
+        super().__init__(body, latent_dim, num_features, in_scale)
+        self.logits = _head(self.num_features, self.latent_dim)
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""
+        return distributions.OneHot(logits=self.logits(self.features(x)))
 
 
 def _head(num_features: int, latent_dim: int) -> nn.Linear:

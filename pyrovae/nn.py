@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .registry import positive_integer as positive_integer
+from .registry import positive_number as positive_number
 from .registry import register, unknown
 
 Shape = int | Sequence[int]

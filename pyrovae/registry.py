@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -159,6 +160,22 @@ def positive_integer(value: Any, what: str) -> int:
     if not (isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())) or value < 1:
         raise ValueError(f"{what} is a positive integer, not {value!r}.")
     return int(value)
+
+
+def positive_number(value: Any, what: str) -> float:
+    """``value`` as a plain float.
+
+    Raises:
+        ValueError: it is no positive, finite number; the message calls it ``what``.
+
+    Example:
+        >>> from pyrovae.registry import positive_number
+        >>> positive_number(2, "scale")
+        2.0
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral | float) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{what} is a positive number, not {value!r}.")
+    return float(value)
 
 
 def unknown(what: str, name: str, known: Any) -> str:

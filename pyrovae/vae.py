@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from . import checkpoint
+from .distributions import centre
 from .encoders import Encoder
 from .likelihoods import Likelihood
 from .nn import Activation, Shape, as_shape, as_widths, positive_integer
@@ -156,7 +158,8 @@ class VAE(PairModule):
             process never share parameters.
 
     Raises:
-        ValueError: a part is no prior, likelihood or encoder, or they disagree on the latent dimension or the data's shape.
+        ValueError: a part is no prior, likelihood or encoder, they disagree on the latent dimension or the data's shape, or
+            prior and encoder live on different sets, such as a sphere and all vectors.
 
     References:
         Kingma and Welling, Auto-Encoding Variational Bayes, 2014.
@@ -183,6 +186,8 @@ class VAE(PairModule):
             decoder=in_size_of(likelihood.decoder),
         )
         check_sizes("on the shape of one datum", encoder=in_shape_of(encoder.body), likelihood=likelihood.event_shape)
+        _check_supports(prior, encoder)
+        prior.bind(encoder)
         self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
 
     @property
@@ -209,6 +214,10 @@ class VAE(PairModule):
         """q(z|x), batch shape ``(B,)`` and event shape ``(L,)``."""
         return self.encoder(self._as_data(x))
 
+    def embed(self, x: Tensor) -> Tensor:
+        """One point for each datum, shape ``(B, L)``: the mean of q(z|x), or its centre where there is no mean to be had."""
+        return centre(self.encode(x))
+
     def decode(self, z: Tensor) -> dist.Distribution:
         """p(x|z), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
         return self.likelihood(z)
@@ -220,8 +229,8 @@ class VAE(PairModule):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z) at the mean of q(z|x), shape of ``x``."""
-        return self.decode(self.encode(x).mean).mean
+        """The mean of p(x|z) where :meth:`embed` puts x, shape of ``x``."""
+        return self.decode(self.embed(x)).mean
 
     @torch.no_grad()
     def interpolate(self, a: Tensor, b: Tensor, steps: int = 10) -> Tensor:
@@ -238,7 +247,7 @@ class VAE(PairModule):
         if a.shape != b.shape:
             raise ValueError(f"The ends must have one shape, not {tuple(a.shape)} and {tuple(b.shape)}.")
         single = a.dim() == len(self.data_shape)
-        ends = [self.encode(x[None] if single else x).mean for x in (a, b)]
+        ends = [self.embed(x[None] if single else x) for x in (a, b)]
         weight = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=ends[0].device)[:, None, None]
         means = self.decode(ends[0] + weight * (ends[1] - ends[0])).mean
         return means[:, 0] if single else means
@@ -287,7 +296,7 @@ def make_vae(
     )
     encoder_body = build("body", inward, in_shape=shape, **networks)
     return VAE(
-        prior=build("prior", prior, latent_dim=latent_dim),
+        prior=build("prior", prior, latent_dim=latent_dim, data_shape=shape),
         likelihood=likelihood,
         encoder=build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale),
         name=name,
@@ -349,6 +358,27 @@ def in_size_of(body: nn.Module) -> int | None:
     """How many numbers a network takes, if it says it."""
     shape = in_shape_of(body)
     return None if shape is None else math.prod(shape)
+
+
+def _check_supports(prior: Prior, encoder: Encoder) -> None:
+    wanted, given = str(prior.support), str(encoder.support)
+    if prior.support is None or wanted == given:
+        return
+    known: dict[str, type[Encoder]] = {name: find("encoder", name) for name in names("encoder")}
+    fitting = [name for name, family in known.items() if str(family.support) == wanted]
+    choose = f"choose the encoder {' or '.join(map(repr, fitting))}" if fitting else "write an encoder for that set"
+    raise ValueError(
+        f"The prior {type(prior).__name__} is a law on {_SETS.get(wanted, wanted)} and the encoder {type(encoder).__name__} "
+        f"one on {_SETS.get(given, given)}, so their densities do not compare: {choose}, or another prior."
+    )
+
+
+_SETS = {
+    str(constraints.real_vector): "all real vectors",
+    str(constraints.sphere): "the unit sphere",
+    str(constraints.simplex): "the simplex",
+    str(constraints.one_hot): "one-hot vectors",
+}
 
 
 def _fresh_name() -> str:

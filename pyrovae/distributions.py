@@ -1,0 +1,452 @@
+"""Distributions and transforms that Pyro, torch and zuko lack, or have without what a latent variable needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.contrib.zuko import ZukoToPyro
+from pyro.distributions import constraints
+from torch import Size, Tensor, nn
+from torch.distributions.kl import register_kl
+
+
+def centre(law: Any) -> Tensor:
+    """One point that stands for a law, of its batch and event shape.
+
+    It is the mean; for laws whose mean has no closed form or lies off their support, what they call their ``centre``.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> from pyrovae.distributions import PowerSpherical, centre
+        >>> centre(dist.Normal(torch.ones(2), 1.0))
+        tensor([1., 1.])
+        >>> centre(PowerSpherical(torch.tensor([0.0, 1.0]), torch.tensor(3.0)))
+        tensor([0., 1.])
+    """
+    return law.centre if hasattr(law, "centre") else law.mean
+
+
+class HypersphereUniform(dist.TorchDistribution):
+    r"""The uniform law on the unit sphere of R^L.
+
+    .. math:: p(z) = \frac{\Gamma(L/2)}{2 \pi^{L/2}}, \quad \|z\| = 1
+
+    Densities on the sphere are with respect to its surface measure.
+
+    Args:
+        like: a tensor of shape ``[..., L]`` whose batch, type and device the law takes on.
+
+    Raises:
+        ValueError: L is below 2.
+
+    Example:
+        >>> import math, torch
+        >>> from pyrovae.distributions import HypersphereUniform
+        >>> circle = HypersphereUniform(torch.zeros(2))
+        >>> math.isclose(circle.log_prob(circle.sample()), -math.log(2 * math.pi), rel_tol=1e-6)
+        True
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.sphere
+    has_rsample = True
+
+    def __init__(self, like: Tensor, validate_args: bool | None = None):
+        check_sphere(like.shape[-1])
+        self.like = like.detach()
+        super().__init__(like.shape[:-1], like.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HypersphereUniform:
+        """The same law over a larger batch."""
+        return HypersphereUniform(self.like.expand(Size(batch_shape) + self.event_shape), validate_args=False)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, shape ``sample_shape + batch_shape + (L,)``; no parameter moves them."""
+        return _unit(self.like.new_empty(self._extended_shape(Size(sample_shape))).normal_())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Minus the logarithm of the sphere's area, in nats."""
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return value.new_full(shape, -log_area(self.event_shape[0]))
+
+    @property
+    def mean(self) -> Tensor:
+        """Zero, which is no point of the sphere."""
+        return torch.zeros_like(self.like)
+
+
+class PowerSpherical(dist.TorchDistribution):
+    r"""The power spherical law on the unit sphere of R^L, in whose place a von Mises-Fisher needs rejection to sample.
+
+    .. math:: q(z) = \frac{(1 + \mu^\top z)^\kappa}{N(\kappa)}, \quad
+        N(\kappa) = 2^{\alpha + \beta} \pi^\beta \frac{\Gamma(\alpha)}{\Gamma(\alpha + \beta)}, \quad
+        \alpha = \tfrac{L-1}2 + \kappa, \; \beta = \tfrac{L-1}2
+
+    A draw is :math:`t \mu + \sqrt{1 - t^2}\, \xi` with :math:`(1 + t)/2 \sim Beta(\alpha, \beta)` and :math:`\xi` uniform among
+    the unit vectors at right angles to :math:`\mu`. Gradients reach both parameters. KL to :class:`HypersphereUniform` has a
+    closed form, which ``torch.distributions.kl_divergence`` knows.
+
+    Args:
+        loc: mu, unit vectors of shape ``[..., L]``.
+        concentration: kappa, positive, shape ``[...]``.
+
+    Raises:
+        ValueError: L is below 2.
+
+    References:
+        De Cao and Aziz, The Power Spherical Distribution, 2020.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.distributions import PowerSpherical
+        >>> law = PowerSpherical(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(50.0))
+        >>> bool(law.sample((100,)).mean(0)[2] > 0.9)
+        True
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {"loc": constraints.sphere, "concentration": constraints.positive}
+    support = constraints.sphere
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, concentration: Tensor, validate_args: bool | None = None):
+        check_sphere(loc.shape[-1])
+        batch_shape = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
+        self.loc = loc.expand(batch_shape + loc.shape[-1:])
+        self.concentration = concentration.expand(batch_shape)
+        super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PowerSpherical:
+        """The same law over a larger batch."""
+        shape = Size(batch_shape)
+        return PowerSpherical(self.loc.expand(shape + self.event_shape), self.concentration.expand(shape), validate_args=False)
+
+    @property
+    def _beta(self) -> tuple[Tensor, Tensor]:
+        half = torch.full_like(self.concentration, (self.event_shape[0] - 1) / 2)
+        return half + self.concentration, half
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, shape ``sample_shape + batch_shape + (L,)``."""
+        shape = self._extended_shape(Size(sample_shape))
+        eps = torch.finfo(self.loc.dtype).eps
+        # At 1 the square root below has no derivative, and float32 rounds a concentrated draw there.
+        b = torch.distributions.Beta(*self._beta, validate_args=False).rsample(Size(sample_shape)).clamp(eps, 1 - eps)
+        noise = self.loc.new_empty(shape).normal_()
+        # Not the paper's Householder reflection, which has no direction where mu is the first axis.
+        across = _unit(noise - (noise * self.loc).sum(-1, keepdim=True) * self.loc)
+        b = b.unsqueeze(-1)
+        return _unit((2 * b - 1) * self.loc + 2 * (b * (1 - b)).sqrt() * across)
+
+    @property
+    def log_normalizer(self) -> Tensor:
+        """log N(kappa), shape ``batch_shape``, in nats."""
+        a, b = self._beta
+        return (a + b) * math.log(2) + b * math.log(math.pi) + torch.lgamma(a) - torch.lgamma(a + b)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density with respect to the surface measure, shape ``[...]``, in nats."""
+        # Rounding can take a scalar product of unit vectors below -1, where the logarithm ends.
+        along = (self.loc * value).sum(-1).clamp(min=-1 + torch.finfo(value.dtype).eps)
+        return self.concentration * along.log1p() - self.log_normalizer
+
+    def entropy(self) -> Tensor:
+        """The differential entropy, shape ``batch_shape``, in nats."""
+        a, b = self._beta
+        return self.log_normalizer - self.concentration * (math.log(2) + torch.digamma(a) - torch.digamma(a + b))
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, a vector inside the sphere, shape ``[..., L]``."""
+        a, b = self._beta
+        return self.loc * ((a - b) / (a + b)).unsqueeze(-1)
+
+    @property
+    def centre(self) -> Tensor:
+        """The mode mu, the direction of the mean."""
+        return self.loc
+
+
+def log_area(dim: int) -> float:
+    """The logarithm of the area of the unit sphere of R^dim.
+
+    Example:
+        >>> import math
+        >>> from pyrovae.distributions import log_area
+        >>> math.isclose(log_area(3), math.log(4 * math.pi))
+        True
+    """
+    return math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)
+
+
+def check_sphere(dim: int) -> None:
+    """Refuse a sphere without a surface.
+
+    Raises:
+        ValueError: ``dim`` is below 2.
+    """
+    if dim < 2:
+        raise ValueError(f"A sphere needs at least two dimensions, not {dim}: raise latent_dim.")
+
+
+@register_kl(PowerSpherical, HypersphereUniform)
+def _kl_power_spherical_uniform(q: PowerSpherical, p: HypersphereUniform) -> Tensor:
+    return log_area(q.event_shape[0]) - q.entropy()
+
+
+class DiagonalNormalMixture(dist.MixtureSameFamily):
+    r"""A mixture of diagonal normals whose draws have gradients.
+
+    .. math:: q(z) = \sum_c \pi_c \prod_l N(z_l \mid \mu_{cl}, \sigma_{cl}^2)
+
+    A draw comes from one component, so the path of its parameters alone would leave out the others and the weights. Here a
+    draw z is the fixed point of the distributional transform :math:`F_l(z_l \mid z_{<l}; \phi) = u_l`, whose implicit
+    derivative is :math:`dz = -(\partial_z F)^{-1} \partial_\phi F \, d\phi`. The Jacobian is lower triangular, and has L^2
+    entries for each draw. (Pyro's ``MixtureOfDiagNormals`` divides by densities that float32 rounds to zero in 50 dimensions,
+    and by the distance of two equal means.)
+
+    Args:
+        mixture_distribution: a Categorical over components, batch shape ``[...]``.
+        component_distribution: ``Normal(...).to_event(1)``, batch shape ``[..., C]`` and event shape ``(L,)``.
+
+    References:
+        Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018. Graves, Stochastic Backpropagation through
+        Mixture Density Distributions, 2016.
+
+    Example:
+        >>> import pyro.distributions as dist, torch
+        >>> from pyrovae.distributions import DiagonalNormalMixture
+        >>> logits = torch.zeros(3, requires_grad=True)
+        >>> parts = dist.Normal(torch.randn(3, 2), 1.0).to_event(1)
+        >>> DiagonalNormalMixture(dist.Categorical(logits=logits), parts).rsample((5,)).requires_grad
+        True
+    """
+
+    has_rsample = True
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, shape ``sample_shape + batch_shape + (L,)``."""
+        z = self.sample(Size(sample_shape))
+        if not torch.is_grad_enabled():
+            return z
+        normal = self.component_distribution.base_dist
+        away = (z.unsqueeze(-2) - normal.loc) / normal.scale  # [..., C, L]
+        log_density = -0.5 * away**2 - normal.scale.log() - 0.5 * math.log(2 * math.pi)
+        # The weight of each component given the dimensions before: those of the whole draw have no part in it.
+        before = log_density.cumsum(-1) - log_density
+        weight = torch.softmax(self.mixture_distribution.logits.unsqueeze(-1) + before, -2)
+        below = torch.special.ndtr(away)
+        transform = (weight * below).sum(-2)  # [..., L], the same uniform numbers whatever the parameters
+        with torch.no_grad():
+            slope = -away / normal.scale  # d log N / dz
+            jacobian = torch.einsum("...cl,...cj->...lj", weight * below, slope) - torch.einsum(
+                "...l,...cl,...cj->...lj", transform, weight, slope
+            )
+            density = (weight * log_density.exp()).sum(-2).clamp(min=torch.finfo(z.dtype).tiny)
+            jacobian = jacobian.tril(-1) + torch.diag_embed(density)
+        moved = (transform - transform.detach()).unsqueeze(-1)  # zero, with a gradient
+        return z - torch.linalg.solve_triangular(jacobian, moved, upper=False).squeeze(-1)
+
+
+class OneHot(dist.OneHotCategorical):
+    r"""One category as a one-hot vector, drawn without a look at values, so that a graph can be captured around it.
+
+    .. math:: p(z) = \prod_l \pi_l^{z_l}
+
+    Args:
+        logits: log pi up to a constant, shape ``[..., L]``.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.distributions import OneHot
+        >>> OneHot(logits=torch.tensor([0.0, 200.0])).sample((2,))
+        tensor([[0., 1.],
+                [0., 1.]])
+    """
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, shape ``sample_shape + batch_shape + (L,)``."""
+        which = self._categorical.sample(Size(sample_shape)).unsqueeze(-1)
+        return self.logits.new_zeros(self._extended_shape(Size(sample_shape))).scatter(-1, which, 1.0)
+
+
+class RelaxedOneHot(dist.RelaxedOneHotCategorical):
+    r"""The concrete law on the simplex, a relaxed one-hot vector, kept off the edge where float32 rounds to zero.
+
+    .. math:: q(z) = \Gamma(L) \, \tau^{L-1} \Big( \sum_l \pi_l z_l^{-\tau} \Big)^{-L} \prod_l \pi_l z_l^{-\tau - 1}
+
+    with respect to Lebesgue measure on the first L - 1 coordinates.
+
+    Args:
+        temperature: tau, a scalar tensor.
+        logits: log pi up to a constant, shape ``[..., L]``.
+
+    References:
+        Maddison, Mnih and Teh, The Concrete Distribution, 2017. Jang, Gu and Poole, Gumbel-Softmax, 2017.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.distributions import RelaxedOneHot
+        >>> law = RelaxedOneHot(torch.tensor(0.1), logits=torch.tensor([0.0, 50.0]))
+        >>> bool(law.log_prob(law.sample((100,))).isfinite().all())
+        True
+    """
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, shape ``sample_shape + batch_shape + (L,)``."""
+        return self._off_the_edge(super().rsample(Size(sample_shape)))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """As :meth:`rsample`, without gradients."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    @staticmethod
+    def _off_the_edge(z: Tensor) -> Tensor:
+        return z.clamp(min=torch.finfo(z.dtype).tiny)
+
+    @property
+    def centre(self) -> Tensor:
+        """The probabilities of the categories; the mean has no closed form."""
+        return self.probs
+
+
+class FlowDistribution(ZukoToPyro):
+    """A zuko flow as a Pyro distribution that also has ``sample``, ``rsample``, a support and gradients after both.
+
+    The density of a draw is remembered from when it was drawn, which spares an inverse flow its inversion. Another tensor of
+    the same numbers, such as a detached draw, is inverted.
+
+    Args:
+        dist: a ``zuko.distributions.NormalizingFlow``.
+
+    Example:
+        >>> import pyro.distributions as dist, torch
+        >>> from pyrovae.distributions import FlowDistribution, flow_transform, normalizing_flow
+        >>> base = dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1)
+        >>> law = FlowDistribution(normalizing_flow(flow_transform("maf", 3)(), base))
+        >>> bool(torch.allclose(law.log_prob(torch.zeros(3)), base.log_prob(torch.zeros(3))))
+        True
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, shape ``sample_shape + batch_shape + event_shape``."""
+        return self(Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density, shape ``[...]``, in nats."""
+        known = self.cache.get(value)
+        # What was drawn without gradients has a density without.
+        if known is not None and (known.requires_grad or not torch.is_grad_enabled()):
+            return known
+        return self.dist.log_prob(value)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
+        """The same law over a larger batch."""
+        return FlowDistribution(self.dist.expand(Size(batch_shape)))
+
+    @property
+    def mean(self) -> Tensor:
+        """A flow's mean has no closed form.
+
+        Raises:
+            NotImplementedError: always; average draws, or take the ``centre``.
+        """
+        raise NotImplementedError("A flow's mean has no closed form: average draws, or take its centre.")
+
+    @property
+    def centre(self) -> Tensor:
+        """Where the flow takes its base's mean."""
+        return self.dist.transform.inv(centre(self.dist.base))
+
+
+FLOWS = ("coupling", "maf", "nsf")
+
+
+def flow_transform(family: str, dim: int, *, context: int = 0, depth: int = 3, hidden: Sequence[int] = (64, 64)) -> nn.Module:
+    r"""A stack of autoregressive transforms of R^dim, starting as the identity.
+
+    .. math:: y_l = \exp(a_l(x_{<l}, c)) \, x_l + b_l(x_{<l}, c) \quad \text{or a monotone rational-quadratic spline}
+
+    Every second layer has the order reversed. All layers go one way in one pass, and back in as many passes as an order has
+    groups: dim of them, or two for a coupling.
+
+    Args:
+        family: ``"coupling"``, affine in two groups; ``"maf"``, affine one by one; ``"nsf"``, splines on [-5, 5] one by one.
+        dim: the dimension.
+        context: features of the context c; ``module(c)`` returns the transform, ``module()`` if there are none.
+        depth: how many layers.
+        hidden: widths of each layer's masked network.
+
+    Raises:
+        ValueError: the family is none of the three.
+
+    References:
+        Coupling: Dinh et al., NICE, 2014 and RealNVP, 2016. Germain et al., MADE, 2015. Papamakarios et al., Masked
+        Autoregressive Flow, 2017. Durkan et al., Neural Spline Flows, 2019.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.distributions import flow_transform
+        >>> flow_transform("coupling", 4, context=2)(torch.randn(7, 2))(torch.ones(7, 4)).shape
+        torch.Size([7, 4])
+    """
+    zuko = _zuko()
+    if family not in FLOWS:
+        raise ValueError(f"family is one of {', '.join(map(repr, FLOWS))}, not {family!r}.")
+    options: dict[str, Any] = {}
+    if family == "nsf":
+        bins = 8
+        options = {"univariate": zuko.transforms.MonotonicRQSTransform, "shapes": [(bins,), (bins,), (bins - 1,)]}
+    order, layers = torch.arange(dim), []
+    for _ in range(depth):
+        layer = zuko.flows.MaskedAutoregressiveTransform(
+            dim,
+            context,
+            # Not zuko's coupling, which finds its groups' indices anew in each pass: no graph can be compiled around that.
+            passes=2 if family == "coupling" else dim,
+            order=order,
+            hidden_features=hidden,
+            activation=nn.ELU,
+            **options,
+        )
+        _prepare(layer)
+        layers.append(layer)
+        order = order.flip(0)
+    return zuko.lazy.LazyComposedTransform(*layers)
+
+
+def normalizing_flow(transform: Any, base: Any) -> Any:
+    """The law of x where ``transform(x)`` follows ``base``, as zuko has it: the inverse samples, the transform scores."""
+    return _zuko().distributions.NormalizingFlow(transform, base)
+
+
+def _prepare(layer: nn.Module) -> None:
+    """Make it the identity, with no state but its parameters."""
+    for module in layer.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer, persistent=False)  # orders and masks follow from the arguments
+    last = [module for module in layer.modules() if isinstance(module, nn.Linear)][-1:]
+    # In one dimension without a context there is no network, and the parameters are the transform's own.
+    for parameter in (last[0] if last else layer).parameters():
+        nn.init.zeros_(parameter)
+
+
+def _zuko() -> Any:
+    # zuko switches the validation of all distributions off as it is imported; whoever switched it on shall have it.
+    validate = torch.distributions.Distribution._validate_args
+    try:
+        import zuko
+    finally:
+        torch.distributions.Distribution._validate_args = validate
+    return zuko
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)

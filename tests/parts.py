@@ -1,0 +1,48 @@
+"""Which priors and encoders go together, read off the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyrovae.registry import find, names
+
+# Arguments that keep a class small in tests. A class that is not here is built by its name alone.
+SMALL: dict[tuple[str, str], dict[str, Any]] = {
+    ("prior", "vamp"): {"components": 4},
+    ("prior", "mixture"): {"components": 3},
+    ("prior", "flow"): {"hidden": [8], "depth": 2},
+    ("encoder", "flow"): {"hidden": [8], "depth": 1},
+    ("encoder", "low_rank_normal"): {"rank": 1},
+}
+
+
+def spec(kind: str, name: str, **options: Any) -> dict[str, Any]:
+    """A table for the registry."""
+    return {"kind": name} | SMALL.get((kind, name), {}) | options
+
+
+def fit_together(prior: str, encoder: str) -> bool:
+    """Whether both live on one set."""
+    wanted = find("prior", prior).support
+    return wanted is None or str(wanted) == str(find("encoder", encoder).support)
+
+
+COMBINATIONS = [(prior, encoder) for prior in names("prior") for encoder in names("encoder") if fit_together(prior, encoder)]
+
+
+def encoder_for(prior: str) -> str:
+    """An encoder that fits a prior, the simplest where there are many."""
+    fitting = [encoder for name, encoder in COMBINATIONS if name == prior]
+    return "diagonal_normal" if "diagonal_normal" in fitting else fitting[0]
+
+
+def prior_for(encoder: str) -> str:
+    """A prior that fits an encoder, the simplest where there are many."""
+    fitting = [prior for prior, name in COMBINATIONS if name == encoder and prior != "vamp"]
+    return "standard_normal" if "standard_normal" in fitting else fitting[0]
+
+
+def parts_for(kind: str, name: str) -> dict[str, Any]:
+    """A prior and an encoder, one of them the named one."""
+    prior, encoder = (name, encoder_for(name)) if kind == "prior" else (prior_for(name), name)
+    return {"prior": spec("prior", prior), "encoder": spec("encoder", encoder)}

@@ -1,0 +1,261 @@
+"""Distributions of our own against quadrature, closed forms and SciPy."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from scipy import integrate, special, stats
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyrovae.distributions import (
+    DiagonalNormalMixture,
+    FlowDistribution,
+    HypersphereUniform,
+    OneHot,
+    PowerSpherical,
+    RelaxedOneHot,
+    flow_transform,
+    log_area,
+    normalizing_flow,
+)
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def _direction(size: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(size), dim=0)
+
+
+def _over_cosines(law: PowerSpherical, function: object, size: int) -> float:
+    """The integral over the sphere of a function of the log-density, a circle of one cosine at a time."""
+    across = math.log(2) + (size - 1) / 2 * math.log(math.pi) - special.gammaln((size - 1) / 2)
+    side = torch.nn.functional.normalize(torch.randn(size), dim=0)
+    side = torch.nn.functional.normalize(side - (side @ law.loc) * law.loc, dim=0)
+
+    def integrand(angle: float) -> float:
+        point = math.cos(angle) * law.loc + math.sin(angle) * side
+        return function(law.log_prob(point).item()) * math.exp(across) * math.sin(angle) ** (size - 2)
+
+    return integrate.quad(integrand, 0, math.pi, epsabs=1e-12)[0]
+
+
+@pytest.mark.parametrize("kappa", [0.1, 3.0, 40.0])
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_power_spherical_by_quadrature(size: int, kappa: float) -> None:
+    law = PowerSpherical(_direction(size), torch.tensor(kappa))
+    assert _over_cosines(law, math.exp, size) == pytest.approx(1, abs=1e-8)
+    entropy = _over_cosines(law, lambda log: -log * math.exp(log) if log > -700 else 0.0, size)
+    assert law.entropy().item() == pytest.approx(entropy, abs=1e-8)
+    kl = kl_divergence(law, HypersphereUniform(torch.zeros(size)))
+    assert kl.item() == pytest.approx(log_area(size) - entropy, abs=1e-8)
+    assert kl > 0
+
+
+def test_no_concentration_is_uniform() -> None:
+    law = PowerSpherical(_direction(5), torch.tensor(1e-9))
+    assert kl_divergence(law, HypersphereUniform(torch.zeros(5))).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_power_spherical_draws(size: int) -> None:
+    law = PowerSpherical(_direction(size), torch.tensor(2.5))
+    z = law.sample((20_000,))
+    assert law.support.check(z).all()
+    error = z.std(0) / len(z) ** 0.5
+    assert ((z.mean(0) - law.mean).abs() < 5 * error).all()
+    cosine = (z @ law.loc).numpy()
+    assert stats.kstest((1 + cosine) / 2, stats.beta((size - 1) / 2 + 2.5, (size - 1) / 2).cdf).pvalue > 1e-3
+    # At right angles to mu no direction is better than another.
+    across = z - (z @ law.loc)[:, None] * law.loc
+    wanted = (torch.eye(size) - torch.outer(law.loc, law.loc)) * (across**2).sum(-1).mean() / (size - 1)
+    assert_allclose(torch.cov(across.T), wanted, atol=0.02)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_power_spherical_gradients_are_those_of_its_mean(axis: int) -> None:
+    """d E[a'z] / d(mu, kappa), also where mu is the first axis."""
+    loc = torch.eye(3)[axis].requires_grad_()
+    kappa = torch.tensor(1.5, requires_grad=True)
+    direction = torch.tensor([0.3, -1.0, 0.7])
+    law = PowerSpherical(loc / loc.norm(), kappa)
+    exact = torch.autograd.grad(law.mean @ direction, (loc, kappa))
+    draws = []
+    for _ in range(30):
+        value = (PowerSpherical(loc / loc.norm(), kappa).rsample((2000,)) @ direction).mean()
+        draws.append(torch.cat([part.reshape(-1) for part in torch.autograd.grad(value, (loc, kappa))]))
+    found = torch.stack(draws)
+    error = found.std(0) / len(found) ** 0.5
+    wanted = torch.cat([part.reshape(-1) for part in exact])
+    assert ((found.mean(0) - wanted).abs() < 5 * error + 1e-9).all()
+
+
+@pytest.mark.parametrize("kappa", [1e-3, 1e4])
+def test_power_spherical_is_finite_in_single_precision(kappa: float) -> None:
+    loc = torch.tensor([0.6, -0.8, 0.0], dtype=torch.float32, requires_grad=True)
+    concentration = torch.tensor(kappa, dtype=torch.float32, requires_grad=True)
+    law = PowerSpherical(loc, concentration)
+    z = law.rsample((5000,))
+    assert law.log_prob(z).isfinite().all()
+    assert law.log_prob(-loc.detach()).isfinite()
+    (z.sum() + law.log_prob(z).sum()).backward()
+    assert loc.grad.isfinite().all()
+    assert concentration.grad.isfinite()
+
+
+def test_uniform_on_the_sphere() -> None:
+    law = HypersphereUniform(torch.zeros(4)).expand((20_000,))
+    z = law.sample()
+    assert law.support.check(z).all()
+    assert_allclose(torch.cov(z.T), torch.eye(4) / 4, atol=0.01)
+    # SciPy's von Mises-Fisher without concentration is the uniform law.
+    expected = stats.vonmises_fisher([1, 0, 0, 0], 1e-9).logpdf(z[:3].numpy())
+    assert_allclose(law.log_prob(z)[:3], expected, rtol=1e-6)
+
+
+# -- the mixture's implicit gradients --------------------------------------------------------------------------------------
+
+
+def _mixture(size: int) -> tuple[list[Tensor], object]:
+    torch.manual_seed(5)
+    parameters = [torch.randn(3), torch.randn(3, size), 0.4 * torch.randn(3, size)]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    logits, loc, log_scale = parameters
+    return parameters, lambda: DiagonalNormalMixture(
+        dist.Categorical(logits=logits), dist.Normal(loc, log_scale.exp()).to_event(1)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_mixture_gradients_are_those_of_its_moments(size: int) -> None:
+    """E[z_0^2] and E[z_0 z_last^2] have closed forms, in which every parameter has a part."""
+    parameters, law = _mixture(size)
+    logits, loc, log_scale = parameters
+    square = loc**2 + (2 * log_scale).exp()
+    cross = loc[:, 0] * square[:, -1] if size > 1 else square[:, 0]
+    exact = torch.autograd.grad((logits.softmax(0) * (square[:, 0] + cross)).sum(), parameters)
+    wanted = torch.cat([part.flatten() for part in exact])
+    draws = []
+    for _ in range(30):
+        z = law().rsample((2000,))
+        second = z[:, 0] * z[:, -1] ** 2 if size > 1 else z[:, 0] ** 2
+        value = (z[:, 0] ** 2 + second).mean()
+        draws.append(torch.cat([part.flatten() for part in torch.autograd.grad(value, parameters)]))
+    found = torch.stack(draws)
+    error = found.std(0) / len(found) ** 0.5
+    assert ((found.mean(0) - wanted).abs() < 5 * error + 1e-9).all()
+
+
+def test_mixture_draws_move_along_the_distributional_transform() -> None:
+    """In one dimension dz/dphi = -(dF/dphi) / q(z), draw by draw."""
+    parameters, law = _mixture(1)
+    logits, loc, log_scale = parameters
+    z = law().rsample()
+    found = torch.autograd.grad(z.sum(), parameters)
+    cdf = (logits.softmax(0) * torch.special.ndtr((z.detach() - loc[:, 0]) / log_scale[:, 0].exp())).sum()
+    density = law().log_prob(z.detach()).exp().detach()
+    for have, want in zip(found, torch.autograd.grad(cdf, parameters), strict=True):
+        assert_allclose(have, -want / density, rtol=1e-9)
+
+
+def test_mixture_of_one_is_reparameterised_as_a_normal() -> None:
+    loc, scale = torch.randn(1, 3, requires_grad=True), torch.rand(1, 3).add(0.5).requires_grad_()
+    law = DiagonalNormalMixture(dist.Categorical(logits=torch.zeros(1)), dist.Normal(loc, scale).to_event(1))
+    z = law.rsample((6,))
+    ones, noise = torch.autograd.grad((z * torch.arange(18.0).view(6, 3)).sum(), (loc, scale))
+    weight = torch.arange(18.0).view(6, 3)
+    assert_allclose(ones[0], weight.sum(0), rtol=1e-9)
+    assert_allclose(noise[0], (weight * (z - loc) / scale).sum(0).detach(), rtol=1e-9)
+
+
+def test_mixture_gradients_stay_finite_in_single_precision_and_many_dimensions() -> None:
+    torch.manual_seed(0)
+    loc = (10 * torch.randn(4, 50)).float().requires_grad_()
+    logits = torch.zeros(4, dtype=torch.float32, requires_grad=True)
+    law = DiagonalNormalMixture(dist.Categorical(logits=logits), dist.Normal(loc, torch.ones(4, 50).float()).to_event(1))
+    z = law.expand((20,)).rsample((10,))
+    assert z.shape == (10, 20, 50)
+    z.square().sum().backward()
+    assert loc.grad.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
+# -- flows and one-hot vectors ---------------------------------------------------------------------------------------------
+
+
+def _flow() -> tuple[torch.nn.Module, FlowDistribution]:
+    transform = flow_transform("maf", 3, hidden=[8])
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    return transform, FlowDistribution(normalizing_flow(transform().inv, base))
+
+
+def test_a_density_remembered_without_gradients_is_not_given_where_they_are_wanted() -> None:
+    transform, law = _flow()
+    z = law.sample()
+    log_prob = law.log_prob(z)
+    log_prob.backward()
+    assert next(transform.parameters()).grad.abs().max() > 0
+    with torch.no_grad():
+        assert_allclose(law.log_prob(z), log_prob.detach(), rtol=1e-9)
+
+
+def test_a_flow_has_a_centre_and_no_mean() -> None:
+    _, law = _flow()
+    assert_allclose(law.centre.detach(), law.dist.transform.inv(torch.zeros(3)).detach())
+    with pytest.raises(NotImplementedError, match="no closed form"):
+        _ = law.mean
+
+
+def test_zuko_leaves_validation_as_it_was() -> None:
+    code = (
+        "import pyro; from torch.distributions import Distribution; from pyrovae.distributions import flow_transform;"
+        "before = Distribution._validate_args; flow_transform('maf', 2); import zuko; print(before, Distribution._validate_args)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_unknown_flow() -> None:
+    with pytest.raises(ValueError, match=r"family is one of 'coupling', 'maf', 'nsf', not 'glow'\.$"):
+        flow_transform("glow", 2)
+
+
+def test_one_hot_draws() -> None:
+    law = OneHot(logits=torch.tensor([[0.0, 1.0, -1.0]]).expand(4000, 3))
+    z = law.sample()
+    assert law.support.check(z).all()
+    counts = z.sum(0).numpy()
+    assert stats.chisquare(counts, 4000 * special.softmax([0.0, 1.0, -1.0])).pvalue > 1e-3
+    assert law.expand((2, 4000)).sample((5,)).shape == (5, 2, 4000, 3)
+    assert law.enumerate_support().shape == (3, 4000, 3)
+
+
+def test_relaxed_draws_have_the_categories_probabilities_at_the_corner() -> None:
+    """The largest coordinate is the category with exactly its probability, whatever the temperature."""
+    logits = torch.tensor([0.0, 1.0, -1.0])
+    for temperature in (0.1, 2.0):
+        z = RelaxedOneHot(torch.tensor(temperature), logits=logits).sample((4000,))
+        counts = np.bincount(z.argmax(-1), minlength=3)
+        assert stats.chisquare(counts, 4000 * special.softmax(logits.numpy())).pvalue > 1e-3
+
+
+def test_relaxed_draws_stay_off_the_edge_in_single_precision() -> None:
+    logits = torch.tensor([0.0, 60.0, -60.0], dtype=torch.float32, requires_grad=True)
+    law = RelaxedOneHot(torch.tensor(0.3, dtype=torch.float32), logits=logits)
+    z = law.rsample((2000,))
+    assert (z > 0).all()
+    log_prob = law.log_prob(z)
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all()
+    assert logits.grad.isfinite().all()
