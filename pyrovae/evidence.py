@@ -542,14 +542,13 @@ def pareto_smooth(
     khat, smoothed = np.full(len(largest), np.nan), np.full(len(largest), np.nan)
     if num_samples < FEWEST_SAMPLES:
         return khat, smoothed
-    reach = 64 * precision * np.maximum(1.0, np.abs(largest).max(1))
     for datum, row in enumerate(np.asarray(largest, dtype=np.float64)):
         if np.isnan(row).any() or row.max() == np.inf:
             continue
         tail = np.sort(row)[-_fitted_tail(num_samples) - 1 :]
         if tail[-1] == -np.inf:
             khat[datum], smoothed[datum] = np.inf, -np.inf
-        elif tail[-1] - tail[0] <= reach[datum]:
+        elif tail[-1] - tail[0] <= 64 * precision * max(1.0, abs(tail[-1])):
             khat[datum], smoothed[datum] = -np.inf, log_px[datum]
         else:
             khat[datum], before, after = _fit(row, num_samples)
