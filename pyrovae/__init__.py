@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Names load on first use, because torch, Pyro and ArviZ take seconds to import and `pyrovae --help` must not wait.
 _NAMES = {
     "Comparison": "evidence",
+    "Decomposition": "diagnostics",
+    "Draws": "evidence",
     "EstimatorComparison": "diagnostics",
     "Evidence": "evidence",
     "History": "training",
@@ -25,16 +27,20 @@ _NAMES = {
     "VAE": "vae",
     "compare": "evidence",
     "compare_estimators": "diagnostics",
+    "decompose": "diagnostics",
     "fit": "training",
     "log_marginal": "marginal",
     "log_weights": "weights",
     "make_vae": "vae",
+    "posterior_draws": "diagnostics",
     "train_estimators": "diagnostics",
 }
 
 __all__ = [
     "VAE",
     "Comparison",
+    "Decomposition",
+    "Draws",
     "EstimatorComparison",
     "Evidence",
     "History",
@@ -44,6 +50,7 @@ __all__ = [
     "compare_estimators",
     "config",
     "data",
+    "decompose",
     "diagnostics",
     "encoders",
     "estimators",
@@ -56,6 +63,7 @@ __all__ = [
     "marginal",
     "nn",
     "pairs",
+    "posterior_draws",
     "priors",
     "registry",
     "report",

@@ -63,6 +63,7 @@ class Curve:
         ax.set_xscale("log")
         ax.set_xlabel("samples per datum, K")
         ax.set_ylabel("log p(x), estimate (nats per datum)")
+        ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.3)
         return ax
 
@@ -214,8 +215,8 @@ class Evidence:
             constant = " (the weights are constant: the guide is exact)" if np.isneginf(self.khat).all() else ""
             return said + f"Pareto k is below {self.khat_threshold:.2f} for all data: the estimate can be believed{constant}."
         said += (
-            f"Pareto k is {self.khat_threshold:.2f} or more for {len(bad)} of {size} data (first datum {bad[0]}), whose "
-            f"estimates are probably too low. "
+            f"Pareto k is {self.khat_threshold:.2f} or more{' or cannot be fitted' if np.isnan(self.khat).any() else ''} for "
+            f"{len(bad)} of {size} data (first datum {bad[0]}), whose estimates are probably too low. "
         )
         if self.curve is not None and len(self.curve.num_samples) > 1 and np.isfinite(self.curve.mean[-2]):
             rise = self.curve.mean[-1] - self.curve.mean[-2]
@@ -245,7 +246,9 @@ class Evidence:
         import xarray
 
         if draws is not None and len(draws) != len(self):
-            raise ValueError(f"The draws are of {len(draws)} data and the evidence of {len(self)}: pass draws for the same data.")
+            raise ValueError(
+                f"The draws are of {len(draws)} data and the evidence of {len(self)}: pass draws for the same data."
+            )
         arrays: dict[str, Any] = {name: ("datum", array) for name, array in self._per_datum().items()}
         arrays["reliable"] = ("datum", self.reliable)
         coords = {"datum": np.arange(len(self))}
@@ -333,7 +336,7 @@ class Draws:
         """As an xarray ``DataTree`` with ArviZ's groups, for both lines of ArviZ.
 
         Draws are independent, so they stand as four chains where their number allows, by which ArviZ judges them. In ArviZ 0.23
-        call ``az.InferenceData.from_datatree``. Its ``loo`` would take the harmonic mean of the likelihood for log p(x), since a
+        call ``az.InferenceData.from_datatree``. ``az.loo`` would take the harmonic mean of the likelihood for log p(x), since a
         datum's latents know nothing of it but through that datum: rank models by :func:`compare`.
         """
         import xarray
@@ -406,7 +409,7 @@ class Comparison:
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """A forest plot: each model's difference to the best, with 95 % intervals of the data (thin) and of sampling (thick)."""
+        """Draw each model's difference to the best, with 95 % intervals of the data (thin) and of sampling (thick)."""
         ax = _axes(ax, (7, 1.1 + 0.4 * len(self.names)))
         rows = np.arange(len(self.names))
         shown = np.isfinite(self.difference)
@@ -427,7 +430,7 @@ class Comparison:
         ax.set_yticks(rows, self.names)
         ax.set_ylim(len(self.names) - 0.4, -0.6)
         ax.set_xlabel("log p(x), difference to the best (nats per datum; 95 % intervals)")
-        ax.legend(frameon=False, fontsize="small", loc="lower left")
+        ax.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="x", alpha=0.3)
         return ax
@@ -507,9 +510,7 @@ def pareto_khat(largest: Array, num_samples: int, *, precision: float = 2.3e-16)
     return pareto_smooth(largest, np.full(len(largest), np.nan), num_samples, precision=precision)[0]
 
 
-def pareto_smooth(
-    largest: Array, log_px: Array, num_samples: int, *, precision: float = 2.3e-16
-) -> tuple[Array, Array]:
+def pareto_smooth(largest: Array, log_px: Array, num_samples: int, *, precision: float = 2.3e-16) -> tuple[Array, Array]:
     r"""Pareto shape of each datum's weights, and log p(x) with their tail smoothed, both by ArviZ.
 
     The tail has :math:`M = \lceil \min(S/5, 3\sqrt S) \rceil` of S weights, and only the tail and its lower neighbours enter
@@ -639,7 +640,7 @@ def _stacking(log_px: list[Array]) -> Array:
         return np.full(len(stacked), np.nan)
     # ArviZ exponentiates log p(x), which leaves nothing of -1,000 nats. A factor common to all models cancels.
     stacked = stacked - stacked.max(0)
-    compare_elpds, make = _comparison()
+    compare_elpds = _comparison()[0]
     names = [str(row) for row in range(len(stacked))]
     elpds = {name: _elpd(row, np.zeros(len(row)), 1, 0.7) for name, row in zip(names, stacked, strict=True)}
     with warnings.catch_warnings():
