@@ -202,7 +202,7 @@ def test_summary_says_how_many_are_unreliable_and_what_to_do():
         assert cure in said
     curve = Curve(np.array([1000, 5000]), np.array([[-1.25] * 3, [-1.0] * 3]), np.zeros((2, 3)))
     said = made(-np.ones(3), khat=np.array([0.1, 0.9, 0.8]), curve=curve, log_px_psis=np.full(3, -0.5)).summary()
-    assert "rose by 0.250 nats from 1000 to 5000 samples" in said
+    assert "moved by 0.250 nats from 1000 to 5000 samples" in said
     assert "Pareto-smoothed: -0.500" in said
     assert "the guide is exact" in made(-np.ones(3), khat=np.full(3, -math.inf)).summary()
     assert "Fewer" in made(-np.ones(3), num_samples=10).summary().replace("fewer", "Fewer")
