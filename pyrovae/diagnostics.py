@@ -1,28 +1,43 @@
-"""Diagnostics: what an estimator's gradients are worth, on one's own model and data."""
+"""Diagnostics: what an estimator's gradients are worth, what the bound's gap is made of, and draws from the posterior."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyro
 import pyro.infer
 import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm import tqdm
 
 from .data import Batches, arguments, as_arrays
 from .estimators import check_estimator, loss_and_grads, make_estimator
-from .evidence import Comparison, compare
-from .marginal import log_marginal
-from .pairs import FirstRun, first_run
-from .traces import Program
+from .evidence import Comparison, Draws, Evidence, compare
+from .marginal import CHUNK_NUMBERS, log_marginal
+from .pairs import FirstRun, first_run, inspect_pair
+from .traces import (
+    PARTICLES,
+    Program,
+    data_plate,
+    evaluation_mode,
+    log_prob_of,
+    per_datum,
+    plates_of,
+    sites_of,
+    trace_pair,
+)
 from .training import fit
-from .weights import log_weights
+from .weights import log_weights, read_weights
 
 if TYPE_CHECKING:
     import xarray
@@ -372,3 +387,531 @@ def _times(estimators: list[Any], model: Program, guide: Program, batch: tuple, 
             lap[e] = time.perf_counter() - began
             _clear(parameters)
     return np.median(times[2:], 0)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    r"""Where the nats between a bound and log p(x) go, and what the latents are used for.
+
+    .. math::
+        \log p(x) &= \underbrace{-\text{distortion}(x) - \text{rate}(x)}_{\text{ELBO}(x)}
+            + \underbrace{\mathrm{KL}(q(z|x) \,\|\, p(z|x))}_{\text{gap}(x)} \\
+        \text{gap}(x) &= \underbrace{\log p(x) - \text{ELBO}^*(x)}_{\text{approximation}}
+            + \underbrace{\text{ELBO}^*(x) - \text{ELBO}(x)}_{\text{amortisation}} \\
+        \frac1N \sum_n \text{rate}(x_n) &= I_q(x; z) + \mathrm{KL}(q(z) \,\|\, p(z)), \quad q(z) = \frac1N \sum_n q(z|x_n)
+
+    Here ELBO* is that of the guide's family fitted to each datum by itself. Arrays are over N data, in nats.
+
+    Attributes:
+        evidence: log p(x), with what tells whether to believe it.
+        rate: KL(q(z|x) || p(z)), shape (N,).
+        distortion: minus the expected log-likelihood under q(z|x), shape (N,).
+        rate_se: the rate's standard error from sampling, shape (N,); zero where the rate has a closed form.
+        distortion_se: the distortion's, shape (N,).
+        elbo_se: the bound's, shape (N,).
+        information: each datum's part of the mutual information, shape (N,). Over these N data it cannot pass log N.
+        mean_variances: by continuous site, the variance over data of each dimension's posterior mean.
+        refined: ELBO* of each datum, shape (N,), where it was given.
+        num_draws: draws per datum of the expectations.
+        closed_form: sites whose rate has a closed form.
+    """
+
+    evidence: Evidence
+    rate: Array
+    distortion: Array
+    rate_se: Array
+    distortion_se: Array
+    elbo_se: Array
+    information: Array
+    mean_variances: dict[str, Array]
+    refined: Array | None
+    num_draws: int
+    closed_form: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """N, the number of data."""
+        return len(self.rate)
+
+    @property
+    def elbo(self) -> Array:
+        """The evidence lower bound, minus rate minus distortion, shape (N,)."""
+        return -self.rate - self.distortion
+
+    @property
+    def gap(self) -> Array:
+        """An estimate of KL(q(z|x) || p(z|x)), shape (N,); noise may bring it below zero."""
+        return self.evidence.log_px - self.elbo
+
+    @property
+    def approximation(self) -> Array | None:
+        """The part of the gap that the guide's family leaves even where it is fitted to the datum, shape (N,)."""
+        return None if self.refined is None else self.evidence.log_px - self.refined
+
+    @property
+    def amortisation(self) -> Array | None:
+        """The part of the gap that fitting the guide to the datum closes, shape (N,)."""
+        return None if self.refined is None else self.refined - self.elbo
+
+    @property
+    def mutual_information(self) -> float:
+        """I_q(x; z) between these data and their latents, in nats; at most log N."""
+        return float(np.mean(self.information))
+
+    @property
+    def aggregate_kl(self) -> float:
+        """KL(q(z) || p(z)) of the aggregate posterior over these data, in nats: the mean rate less the information."""
+        return float(np.mean(self.rate)) - self.mutual_information
+
+    @property
+    def active_units(self) -> dict[str, int]:
+        """By continuous site, the dimensions whose posterior mean varies over data by more than 0.01 (Burda 2016)."""
+        return {name: int((variances > ACTIVE_VARIANCE).sum()) for name, variances in self.mean_variances.items()}
+
+    def rows(self) -> list[tuple[str, float, float, str]]:
+        """The table's lines: a name, the mean in nats per datum, its standard error from sampling, and what it is."""
+
+        def error(values: Array) -> float:
+            return float(np.sqrt(np.sum(values**2)) / len(self))
+
+        from_data = float(np.std(self.information, ddof=1) / math.sqrt(len(self))) if len(self) > 1 else math.nan
+        evidence, nan = self.evidence, math.nan
+        noise = math.hypot(evidence.mean_se, error(self.elbo_se))
+        rows = [
+            ("log p(x)", evidence.mean, evidence.mean_se, f"estimate, {evidence.num_samples} samples"),
+            ("ELBO", float(np.mean(self.elbo)), error(self.elbo_se), "lower bound, -rate - distortion"),
+            ("gap", float(np.mean(self.gap)), noise, "KL(q(z|x) || p(z|x))"),
+        ]
+        if self.approximation is not None and self.amortisation is not None:
+            rows += [
+                ("  approximation", float(np.mean(self.approximation)), nan, "left by the guide's family"),
+                ("  amortisation", float(np.mean(self.amortisation)), nan, "won by fitting each datum"),
+            ]
+        most = f"I_q(x; z), at most log N = {math.log(len(self)):.3f}"
+        rows += [
+            ("rate", float(np.mean(self.rate)), error(self.rate_se), "KL(q(z|x) || p(z))"),
+            ("  mutual information", self.mutual_information, from_data, most),
+            ("  aggregate KL", self.aggregate_kl, math.hypot(from_data, error(self.rate_se)), "KL(q(z) || p(z))"),
+            ("distortion", float(np.mean(self.distortion)), error(self.distortion_se), "-E log p(x|z)"),
+        ]
+        return rows
+
+    def __str__(self) -> str:
+        """A table of 80 columns."""
+        lines = [f"{'nats per datum':<20} {'mean':>10} {'se':>7}"]
+        for name, mean, error, what in self.rows():
+            lines.append(f"{name:<20} {mean:>10.3f} {'-' if math.isnan(error) else f'{error:.3f}':>7}  {what}")
+        for name, active in self.active_units.items():
+            line = f"active units: {active} of {self.mean_variances[name].size} in {name}"
+            lines.append(line if len(line) <= 80 else line[:79] + "…")
+        bad = int((~self.evidence.reliable).sum())
+        if bad:
+            lines.append(f"{bad} of {len(self)} estimates of log p(x) are unreliable, so the gap is too small there")
+        return "\n".join(lines)
+
+
+# Burda's threshold: a unit whose posterior mean varies by less is switched off.
+ACTIVE_VARIANCE = 0.01
+
+
+def decompose(
+    model: Program,
+    guide: Program,
+    x: Any,
+    *,
+    num_samples: int = 1000,
+    num_draws: int = 100,
+    mixture_draws: int = 1,
+    evidence: Evidence | None = None,
+    refined: Any = None,
+    vectorize_particles: bool = True,
+    seed: int | None = None,
+    progress: bool = False,
+) -> Decomposition:
+    r"""Split the bound's gap, and the rate, of any pair into what they are made of.
+
+    The mutual information is :math:`\frac1N \sum_n E_{q(z|x_n)}[\log q(z|x_n) - \log q(z)]` with the exact mixture
+    :math:`q(z) = \frac1N \sum_m q(z|x_m)` over all N data given, which costs N^2 densities. The rate's other part is the rest,
+    so the two add up exactly. Rates take the closed form of KL(q || p) where a site has one.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        x: an array or tensor (N, ...), a tuple of them, a Dataset or a DataLoader; all of it is kept in memory.
+        num_samples: S, importance samples per datum for log p(x).
+        num_draws: draws per datum for rate, distortion and posterior means, at least 2.
+        mixture_draws: draws per datum, of those, at which the mixture is evaluated.
+        evidence: log p(x) of these data in this order, where it is known already, by any method.
+        refined: the ELBO of a guide fitted to each datum by itself, shape (N,), in nats.
+        vectorize_particles: as in :func:`pyrovae.log_weights`.
+        seed: makes the result reproducible and leaves the global random stream untouched.
+        progress: show bars.
+
+    Returns:
+        The decomposition, in nats, with arrays over the N data.
+
+    Raises:
+        ValueError: bad data, a pair that :func:`pyrovae.log_weights` refuses, or arrays of another length.
+
+    References:
+        Hoffman and Johnson, ELBO surgery, 2016. Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders,
+        2018. Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016. Alemi et al., Fixing a Broken ELBO, 2018.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae, x = pv.make_vae(9, latent_dim=2, hidden=[16]), torch.eye(9)
+        >>> parts = pv.decompose(vae.model, vae.guide, x, num_samples=100, seed=0)
+        >>> bool(abs(parts.rate.mean() - parts.mutual_information - parts.aggregate_kl) < 1e-9)
+        True
+    """
+    for name, value, least in (("num_draws", num_draws, 2), ("mixture_draws", mixture_draws, 1)):
+        if int(value) != value or value < least:
+            raise ValueError(f"{name} is an integer of at least {least}, not {value!r}.")
+    if mixture_draws > num_draws:
+        raise ValueError(f"mixture_draws ({mixture_draws}) are some of the num_draws ({num_draws}): raise the latter.")
+    pair = _Pair(model, guide, x, vectorize_particles)
+    if evidence is None:
+        evidence = log_marginal(
+            model,
+            guide,
+            pair.arrays,
+            num_samples=num_samples,
+            seed=seed,
+            vectorize_particles=vectorize_particles,
+            progress=progress,
+        )
+    refined = None if refined is None else np.asarray(refined, dtype=float)
+    for name, given in (("evidence", evidence.log_px), ("refined", refined)):
+        if given is not None and np.shape(given) != (pair.num_data,):
+            raise ValueError(
+                f"{name} has shape {np.shape(given)}, but there are {pair.num_data} data: give one value for each."
+            )
+    with pair.scoring(None if seed is None else seed + 1):
+        parts = [pair.expectations(batch, num_draws, mixture_draws) for batch in pair.batches(num_draws, progress)]
+        sites = list(parts[0].latents)
+        latents = {site: torch.cat([part.latents[site] for part in parts], 1) for site in sites}
+        log_own = torch.cat([part.log_guide for part in parts], 1)
+        information = (log_own - pair.log_aggregate(latents, parts[0], progress)).mean(0)
+    terms = {name: torch.cat([part.terms[name] for part in parts], 1) for name in parts[0].terms}
+
+    def array(values: Tensor) -> Array:
+        return values.double().cpu().numpy()
+
+    return Decomposition(
+        evidence=evidence,
+        rate=array(terms["rate"][0]),
+        distortion=array(terms["distortion"][0]),
+        rate_se=array(terms["rate"][1]),
+        distortion_se=array(terms["distortion"][1]),
+        elbo_se=array(terms["elbo"][1]),
+        information=array(information),
+        mean_variances={
+            name: array(
+                _variance(torch.cat([part.means[name] for part in parts]), torch.cat([part.spreads[name] for part in parts]))
+            )
+            for name in parts[0].means
+        },
+        refined=refined,
+        num_draws=num_draws,
+        closed_form=parts[0].closed_form,
+    )
+
+
+def _variance(means: Tensor, spreads: Tensor) -> Tensor:
+    """Variance over data (N, ...) of the means, without what their own sampling noise of variance ``spreads`` adds."""
+    if len(means) < 2:
+        return torch.zeros_like(means[0])
+    return (means.double().var(0) - spreads.double().mean(0)).clamp(min=0)
+
+
+def posterior_draws(
+    model: Program,
+    guide: Program,
+    x: Any,
+    *,
+    num_draws: int = 100,
+    num_samples: int = 1000,
+    predictive: bool = True,
+    vectorize_particles: bool = True,
+    seed: int | None = None,
+    progress: bool = False,
+) -> Draws:
+    r"""Draw latents from p(z|x) of every datum, by importance resampling, with all that ArviZ wants beside them.
+
+    Of S samples from the guide, each of the M draws takes one with probability in proportion to its weight p(x, z) / q(z|x),
+    with replacement. Samples stream by, so the memory does not grow with S. The draws are as good as the weights: read ``ess``.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        x: an array or tensor (N, ...), a tuple of them, a Dataset or a DataLoader. Results hold M copies of it.
+        num_draws: M, draws per datum.
+        num_samples: S, importance samples per datum.
+        predictive: also draw the observed sites anew, and everything from the prior.
+        vectorize_particles: as in :func:`pyrovae.log_weights`.
+        seed: makes the draws reproducible and leaves the global random stream untouched.
+        progress: show a bar.
+
+    Returns:
+        The draws by site; ``to_datatree()`` gives them to ArviZ.
+
+    Raises:
+        ValueError: bad data, a pair that :func:`pyrovae.log_weights` refuses, or a datum all of whose weights are zero.
+
+    References:
+        Rubin, Using the SIR algorithm to simulate posterior distributions, 1988.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+        >>> draws = pv.posterior_draws(vae.model, vae.guide, torch.eye(9), num_draws=20, num_samples=50, seed=0)
+        >>> draws.posterior["z"].shape, draws.posterior_predictive["x"].shape
+        ((20, 9, 2), (20, 9, 9))
+    """
+    for name, value in (("num_draws", num_draws), ("num_samples", num_samples)):
+        if int(value) != value or value < 1:
+            raise ValueError(f"{name} is a positive integer, not {value!r}.")
+    pair = _Pair(model, guide, x, vectorize_particles)
+    groups: dict[str, dict[str, list[Tensor]]] = {}
+    ess: list[Tensor] = []
+    with pair.scoring(seed):
+        for batch in pair.batches(max(num_draws, num_samples), progress):
+            drawn, sizes = pair.resample(batch, num_draws, num_samples)
+            if not bool((sizes > 0).all()):
+                datum = sum(len(size) for size in ess) + int((~(sizes > 0)).nonzero()[0])
+                raise ValueError(
+                    f"Datum {datum} has zero weight in all samples, or NaN or infinite ones, so nothing can be resampled: "
+                    f"widen the guide, or look where the model overflows."
+                )
+            if predictive:
+                drawn |= pair.predict(batch, drawn["posterior"])
+            ess.append(sizes)
+            for group, values in drawn.items():
+                for site, drawn_values in values.items():
+                    groups.setdefault(group, {}).setdefault(site, []).append(drawn_values.cpu())
+    joined = {
+        group: {site: torch.cat(values, 0 if group == "observed_data" else 1).numpy() for site, values in sites.items()}
+        for group, sites in groups.items()
+    }
+    empty: dict[str, dict[str, Array]] = {"posterior_predictive": {}, "prior": {}, "prior_predictive": {}}
+    return Draws(**(empty | joined), ess=torch.cat(ess).cpu().numpy(), num_samples=num_samples)
+
+
+@dataclass(frozen=True)
+class _Expectations:
+    """Of one batch: expectations under q(z|x) as (mean, se) over (B,), and what the mixture and active units need."""
+
+    terms: dict[str, Tensor]  # (2, B)
+    latents: dict[str, Tensor]  # some of the draws, (k, B, ...)
+    log_guide: Tensor  # log q of these at their own datum, (k, B)
+    means: dict[str, Tensor]  # posterior means, (B, ...)
+    spreads: dict[str, Tensor]  # the variance of their sampling noise, (B, ...)
+    closed_form: tuple[str, ...]
+    sites: dict[str, dict]  # the guide's, as one run left them
+    data: Any
+
+
+class _Pair:
+    """A pair and its data, as the functions above run it: particles left of everything, values of sites as (K, B, ...)."""
+
+    def __init__(self, model: Program, guide: Program, x: Any, vectorize: bool):
+        self.model, self.guide, self.vectorize = model, guide, vectorize
+        first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+        self.info, self.device, self.dtype = first.info, first.device, first.dtype
+        if self.info.scale != 1.0:
+            raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
+        self.arrays = tuple(torch.cat(parts) for parts in zip(*Batches(x, batch_size=1000), strict=True))
+        self.arrays = arguments(model, self.arrays)
+        self.num_data = len(self.arrays[0])
+        self.chunk = max(1, CHUNK_NUMBERS // max(self.info.num_dims, 256))
+        self.nesting = self.info.max_plate_nesting
+
+    def scoring(self, seed: int | None) -> Any:
+        return _scoring(self.model, self.guide, self.device, seed)
+
+    def batches(self, num_samples: int, progress: bool) -> Iterator[tuple]:
+        data = Batches(self.arrays, batch_size=max(1, self.chunk // num_samples), dtype=self.dtype, device=self.device)
+        for batch in tqdm(data, total=data.num_batches, unit="batch", disable=not progress):
+            inspect_pair(self.model, self.guide, *batch)
+            yield batch
+
+    def sizes(self, total: int, num_data: int) -> Iterator[int]:
+        """How many particles run together, until all have."""
+        most = max(1, self.chunk // num_data) if self.vectorize else 1
+        for start in range(0, total, most):
+            yield min(most, total - start)
+
+    def expectations(self, batch: tuple, num_draws: int, mixture_draws: int) -> _Expectations:
+        terms: dict[str, list[Tensor]] = {"rate": [], "distortion": [], "elbo": []}
+        latents: dict[str, list[Tensor]] = {}
+        means: dict[str, list[Tensor]] = {}
+        log_guide = []
+        for size in self.sizes(num_draws, len(batch[0])):
+            traces = trace_pair(self.model, self.guide, batch, {}, size, self.nesting)
+            weights = read_weights(traces, size, analytic_kl=True)
+            rate = [site.log_guide - site.log_prior if site.kl is None else site.kl for site in weights.sites]
+            terms["rate"].append(torch.stack(rate).sum(0).double())
+            terms["distortion"].append(-weights.log_likelihood.double())
+            terms["elbo"].append(-terms["rate"][-1] - terms["distortion"][-1])
+            log_guide.append(weights.log_guide)
+            data = data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
+            sites = {site["name"]: site for site in sites_of(traces.guide) if not site["is_observed"]}
+            for name, site in sites.items():
+                value = self.rows_of(site, site["value"], data, size)
+                latents.setdefault(name, []).append(value)
+                if _is_continuous(site):
+                    mean = _mean_of(site)
+                    means.setdefault(name, []).append(value if mean is None else self.rows_of(site, mean, data, size))
+        drawn = {name: torch.cat(parts) for name, parts in terms.items()}
+        centres = {name: torch.cat(parts).double() for name, parts in means.items()}
+        return _Expectations(
+            terms={name: torch.stack([d.mean(0), d.std(0) / math.sqrt(num_draws)]) for name, d in drawn.items()},
+            latents={name: torch.cat(parts)[:mixture_draws] for name, parts in latents.items()},
+            log_guide=torch.cat(log_guide)[:mixture_draws].double(),
+            means={name: centre.mean(0) for name, centre in centres.items()},
+            spreads={name: centre.var(0) / num_draws for name, centre in centres.items()},
+            closed_form=tuple(site.name for site in weights.sites if site.kl is not None),
+            sites=sites,
+            data=data,
+        )
+
+    def log_aggregate(self, latents: dict[str, Tensor], like: _Expectations, progress: bool) -> Tensor:
+        """Log density of every latent under the mixture of all data's guides, shape (k, N)."""
+        counts = next(iter(latents.values())).shape[:2]
+        flat = {name: value.flatten(0, 1) for name, value in latents.items()}  # (J, ...)
+        width = max(1, sum(value[0].numel() for value in flat.values()))
+        data = Batches(self.arrays, batch_size=1000, dtype=self.dtype, device=self.device)
+        found = []
+        together = max(1, CHUNK_NUMBERS // (width * min(1000, self.num_data))) if self.vectorize else 1
+        bar = tqdm(range(0, counts.numel(), together), desc="log q(z)", unit="chunk", disable=not progress)
+        for start in bar:
+            some = {name: value[start : start + together] for name, value in flat.items()}
+            size = len(next(iter(some.values())))
+            log_sum = torch.full((size,), -math.inf, dtype=torch.float64, device=self.device)
+            for batch in data:
+                trace = Trace()
+                for name, value in some.items():
+                    spread = value.unsqueeze(1).expand(size, len(batch[0]), *value.shape[1:])
+                    trace.add_node(name, **{**like.sites[name], "value": self.value_of(like.sites[name], spread, like.data)})
+                scored = self.run(poutine.replay, self.guide, batch, size, trace)
+                sites = list(sites_of(scored))
+                plate = data_plate(sites)
+                log_q = torch.stack([per_datum(site, log_prob_of(site), plate, size, self.nesting) for site in sites]).sum(0)
+                log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_q.double(), 1))
+            found.append(log_sum - math.log(self.num_data))
+        return torch.cat(found).reshape(counts)
+
+    def run(self, wrap: Any, program: Program, batch: tuple, size: int, trace: Trace) -> Trace:
+        """A program's trace with particles on the left and some values given."""
+        if size > 1:
+            program = pyro.plate(PARTICLES, size, dim=-self.nesting - 1)(program)
+        return prune_subsample_sites(poutine.trace(wrap(program, trace=trace)).get_trace(*batch))
+
+    def resample(self, batch: tuple, num_draws: int, num_samples: int) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+        num_data = len(batch[0])
+        log_sum = torch.full((num_data,), -math.inf, dtype=torch.float64, device=self.device)
+        log_square = log_sum.clone()
+        kept: dict[str, dict[str, Tensor]] = {"posterior": {}, "log_likelihood": {}}
+        observed: dict[str, Tensor] = {}
+        rows = torch.arange(num_data, device=self.device)
+        for size in self.sizes(num_samples, num_data):
+            traces = trace_pair(self.model, self.guide, batch, {}, size, self.nesting)
+            log_w = read_weights(traces, size).log_weights.double()
+            here = torch.logsumexp(log_w, 0)
+            log_sum = torch.logaddexp(log_sum, here)
+            log_square = torch.logaddexp(log_square, torch.logsumexp(2 * log_w, 0))
+            # A draw stays, or moves to this chunk with the chunk's share of all weight so far: at the end it is any sample with
+            # its own share of the whole.
+            share = torch.where(log_sum == -math.inf, 0.0, torch.exp(here - log_sum))
+            moves = torch.rand(num_draws, num_data, dtype=torch.float64, device=self.device) < share
+            possible = torch.where(torch.isfinite(here), log_w, torch.zeros_like(log_w))
+            chosen = torch.distributions.Categorical(logits=possible.T).sample((num_draws,))  # (M, B)
+            sites = [*sites_of(traces.model), *sites_of(traces.guide)]
+            data = data_plate(sites)
+            values = {
+                site["name"]: self.rows_of(site, site["value"], data, size)
+                for site in sites_of(traces.guide)
+                if not site["is_observed"] and site["name"] in traces.model
+            }
+            scores = {}
+            for site in sites_of(traces.model):
+                if site["is_observed"]:
+                    scores[site["name"]] = per_datum(site, log_prob_of(site), data, size, self.nesting)
+                    if type(site["fn"]).__name__ != "Unit":
+                        observed[site["name"]] = self.rows_of(site, site["value"], data, 1)[0]
+            for group, found in (("posterior", values), ("log_likelihood", scores)):
+                for name, value in found.items():
+                    new = value[chosen, rows]
+                    old = kept[group].get(name, new)
+                    kept[group][name] = torch.where(moves.reshape(moves.shape + (1,) * (new.dim() - 2)), new, old)
+        ess = torch.where(log_sum == -math.inf, 0.0, torch.exp(2 * log_sum - log_square))
+        return kept | {"observed_data": observed}, ess
+
+    def predict(self, batch: tuple, posterior: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The observed sites drawn anew at the posterior's latents, and all sites drawn from the model alone."""
+        num_draws, num_data = next(iter(posterior.values())).shape[:2]
+        found: dict[str, dict[str, list[Tensor]]] = {"posterior_predictive": {}, "prior": {}, "prior_predictive": {}}
+        start = 0
+        for size in self.sizes(num_draws, num_data):
+            like = poutine.trace(self.model).get_trace(*batch)
+            data = data_plate(list(sites_of(prune_subsample_sites(like))))
+            given = Trace()
+            for name, value in posterior.items():
+                site = like.nodes[name]
+                given.add_node(name, **{**site, "value": self.value_of(site, value[start : start + size], data)})
+            start += size
+            for trace, after in ((given, True), (Trace(), False)):
+                drawn = self.run(poutine.replay, poutine.uncondition(self.model), batch, size, trace)
+                for site in sites_of(drawn):
+                    seen = "was_observed" in site["infer"]
+                    if type(site["fn"]).__name__ == "Unit" or (after and not seen):
+                        continue
+                    group = "posterior_predictive" if after else "prior_predictive" if seen else "prior"
+                    value = self.rows_of(site, site["value"], data, size)
+                    found[group].setdefault(site["name"], []).append(value)
+        return {group: {name: torch.cat(values) for name, values in sites.items()} for group, sites in found.items()}
+
+    def inner(self, site: dict, data: Any) -> list[int]:
+        """Sizes of the plates between particles and event but the data's; 1 where the site is not in one."""
+        size = {frame.dim: frame.size for frame in plates_of(site) if frame.vectorized}
+        return [size.get(dim, 1) for dim in range(-self.nesting, 0) if dim != data.dim]
+
+    def rows_of(self, site: dict, value: Tensor, data: Any, size: int) -> Tensor:
+        """A site's value as (K, B, ...): the plates inside a datum that hold it, then its event."""
+        event = site["fn"].event_dim
+        value = value.reshape((1,) * (self.nesting + 1 + event - value.dim()) + value.shape)
+        value = value.movedim(data.dim - event, 1)
+        inner, shape = self.inner(site, data), value.shape[value.dim() - event :]
+        value = value.expand(size, data.size, *inner, *shape)
+        return value.reshape(size, data.size, *(n for n in inner if n != 1), *shape)
+
+    def value_of(self, site: dict, rows: Tensor, data: Any) -> Tensor:
+        """A value as the site has it, from (K, B, ...); the inverse of :meth:`rows_of`."""
+        event = site["fn"].event_dim
+        shape = rows.shape[rows.dim() - event :]
+        value = rows.reshape(*rows.shape[:2], *self.inner(site, data), *shape).movedim(1, data.dim - event)
+        return value.squeeze(0) if len(rows) == 1 else value
+
+
+@contextmanager
+def _scoring(model: Program, guide: Program, device: torch.device, seed: int | None) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def _mean_of(site: dict) -> Tensor | None:
+    """The mean of a site's distribution in closed form, where it has one."""
+    try:
+        mean = site["fn"].mean
+    except NotImplementedError:  # torch's word for a distribution that declares none, as a flow
+        return None
+    return mean.expand(site["value"].shape)
+
+
+def _is_continuous(site: dict) -> bool:
+    try:
+        return not site["fn"].support.is_discrete
+    except NotImplementedError:  # torch's word for a distribution that declares no support
+        return site["value"].is_floating_point()

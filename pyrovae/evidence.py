@@ -21,11 +21,81 @@ from . import checkpoint
 
 if TYPE_CHECKING:
     import xarray
+    from matplotlib.axes import Axes
 
 Array = np.ndarray
 
 # Fewer samples leave under five in the tail, too few for a Pareto fit.
 FEWEST_SAMPLES = 25
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How the estimate of log p(x) rises with the number of samples: the first K of each datum's S, for several K.
+
+    Attributes:
+        num_samples: K, ascending up to S, shape (C,).
+        log_px: the estimate of each datum from its first K samples, in nats, shape (C, N).
+        se: its Monte Carlo standard error, shape (C, N). From one sample it is the distance to the datum's mean log-weight,
+            which says little of one datum but has the right mean square over many.
+    """
+
+    num_samples: Array
+    log_px: Array
+    se: Array
+
+    @property
+    def mean(self) -> Array:
+        """The mean estimate over data for each K, in nats per datum, shape (C,)."""
+        return np.mean(self.log_px, 1)
+
+    @property
+    def mean_se(self) -> Array:
+        """Monte Carlo standard error of :attr:`mean`, shape (C,)."""
+        return np.sqrt(np.sum(self.se**2, 1)) / self.log_px.shape[1]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the mean estimate against K, with two Monte Carlo standard errors to either side."""
+        ax = _axes(ax, (6.2, 3.3))
+        shown = np.isfinite(self.mean)
+        error = np.where(np.isfinite(self.mean_se), 2 * self.mean_se, 0.0)
+        ax.errorbar(self.num_samples[shown], self.mean[shown], error[shown], marker="o", markersize=4, linewidth=1.6, capsize=3)
+        ax.set_xscale("log")
+        ax.set_xlabel("samples per datum, K")
+        ax.set_ylabel("log p(x), estimate (nats per datum)")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.3)
+        return ax
+
+
+def curve_sizes(num_samples: int) -> list[int]:
+    """The K of a :class:`Curve`: the powers of ten below S, and S.
+
+    Example:
+        >>> from pyrovae.evidence import curve_sizes
+        >>> curve_sizes(5000)
+        [1, 10, 100, 1000, 5000]
+    """
+    return [10**power for power in range(20) if 10**power < num_samples] + [num_samples]
+
+
+def curve_of(log_sums: Array, log_squares: Array, elbo: Array, num_samples: int) -> Curve:
+    """A curve from running sums over each datum's first K samples, for the K of :func:`curve_sizes`.
+
+    Args:
+        log_sums: logarithm of the summed weights, shape (C, N).
+        log_squares: logarithm of the summed squares, shape (C, N).
+        elbo: the mean log-weight of all samples, shape (N,).
+        num_samples: S.
+    """
+    sizes = np.array(curve_sizes(num_samples))
+    log_px = log_sums - np.log(sizes)[:, None]
+    with np.errstate(all="ignore"):
+        share = np.exp(log_squares - 2 * log_sums)  # the sum of squared normalised weights
+        se = np.sqrt(np.maximum(share - 1 / sizes[:, None], 0.0) * (sizes / (sizes - 1))[:, None])
+        # One sample has no spread of its own. All S do: what one lies off their mean, squared, has its variance as mean.
+        se[0] = np.abs(log_px[0] - elbo) * math.sqrt(num_samples / (num_samples - 1)) if num_samples > 1 else math.nan
+    return Curve(sizes, log_px, se)
 
 
 @dataclass(frozen=True)
@@ -42,6 +112,9 @@ class Evidence:
         num_samples: S, draws per datum.
         num_dims: D, numbers per datum, for bits per dimension.
         method: how the estimate was made.
+        log_px_psis: the Pareto-smoothed estimate, shape (N,): steadier than ``log_px`` where the tail is heavy, at some bias.
+            ``nan`` where there were too few samples to smooth. ``None`` where the method has no importance weights.
+        curve: the estimate against the number of samples, where it was recorded.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -61,10 +134,14 @@ class Evidence:
     num_dims: int
     method: str = "importance sampling"
     notes: dict[str, Any] = field(default_factory=dict)
+    log_px_psis: Array | None = None
+    curve: Curve | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays of different lengths."""
-        shapes = {name: np.shape(getattr(self, name)) for name in _PER_DATUM}
+        shapes = {name: np.shape(array) for name, array in self._per_datum().items()}
+        if self.curve is not None:
+            shapes["curve"] = np.shape(self.curve.log_px)[1:]
         if len(set(shapes.values())) != 1 or len(shapes["log_px"]) != 1:
             raise ValueError(f"Evidence takes one entry per datum in every array, not shapes {shapes}.")
 
@@ -121,39 +198,74 @@ class Evidence:
         said = (
             f"log p(x): {self.mean:.3f} nats per datum over {size} data ({self.method}, {self.num_samples} samples each); "
             f"standard error {self.mean_se:.3f} from sampling, {self.data_se:.3f} from the data. "
-            f"Bound (ELBO): {np.mean(self.elbo):.3f}, so the gap is {self.gap:.3f} nats. "
         )
+        if self.log_px_psis is not None and np.isfinite(self.log_px_psis).all():
+            said += f"Pareto-smoothed: {np.mean(self.log_px_psis):.3f}. "
+        said += f"Bound (ELBO): {np.mean(self.elbo):.3f}, so the gap is {self.gap:.3f} nats. "
         if self.num_samples < FEWEST_SAMPLES:
             return said + f"With fewer than {FEWEST_SAMPLES} samples nothing tells whether to believe it: draw more."
-        if np.isnan(self.log_px).any():
-            return (
-                said
-                + f"Datum {int(np.flatnonzero(np.isnan(self.log_px))[0])} has NaN weights: the model or guide overflows there."
-            )
+        for broken, word in ((np.isnan(self.log_px), "NaN"), (np.isposinf(self.log_px), "infinite")):
+            if broken.any():
+                return said + f"{_first(broken)} {word} weights: the model or guide overflows there."
         if np.isneginf(self.log_px).any():
-            datum = int(np.flatnonzero(np.isneginf(self.log_px))[0])
-            return said + f"Datum {datum} has zero weight in all samples: the guide misses all that the model allows."
+            return said + (
+                f"{_first(np.isneginf(self.log_px))} zero weight in all samples: the guide misses all that the model allows."
+            )
         if not len(bad):
-            return said + f"Pareto k is below {self.khat_threshold:.2f} for all data: the estimate can be believed."
+            constant = " (the weights are constant: the guide is exact)" if np.isneginf(self.khat).all() else ""
+            return said + f"Pareto k is below {self.khat_threshold:.2f} for all data: the estimate can be believed{constant}."
+        said += (
+            f"Pareto k is {self.khat_threshold:.2f} or more{' or cannot be fitted' if np.isnan(self.khat).any() else ''} for "
+            f"{len(bad)} of {size} data (first datum {bad[0]}), whose estimates are probably too low. "
+        )
+        if self.curve is not None and len(self.curve.num_samples) > 1 and np.isfinite(self.curve.mean[-2]):
+            rise = self.curve.mean[-1] - self.curve.mean[-2]
+            said += f"The mean moved by {rise:.3f} nats from {self.curve.num_samples[-2]} to {self.num_samples} samples. "
         return said + (
-            f"Pareto k is {self.khat_threshold:.2f} or more for {len(bad)} of {size} data (first datum {bad[0]}), whose "
-            f"estimates are probably too low: draw more samples, or train a guide with heavier tails."
+            'What to do: draw more samples; score with proposal="refined", which fits the guide to each datum; or check these '
+            "data by annealing (pv.ais), which needs no good guide."
         )
 
-    def to_datatree(self) -> xarray.DataTree:
-        """The per-datum arrays as an xarray ``DataTree`` with the group ``evidence`` and the dimension ``datum``."""
+    def to_elpd(self) -> Any:
+        """The estimates as ArviZ's ``ELPDData``, for ``az.compare`` and ``az.plot_khat`` of the installed line.
+
+        Here the pointwise values are held-out log p(x), and k is that of their own importance weights. ArviZ exponentiates
+        them to stack, so data beyond some 700 nats give no weights there; :func:`compare` has no such limit.
+        """
+        return _elpd(self.log_px, self.khat, self.num_samples, self.khat_threshold)
+
+    def to_datatree(self, draws: Draws | None = None) -> xarray.DataTree:
+        """The arrays over data as an xarray ``DataTree`` with the group ``evidence`` and the dimension ``datum``.
+
+        Args:
+            draws: what :func:`pyrovae.posterior_draws` returned for the same data; their groups stand beside it.
+
+        Raises:
+            ValueError: the draws are of another number of data.
+        """
         import xarray
 
-        dataset = xarray.Dataset(
-            {name: ("datum", np.asarray(getattr(self, name))) for name in (*_PER_DATUM, "reliable")},
-            coords={"datum": np.arange(len(self))},
-            attrs={"num_samples": self.num_samples, "num_dims": self.num_dims, "method": self.method, "units": "nats"},
-        )
-        return xarray.DataTree.from_dict({"/evidence": dataset})
+        if draws is not None and len(draws) != len(self):
+            raise ValueError(
+                f"The draws are of {len(draws)} data and the evidence of {len(self)}: pass draws for the same data."
+            )
+        arrays: dict[str, Any] = {name: ("datum", array) for name, array in self._per_datum().items()}
+        arrays["reliable"] = ("datum", self.reliable)
+        coords = {"datum": np.arange(len(self))}
+        if self.curve is not None:
+            arrays["curve"] = (("curve_samples", "datum"), self.curve.log_px)
+            arrays["curve_se"] = (("curve_samples", "datum"), self.curve.se)
+            coords["curve_samples"] = self.curve.num_samples
+        attrs = {"num_samples": self.num_samples, "num_dims": self.num_dims, "method": self.method, "units": "nats"}
+        tree = draws.to_datatree() if draws is not None else xarray.DataTree()
+        tree["evidence"] = xarray.DataTree(xarray.Dataset(arrays, coords=coords, attrs=attrs))
+        return tree
 
     def save(self, path: str | Path) -> None:
         """Write the evidence as one safetensors file, atomically."""
-        arrays = {name: torch.as_tensor(np.asarray(getattr(self, name))) for name in _PER_DATUM}
+        arrays = {name: torch.as_tensor(array) for name, array in self._per_datum().items()}
+        if self.curve is not None:
+            arrays |= {f"curve.{name}": torch.as_tensor(getattr(self.curve, name)) for name in _CURVE}
         notes = {name: getattr(self, name) for name in _NOTES}
         checkpoint.write_arrays(path, arrays, {"evidence": notes})
 
@@ -167,14 +279,91 @@ class Evidence:
         """
         arrays, notes = checkpoint.read_arrays(path)
         kept = notes.get("evidence")
-        if set(arrays) != set(_PER_DATUM) or not isinstance(kept, dict) or set(kept) != set(_NOTES):
-            raise ValueError(f"{path} holds no evidence: give a file that Evidence.save wrote.")
         fields: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
-        return cls(**fields, **kept)
+        curve = {name: fields.pop(f"curve.{name}") for name in _CURVE if f"curve.{name}" in fields}
+        complete = set(fields) - {"log_px_psis"} == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
+        if not complete or not isinstance(kept, dict) or set(kept) != set(_NOTES):
+            raise ValueError(f"{path} holds no evidence: give a file that Evidence.save wrote.")
+        return cls(**fields, **kept, curve=Curve(**curve) if curve else None)
+
+    def _per_datum(self) -> dict[str, Array]:
+        names = _PER_DATUM if self.log_px_psis is None else (*_PER_DATUM, "log_px_psis")
+        return {name: np.asarray(getattr(self, name)) for name in names}
+
+
+def _first(bad: Array) -> str:
+    """Who they are, to stand before what they have."""
+    found = np.flatnonzero(bad)
+    return f"Datum {found[0]} has" if len(found) == 1 else f"Datum {found[0]} and {len(found) - 1} more have"
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
 _NOTES = ("num_samples", "num_dims", "method", "notes")
+_CURVE = ("num_samples", "log_px", "se")
+
+
+@dataclass(frozen=True)
+class Draws:
+    r"""Draws from p(z|x), by importance resampling, and what ArviZ wants beside them.
+
+    Arrays are over M draws and N data, under the names of the pair's sites.
+
+    Attributes:
+        posterior: the latents given the data, each (M, N, ...).
+        log_likelihood: log p(x|z) of each observed site at these draws, in nats, each (M, N).
+        observed_data: the observed sites' values, each (N, ...).
+        posterior_predictive: observed sites drawn again given the posterior's latents, each (M, N, ...).
+        prior: the latents drawn from the model alone, each (M, N, ...).
+        prior_predictive: the observed sites drawn with them, each (M, N, ...).
+        ess: effective size of the weights that were resampled, shape (N,). With fewer than M, draws of a datum repeat.
+        num_samples: S, importance samples per datum.
+    """
+
+    posterior: dict[str, Array]
+    log_likelihood: dict[str, Array]
+    observed_data: dict[str, Array]
+    posterior_predictive: dict[str, Array]
+    prior: dict[str, Array]
+    prior_predictive: dict[str, Array]
+    ess: Array
+    num_samples: int
+
+    def __len__(self) -> int:
+        """N, the number of data."""
+        return len(self.ess)
+
+    def to_datatree(self) -> xarray.DataTree:
+        """As an xarray ``DataTree`` with ArviZ's groups, for both lines of ArviZ.
+
+        Draws are independent, so they stand as four chains where their number allows, by which ArviZ judges them. In ArviZ 0.23
+        call ``az.InferenceData.from_datatree``. ``az.loo`` would take the harmonic mean of the likelihood for log p(x), since a
+        datum's latents know nothing of it but through that datum: rank models by :func:`compare`.
+        """
+        import xarray
+
+        num_draws = len(next(iter(self.posterior.values())))
+        chains = 4 if num_draws % 4 == 0 and num_draws >= 16 else 1
+
+        def dataset(arrays: dict[str, Array], drawn: bool) -> xarray.Dataset:
+            variables = {}
+            for name, array in arrays.items():
+                inner = array.shape[2 if drawn else 1 :]
+                dims = ["datum", *(f"{name}_dim_{i}" for i in range(len(inner)))]
+                if drawn:
+                    array, dims = array.reshape(chains, -1, *array.shape[1:]), ["chain", "draw", *dims]
+                variables[name] = (dims, array)
+            coords = {"datum": np.arange(len(self))}
+            if drawn:
+                coords |= {"chain": np.arange(chains), "draw": np.arange(num_draws // chains)}
+            attrs = {"inference_library": "pyrovae", "num_samples": self.num_samples}
+            return xarray.Dataset(variables, coords=coords, attrs=attrs)
+
+        groups = {name: dataset(getattr(self, name), drawn=name != "observed_data") for name in _GROUPS}
+        groups["resampling"] = xarray.Dataset({"ess": ("datum", self.ess)}, coords={"datum": np.arange(len(self))})
+        return xarray.DataTree.from_dict({f"/{name}": group for name, group in groups.items() if group.data_vars})
+
+
+_GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "prior", "prior_predictive", "observed_data")
 
 
 @dataclass(frozen=True)
@@ -188,6 +377,8 @@ class Comparison:
         difference_se: its standard error from the data, of paired differences.
         monte_carlo_se: its standard error from sampling.
         unreliable: how many data of each have a Pareto k past the threshold.
+        stacking: the weight of each in the mixture of models that predicts these data best (Yao et al. 2018), by ArviZ;
+            ``nan`` where an estimate is not finite.
     """
 
     names: list[str]
@@ -196,16 +387,53 @@ class Comparison:
     difference_se: Array
     monte_carlo_se: Array
     unreliable: Array
+    stacking: Array
 
     def __str__(self) -> str:
         """A table with one line for each model."""
         width = max(5, *(len(name) for name in self.names))
-        lines = [f"{'model':<{width}}  {'log p(x)':>10}  {'diff.':>8}  {'se data':>8}  {'se MC':>8}  {'k high':>6}"]
-        for row in zip(
-            self.names, self.mean, self.difference, self.difference_se, self.monte_carlo_se, self.unreliable, strict=True
+        head = f"{'model':<{width}}  {'log p(x)':>10}  {'diff.':>8}  {'se data':>8}  {'se MC':>8}  {'k high':>6}  {'weight':>6}"
+        lines = [head]
+        for name, mean, *errors, bad, weight in zip(
+            self.names,
+            self.mean,
+            self.difference,
+            self.difference_se,
+            self.monte_carlo_se,
+            self.unreliable,
+            self.stacking,
+            strict=True,
         ):
-            lines.append(f"{row[0]:<{width}}  {row[1]:>10.3f}  {row[2]:>8.3f}  {row[3]:>8.3f}  {row[4]:>8.3f}  {row[5]:>6d}")
+            numbers = "  ".join(f"{number:>8.3f}" for number in errors)
+            lines.append(f"{name:<{width}}  {mean:>10.3f}  {numbers}  {bad:>6d}  {weight:>6.2f}")
         return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw each model's difference to the best, with 95 % intervals of the data (thin) and of sampling (thick)."""
+        ax = _axes(ax, (7, 1.1 + 0.4 * len(self.names)))
+        rows = np.arange(len(self.names))
+        shown = np.isfinite(self.difference)
+
+        def bars(errors: Array, **style: Any) -> None:
+            ax.errorbar(self.difference[shown], rows[shown], xerr=1.96 * errors[shown], fmt="none", ecolor="C0", **style)
+
+        bars(self.difference_se, elinewidth=1.2, capsize=4, label="from the choice of data")
+        bars(self.monte_carlo_se, elinewidth=5, alpha=0.35, label="from sampling")
+        # Hollow where some estimates cannot be believed.
+        for chosen, face in ((self.unreliable == 0, "C0"), (self.unreliable > 0, "white")):
+            ax.plot(self.difference[chosen & shown], rows[chosen & shown], "o", color="C0", markerfacecolor=face, markersize=7)
+        for row, (difference, bad) in enumerate(zip(self.difference, self.unreliable, strict=True)):
+            if bad and shown[row]:
+                text = f"{bad} unreliable"
+                ax.annotate(text, (difference, row), (0, 7), textcoords="offset points", ha="center", fontsize="small")
+        ax.axvline(0, color="0.6", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        ax.set_yticks(rows, self.names)
+        ax.set_ylim(len(self.names) - 0.4, -0.6)
+        ax.set_xlabel("log p(x), difference to the best (nats per datum; 95 % intervals)")
+        ax.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="x", alpha=0.3)
+        return ax
 
 
 def compare(evidence: Mapping[str, Evidence]) -> Comparison:
@@ -214,11 +442,16 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
     .. math:: \Delta = \frac1N \sum_n d_n, \quad \operatorname{se}(\Delta) = \sqrt{\operatorname{var}(d) / N}, \qquad
         d_n = \log \hat p_a(x_n) - \log \hat p_b(x_n)
 
+    The error from sampling is kept apart: it is what more samples would lower, the other what more data would.
+
     Args:
         evidence: the models' evidence by name; at least two, over the same data in the same order.
 
     Raises:
         ValueError: fewer than two, or different numbers of data.
+
+    References:
+        Yao, Vehtari, Simpson and Gelman, Using stacking to average Bayesian predictive distributions, 2018.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -245,7 +478,17 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
         difference_se=np.array([np.std(d, ddof=1) / math.sqrt(len(d)) for d in paired]),
         monte_carlo_se=np.array([0.0] + [math.hypot(evidence[name].mean_se, best.mean_se) for name in ranked[1:]]),
         unreliable=np.array([int((~evidence[name].reliable).sum()) for name in ranked]),
+        stacking=_stacking([evidence[name].log_px for name in ranked]),
     )
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The axes that were given, or those of a figure of its own."""
+    if ax is not None:
+        return ax
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained").subplots()
 
 
 def tail_size(num_samples: int) -> int:
@@ -254,22 +497,7 @@ def tail_size(num_samples: int) -> int:
 
 
 def pareto_khat(largest: Array, num_samples: int, *, precision: float = 2.3e-16) -> Array:
-    r"""Pareto shape of each datum's weights, fitted by ArviZ.
-
-    The tail has :math:`M = \lceil \min(S/5, 3\sqrt S) \rceil` of S weights, and only the tail and its lower neighbours enter
-    the fit. So ArviZ is given the 5 M largest, with the relative efficiency that makes it fit M of those.
-
-    Args:
-        largest: the :func:`tail_size` largest log-weights of each datum, shape (N, 5 M), in nats.
-        num_samples: S, how many there were.
-        precision: relative rounding error of the log-weights; weights that differ by no more are constant.
-
-    Returns:
-        k for each datum, shape (N,); ``-inf`` for constant weights, ``inf`` where every weight is zero, ``nan`` with fewer
-        than 25 samples, a NaN weight, or a tail that cannot be fitted.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling, 2024.
+    r"""Pareto shape of each datum's weights; the first half of :func:`pareto_smooth`.
 
     Example:
         >>> import numpy as np
@@ -279,37 +507,76 @@ def pareto_khat(largest: Array, num_samples: int, *, precision: float = 2.3e-16)
         >>> bool(abs(pareto_khat(largest, 2000).mean() - 0.3) < 0.05)
         True
     """
-    khat = np.full(len(largest), np.nan)
+    return pareto_smooth(largest, np.full(len(largest), np.nan), num_samples, precision=precision)[0]
+
+
+def pareto_smooth(largest: Array, log_px: Array, num_samples: int, *, precision: float = 2.3e-16) -> tuple[Array, Array]:
+    r"""Pareto shape of each datum's weights, and log p(x) with their tail smoothed, both by ArviZ.
+
+    The tail has :math:`M = \lceil \min(S/5, 3\sqrt S) \rceil` of S weights, and only the tail and its lower neighbours enter
+    the fit. So ArviZ is given the 5 M largest, with the relative efficiency that makes it fit M of those. The smoothed mean
+    is that of the smoothed tail and of all weights below, whose sum is known from the raw mean.
+
+    Args:
+        largest: the :func:`tail_size` largest log-weights of each datum, shape (N, 5 M), in nats.
+        log_px: the raw estimate, the log of the mean of all S weights, shape (N,), in nats.
+        num_samples: S, how many there were.
+        precision: relative rounding error of the log-weights; weights that differ by no more are constant.
+
+    Returns:
+        k for each datum, shape (N,): ``-inf`` for constant weights, ``inf`` where every weight is zero, ``nan`` with fewer
+        than 25 samples, a NaN or infinite weight, or a tail that cannot be fitted. And the smoothed estimate, shape (N,): the
+        raw one for constant weights, ``-inf`` where every weight is zero, ``nan`` where k is.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling, 2024.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyrovae.evidence import pareto_smooth, tail_size
+        >>> log_weights = 0.8 * np.random.default_rng(0).standard_exponential((500, 2000))  # Pareto weights of mean 5
+        >>> log_px = np.log(np.mean(np.exp(log_weights), 1))
+        >>> _, smoothed = pareto_smooth(np.sort(log_weights)[:, -tail_size(2000):], log_px, 2000)
+        >>> bool(np.std(smoothed) < np.std(log_px))
+        True
+    """
+    khat, smoothed = np.full(len(largest), np.nan), np.full(len(largest), np.nan)
     if num_samples < FEWEST_SAMPLES:
-        return khat
-    reach = 64 * precision * np.maximum(1.0, np.abs(largest).max(1))
-    efficiency = 44 / _fitted_tail(num_samples)
+        return khat, smoothed
     for datum, row in enumerate(np.asarray(largest, dtype=np.float64)):
-        if np.isnan(row).any():
+        if np.isnan(row).any() or row.max() == np.inf:
             continue
         tail = np.sort(row)[-_fitted_tail(num_samples) - 1 :]
         if tail[-1] == -np.inf:
-            khat[datum] = np.inf
-        elif tail[-1] - tail[0] <= reach[datum]:
-            khat[datum] = -np.inf
+            khat[datum], smoothed[datum] = np.inf, -np.inf
+        elif tail[-1] - tail[0] <= 64 * precision * max(1.0, abs(tail[-1])):
+            khat[datum], smoothed[datum] = -np.inf, log_px[datum]
         else:
-            khat[datum] = _fit(row, efficiency)
-    return khat
+            khat[datum], before, after = _fit(row, num_samples)
+            if not math.isnan(khat[datum]):
+                log_sum = log_px[datum] + math.log(num_samples)
+                below = max(0.0, math.exp(log_sum - tail[-1]) - before)
+                smoothed[datum] = tail[-1] + math.log(below + after) - math.log(num_samples)
+    return khat, smoothed
 
 
 def _fitted_tail(num_samples: int) -> int:
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
-def _fit(row: Array, efficiency: float) -> float:
+def _fit(row: Array, num_samples: int) -> tuple[float, float, float]:
+    """k of one datum's largest log-weights, and their sum before and after smoothing, as multiples of the largest."""
     psislw, negates = _psislw()
+    efficiency = 44 / _fitted_tail(num_samples)
     # Far below the largest, a weight is zero in float64 whatever it is: -inf would break the fit's own arithmetic.
     row = np.maximum(row - row.max(), -1e3)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        if negates:
-            return float(psislw(-row, r_eff=efficiency)[1])
-        return float(psislw(row, reff=efficiency)[1])
+        smoothed, khat = psislw(-row, r_eff=efficiency) if negates else psislw(row.copy(), reff=efficiency)
+    # Both lines normalise. The smallest weight lies below the tail, so it tells by how much.
+    smallest = np.argmin(row)
+    smoothed = smoothed + (row[smallest] - smoothed[smallest])
+    return float(khat), float(np.sum(np.exp(row))), float(np.sum(np.exp(smoothed)))
 
 
 @cache
@@ -346,3 +613,72 @@ def _arviz_023() -> Any:
                         del os.environ["XDG_CACHE_HOME"]
                     else:
                         os.environ["XDG_CACHE_HOME"] = before
+
+
+def _elpd(log_px: Array, khat: Array, num_samples: int, threshold: float) -> Any:
+    """Pointwise estimates as the installed line's ELPDData, which it believes to come from leave-one-out."""
+    import xarray
+
+    size = len(log_px)
+    fields = {
+        "se": float(np.std(log_px) * math.sqrt(size)),
+        "n_samples": num_samples,
+        "n_data_points": size,
+        "scale": "log",
+        "warning": bool((khat >= threshold).any()),
+        "good_k": threshold,
+        "pareto_k": xarray.DataArray(khat, dims="datum"),
+    }
+    pointwise = xarray.DataArray(np.asarray(log_px), dims="datum")
+    return _comparison()[1](float(np.sum(log_px)), pointwise, fields)
+
+
+def _stacking(log_px: list[Array]) -> Array:
+    """Stacking weights of each model, in their order."""
+    stacked = np.stack(log_px)
+    if not np.isfinite(stacked).all():
+        return np.full(len(stacked), np.nan)
+    # ArviZ exponentiates log p(x), which leaves nothing of -1,000 nats. A factor common to all models cancels.
+    stacked = stacked - stacked.max(0)
+    compare_elpds = _comparison()[0]
+    names = [str(row) for row in range(len(stacked))]
+    elpds = {name: _elpd(row, np.zeros(len(row)), 1, 0.7) for name, row in zip(names, stacked, strict=True)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 0.23's about pandas, 1.x's about what leave-one-out would need
+        table = compare_elpds(elpds)
+    return table["weight"].loc[names].to_numpy(dtype=float)
+
+
+@cache
+def _comparison() -> tuple[Any, Any]:
+    """ArviZ's comparison by stacking, and what makes its ELPDData."""
+    return _comparison_of_023() if version("arviz").startswith("0.") else _comparison_of_1()
+
+
+def _comparison_of_1() -> tuple[Any, Any]:
+    from arviz_stats import compare, utils
+
+    def make(total: float, pointwise: Any, fields: dict[str, Any]) -> Any:
+        # 1.3 has a class for each kind; before there was one for all.
+        if hasattr(utils, "ELPDDataLOO"):
+            return utils.ELPDDataLOO(elpd=total, p=math.nan, elpd_i=pointwise, **fields)
+        return utils.ELPDData(kind="loo", elpd=total, p=math.nan, elpd_i=pointwise, **fields)
+
+    def compare_elpds(elpds: dict[str, Any]) -> Any:
+        return compare(elpds, method="stacking", round_to="none")
+
+    return compare_elpds, make
+
+
+def _comparison_of_023() -> tuple[Any, Any]:
+    arviz = _arviz_023()
+
+    def make(total: float, pointwise: Any, fields: dict[str, Any]) -> Any:
+        elpd = {"elpd_loo": total, "se": fields["se"], "p_loo": math.nan} | fields | {"loo_i": pointwise}
+        order = ("elpd_loo", "se", "p_loo", "n_samples", "n_data_points", "warning", "loo_i", "pareto_k", "scale", "good_k")
+        return arviz.stats.ELPDData([elpd[name] for name in order], index=order)
+
+    def compare_elpds(elpds: dict[str, Any]) -> Any:
+        return arviz.compare(elpds, method="stacking")
+
+    return compare_elpds, make

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Batches, arguments
-from .evidence import Evidence, pareto_khat, tail_size
+from .evidence import Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
 from .pairs import first_run, inspect_pair
 from .traces import Program, evaluation_mode
 from .weights import log_weights
@@ -91,13 +91,15 @@ def log_marginal(
                 total, done = total + parts[-1]["log_px"].sum().item(), done + len(parts[-1]["log_px"])
                 bar.set_postfix_str(f"{total / done:.2f} nats/datum")
     arrays = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-    tails = arrays.pop("tail")
+    khat, log_px_psis = pareto_smooth(arrays["tail"], arrays["log_px"], num_samples, precision=torch.finfo(dtype).eps)
     return Evidence(
         log_px=arrays["log_px"],
         se=arrays["se"],
         ess=arrays["ess"],
         elbo=arrays["elbo"],
-        khat=pareto_khat(tails, num_samples, precision=torch.finfo(dtype).eps),
+        khat=khat,
+        log_px_psis=log_px_psis,
+        curve=curve_of(arrays["curve_sum"].T, arrays["curve_square"].T, arrays["elbo"], num_samples),
         num_samples=num_samples,
         num_dims=info.num_dims,
         method="importance sampling",
@@ -111,12 +113,17 @@ def _score(
     zeros = torch.zeros(len(batch[0]), dtype=torch.float64, device=batch[0].device)
     log_sum, log_square, mean, tail = zeros - math.inf, zeros - math.inf, zeros, zeros.new_zeros(0, len(zeros))
     keep, left = tail_size(num_samples), num_samples
+    curve: list[tuple[Tensor, Tensor]] = []
     while left:
         size = min(left, max(1, chunk // len(batch[0])))
         weights = log_weights(
             model, guide, *batch, num_particles=size, vectorize_particles=vectorize, max_plate_nesting=nesting
         )
         log_w = weights.log_weights.double()  # (size, B)
+        for head in (count - num_samples + left for count in curve_sizes(num_samples)[:-1]):
+            if 0 < head <= size:
+                squares = torch.logaddexp(log_square, torch.logsumexp(2 * log_w[:head], 0))
+                curve.append((torch.logaddexp(log_sum, torch.logsumexp(log_w[:head], 0)), squares))
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
         log_square = torch.logaddexp(log_square, torch.logsumexp(2 * log_w, 0))
         mean = mean + log_w.sum(0) / num_samples
@@ -131,4 +138,6 @@ def _score(
         "ess": torch.where(log_sum == -math.inf, zeros, 1 / share),
         "elbo": mean,
         "tail": tail.T,
+        "curve_sum": torch.stack([*(sums for sums, _ in curve), log_sum], 1),
+        "curve_square": torch.stack([*(squares for _, squares in curve), log_square], 1),
     }

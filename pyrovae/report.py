@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
+from cycler import cycler
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -27,6 +28,7 @@ from .checkpoint import write_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from .diagnostics import Decomposition
     from .evidence import Evidence
 
 INK, MUTED, LINE, SURFACE = "#1d2433", "#667085", "#d5dae3", "#ffffff"
@@ -46,6 +48,8 @@ _STYLE = {
     "font.size": 11,
     "text.color": INK,
     "axes.edgecolor": LINE,
+    "axes.prop_cycle": cycler(color=(BLUE, ORANGE, RED)),
+    "grid.color": LINE,
     "axes.labelcolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -74,6 +78,7 @@ def write_report(
     samples: np.ndarray | None = None,
     latents: np.ndarray | None = None,
     labels: np.ndarray | None = None,
+    decomposition: Decomposition | None = None,
 ) -> None:
     """Write the HTML page of a run: one file, nothing external, written atomically.
 
@@ -89,6 +94,7 @@ def write_report(
         samples: draws from the model, shape (m, *data_shape).
         latents: posterior means, shape (M, L).
         labels: classes or numbers that colour the latents, shape (M,).
+        decomposition: what :func:`pyrovae.decompose` found, of these data or some of them.
     """
     bounds = _range(originals if originals is not None else samples)
     environment = jinja2.Environment(
@@ -112,6 +118,8 @@ def write_report(
         pairs=_pairs(originals, reconstructions, bounds),
         samples=_samples(samples, bounds),
         latent=_latent(latents, labels),
+        convergence=_convergence(evidence),
+        decomposition=_decomposition(decomposition),
         settings=settings,
         facts=facts,
     )
@@ -137,10 +145,45 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
         "decimals": 2 if size >= 0.5 else 3 if size >= 0.05 else 4,
         "bits_se": evidence.data_se / nats,
         "bits_mean_se": evidence.mean_se / nats,
+        "smoothed": _smoothed(evidence),
         "ess": np.quantile(evidence.ess[spread], [0.05, 0.5, 0.95]).tolist() if spread.any() else [math.nan] * 3,
         "below": int(np.sum(evidence.khat < evidence.khat_threshold)),
         "unreliable": int(np.sum(~evidence.reliable)),
     }
+
+
+def _smoothed(evidence: Evidence) -> float | None:
+    """The Pareto-smoothed estimate, where every datum has one."""
+    if evidence.log_px_psis is None or not np.isfinite(evidence.log_px_psis).all():
+        return None
+    return float(evidence.log_px_psis.mean())
+
+
+def _convergence(evidence: Evidence) -> dict[str, Any] | None:
+    """The figure of the estimate against the number of samples, and by how much it still rose."""
+    curve = evidence.curve
+    if curve is None or np.sum(np.isfinite(curve.mean)) < 2:
+        return None
+    rise = float(curve.mean[-1] - curve.mean[-2])
+    return {
+        "figure": _svg("convergence", curve.plot, 2.9),
+        "rise": rise if math.isfinite(rise) else None,
+        "since": int(curve.num_samples[-2]),
+    }
+
+
+def _decomposition(decomposition: Decomposition | None) -> dict[str, Any] | None:
+    if decomposition is None:
+        return None
+    active = decomposition.active_units
+    rows = [
+        {"name": name.strip(), "part": name.startswith(" "), "mean": mean, "se": error, "what": what}
+        for name, mean, error, what in decomposition.rows()
+    ]
+    units = ", ".join(
+        f"{active[name]} of {variances.size} in {name}" for name, variances in decomposition.mean_variances.items()
+    )
+    return {"rows": rows, "units": units, "num_data": len(decomposition), "num_draws": decomposition.num_draws}
 
 
 def _gaps(evidence: Evidence) -> np.ndarray:

@@ -7,10 +7,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import LinearGaussian, nested_plates_pair, two_latents_pair
+from scipy.special import logsumexp
+from scipy.stats import norm
 from torch import Tensor
 
 import pyrovae as pv
-from pyrovae.diagnostics import compare_estimators, train_estimators
+from pyrovae import diagnostics
+from pyrovae.diagnostics import compare_estimators, decompose, posterior_draws, train_estimators
 
 
 class Scalar:
@@ -123,3 +127,252 @@ def test_what_does_not_fit_is_refused():
         compare_estimators(pair.model, pair.guide, x, ["elbo"], num_draws=2)
     with pytest.raises(ValueError, match="name at least one"):
         compare_estimators(pair.model, pair.guide, x, [])
+
+
+class Slope:
+    """z ~ N(0, 1), x|z ~ N(az + b, s^2 I), q = N(m(x) + shift, (w sd)^2) about the exact posterior: all has a closed form."""
+
+    def __init__(self, shift: float = 0.3, width: float = 0.8) -> None:
+        self.a, self.b, self.noise = torch.tensor([1.0, -0.5, 0.7]).double(), torch.tensor([0.2, 0.0, -1.0]).double(), 0.6
+        self.precision = 1 + float(self.a @ self.a) / self.noise**2
+        self.shift, self.scale = shift, width / math.sqrt(self.precision)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z * self.a + self.b, self.noise).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.centre(x)[:, None], self.scale).to_event(1))
+
+    def centre(self, x: Tensor) -> Tensor:
+        return (x - self.b) @ self.a / self.noise**2 / self.precision + self.shift
+
+    def sample(self, num: int) -> Tensor:
+        z = torch.randn(num, 1).double()
+        return z * self.a + self.b + self.noise * torch.randn(num, 3).double()
+
+    def log_px(self, x: Tensor) -> np.ndarray:
+        covariance = torch.outer(self.a, self.a) + self.noise**2 * torch.eye(3).double()
+        return dist.MultivariateNormal(self.b, covariance).log_prob(x).numpy()
+
+
+@pytest.mark.usefixtures("float64")
+def test_decomposition_is_the_closed_forms_of_a_linear_gaussian_pair():
+    pair = Slope()
+    x = pair.sample(60)
+    parts = decompose(pair.model, pair.guide, x, num_samples=500, num_draws=400, mixture_draws=400, seed=0)
+    centre, sd = pair.centre(x).numpy(), pair.scale
+    posterior_sd = 1 / math.sqrt(pair.precision)
+    gap = math.log(posterior_sd / sd) + (sd**2 + pair.shift**2) / (2 * posterior_sd**2) - 0.5
+    rate = -math.log(sd) + (sd**2 + centre**2) / 2 - 0.5
+    assert parts.closed_form == ("z",)
+    np.testing.assert_allclose(parts.rate, rate, rtol=1e-12)
+    assert (parts.rate_se == 0).all()
+    residual = (x - pair.b - torch.as_tensor(centre)[:, None] * pair.a).square().sum(1).numpy()
+    norm_a = float(pair.a @ pair.a)
+    distortion = 1.5 * math.log(2 * math.pi * pair.noise**2) + (residual + norm_a * sd**2) / (2 * pair.noise**2)
+    assert (np.abs(parts.distortion - distortion) < 5 * parts.distortion_se).all()
+    np.testing.assert_allclose(parts.elbo, -parts.rate - parts.distortion)
+    np.testing.assert_allclose(parts.elbo + parts.gap, parts.evidence.log_px, rtol=1e-12)
+    exact_elbo = -rate - distortion
+    np.testing.assert_allclose(pair.log_px(x) - exact_elbo, gap, rtol=1e-9)
+    assert parts.gap.mean() == pytest.approx(gap, abs=5 * np.sqrt((parts.elbo_se**2).sum() + (parts.evidence.se**2).sum()) / 60)
+    # The mixture's entropy by quadrature.
+    z = np.linspace(centre.min() - 8 * sd, centre.max() + 8 * sd, 4001)
+    log_q = norm.logpdf(z[:, None], centre, sd)
+    log_mixture = logsumexp(log_q, axis=1) - math.log(60)
+    entropy = -np.trapezoid(np.exp(log_mixture) * log_mixture, z)
+    information = entropy - (0.5 * math.log(2 * math.pi * sd**2) + 0.5)
+    assert parts.mutual_information == pytest.approx(information, abs=0.02)
+    aggregate = -entropy - np.trapezoid(np.exp(log_mixture) * norm.logpdf(z), z)
+    assert parts.aggregate_kl == pytest.approx(aggregate, abs=0.02)
+    assert parts.rate.mean() == pytest.approx(parts.mutual_information + parts.aggregate_kl, abs=1e-12)
+    np.testing.assert_allclose(parts.mean_variances["z"], [centre.var(ddof=1)], rtol=1e-12)
+    assert parts.active_units == {"z": 1}
+    assert parts.approximation is None
+
+
+@pytest.mark.usefixtures("float64")
+def test_refined_bounds_split_the_gap():
+    pair, exact = Slope(), Slope(shift=0.0, width=1.0)
+    x = pair.sample(20)
+    # The best Gaussian is the posterior itself, so nothing is left to the family.
+    parts = decompose(pair.model, pair.guide, x, num_samples=2000, refined=pair.log_px(x), seed=0)
+    assert parts.approximation is not None
+    assert parts.amortisation is not None
+    np.testing.assert_allclose(parts.approximation, parts.evidence.log_px - pair.log_px(x))
+    np.testing.assert_allclose(parts.approximation + parts.amortisation, parts.gap)
+    assert abs(parts.approximation.mean()) < 4 * parts.evidence.mean_se
+    text = str(parts)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "approximation" in text
+    none = decompose(exact.model, exact.guide, x, evidence=parts.evidence, num_draws=2000, seed=0)
+    assert none.evidence is parts.evidence
+    assert abs(none.gap.mean()) < 4 * math.hypot(parts.evidence.mean_se, np.sqrt((none.elbo_se**2).sum()) / 20)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_rate_without_closed_form_is_sampled():
+    pair = LinearGaussian(spread=1.3)
+    x = pair.sample(40)
+    parts = decompose(pair.model, pair.guide, x, num_draws=300, mixture_draws=20, seed=0)
+    posterior = pair.posterior(x)
+    prior = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    expected = torch.distributions.kl_divergence(posterior, prior).numpy()
+    assert parts.closed_form == ()
+    assert (np.abs(parts.rate - expected) < 5 * parts.rate_se).all()
+    np.testing.assert_allclose(parts.mean_variances["z"], posterior.mean.var(0).numpy(), rtol=1e-12)
+    z = posterior.sample((4000,))
+    log_mixture = torch.stack([posterior.log_prob(z[:, n, None, :]) for n in range(40)], 1).logsumexp(-1) - math.log(40)
+    assert parts.mutual_information == pytest.approx((posterior.log_prob(z) - log_mixture).mean().item(), abs=0.05)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_chains_and_nested_plates_decompose(vectorize: bool):
+    chain = two_latents_pair()
+    y = torch.randn(12, 4)
+    parts = decompose(chain.model, chain.guide, y, num_draws=60, mixture_draws=10 if vectorize else 3, seed=0,
+                      num_samples=50, vectorize_particles=vectorize)  # fmt: skip
+    with torch.no_grad():
+        centres = chain.nets.up(y)
+        b = centres + 0.6 * torch.randn(4000, 12, 3)
+        log_q = dist.Normal(centres, 0.6).to_event(1).log_prob(b[:, :, None])
+        # Given b, a knows nothing of y: all information is in b.
+        exact = (log_q.diagonal(dim1=1, dim2=2) - log_q.logsumexp(-1)).mean().item() + math.log(12)
+    assert parts.mutual_information == pytest.approx(exact, abs=0.1 if vectorize else 0.2)
+    assert set(parts.mean_variances) == {"a", "b"}
+    np.testing.assert_allclose(parts.mean_variances["b"], centres.var(0).numpy(), rtol=1e-9)
+    assert parts.closed_form == ("a",), "the guide inverts the model's order, so b's has none"
+    nested = nested_plates_pair(-2)
+    x = torch.randn(10, 3)
+    parts = decompose(nested.model, nested.guide, x, num_draws=60, mixture_draws=20 if vectorize else 3, num_samples=50,
+                      vectorize_particles=vectorize, seed=0)  # fmt: skip
+    centres, scales = torch.cat([0.4 * x.mean(1, keepdim=True), 0.8 * x], 1), torch.tensor([0.7, 0.4, 0.4, 0.4])
+    law = dist.Normal(centres, scales).to_event(1)
+    log_q = law.log_prob((centres + scales * torch.randn(4000, 10, 4))[:, :, None])
+    exact = (log_q.diagonal(dim1=1, dim2=2) - log_q.logsumexp(-1)).mean().item() + math.log(10)
+    assert parts.mutual_information == pytest.approx(exact, abs=0.1 if vectorize else 0.2)
+    np.testing.assert_allclose(parts.mean_variances["u"], (0.8 * x).var(0).numpy(), rtol=1e-9)
+
+
+def test_units_that_are_switched_off_are_not_counted():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(len(x), 3), 1.0)
+            moved = dist.TransformedDistribution(
+                base, dist.transforms.AffineTransform(x[:, None] * torch.tensor([1.0, 0.0, 0.0]), 0.9)
+            )
+            pyro.sample("z", moved.to_event(1))
+
+    # A transformed distribution has no mean in closed form, so the means are sampled, and their noise of variance 1/50 is no
+    # activity.
+    parts = decompose(model, guide, torch.randn(50), num_draws=50, num_samples=50, seed=0)
+    assert parts.active_units == {"z": 1}
+    assert parts.mean_variances["z"][0] == pytest.approx(1, rel=0.5)
+
+
+def test_what_decompose_cannot_take_is_refused():
+    pair = Slope()
+    x = pair.sample(4)
+    for options, message in (
+        ({"refined": np.zeros(3)}, "refined has shape"),
+        ({"num_draws": 1}, "num_draws is an integer of at least 2"),
+        ({"num_draws": 3, "mixture_draws": 4}, "raise the latter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decompose(pair.model, pair.guide, x, **options)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("numbers", [None, 256 * 90])
+def test_posterior_draws_have_the_posteriors_moments(numbers: int | None, monkeypatch: pytest.MonkeyPatch):
+    if numbers is not None:  # chunks of 90 samples
+        monkeypatch.setattr(diagnostics, "CHUNK_NUMBERS", numbers)
+    pair = LinearGaussian(spread=1.4)
+    x = pair.sample(6)
+    draws = posterior_draws(pair.model, pair.guide, x, num_draws=1500, num_samples=6000 if numbers is None else 4000, seed=0)
+    z = draws.posterior["z"]
+    exact = pair.posterior(x)
+    mean, covariance = exact.mean.numpy(), exact.covariance_matrix.numpy()[0] / 1.4**2
+    # Draws that repeat carry as much as fewer that do not.
+    error = np.sqrt(np.diag(covariance) * (1 / 1500 + 1 / draws.ess[:, None]))
+    assert (np.abs(z.mean(0) - mean) < 4.5 * error).all()
+    for n in range(6):
+        np.testing.assert_allclose(np.cov(z[:, n].T), covariance, atol=0.15 * covariance.max())
+    weight, bias = pair.weight.numpy(), pair.bias.numpy()
+    expected = norm.logpdf(x.numpy(), z @ weight.T + bias, pair.noise).sum(-1)
+    np.testing.assert_allclose(draws.log_likelihood["x"], expected, rtol=1e-10)
+    np.testing.assert_array_equal(draws.observed_data["x"], x.numpy())
+    noise = draws.posterior_predictive["x"] - (z @ weight.T + bias)
+    assert noise.std() == pytest.approx(pair.noise, rel=0.02)
+    prior_noise = draws.prior_predictive["x"] - (draws.prior["z"] @ weight.T + bias)
+    assert prior_noise.std() == pytest.approx(pair.noise, rel=0.02)
+    assert draws.prior["z"].std() == pytest.approx(1, rel=0.02)
+    again = posterior_draws(pair.model, pair.guide, x, num_draws=10, num_samples=30, seed=3)
+    np.testing.assert_array_equal(
+        again.posterior["z"], posterior_draws(pair.model, pair.guide, x, num_draws=10, num_samples=30, seed=3).posterior["z"]
+    )
+
+
+@pytest.mark.usefixtures("float64")
+def test_draws_of_discrete_latents_have_the_exact_frequencies():
+    weights, centres = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([-1.0, 0.5, 2.0])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.factor("tilt", 0.1 * z)
+            pyro.sample("x", dist.Normal(centres[z], 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(torch.ones(3) / 3).expand([len(x)]))
+
+    x = torch.tensor([-0.5, 1.0])
+    draws = posterior_draws(model, guide, x, num_draws=4000, num_samples=4000, seed=0)
+    joint = weights * torch.exp(0.1 * torch.arange(3) + dist.Normal(centres, 1.0).log_prob(x[:, None]))
+    frequencies = (draws.posterior["z"][..., None] == np.arange(3)).mean(0)
+    np.testing.assert_allclose(frequencies, joint / joint.sum(1, keepdim=True), atol=0.05)
+    assert set(draws.log_likelihood) == {"tilt", "x"}
+    assert set(draws.posterior_predictive) == set(draws.observed_data) == {"x"}
+    parts = decompose(model, guide, x, num_draws=20, num_samples=50, seed=0)
+    assert parts.mean_variances == {}
+    assert parts.mutual_information == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_draws_of_nested_plates_keep_their_shapes(vectorize: bool):
+    nested = nested_plates_pair(-2)
+    x = torch.randn(5, 3)
+    draws = posterior_draws(nested.model, nested.guide, x, num_draws=8, num_samples=20, vectorize_particles=vectorize, seed=0)
+    assert draws.posterior["z"].shape == (8, 5)
+    assert draws.posterior["u"].shape == draws.prior["u"].shape == draws.posterior_predictive["x"].shape == (8, 5, 3)
+    expected = norm.logpdf(x.numpy(), draws.posterior["u"], 0.3).sum(-1)
+    np.testing.assert_allclose(draws.log_likelihood["x"], expected, rtol=1e-10)
+    tree = draws.to_datatree()
+    assert tree["posterior"]["u"].dims == ("chain", "draw", "datum", "u_dim_0")
+    bare = posterior_draws(nested.model, nested.guide, x, num_draws=8, num_samples=20, predictive=False)
+    assert "prior" not in bare.to_datatree().children
+
+
+def test_a_datum_without_weight_cannot_be_resampled():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("allowed", torch.where(x > 0, 0.0, -math.inf))
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.5))
+
+    with pytest.raises(ValueError, match="Datum 1 has zero weight"):
+        posterior_draws(model, guide, torch.tensor([1.0, -1.0]), num_draws=5, num_samples=10)

@@ -8,11 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pairs import LinearGaussian
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyrovae import checkpoint, evidence
-from pyrovae.evidence import Evidence, compare, pareto_khat, tail_size
+from pyrovae.evidence import Curve, Draws, Evidence, compare, curve_of, curve_sizes, pareto_khat, pareto_smooth, tail_size
+from pyrovae.marginal import log_marginal
 
 
 def made(log_px: object, **changes: object) -> Evidence:
@@ -56,18 +63,117 @@ def test_pareto_k_of_generalised_pareto_weights(k: float):
 
 
 @pytest.mark.usefixtures("line")
+@pytest.mark.parametrize("num_samples", [30, 100, 400, 2500])
+def test_the_tail_alone_gives_arviz_smoothed_mean_of_all_weights(num_samples: int):
+    # Sizes at which both lines fit the same tail; far from zero, and one of weight zero.
+    log_w = 1.5 * np.random.default_rng(0).normal(size=(4, num_samples)) - np.array([[0], [1000], [-1000], [7]])
+    log_w[3, 0] = -math.inf
+    psislw, negates = evidence._psislw()
+    expected = []
+    for row in np.maximum(log_w, -1e4):
+        smoothed = psislw(-row)[0] if negates else psislw(row.copy())[0]
+        expected.append(logsumexp(smoothed + (row[row.argmin()] - smoothed[row.argmin()])) - math.log(num_samples))
+    raw = logsumexp(log_w, axis=1) - math.log(num_samples)
+    khat, smoothed = pareto_smooth(np.sort(log_w)[:, -tail_size(num_samples) :], raw, num_samples)
+    np.testing.assert_allclose(smoothed, expected, atol=1e-10)
+    assert np.abs(smoothed - raw).min() > 1e-6
+    np.testing.assert_array_equal(khat, pareto_khat(np.sort(log_w)[:, -tail_size(num_samples) :], num_samples))
+
+
+@pytest.mark.usefixtures("line")
+def test_smoothing_is_closer_to_the_truth_where_the_tail_is_heavy():
+    # Pareto weights of k = 0.65 have the mean 1 / 0.35.
+    log_w = 0.65 * np.random.default_rng(0).standard_exponential((400, 2000))
+    raw = np.log(np.mean(np.exp(log_w), 1))
+    smoothed = pareto_smooth(np.sort(log_w)[:, -tail_size(2000) :], raw, 2000)[1]
+    error, raw_error = (np.sqrt(np.mean((values + math.log(0.35)) ** 2)) for values in (smoothed, raw))
+    assert error < 0.9 * raw_error
+
+
+@pytest.mark.usefixtures("line")
 def test_pareto_k_has_a_defined_answer_where_arviz_fails():
-    rows = np.random.default_rng(0).normal(size=(4, tail_size(5000)))
+    rows = np.random.default_rng(0).normal(size=(6, tail_size(5000)))
     rows[0] = -3.0
     rows[1] = -math.inf
     rows[2, 5] = math.nan
     rows[3] = -700.0 + 1e-13 * rows[3]
-    khat = pareto_khat(rows, 5000)
-    assert khat[0] == -math.inf
-    assert khat[1] == math.inf
-    assert math.isnan(khat[2])
-    assert khat[3] == -math.inf
-    assert np.isnan(pareto_khat(rows[:, :24], 24)).all()
+    rows[4, 5] = math.inf
+    rows[5, 0] = -math.inf
+    raw = np.array([-3.0, -math.inf, math.nan, -700.0, math.inf, 0.0])
+    khat, smoothed = pareto_smooth(rows, raw, 5000)
+    np.testing.assert_array_equal(khat[:5], [-math.inf, math.inf, math.nan, -math.inf, math.nan])
+    np.testing.assert_array_equal(smoothed[:5], [-3.0, -math.inf, math.nan, -700.0, math.nan])
+    assert np.isfinite([khat[5], smoothed[5]]).all()
+    assert np.isnan(pareto_smooth(rows[:, :24], raw, 24)).all()
+    scored = made(raw, khat=khat, log_px_psis=smoothed, elbo=np.zeros(6))
+    assert scored.reliable.tolist() == [True, False, False, True, False, True]
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_guide_narrower_by_w_has_the_pareto_k_of_its_law():
+    def scored(spread: float) -> Evidence:
+        pair = LinearGaussian(latent_dim=3, data_dim=4, spread=spread)
+        return log_marginal(pair.model, pair.guide, pair.sample(300), num_samples=2000, seed=0)
+
+    for spread in (0.8, 0.7, 0.5, 0.35):
+        assert scored(spread).khat.mean() == pytest.approx(1 - spread**2, abs=0.05), spread
+    assert (~scored(0.2).reliable).mean() >= 0.95
+    assert (~scored(1.1).reliable).mean() < 0.02
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("chunk", [1500, 700, 7])
+def test_the_curve_is_the_estimate_from_the_first_samples(chunk: int):
+    log_w = np.random.default_rng(0).normal(size=(1500, 3))
+    weights = iter(torch.as_tensor(log_w).split(chunk))
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+            pyro.sample("x", dist.Normal(0.0, 1.0).mask(False), obs=x)
+            if z.dim() == 2:
+                pyro.factor("w", next(weights))
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+
+    loader = DataLoader(TensorDataset(torch.zeros(3)), batch_size=3)
+    scored = log_marginal(model, guide, loader, num_samples=1500, chunk_size=3 * chunk)
+    assert scored.curve is not None
+    assert scored.curve.num_samples.tolist() == [1, 10, 100, 1000, 1500]
+    for row, count in enumerate(scored.curve.num_samples):
+        np.testing.assert_allclose(scored.curve.log_px[row], logsumexp(log_w[:count], axis=0) - math.log(count), rtol=1e-12)
+        w = np.exp(log_w[:count])
+        if count > 1:
+            expected = w.std(0, ddof=1) / w.mean(0) / math.sqrt(count)
+            np.testing.assert_allclose(scored.curve.se[row], expected, rtol=1e-9)
+    np.testing.assert_array_equal(scored.curve.log_px[-1], scored.log_px)
+    np.testing.assert_allclose(scored.curve.mean, scored.curve.log_px.mean(1))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_curves_standard_error_from_one_sample_is_right_over_many_data():
+    pair = LinearGaussian(spread=1.5)
+    curve = log_marginal(pair.model, pair.guide, pair.sample(1).expand(3000, -1), num_samples=50, seed=0).curve
+    assert curve is not None
+    # The data are one datum many times, so they differ by sampling alone.
+    np.testing.assert_allclose(curve.mean_se[0], curve.log_px[0].std(ddof=1) / math.sqrt(3000), rtol=0.05)
+    single = log_marginal(pair.model, pair.guide, pair.sample(2), num_samples=1, seed=0).curve
+    assert single is not None
+    assert single.num_samples.tolist() == [1]
+    assert np.isnan(single.mean_se).all()
+    ax = curve.plot()
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1, 10, 50])
+
+
+def test_a_curve_of_zero_weights_is_minus_infinity_without_warnings():
+    sums = np.array([[-math.inf, 0.0], [0.0, 1.0]])
+    curve = curve_of(sums, 2 * sums, np.array([-math.inf, 0.0]), 10)
+    assert curve_sizes(10) == [1, 10]
+    assert curve.log_px[0].tolist() == [-math.inf, 0.0]
+    assert curve.mean[0] == -math.inf
+    assert list(curve.plot().lines[0].get_xdata()) == [10]
 
 
 def test_reliability_threshold_is_the_papers():
@@ -92,9 +198,18 @@ def test_summary_says_how_many_are_unreliable_and_what_to_do():
     assert "can be believed" in made(-np.ones(3)).summary()
     said = made(-np.ones(3), khat=np.array([0.1, 0.9, 0.8])).summary()
     assert "2 of 3 data (first datum 1)" in said
-    assert "draw more samples" in said
+    for cure in ("draw more samples", 'proposal="refined"', "pv.ais"):
+        assert cure in said
+    curve = Curve(np.array([1000, 5000]), np.array([[-1.25] * 3, [-1.0] * 3]), np.zeros((2, 3)))
+    said = made(-np.ones(3), khat=np.array([0.1, 0.9, 0.8]), curve=curve, log_px_psis=np.full(3, -0.5)).summary()
+    assert "moved by 0.250 nats from 1000 to 5000 samples" in said
+    assert "Pareto-smoothed: -0.500" in said
+    assert "the guide is exact" in made(-np.ones(3), khat=np.full(3, -math.inf)).summary()
     assert "Fewer" in made(-np.ones(3), num_samples=10).summary().replace("fewer", "Fewer")
     assert "Datum 0 has NaN weights" in made(np.array([math.nan, 1.0])).summary()
+    assert "Datum 1 and 1 more have NaN weights" in made(np.array([1.0, math.nan, math.nan])).summary()
+    assert "Datum 1 has infinite weights" in made(np.array([1.0, math.inf]), elbo=np.zeros(2)).summary()
+    assert "Datum 1 has zero weight" in made(np.array([1.0, -math.inf]), elbo=np.zeros(2)).summary()
 
 
 def test_save_and_load_round_trip_and_truncation(tmp_path: Path):
@@ -105,6 +220,16 @@ def test_save_and_load_round_trip_and_truncation(tmp_path: Path):
     for name in ("log_px", "se", "ess", "khat", "elbo"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(scored, name))
     assert (loaded.num_samples, loaded.num_dims, loaded.method) == (5000, 4, "importance sampling")
+    assert loaded.log_px_psis is None
+    assert loaded.curve is None
+    curve = Curve(np.array([1, 5000]), np.array([[-9.0, -13.0], [-8.0, -12.5]]), np.array([[0.3, 0.4], [0.1, 0.1]]))
+    whole = made(np.array([-8.0, -12.5]), log_px_psis=np.array([-8.1, -12.4]), curve=curve)
+    whole.save(path)
+    loaded = Evidence.load(path)
+    assert loaded.curve is not None
+    for name in ("num_samples", "log_px", "se"):
+        np.testing.assert_array_equal(getattr(loaded.curve, name), getattr(curve, name))
+    np.testing.assert_array_equal(loaded.log_px_psis, whole.log_px_psis)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="truncated"):
         Evidence.load(path)
@@ -126,6 +251,10 @@ def test_datatree_holds_the_arrays():
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="one entry per datum"):
         made(np.array([-8.0, -12.5]), se=np.ones(3))
+    with pytest.raises(ValueError, match="one entry per datum"):
+        made(np.array([-8.0, -12.5]), log_px_psis=np.ones(3))
+    with pytest.raises(ValueError, match="one entry per datum"):
+        made(np.array([-8.0, -12.5]), curve=Curve(np.ones(1), np.ones((1, 3)), np.ones((1, 3))))
 
 
 def test_comparison_is_paired():
@@ -142,6 +271,92 @@ def test_comparison_is_paired():
         compare({"one": made(base)})
     with pytest.raises(ValueError, match="different numbers of data"):
         compare({"one": made(base), "two": made(base[:5])})
+
+
+def test_stacking_weights_are_the_best_mixture_however_far_down():
+    random = np.random.default_rng(0)
+    one, other = random.normal(0, 1, size=(2, 300))
+    best = minimize_scalar(lambda w: -np.log(w * np.exp(one) + (1 - w) * np.exp(other)).mean(), bounds=(0, 1), method="bounded")
+    # The same far below what float64 can exponentiate, where ArviZ by itself divides zero by zero.
+    for shift in (0.0, -2000.0, 2000.0):
+        result = compare({"one": made(one + shift), "other": made(other + shift)})
+        weight = dict(zip(result.names, result.stacking, strict=True))
+        assert weight["one"] == pytest.approx(best.x, abs=2e-3)
+        assert sum(weight.values()) == pytest.approx(1)
+    broken = other.copy()
+    broken[3] = math.nan
+    assert np.isnan(compare({"one": made(one), "other": made(broken, elbo=one)}).stacking).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # 0.23 uses what pandas and matplotlib deprecate
+def test_arviz_compare_gives_our_differences_and_errors():
+    random = np.random.default_rng(0)
+    base = random.normal(-90, 10, size=(3, 150))
+    scored = {name: made(row) for name, row in zip("abc", base, strict=True)}
+    ours = compare(scored)
+    elpds = {name: evidence._elpd(e.log_px, e.khat, e.num_samples, e.khat_threshold) for name, e in scored.items()}
+    table = evidence._comparison()[0](elpds).loc[ours.names]
+    # 0.23 counts the difference from the best downwards; both divide by N where we divide by N - 1.
+    np.testing.assert_allclose(np.abs(table["elpd_diff"].astype(float)), np.abs(150 * ours.difference), rtol=1e-10)
+    np.testing.assert_allclose(table["dse"].astype(float), ours.difference_se * math.sqrt(150 * 149), rtol=1e-10)
+    np.testing.assert_allclose(table["weight"].astype(float), ours.stacking, atol=1e-3)
+
+
+def test_the_forest_plot_draws_each_model_once():
+    random = np.random.default_rng(0)
+    base = random.normal(-90, 10, size=50)
+    result = compare({"worse": made(base, khat=np.full(50, 0.9)), "better": made(base + 1)})
+    ax = result.plot()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["better", "worse"]
+    points = np.concatenate([line.get_xydata() for line in ax.lines if line.get_marker() == "o"])
+    np.testing.assert_allclose(points, [[0, 0], [-1, 1]], atol=1e-12)
+    assert [text.get_text() for text in ax.texts] == ["50 unreliable"]
+
+
+def draws_of(num_data: int, num_draws: int = 40) -> Draws:
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.normal(size=(num_draws, num_data, *shape))
+
+    return Draws(
+        posterior={"z": normal(2), "level": normal()},
+        log_likelihood={"x": -np.abs(normal())},
+        observed_data={"x": normal(3)[0]},
+        posterior_predictive={"x": normal(3)},
+        prior={"z": normal(2), "level": normal()},
+        prior_predictive={"x": normal(3)},
+        ess=np.full(num_data, 30.0),
+        num_samples=100,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # ArviZ's own, about few draws and about what its plots' libraries deprecate
+def test_the_datatree_goes_into_arviz_summary_compare_and_plots():
+    import arviz as az
+    import matplotlib
+
+    matplotlib.use("agg")
+    draws = draws_of(6)
+    scored = made(np.linspace(-9, -8, 6))
+    tree = scored.to_datatree(draws)
+    assert {"posterior", "log_likelihood", "observed_data", "prior", "prior_predictive", "evidence"} < set(tree.children)
+    np.testing.assert_array_equal(tree["posterior"]["z"].values.reshape(40, 6, 2), draws.posterior["z"])
+    np.testing.assert_array_equal(tree["evidence"]["log_px"].values, scored.log_px)
+    old = az.__version__.startswith("0.")
+    taken = az.InferenceData.from_datatree(tree) if old else tree
+    summary = az.summary(taken, var_names=["z"], round_to=6 if old else "none")
+    np.testing.assert_allclose(summary["mean"].astype(float), draws.posterior["z"].mean(0).ravel(), atol=1e-5)
+    table = az.compare({"one": taken, "other": taken})
+    assert np.isfinite(table["weight"].astype(float)).all()
+    by_log_px = az.compare({"one": scored.to_elpd(), "other": made(np.full(6, -20.0)).to_elpd()})
+    assert list(by_log_px.index) == ["one", "other"]
+    (az.plot_trace if old else az.plot_trace_dist)(taken, var_names=["level"])
+    (az.plot_ppc if old else az.plot_ppc_dist)(taken)
+    az.plot_khat(scored.to_elpd())
+    matplotlib.pyplot.close("all")
+    with pytest.raises(ValueError, match="draws are of 5 data"):
+        scored.to_datatree(draws_of(5))
 
 
 def test_an_unwritable_cache_folder_does_not_stop_the_fit(tmp_path: Path):

@@ -14,7 +14,8 @@ import pytest
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
-from pyrovae.evidence import Evidence
+from pyrovae.diagnostics import Decomposition
+from pyrovae.evidence import Curve, Evidence
 from pyrovae.report import image_grid, learning_curve, write_report
 
 RECORDS = [
@@ -154,3 +155,33 @@ def test_image_grid_places_each_image():
     assert grid[0, 0, 0] < grid[0, -1, 0]
     assert grid[-1, 0, 0] == 255
     assert grid[-1, -1, 3] == 0, "the empty place is transparent"
+
+
+def test_convergence_and_decomposition_are_shown_where_they_are_known(tmp_path: Path):
+    plain = text_of(page_of(tmp_path))
+    for part in ("Does the estimate still rise?", "Where the nats go", "Pareto-smoothed"):
+        assert part not in plain
+    scored = evidence()
+    curve = Curve(np.array([1, 1000, 5000]), scored.log_px - np.array([[4.0], [0.125], [0.0]]), np.full((3, 50), 0.05))
+    full = evidence(log_px_psis=scored.log_px + 0.25, curve=curve)
+    parts = Decomposition(
+        evidence=full, rate=np.full(50, 24.5), distortion=-full.log_px, rate_se=np.zeros(50), distortion_se=np.full(50, 0.07),
+        elbo_se=np.full(50, 0.07), information=np.full(50, 3.5), mean_variances={"z": np.array([0.5, 0.001, 0.2])},
+        refined=full.log_px - 10, num_draws=100, closed_form=("z",),
+    )  # fmt: skip
+    page = page_of(tmp_path, full, decomposition=parts)
+    text = text_of(page)
+    for part in (
+        "From 1,000 to 5,000 samples it changed by 0.125 nats",
+        f"estimate, Pareto-smoothed {full.mean + 0.25:.2f}",
+        "rate KL(q(z|x) || p(z)) 24.500",
+        "mutual information I_q(x; z), at most log N = 3.912 3.500",
+        "aggregate KL KL(q(z) || p(z)) 21.000",
+        "approximation left by the guide's family 10.000",
+        "amortisation won by fitting each datum 14.500",
+        "Active units: 2 of 3 in z",
+    ):
+        assert part in text, part
+    assert 'id="convergence-' in page
+    # Every colour follows dark mode.
+    assert not re.findall(r"(?:fill|stroke): #(?!fff)\w+", page[page.index("Does the estimate") : page.index("Where the nats")])
