@@ -9,8 +9,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import checkpoint, config, data, encoders, estimators, evidence, likelihoods, nn, priors, registry, report, weights
+    from .annealing import Sandwich, ais, bdmc
     from .evidence import Comparison, Evidence, compare
+    from .integration import exact
     from .marginal import log_marginal
+    from .proposals import Refinement, refine
     from .training import History, fit
     from .vae import VAE, make_vae
     from .weights import LogWeights, log_weights
@@ -22,13 +25,19 @@ _NAMES = {
     "Evidence": "evidence",
     "History": "training",
     "LogWeights": "weights",
+    "Refinement": "proposals",
+    "Sandwich": "annealing",
     "VAE": "vae",
+    "ais": "annealing",
+    "bdmc": "annealing",
     "compare": "evidence",
     "compare_estimators": "diagnostics",
+    "exact": "integration",
     "fit": "training",
     "log_marginal": "marginal",
     "log_weights": "weights",
     "make_vae": "vae",
+    "refine": "proposals",
     "train_estimators": "diagnostics",
 }
 
@@ -39,6 +48,11 @@ __all__ = [
     "Evidence",
     "History",
     "LogWeights",
+    "Refinement",
+    "Sandwich",
+    "ais",
+    "annealing",
+    "bdmc",
     "checkpoint",
     "compare",
     "compare_estimators",
@@ -48,7 +62,9 @@ __all__ = [
     "encoders",
     "estimators",
     "evidence",
+    "exact",
     "fit",
+    "integration",
     "likelihoods",
     "log_marginal",
     "log_weights",
@@ -57,6 +73,8 @@ __all__ = [
     "nn",
     "pairs",
     "priors",
+    "proposals",
+    "refine",
     "registry",
     "report",
     "traces",
