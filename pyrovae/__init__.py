@@ -9,10 +9,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import (
+        annealing,
         checkpoint,
         conditional,
         config,
         data,
+        diagnostics,
         encoders,
         estimators,
         evidence,
@@ -24,10 +26,21 @@ if TYPE_CHECKING:
         report,
         weights,
     )
+    from .annealing import Sandwich, ais, bdmc
     from .conditional import ConditionalVAE, SemiSupervisedVAE, make_conditional_vae, make_semi_supervised_vae
-    from .evidence import Comparison, Evidence, compare
+    from .diagnostics import (
+        Decomposition,
+        EstimatorComparison,
+        compare_estimators,
+        decompose,
+        posterior_draws,
+        train_estimators,
+    )
+    from .evidence import Comparison, Draws, Evidence, compare
     from .hierarchical import HierarchicalVAE, make_hierarchical_vae
+    from .integration import exact
     from .marginal import log_marginal
+    from .proposals import Refinement, refine
     from .staging import stage
     from .training import History, fit
     from .vae import VAE, make_vae
@@ -45,10 +58,15 @@ _NAMES = {
     "History": "training",
     "LogWeights": "weights",
     "SemiSupervisedVAE": "conditional",
+    "Refinement": "proposals",
+    "Sandwich": "annealing",
     "VAE": "vae",
+    "ais": "annealing",
+    "bdmc": "annealing",
     "compare": "evidence",
     "compare_estimators": "diagnostics",
     "decompose": "diagnostics",
+    "exact": "integration",
     "fit": "training",
     "log_marginal": "marginal",
     "log_weights": "weights",
@@ -58,6 +76,7 @@ _NAMES = {
     "make_vae": "vae",
     "stage": "staging",
     "posterior_draws": "diagnostics",
+    "refine": "proposals",
     "train_estimators": "diagnostics",
 }
 
@@ -72,7 +91,12 @@ __all__ = [
     "HierarchicalVAE",
     "History",
     "LogWeights",
+    "Refinement",
+    "Sandwich",
     "SemiSupervisedVAE",
+    "ais",
+    "annealing",
+    "bdmc",
     "checkpoint",
     "compare",
     "compare_estimators",
@@ -84,8 +108,10 @@ __all__ = [
     "encoders",
     "estimators",
     "evidence",
+    "exact",
     "fit",
     "hierarchical",
+    "integration",
     "likelihoods",
     "log_marginal",
     "log_weights",
@@ -98,6 +124,8 @@ __all__ = [
     "pairs",
     "posterior_draws",
     "priors",
+    "proposals",
+    "refine",
     "registry",
     "report",
     "stage",

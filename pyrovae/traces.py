@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 Program = Callable[..., Any]
 Gradients = Literal["total", "split", "score", "leaf"]
@@ -46,6 +47,18 @@ class Layout(NamedTuple):
         values = values.reshape((1,) * (self.nesting + 1 - values.dim()) + values.shape)
         inner = [dim for dim in range(-self.nesting, 0) if dim != self.data_dim]
         return (values.sum(inner) if inner else values).reshape(self.num_particles, self.num_data)
+
+    def place(self, numbers: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
+        """Each datum's numbers (K, B, n) as the value of a site whose plates have these sizes."""
+        inner = [size for dim, size in zip(range(-self.nesting, 0), sizes, strict=True) if dim != self.data_dim]
+        value = numbers.reshape(self.num_particles, self.num_data, *inner, *event_shape)
+        value = value.movedim(1, 1 + self.nesting + self.data_dim)
+        return value[0] if self.num_particles == 1 else value
+
+    def collect(self, value: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
+        """The inverse of :meth:`place`: (K, B, n)."""
+        value = value.expand(self.num_particles, *sizes, *event_shape)
+        return value.movedim(1 + self.nesting + self.data_dim, 1).reshape(self.num_particles, self.num_data, -1)
 
 
 class Gate:
@@ -99,11 +112,7 @@ def trace_pair(
     """
 
     def particles(run: Program) -> Program:
-        # One plate object for each run: a plate is entered once.
-        if num_particles == 1:
-            return run
-        assert max_plate_nesting is not None
-        return pyro.plate(PARTICLES, num_particles, dim=-max_plate_nesting - 1)(run)
+        return in_particles(run, num_particles, max_plate_nesting)
 
     def trace(run: Program) -> Trace:
         return poutine.trace(run).get_trace(*args, **kwargs)
@@ -112,7 +121,7 @@ def trace_pair(
         guide = poutine.replay(guide, trace=rows)
 
     rescored, gate = None, Gate() if gradients == "split" else None
-    try:
+    with explained(num_particles):
         if gradients == "score":
             with _Detach():
                 guide_trace = trace(particles(guide))
@@ -129,6 +138,28 @@ def trace_pair(
         if rescored is not None and sum(1 for _ in sites_of(prune_subsample_sites(guide_trace))) > 1:
             # A later site's distribution depends on an earlier sample, which must be the one without a path.
             rescored = trace(poutine.replay(particles(guide), trace=rescored))
+    if rows is not None:
+        for site in guide_trace.nodes.values():
+            if site_is_subsample(site) and site["name"] not in rows:
+                rows.add_node(site["name"], **site)
+    rescored = None if rescored is None else prune_subsample_sites(rescored)
+    return Traces(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), rescored, gate)
+
+
+def in_particles(run: Program, num_particles: int, max_plate_nesting: int | None) -> Program:
+    """A program that runs once for all particles, in a plate to the left of all its own."""
+    # One plate object for each run: a plate is entered once.
+    if num_particles == 1:
+        return run
+    assert max_plate_nesting is not None
+    return pyro.plate(PARTICLES, num_particles, dim=-max_plate_nesting - 1)(run)
+
+
+@contextmanager
+def explained(num_particles: int) -> Iterator[None]:
+    """What torch and Pyro raise when a pair does not fit its plates, in a sentence that says what to write."""
+    try:
+        yield
     except (RuntimeError, ValueError) as error:
         if "Shape mismatch inside plate" in str(error):
             raise ValueError(
@@ -141,12 +172,6 @@ def trace_pair(
             f"The pair runs with one particle but not with {num_particles} on the left of its batch "
             f"({str(error).splitlines()[0]}): let its networks accept leading dimensions, or pass vectorize_particles=False."
         ) from error
-    if rows is not None:
-        for site in guide_trace.nodes.values():
-            if site_is_subsample(site) and site["name"] not in rows:
-                rows.add_node(site["name"], **site)
-    rescored = None if rescored is None else prune_subsample_sites(rescored)
-    return Traces(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), rescored, gate)
 
 
 def _with_values(trace: Trace, change: Callable[[dict], Tensor]) -> Trace:
@@ -340,6 +365,276 @@ def check_support(site: dict) -> None:
         f"{inside.numel()} it was given (they range from {low:g} to {high:g}): "
         f"{'binarise' if law == 'Bernoulli' else 'rescale'} them, or choose another likelihood."
     )
+
+
+class Place(Messenger):
+    """The latents of a run take given values; or unconstrained ones, through the support that their sites declare."""
+
+    def __init__(self, given: dict[str, Tensor], *, unconstrained: bool = False):
+        super().__init__()
+        self.given, self.unconstrained = given, unconstrained
+        self.log_jacobian: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = self.given.get(msg["name"])
+        if value is None:
+            return
+        if self.unconstrained:
+            transform = biject_to(support_of(msg["fn"]))
+            flat, value = value, transform(value)
+            jacobian = transform.log_abs_det_jacobian(flat, value)
+            inner = msg["fn"].event_dim - transform.codomain.event_dim
+            self.log_jacobian[msg["name"]] = jacobian.sum(tuple(range(-inner, 0))) if inner else jacobian
+        msg["value"], msg["done"] = value, True
+
+
+def trace_from_prior(
+    model: Program, guide: Program | None, args: tuple, num_particles: int, max_plate_nesting: int | None
+) -> Traces:
+    """Run the model on draws of its own prior, and the guide on the same values; without one, the prior stands in for it."""
+
+    def trace(run: Program, *around: Messenger) -> Trace:
+        run = in_particles(run, num_particles, max_plate_nesting)
+        for messenger in around:
+            run = messenger(run)
+        return prune_subsample_sites(poutine.trace(run).get_trace(*args))
+
+    with explained(num_particles):
+        model_trace = trace(model)
+        latents = {site["name"]: site for site in sites_of(model_trace) if not site["is_observed"]}
+        if guide is None:
+            guide_trace = Trace()
+            for site in latents.values():
+                guide_trace.add_node(site["name"], **site)
+            return Traces(model_trace, guide_trace)
+        guide_trace = trace(guide, Place({name: site["value"] for name, site in latents.items()}))
+    refuse_auxiliary(sites_of(guide_trace))
+    return Traces(model_trace, guide_trace)
+
+
+def refuse_auxiliary(guide_sites: Iterator[dict] | list[dict]) -> None:
+    """Refuse latents that the guide has and the model has not."""
+    for site in guide_sites:
+        if site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"The guide's auxiliary site {site['name']!r} has no place in p(x, z), so the density q(z|x) is not known: use "
+                f'proposal="guide", which needs no density at other draws.'
+            )
+
+
+class FlatTerms(NamedTuple):
+    """The parts of log p(x, u) for unconstrained latents u, each (K, B), in nats; densities are with respect to u."""
+
+    log_prior: Tensor
+    log_likelihood: Tensor
+    log_guide: Tensor | None
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, u), shape (K, B)."""
+        return self.log_prior + self.log_likelihood
+
+
+class FlatPair:
+    r"""The continuous latents of each datum of a batch as one vector u of L unconstrained numbers, for any pair.
+
+    .. math:: z = T(u), \qquad \log p(x, u) = \log p(x, T(u)) + \log \left| \det \frac{\partial T}{\partial u} \right|
+
+    T is what ``torch.distributions.biject_to`` gives for the support of each latent site in the model, which may depend on
+    earlier latents. Latents in plates within a datum are part of its vector. The integral of p(x, u) over u is p(x).
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x); takes the same arguments.
+        args: one batch of arguments.
+        vectorize_particles: as in :func:`pyrovae.log_weights`.
+
+    Attributes:
+        num_latents: L.
+        num_data: B.
+        latents: the model's latent sites, in the order of their numbers.
+
+    Raises:
+        ValueError: a latent is discrete, masked, in the guide only, or of a support that no bijection is known for; or the
+            pair is one that :func:`pyrovae.log_weights` refuses.
+    """
+
+    def __init__(self, model: Program, guide: Program, args: tuple, *, vectorize_particles: bool = True):
+        self.model, self.guide, self.args, self.vectorize = model, guide, args, vectorize_particles
+        with torch.no_grad(), same_random_stream(args), poutine.block():
+            traces = trace_pair(model, guide, args, {}, 1, None)
+        model_sites, guide_sites = list(sites_of(traces.model)), list(sites_of(traces.guide))
+        check_same_latents(model_sites, guide_sites)
+        refuse_auxiliary(guide_sites)
+        self.data = data_plate(model_sites + guide_sites)
+        check_scale(model_sites + guide_sites, self.data.full_size / self.data.size, self.data.name)
+        if self.data.full_size != self.data.size:
+            raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
+        self.nesting, self.num_data = plate_nesting(traces.model, traces.guide), self.data.size
+        self.latents: tuple[str, ...] = ()
+        self._sizes: dict[str, list[int]] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self._columns: dict[str, slice] = {}
+        start = 0
+        for site in model_sites:
+            if site["is_observed"]:
+                continue
+            name, sizes = site["name"], plate_sizes(site, self.nesting)
+            if site["mask"] is not None:
+                raise ValueError(
+                    f"The latent site {name!r} is masked, so its density does not integrate to one over unconstrained numbers: "
+                    f"mask the observed sites only."
+                )
+            shape = _unconstrained_shape(site)
+            width = shape.numel() * torch.Size(sizes).numel() // self.num_data
+            self.latents += (name,)
+            self._sizes[name], self._shapes[name], self._columns[name] = sizes, shape, slice(start, start + width)
+            start += width
+        self.num_latents = start
+        self.dtype = next((site["value"].dtype for site in model_sites if not site["is_observed"]), torch.get_default_dtype())
+        self.device = args[0].device
+
+    def terms(self, flat: Tensor, *, guide: bool = False) -> FlatTerms:
+        """The parts of log p(x, u) at ``flat`` (K, B, L), and with ``guide`` log q(u|x)."""
+        return self._in_turn(flat, lambda rows: self._terms(rows, guide))
+
+    def log_joint(self, flat: Tensor) -> Tensor:
+        """log p(x, u), shape (K, B), in nats, at ``flat`` (K, B, L); differentiable."""
+        return self.terms(flat).log_joint
+
+    def draw(self, num: int, start: Literal["prior", "guide"]) -> Tensor:
+        """Draws of the prior or the guide, shape (num, B, L)."""
+        together = num if self.vectorize else 1
+        nesting = self.nesting
+        with torch.no_grad():
+            return torch.cat([self._draw(together, start, nesting) for _ in range(num // together)])
+
+    def model_trace(self, flat: Tensor) -> tuple[Trace, Place]:
+        """The model's trace at ``flat`` (K, B, L), and what placed it there."""
+        return self._run(self.model, self._given(flat), len(flat), unconstrained=True)
+
+    def follow(self, flat: Tensor, watch: Any) -> Trace:
+        """The model's trace at ``flat`` under a dispatch mode that holds the latents; they must be unconstrained themselves."""
+        given = self._given(flat)
+        for value in given.values():
+            watch.hold(value)
+        with watch:
+            return self._run(self.model, given, len(flat))[0]
+
+    def dream(self) -> tuple[Trace, Tensor]:
+        """One draw of p(x, z) per datum: the trace of the model, unconditioned, and u (1, B, L)."""
+        with torch.no_grad(), poutine.block():
+            trace = prune_subsample_sites(poutine.trace(poutine.uncondition(self.model)).get_trace(*self.args))
+        for site in sites_of(trace):
+            if type(site["fn"]).__name__ == "Unit":
+                raise ValueError(f"The model's pyro.factor {site['name']!r} cannot be simulated: remove it.")
+        return trace, self._flatten(trace, {name: trace.nodes[name]["value"] for name in self.latents}, 1)
+
+    def _terms(self, flat: Tensor, with_guide: bool) -> FlatTerms:
+        size = len(flat)
+        layout = self._layout(size)
+        trace, place = self.model_trace(flat)
+        prior = likelihood = flat.new_zeros(size, self.num_data)
+        for site in sites_of(trace):
+            term = per_datum(site, log_prob_of(site), self.data, size, self.nesting)
+            if site["is_observed"]:
+                likelihood = likelihood + term
+            else:
+                prior = prior + term
+        jacobian = sum((layout.gather(term, 0) for term in place.log_jacobian.values()), torch.zeros_like(prior))
+        log_guide = None
+        if with_guide:
+            values = {name: trace.nodes[name]["value"] for name in self.latents}
+            guide_trace, _ = self._run(self.guide, values, size)
+            try:
+                terms = [per_datum(site, log_prob_of(site), self.data, size, self.nesting) for site in sites_of(guide_trace)]
+            except (NotImplementedError, KeyError) as error:
+                raise ValueError(
+                    f"The guide's flow cannot be inverted ({str(error) or type(error).__name__}), so its density is not "
+                    f"known at draws that are not its own: start from the prior."
+                ) from error
+            log_guide = sum(terms, jacobian)
+        return FlatTerms(prior + jacobian, likelihood, log_guide)
+
+    def _draw(self, num: int, start: str, nesting: int) -> Tensor:
+        if start == "prior":
+            model_trace = trace_from_prior(self.model, None, self.args, num, nesting).model
+            values = {name: model_trace.nodes[name]["value"] for name in self.latents}
+        else:
+            traces = trace_pair(self.model, self.guide, self.args, {}, num, nesting)
+            model_trace = traces.model
+            values = {name: traces.guide.nodes[name]["value"] for name in self.latents}
+        return self._flatten(model_trace, values, num)
+
+    def _flatten(self, model_trace: Trace, values: dict[str, Tensor], num: int) -> Tensor:
+        parts = []
+        for name in self.latents:
+            flat = biject_to(support_of(model_trace.nodes[name]["fn"])).inv(values[name])
+            if not bool(torch.isfinite(flat).all()):
+                raise ValueError(f"A draw of {name!r} lies outside the support that the model declares for it.")
+            parts.append(self._layout(num).collect(flat, self._sizes[name], self._shapes[name]))
+        return torch.cat(parts, -1)
+
+    def _given(self, flat: Tensor) -> dict[str, Tensor]:
+        layout = self._layout(len(flat))
+        return {
+            name: layout.place(flat[..., self._columns[name]], self._sizes[name], self._shapes[name]) for name in self.latents
+        }
+
+    def _run(self, program: Program, given: dict[str, Tensor], num: int, *, unconstrained: bool = False) -> tuple[Trace, Place]:
+        place = Place(given, unconstrained=unconstrained)
+        with explained(num):
+            trace = poutine.trace(place(in_particles(program, num, self.nesting))).get_trace(*self.args)
+        return prune_subsample_sites(trace), place
+
+    def _layout(self, num: int) -> Layout:
+        return Layout(num, self.num_data, self.nesting, self.data.dim)
+
+    def _in_turn(self, flat: Tensor, score: Callable[[Tensor], FlatTerms]) -> FlatTerms:
+        if self.vectorize or len(flat) == 1:
+            return score(flat)
+        parts = [score(flat[k : k + 1]) for k in range(len(flat))]
+        guides = [terms.log_guide for terms in parts if terms.log_guide is not None]
+        return FlatTerms(
+            torch.cat([terms.log_prior for terms in parts]),
+            torch.cat([terms.log_likelihood for terms in parts]),
+            torch.cat(guides) if guides else None,
+        )
+
+
+def plate_sizes(site: dict, nesting: int) -> list[int]:
+    """The sizes of a site's plates at the dimensions -nesting to -1; one where it has none."""
+    size = {frame.dim: frame.size for frame in plates_of(site) if frame.vectorized}
+    return [size.get(dim, 1) for dim in range(-nesting, 0)]
+
+
+def support_of(law: Any) -> Any:
+    """A distribution's support; that of a flow of zuko is its own."""
+    try:
+        return law.support
+    except NotImplementedError:
+        inner = getattr(law, "dist", None)  # ZukoToPyro passes no support on
+        if inner is None:
+            raise
+        return inner.support
+
+
+def _unconstrained_shape(site: dict) -> torch.Size:
+    """The shape of one draw's unconstrained numbers."""
+    name, law = site["name"], type(law_of(site)).__name__
+    try:
+        support = support_of(site["fn"])
+        if support.is_discrete:
+            raise ValueError(
+                f"The latent site {name!r} ({law}) is discrete, and this needs continuous latents: use "
+                f'log_marginal, or pyrovae.exact(..., method="enumerate") where all are discrete.'
+            )
+        return biject_to(support).inverse_shape(site["fn"].event_shape)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"No bijection from unconstrained numbers is known for the support of the latent site {name!r} ({law}): register "
+            f"one with torch.distributions.biject_to, or use log_marginal."
+        ) from error
 
 
 @contextmanager

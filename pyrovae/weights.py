@@ -43,6 +43,8 @@ from .traces import (
     per_datum,
     plate_nesting,
     sites_of,
+    support_of,
+    trace_from_prior,
     trace_pair,
 )
 
@@ -221,6 +223,48 @@ def log_weights(
     return draw() if together == num_particles else _concatenate([draw() for _ in range(num_particles)])
 
 
+def prior_weights(
+    model: Program,
+    guide: Program | None,
+    *args: Any,
+    num_particles: int,
+    vectorize_particles: bool = True,
+    max_plate_nesting: int | None = None,
+) -> LogWeights:
+    """Draw particles from the model's own prior, and score them under the guide too, unless there is none.
+
+    A draw outside the guide's support has log q of minus infinity. Without a guide, ``log_guide`` is the prior's.
+
+    Raises:
+        ValueError: as :func:`log_weights`; also where the guide's density is not known at draws that are not its own.
+    """
+    together = num_particles if vectorize_particles else 1
+    if max_plate_nesting is None and together > 1:
+        max_plate_nesting = find_nesting(model, model if guide is None else guide, args, {})
+
+    def draw() -> LogWeights:
+        with pyro.validation_enabled(False):  # a prior's draw may well lie outside the guide's support
+            traces = trace_from_prior(model, guide, args, together, max_plate_nesting)
+            try:
+                weights = read_weights(traces, together)
+            except (NotImplementedError, KeyError) as error:
+                raise ValueError(
+                    f"The guide's flow cannot be inverted ({str(error) or type(error).__name__}), so its density at the "
+                    f'prior\'s draws is not known: choose proposal="guide", "prior" or "refined".'
+                ) from error
+        outside = torch.zeros_like(weights.log_guide, dtype=torch.bool)
+        if guide is not None:
+            sites = [*sites_of(traces.model), *sites_of(traces.guide)]
+            layout = Layout(together, weights.num_data, plate_nesting(traces.model, traces.guide), data_plate(sites).dim)
+            for site in sites_of(traces.guide):
+                with suppress(NotImplementedError):  # torch's word for a distribution that declares no support
+                    beyond = ~support_of(site["fn"]).check(site["value"])
+                    outside = outside | (layout.gather(beyond.to(weights.log_guide.dtype), 0) > 0)
+        return replace(weights, log_guide=torch.where(outside, -torch.inf, weights.log_guide))
+
+    return draw() if together == num_particles else _concatenate([draw() for _ in range(num_particles)])
+
+
 def dreamt_log_guide(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
     """Dream one pair (z, x) per datum from the model itself, and return its log q(z|x), shape (B,), in nats.
 
@@ -229,25 +273,34 @@ def dreamt_log_guide(model: Program, guide: Program, *args: Any, **kwargs: Any) 
     """
     with torch.no_grad():
         dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+    values = tuple(kwargs.values())
+    shown = dreamt_args(dream, (*args, *values))
+    dreamt, dreamt_kwargs = shown[: len(args)], dict(zip(kwargs, shown[len(args) :], strict=True))
+    trace = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*dreamt, **dreamt_kwargs)
+    sites = list(sites_of(prune_subsample_sites(trace)))
+    data, nesting = data_plate(sites), plate_nesting(trace)
+    return torch.cat([per_datum(site, log_prob_of(site), data, 1, nesting) for site in sites]).sum(0)
+
+
+def dreamt_args(dream: Trace, args: tuple) -> tuple:
+    """The programs' arguments with what the model observed of them replaced by what it dreamt.
+
+    Raises:
+        ValueError: an observed site's ``obs`` is not one of the arguments.
+    """
     swaps: dict[int, Tensor] = {}
     for site in sites_of(dream):
         if "was_observed" not in site["infer"] or type(site["fn"]).__name__ == "Unit":
             continue
         obs = site["infer"]["obs"]
-        given = (*args, *kwargs.values())
-        shown = [arg for arg in given if arg is obs] or [arg for arg in given if _same_values(arg, obs)][:1]
+        shown = [arg for arg in args if arg is obs] or [arg for arg in args if _same_values(arg, obs)][:1]
         if not shown:
             raise ValueError(
-                f"Sleep shows the guide a dream of site {site['name']!r}, but its obs is not one of the programs' arguments as "
-                f"they were given: observe the argument itself, or choose the wake phase."
+                f"The model dreams site {site['name']!r}, but its obs is not one of the programs' arguments as they were "
+                f"given, so the guide cannot be shown the dream: observe the argument itself."
             )
         swaps |= {id(arg): site["value"].to(arg.dtype) for arg in shown}
-    dreamt_args = [swaps.get(id(arg), arg) for arg in args]
-    dreamt_kwargs = {key: swaps.get(id(arg), arg) for key, arg in kwargs.items()}
-    trace = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*dreamt_args, **dreamt_kwargs)
-    sites = list(sites_of(prune_subsample_sites(trace)))
-    data, nesting = data_plate(sites), plate_nesting(trace)
-    return torch.cat([per_datum(site, log_prob_of(site), data, 1, nesting) for site in sites]).sum(0)
+    return tuple(swaps.get(id(arg), arg) for arg in args)
 
 
 def _same_values(argument: Any, obs: Tensor) -> bool:

@@ -172,3 +172,81 @@ def nested_plates_pair(data_dim: int) -> SimpleNamespace:
                 seen["u"] = pyro.sample("u", dist.Normal(0.8 * x, 0.4))
 
     return SimpleNamespace(model=model, guide=guide, seen=seen, item_dim=item_dim)
+
+
+def curved_pair(latent_dim: int = 2, data_dim: int = 3, seed: int = 1) -> SimpleNamespace:
+    """z ~ N(0, I), x|z normal about a tanh network of z, in float64; the guide is affine and not exact."""
+    random = np.random.default_rng(seed)
+    inner, outer = (torch.as_tensor(random.normal(size=size)) for size in [(6, latent_dim), (data_dim, 6)])
+    inner = 0.5 * inner  # so that few posteriors have two modes
+    back, log_scale = (
+        torch.as_tensor(0.2 * random.normal(size=(latent_dim, data_dim))),
+        torch.full((latent_dim,), -0.3).double(),
+    )
+
+    def decode(z: Tensor) -> Tensor:
+        return torch.tanh(z @ inner.T) @ outer.T
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(torch.zeros(latent_dim).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decode(z), 0.6).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(x @ back.T, log_scale.exp()).to_event(1))
+
+    def sample(num: int, seed: int = 0) -> Tensor:
+        random = np.random.default_rng(seed)
+        z = torch.as_tensor(random.normal(size=(num, latent_dim)))
+        return decode(z) + 0.6 * torch.as_tensor(random.normal(size=(num, data_dim)))
+
+    return SimpleNamespace(model=model, guide=guide, decode=decode, noise=0.6, sample=sample)
+
+
+def counts_pair() -> SimpleNamespace:
+    """A positive latent: rate ~ Gamma(3, 1.5), count|rate ~ Poisson, so p(count) is negative binomial; another plate's name."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            rate = pyro.sample("rate", dist.Gamma(torch.tensor(3.0).double(), 1.5))
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    def guide(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            pyro.sample("rate", dist.LogNormal(((y.double() + 3) / 2.5).log(), 0.4))
+
+    def log_px(y: Tensor) -> np.ndarray:
+        return stats.nbinom(3.0, 1.5 / 2.5).logpmf(y.numpy())
+
+    return SimpleNamespace(model=model, guide=guide, log_px=log_px)
+
+
+def switches_pair() -> SimpleNamespace:
+    """Discrete latents: a class c for each datum and a switch s for each of its two items; x (B, 2) normal."""
+    chance = torch.tensor([0.2, 0.5, 0.3]).double()
+
+    def model(x: Tensor) -> None:
+        items = pyro.plate("items", 2, dim=-1)
+        with pyro.plate("data", x.shape[0], dim=-2):
+            c = pyro.sample("c", dist.Categorical(chance))
+            with items:
+                s = pyro.sample("s", dist.Bernoulli(0.2 + 0.3 * c.double()))
+                pyro.sample("x", dist.Normal(c.double() - 2 * s, 0.8), obs=x)
+
+    def guide(x: Tensor) -> None:
+        items = pyro.plate("items", 2, dim=-1)
+        with pyro.plate("data", x.shape[0], dim=-2):
+            pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.4, 0.3]).double()))
+            with items:
+                pyro.sample("s", dist.Bernoulli(torch.sigmoid(-x)))
+
+    def log_px(x: Tensor) -> np.ndarray:
+        total = np.zeros(len(x))
+        for c, weight in enumerate(chance.numpy()):
+            on = 0.2 + 0.3 * c
+            each = on * stats.norm(c - 2, 0.8).pdf(x.numpy()) + (1 - on) * stats.norm(c, 0.8).pdf(x.numpy())
+            total += weight * each.prod(1)
+        return np.log(total)
+
+    return SimpleNamespace(model=model, guide=guide, log_px=log_px)

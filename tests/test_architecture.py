@@ -20,7 +20,7 @@ LEAVES = {"registry", "checkpoint", "data", "evidence", "staging"}
 _BODIES = {"nn", "distributions"}
 _PARTS = {"priors", "likelihoods", "encoders"}
 _TRACES = {"traces", "weights", "pairs"}
-_SCORING = _TRACES | {"estimators", "marginal", "annealing", "diagnostics", "training"}
+_SCORING = _TRACES | {"estimators", "proposals", "marginal", "integration", "annealing", "diagnostics", "training"}
 ALLOWED: dict[str, set[str]] = {
     "nn": set(),
     "distributions": set(),
@@ -33,7 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"traces"},
     "pairs": {"traces", "weights"},
     "estimators": _TRACES,
-    "marginal": _TRACES,
+    # Beyond the page: what importance sampling draws from, and what needs no sampling, have rooms of their own.
+    "proposals": _TRACES,
+    "marginal": _TRACES | {"proposals"},
+    "integration": _TRACES,
     "annealing": _TRACES,
     # Beyond the page's arrow from weights: a comparison trains and scores, with estimators found by name.
     "diagnostics": _TRACES | {"estimators", "marginal", "training"},

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pairs import LinearGaussian, bare_param_pair, counts_pair, curved_pair, switches_pair, two_latents_pair
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyrovae as pv
+from pyrovae.proposals import mixture_draws
+from pyrovae.weights import log_weights, prior_weights
+
+KINDS = ["guide", "prior", "mixture", "refined"]
+
+
+def far_guide(x: torch.Tensor) -> None:
+    """Off by many standard deviations of the posterior, and narrow."""
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("z", dist.Normal(torch.full((x.shape[0], 2), 1.2), 0.3).to_event(1))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_proposal_agrees_with_the_closed_form_within_its_error(kind: str):
+    pair = LinearGaussian(spread=1.2)
+    x = pair.sample(100)
+    evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=1000, proposal=kind, seed=0)
+    z = (evidence.log_px - pair.log_px(x)) / np.maximum(evidence.se, 1e-6)
+    # The prior wastes its samples, and its logarithm is skewed; its errors are large, and said to be.
+    assert np.mean(np.abs(z) < 3) >= (0.95 if kind == "prior" else 0.99)
+    assert abs(evidence.mean - pair.log_px(x).mean()) < 5 * evidence.mean_se + 0.001
+    assert evidence.method == ("importance sampling" if kind == "guide" else evidence.method)
+    assert kind == "guide" or kind in evidence.method
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_proposal_works_on_positive_latents_and_foreign_names(kind: str):
+    pair = counts_pair()
+    y = torch.tensor([0.0, 1, 3, 6])
+    evidence = pv.log_marginal(pair.model, pair.guide, y, num_samples=4000, proposal=kind, seed=0)
+    assert (np.abs(evidence.log_px - pair.log_px(y)) < 4 * evidence.se + 1e-6).all()
+    assert evidence.se.max() < 0.1
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", ["guide", "prior", "mixture"])
+def test_discrete_latents_and_inner_plates(kind: str):
+    pair = switches_pair()
+    x = torch.tensor([[0.1, -1.0], [2.0, 1.5], [-3.0, 0.4]])
+    evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=4000, proposal=kind, seed=0)
+    assert (np.abs(evidence.log_px - pair.log_px(x)) < 4 * evidence.se).all()
+    with pytest.raises(ValueError, match=r"'c' .Categorical. is discrete"):
+        pv.log_marginal(pair.model, pair.guide, x, num_samples=50, proposal="refined")
+
+
+@pytest.mark.usefixtures("float64")
+def test_every_proposal_agrees_with_quadrature_on_a_curved_pair():
+    pair = curved_pair()
+    x = pair.sample(30)
+    truth = pv.exact(pair.model, pair.guide, x, method="quadrature")
+    for kind in KINDS:
+        evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=4000, proposal=kind, seed=0)
+        sure = evidence.reliable
+        assert sure.sum() > 10, kind
+        assert (np.abs(evidence.log_px - truth.log_px) < 4 * evidence.se + truth.se)[sure].all(), kind
+
+
+@pytest.mark.usefixtures("float64")
+def test_weights_of_the_mixture_are_bounded_whatever_the_guide():
+    pair = LinearGaussian()
+    x = pair.sample(4)
+    seen = {}
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            z = seen["z"] = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            law = dist.Normal(z @ pair.weight.T + pair.bias, pair.noise).to_event(1)
+            pyro.sample("x", law, obs=x)
+            seen.setdefault("likelihood", []).append(law.log_prob(x))
+
+    draw = mixture_draws(model, far_guide, True, 1, 100, 0.25)
+    log_w = torch.cat([draw((x,), size) for size in (7, 1, 60, 32)])
+    likelihood = torch.cat([part.reshape(-1, 4) for part in seen["likelihood"]])
+    assert log_w.shape == likelihood.shape == (100, 4)
+    assert (log_w <= likelihood - math.log(0.25) + 1e-12).all()
+    # The bound is met where the guide puts nothing, so its share is in the denominator as it stands.
+    assert (likelihood - math.log(0.25) - log_w).min() < 1e-6
+    # The guide's own weights have no such bound.
+    own = log_weights(pair.model, far_guide, x, num_particles=1000).log_weights
+    mixed = pv.log_marginal(pair.model, far_guide, x, num_samples=5000, proposal="mixture", prior_share=0.5, seed=0)
+    assert (np.abs(mixed.log_px - pair.log_px(x)) < 4 * mixed.se).all()
+    assert torch.logsumexp(own, 0).sub(math.log(1000)).numpy() == pytest.approx(pair.log_px(x) - 40, abs=40)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("num_samples", "prior_share", "expected"), [(2, 0.9, 1), (7, 0.1, 1), (1000, 0.25, 250), (64, 0.999, 63)]
+)
+def test_exactly_its_share_comes_from_the_prior(num_samples: int, prior_share: float, expected: int):
+    pair = LinearGaussian()
+    x = pair.sample(2)
+    counted = {"guide": 0, "prior": 0}
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(torch.full((2,), 1e4), 1.0).to_event(1))
+        near = z[..., 0] < 5e3
+        counted["prior"] += int(near.sum())
+        counted["guide"] += int((~near).sum())
+
+    draw = mixture_draws(pair.model, guide, True, 1, num_samples, prior_share)
+    left = num_samples
+    while left:
+        draw((x,), min(left, 30))
+        left -= min(left, 30)
+    assert counted == {"prior": 2 * expected, "guide": 2 * (num_samples - expected)}
+
+
+@pytest.mark.usefixtures("float64")
+def test_prior_draws_outside_the_guides_support_have_no_density_there():
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Gamma(2.0, 2.0))
+
+    x = torch.tensor([0.5, -1.0])
+    weights = prior_weights(model, guide, x, num_particles=500)
+    assert 0.4 < (weights.log_guide == -math.inf).double().mean() < 0.6
+    evidence = pv.log_marginal(model, guide, x, num_samples=20000, proposal="mixture", prior_share=0.5, seed=0)
+    truth = dist.Normal(0.0, math.sqrt(2)).log_prob(x).numpy()
+    assert (np.abs(evidence.log_px - truth) < 4 * evidence.se).all()
+    # The guide alone never sees the negative half: its estimate is wrong, and no number of samples shows it.
+    assert pv.log_marginal(model, guide, x, num_samples=20000, seed=0).log_px[1] < truth[1] - 0.5
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_full_refinement_finds_the_exact_posterior():
+    pair = LinearGaussian(latent_dim=2, data_dim=3)
+    x = pair.sample(50)
+    refinement = pv.refine(pair.model, far_guide, x, covariance="full", steps=300, seed=0)
+    posterior = pair.posterior(x)
+    np.testing.assert_allclose(refinement.loc, posterior.mean, atol=1e-3)
+    np.testing.assert_allclose(refinement.scale_tril, posterior.scale_tril.expand(50, 2, 2), atol=1e-3)
+    np.testing.assert_allclose(refinement.elbo, pair.log_px(x), atol=1e-3)
+    assert refinement.elbo_se.max() < 1e-3
+    evidence = pv.log_marginal(pair.model, far_guide, x, num_samples=200, proposal=refinement, seed=0)
+    np.testing.assert_allclose(evidence.log_px, pair.log_px(x), atol=1e-3)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_diagonal_refinement_closes_the_amortization_gap_and_leaves_that_of_its_family():
+    pair = LinearGaussian(latent_dim=2, data_dim=3)
+    x = pair.sample(40)
+    refinement = pv.refine(pair.model, far_guide, x, num_samples=1000, seed=0)
+    precision = torch.linalg.inv(pair.posterior(x[:1]).covariance_matrix[0])
+    family = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)).item()  # KL of the best diagonal Gaussian
+    assert np.mean(pair.log_px(x) - refinement.elbo) == pytest.approx(family, abs=0.02)
+    assert refinement.amortization_gap.min() > 0
+    exact_gap = np.mean(pair.log_px(x) - refinement.guide_elbo) - family
+    assert refinement.amortization_gap.mean() == pytest.approx(exact_gap, abs=0.03)
+    assert pv.log_marginal(pair.model, far_guide, x, num_samples=1000, seed=0).reliable.mean() < 0.2
+    assert pv.log_marginal(pair.model, far_guide, x, num_samples=1000, proposal="refined", seed=0).reliable.all()
+
+
+@pytest.mark.usefixtures("float64")
+def test_student_tails_bound_the_weights_of_a_gaussian_target():
+    pair = LinearGaussian(latent_dim=2, data_dim=3)
+    x = pair.sample(40)
+    refinement = pv.refine(pair.model, far_guide, x, objective="iwae", tail_df=5.0, seed=0)
+    evidence = pv.log_marginal(pair.model, far_guide, x, num_samples=2000, proposal=refinement, seed=0)
+    assert np.nanmax(evidence.khat) < 0.4
+    assert (np.abs(evidence.log_px - pair.log_px(x)) < 4 * evidence.se).all()
+    assert evidence.se.min() > 1e-4
+
+
+def test_refined_proposals_take_several_sites_float32_loaders_and_single_particles():
+    chain = two_latents_pair()
+    y = torch.randn(9, 4)
+    loader = DataLoader(TensorDataset(y), batch_size=4)
+    many = pv.log_marginal(chain.model, chain.guide, y, num_samples=500, proposal="refined", chunk_size=700, seed=0)
+    other = pv.log_marginal(chain.model, chain.guide, loader, num_samples=500, proposal="refined", seed=1)
+    assert len(other) == 9
+    assert (np.abs(other.log_px - many.log_px) < 5 * np.hypot(other.se, many.se)).all()
+    bare = bare_param_pair()
+    x = torch.linspace(-1, 1, 3)
+    refinement = pv.refine(
+        bare.model, bare.guide, x, steps=100, num_particles=4, num_samples=20, vectorize_particles=False, seed=0
+    )
+    exact = dist.Normal(0.0, math.hypot(0.8, 0.6)).log_prob(x).numpy()
+    np.testing.assert_allclose(refinement.elbo, exact, atol=0.03)  # a conjugate posterior is a Gaussian
+
+
+@pytest.mark.parametrize("kind", ["mixture", "refined"])
+def test_a_seed_repeats_the_answer_and_leaves_the_global_stream_alone(kind: str):
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    x = torch.bernoulli(torch.full((5, 6), 0.5))
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first, second = (vae.log_marginal(x, num_samples=50, proposal=kind, seed=7) for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    np.testing.assert_array_equal(first.log_px, second.log_px)
+    assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+def test_what_cannot_be_meant_is_refused_in_a_sentence():
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    x = torch.ones(4, 6)
+    with pytest.raises(ValueError, match="mixture"):
+        vae.log_marginal(x, num_samples=5, proposal="mixtur")
+    with pytest.raises(ValueError, match="at least two samples"):
+        vae.log_marginal(x, num_samples=1, proposal="mixture")
+    with pytest.raises(ValueError, match="prior_share lies between 0 and 1"):
+        vae.log_marginal(x, num_samples=5, proposal="mixture", prior_share=1.0)
+    refinement = pv.refine(vae.model, vae.guide, x[:3], steps=2, num_samples=2)
+    with pytest.raises(ValueError, match="of 3 data in their order"):
+        vae.log_marginal(x, num_samples=5, proposal=refinement)
+    for bad in ({"steps": 0}, {"lr": -1.0}, {"covariance": "none"}, {"objective": "vr"}, {"tail_df": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            pv.refine(vae.model, vae.guide, x, **bad)
