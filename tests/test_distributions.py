@@ -220,7 +220,8 @@ def test_a_flow_has_a_centre_and_no_mean() -> None:
 def test_zuko_leaves_validation_as_it_was() -> None:
     code = (
         "import pyro; from torch.distributions import Distribution; from pyrovae.distributions import flow_transform;"
-        "before = Distribution._validate_args; flow_transform('maf', 2); import zuko; print(before, Distribution._validate_args)"
+        "before = Distribution._validate_args; flow_transform('maf', 2); import zuko;"
+        "print(before, Distribution._validate_args)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
