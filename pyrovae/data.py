@@ -180,6 +180,23 @@ def binarize(x: Tensor) -> Tensor:
     return torch.bernoulli(x)
 
 
+def dequantize(x: Tensor) -> Tensor:
+    """Add uniform noise to integer levels, afresh at each call, for a ``dequantized`` likelihood (Theis et al. 2016).
+
+    Level k becomes a number inside (k, k + 1), in torch's default type if it was an integer.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.data import dequantize
+        >>> dequantize(torch.tensor([0, 255], dtype=torch.uint8)).floor()
+        tensor([  0., 255.])
+    """
+    levels = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    # Neither end of the bin: zero may be outside a support, and rounding must not reach the next level.
+    noisy = levels + torch.rand_like(levels).clamp(min=2**-25)
+    return torch.minimum(noisy, torch.nextafter(levels + 1, levels))
+
+
 @dataclass(frozen=True)
 class Split:
     """A data set, split once and for all.

@@ -40,7 +40,7 @@ class Evidence:
             exact; ``nan`` that there were too few samples to tell, or that weights were NaN.
         elbo: the mean log-weight, which estimates the evidence lower bound, shape (N,).
         num_samples: S, draws per datum.
-        num_dims: D, numbers per datum, for bits per dimension.
+        num_dims: D, observed numbers per datum, for bits per dimension; where a mask hides different ones, their mean.
         method: how the estimate was made.
 
     Example:
@@ -58,7 +58,7 @@ class Evidence:
     khat: Array
     elbo: Array
     num_samples: int
-    num_dims: int
+    num_dims: float
     method: str = "importance sampling"
     notes: dict[str, Any] = field(default_factory=dict)
 

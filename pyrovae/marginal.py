@@ -37,7 +37,8 @@ def log_marginal(
     :math:`\hat p(x)` is unbiased, so its logarithm is an estimate that lies below log p(x) on average. It is only as good as
     the guide's tails: read ``khat`` before the number. Sums run in float64 whatever the networks' precision, and the memory
     does not grow with ``num_samples`` beyond its square root. Modules whose bound methods the programs are score in evaluation
-    mode; where the programs are functions, call ``eval()`` on their modules first.
+    mode; where the programs are functions, call ``eval()`` on their modules first. Where values are missing, it is
+    log p(x_obs), and ``num_dims`` the mean number of observed values per datum.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -78,7 +79,7 @@ def log_marginal(
     chunk = chunk_size or max(1, CHUNK_NUMBERS // max(info.num_dims, 256))
     data = Batches(x, batch_size=max(1, chunk // num_samples), dtype=dtype, device=device)
     parts: list[dict[str, Tensor]] = []
-    total, done = 0.0, 0
+    total, done, observed = 0.0, 0, 0
     generator_devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), evaluation_mode(model, guide), torch.random.fork_rng(generator_devices, enabled=seed is not None):
         if seed is not None:
@@ -86,7 +87,7 @@ def log_marginal(
         with tqdm(data, total=data.num_batches, desc="log p(x)", unit="batch", disable=not progress) as bar:
             for batch in bar:
                 batch = arguments(model, batch)
-                inspect_pair(model, guide, *batch)
+                observed += inspect_pair(model, guide, *batch).num_observed
                 parts.append(_score(model, guide, batch, num_samples, chunk, vectorize_particles, info.max_plate_nesting))
                 total, done = total + parts[-1]["log_px"].sum().item(), done + len(parts[-1]["log_px"])
                 bar.set_postfix_str(f"{total / done:.2f} nats/datum")
@@ -99,7 +100,7 @@ def log_marginal(
         elbo=arrays["elbo"],
         khat=pareto_khat(tails, num_samples, precision=torch.finfo(dtype).eps),
         num_samples=num_samples,
-        num_dims=info.num_dims,
+        num_dims=observed // done if observed % done == 0 else observed / done,
         method="importance sampling",
     )
 
