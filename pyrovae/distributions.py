@@ -60,14 +60,15 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
         """The mean, of the batch shape."""
         small = self.logits.abs() < 0.06
         safe = torch.where(small, 1.0, self.logits)
-        return 0.5 + torch.where(small, self.logits / 12 - self.logits**3 / 720, 0.5 / torch.tanh(safe / 2) - 1 / safe)
+        series = self.logits / 12 - self.logits**3 / 720 + self.logits**5 / 30240
+        return 0.5 + torch.where(small, series, 0.5 / torch.tanh(safe / 2) - 1 / safe)
 
     @property
     def variance(self) -> Tensor:
         """The variance, of the batch shape."""
         small = self.logits.abs() < 0.2
         safe = torch.where(small, 1.0, self.logits.abs().clamp(max=60.0))  # past 60 the second term is lost in rounding
-        series = 1 / 12 - self.logits**2 / 240 + self.logits**4 / 6048
+        series = 1 / 12 - self.logits**2 / 240 + self.logits**4 / 6048 - self.logits**6 / 172800
         return torch.where(small, series, torch.where(small, 1.0, self.logits).pow(-2) - 0.25 / torch.sinh(safe / 2) ** 2)
 
     def icdf(self, value: Tensor) -> Tensor:
@@ -243,6 +244,35 @@ class DiscretizedLogistic(dist.TorchDistribution):
     def variance(self) -> Tensor:
         """The variance of the level."""
         return self._moment(2) - self.mean.square()
+
+
+class ZeroInflatedNegativeBinomial(dist.ZeroInflatedNegativeBinomial):
+    r"""Pyro's zero-inflated negative binomial, by the logits of its gate throughout.
+
+    .. math:: p(x) = \pi \, [x = 0] + (1 - \pi) \, \mathrm{NB}(x), \qquad \pi = \sigma(g)
+
+    Pyro's remembers the gate's probability once it has been asked for a mean or a draw; from then on it scores by that, which
+    loses digits, and cannot be expanded.
+
+    Args:
+        total_count: theta, the dispersion.
+        logits: log mu - log theta.
+        gate_logits: g.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.distributions import ZeroInflatedNegativeBinomial
+        >>> ZeroInflatedNegativeBinomial(torch.tensor(2.0), torch.tensor(0.0), torch.tensor(0.0)).mean
+        tensor(1.)
+    """
+
+    def __init__(self, total_count: Any, logits: Tensor, gate_logits: Tensor, validate_args: bool | None = None):
+        super().__init__(total_count, logits=logits, gate_logits=gate_logits, validate_args=validate_args)
+
+    @property
+    def gate(self) -> Tensor:
+        """The probability of an extra zero."""
+        return torch.sigmoid(self.gate_logits)
 
 
 class _EachColumn(constraints.Constraint):

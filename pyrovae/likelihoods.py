@@ -694,7 +694,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
         """The distribution, for a datum if there is one."""
         raw, gate_logits, theta = self.split(z)
         logits = self.log_mean(raw, x, mask) - _log(theta)
-        return dist.ZeroInflatedNegativeBinomial(theta, logits=logits, gate_logits=gate_logits).to_event(self.event_dim)
+        return distributions.ZeroInflatedNegativeBinomial(theta, logits, gate_logits).to_event(self.event_dim)
 
 
 @register("likelihood")
