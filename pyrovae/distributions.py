@@ -252,7 +252,7 @@ class ZeroInflatedNegativeBinomial(dist.ZeroInflatedNegativeBinomial):
     .. math:: p(x) = \pi \, [x = 0] + (1 - \pi) \, \mathrm{NB}(x), \qquad \pi = \sigma(g)
 
     Pyro's remembers the gate's probability once it has been asked for a mean or a draw; from then on it scores by that, which
-    loses digits, and cannot be expanded.
+    loses digits, and cannot be expanded. It also refuses logits whose probability rounds to one.
 
     Args:
         total_count: theta, the dispersion.
@@ -265,6 +265,12 @@ class ZeroInflatedNegativeBinomial(dist.ZeroInflatedNegativeBinomial):
         >>> ZeroInflatedNegativeBinomial(torch.tensor(2.0), torch.tensor(0.0), torch.tensor(0.0)).mean
         tensor(1.)
     """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {
+        "total_count": constraints.greater_than_eq(0),
+        "logits": constraints.real,
+        "gate_logits": constraints.real,
+    }
 
     def __init__(self, total_count: Any, logits: Tensor, gate_logits: Tensor, validate_args: bool | None = None):
         super().__init__(total_count, logits=logits, gate_logits=gate_logits, validate_args=validate_args)

@@ -110,6 +110,13 @@ class Likelihood(nn.Module):
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
         raise TypeError(f"{type(self).__name__} must implement forward(z) and return a distribution.")
 
+    def shown(self, x: Tensor) -> Tensor:
+        """What a VAE shows its encoder of data of shape ``[..., *event_shape]``: themselves, or log(1 + x) of unbounded counts.
+
+        Raw counts in the thousands send an encoder's scales, which are exponentials, to infinity (Lopez et al. 2018).
+        """
+        return x
+
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
         """p(x|z) where it also depends on something read off the datum, such as its total; by default that of ``forward``.
 
@@ -550,6 +557,10 @@ class Poisson(Likelihood):
     def __init__(self, decoder: nn.Module, event_shape: Shape | None = None):
         super().__init__(decoder, event_shape)
 
+    def shown(self, x: Tensor) -> Tensor:
+        """log(1 + x)."""
+        return _log_counts(x)
+
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
         (log_rate,) = self.parameters_of(z)
@@ -569,6 +580,10 @@ class _Counts(_Choosing):
         super().__init__(decoder, dispersion, event_shape, self.count_parameters({"dispersion": dispersion}))
         self.dispersion: float | str
         self.library = library
+
+    def shown(self, x: Tensor) -> Tensor:
+        """log(1 + x)."""
+        return _log_counts(x)
 
     def log_mean(self, raw: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The logarithm of the mean, shape ``[..., *event_shape]``."""
@@ -894,7 +909,7 @@ class Mixed(Likelihood):
 
     .. math:: \log p(x \mid z) = \sum_g \log p_g(x_g \mid z)
 
-    The encoder gets the columns as they are: bring wide ranges to about unit size, or give it an ``in_scale``.
+    The encoder is shown each part's columns as that likelihood shows and scales them; bring wide real ones to about unit size.
 
     Args:
         decoder: maps ``[..., L]`` to ``[..., P]``, the parameters of all groups one after the other, in the order of the parts;
@@ -975,6 +990,11 @@ class Mixed(Likelihood):
             ]
         )
 
+    def shown(self, x: Tensor) -> Tensor:
+        """Each part's own, brought to about unit size."""
+        groups = zip(self._each(), self._columns(), strict=True)
+        return torch.cat([part.shown(x[..., columns]) * part.in_scale for part, columns in groups], -1)[..., self.order]
+
     def _each(self) -> list[Likelihood]:
         return list(self.likelihoods)  # type: ignore[arg-type]
 
@@ -992,6 +1012,11 @@ class Mixed(Likelihood):
 
     def _together(self, laws: list[Any]) -> dist.Distribution:
         return distributions.Columns([law.base_dist for law in laws], self._columns(), self.order).to_event(1)
+
+
+def _log_counts(x: Tensor) -> Tensor:
+    # A negative count is refused where it is scored, with a sentence that an encoder's NaN would forestall.
+    return torch.log1p(x.clamp(min=0.0))
 
 
 def _log(value: Tensor | float) -> Any:

@@ -129,7 +129,7 @@ class VAE(nn.Module):
     def encode(self, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
         """q(z|x), batch shape ``(B,)`` and event shape ``(L,)``; missing values are zeros to the encoder."""
         x, mask = self._as_data(x), self._as_mask(x, mask)
-        return self.encoder(x if mask is None else torch.where(mask, x, 0.0))
+        return self.encoder(self.likelihood.shown(x if mask is None else torch.where(mask, x, 0.0)))
 
     def decode(self, z: Tensor) -> dist.Distribution:
         """p(x|z), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
