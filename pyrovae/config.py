@@ -33,7 +33,7 @@ class DataSection:
         name: "digits" (ships with scikit-learn) or "mnist".
         path: A .npy array of shape (N, ...) instead.
         root: The folder that holds MNIST/raw.
-        binarize: For MNIST: "dynamic", "static" or "none".
+        binarize: For MNIST: "dynamic", "static", "none" (grey in [0, 1]), "levels" (0..255) or "dequantized" (with noise).
         download: Let torchvision fetch MNIST.
         test_fraction: The held-out part of a .npy file.
     """
@@ -41,7 +41,7 @@ class DataSection:
     name: str = "digits"
     path: str | None = None
     root: str = "data"
-    binarize: Literal["dynamic", "static", "none"] = "dynamic"
+    binarize: Literal["dynamic", "static", "none", "levels", "dequantized"] = "dynamic"
     download: bool = False
     test_fraction: Fraction = 0.2
 

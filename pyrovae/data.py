@@ -178,6 +178,23 @@ def binarize(x: Tensor) -> Tensor:
     return torch.bernoulli(x)
 
 
+def dequantize(x: Tensor) -> Tensor:
+    """Add uniform noise to integer levels, afresh at each call, for a ``dequantized`` likelihood (Theis et al. 2016).
+
+    Level k becomes a number inside (k, k + 1), in torch's default type if it was an integer.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.data import dequantize
+        >>> dequantize(torch.tensor([0, 255], dtype=torch.uint8)).floor()
+        tensor([  0., 255.])
+    """
+    levels = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    # Neither end of the bin: zero may be outside a support, and rounding must not reach the next level.
+    noisy = levels + torch.rand_like(levels).clamp(min=2**-25)
+    return torch.minimum(noisy, torch.nextafter(levels + 1, levels))
+
+
 @dataclass(frozen=True)
 class Split:
     """A data set, split once and for all.
@@ -221,8 +238,9 @@ def load(
         name: ``"digits"`` (scikit-learn's 1,797 images of 8 x 8 counts 0..16, which ship with it) or ``"mnist"``.
         path: a ``.npy`` file of shape (N, ...) instead; its rows are split by a fixed permutation.
         root: the folder that torchvision keeps MNIST in.
-        binarize: for MNIST, ``"dynamic"`` draws training pixels afresh at each batch, ``"static"`` draws them once, and
-            ``"none"`` keeps grey values in [0, 1]. The test set is drawn once in both cases, from a fixed seed.
+        binarize: for MNIST, ``"dynamic"`` draws training pixels afresh at each batch, ``"static"`` draws them once,
+            ``"none"`` keeps grey values in [0, 1], ``"levels"`` keeps the levels 0..255, and ``"dequantized"`` adds uniform
+            noise to those, afresh at each batch. The test set is drawn once in all cases, from a fixed seed.
         download: let torchvision fetch MNIST; never without this.
         test_fraction: the held-out part of a ``.npy`` file.
 
@@ -263,7 +281,7 @@ def _digits() -> Split:
 
 
 def _mnist(root: str, how: str, download: bool) -> Split:
-    ways = ("dynamic", "static", "none")
+    ways = ("dynamic", "static", "none", "levels", "dequantized")
     if how not in ways:
         raise ValueError(unknown("binarisation", how, ways))
     datasets = _torchvision_datasets()
@@ -273,24 +291,36 @@ def _mnist(root: str, how: str, download: bool) -> Split:
         raise FileNotFoundError(
             f"MNIST is not under {root!r}: point --data.root at the folder that holds MNIST/raw, or pass --data.download."
         ) from error
-    train, test = ((part.data[:, None] / 255).to(torch.get_default_dtype()) for part in parts)
+    unit = 1 if how in ("levels", "dequantized") else 255
+    train, test = ((part.data[:, None] / unit).to(torch.get_default_dtype()) for part in parts)
     generator = torch.Generator().manual_seed(0)
-    if how != "none":
+    if how in ("dynamic", "static"):
         test = torch.bernoulli(test, generator=generator)
     if how == "static":
         train = torch.bernoulli(train, generator=generator)
+    if how == "dequantized":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            test = dequantize(test)
     done = {
         "dynamic": "training pixels binarised afresh at each batch, test pixels once",
         "static": "all pixels binarised once",
         "none": "grey values in [0, 1]",
+        "levels": "grey levels 0..255",
+        "dequantized": "grey levels 0..255 plus uniform noise, in training afresh at each batch, in the test set once",
+    }
+    fitting: dict[str, dict[str, Any]] = {
+        "none": {"kind": "continuous_bernoulli"},
+        "levels": {"kind": "discretized_logistic"},
+        "dequantized": {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
     }
     return Split(
         name="mnist",
         train=train,
         test=test,
         test_labels=parts[1].targets,
-        likelihood={"kind": "bernoulli"},
-        transform=binarize if how == "dynamic" else None,
+        likelihood=fitting.get(how, {"kind": "bernoulli"}),
+        transform={"dynamic": binarize, "dequantized": dequantize}.get(how),
         note=f"MNIST, 60,000 train and 10,000 test images of 28 x 28; {done[how]}",
     )
 

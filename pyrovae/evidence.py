@@ -110,7 +110,7 @@ class Evidence:
             exact; ``nan`` that there were too few samples to tell, or that weights were NaN.
         elbo: the mean log-weight, which estimates the evidence lower bound, shape (N,).
         num_samples: S, draws per datum.
-        num_dims: D, numbers per datum, for bits per dimension.
+        num_dims: D, observed numbers per datum, for bits per dimension; where a mask hides different ones, their mean.
         method: how the estimate was made.
         log_px_psis: the Pareto-smoothed estimate, shape (N,): steadier than ``log_px`` where the tail is heavy, at some bias.
             ``nan`` where there were too few samples to smooth. ``None`` where the method has no importance weights.
@@ -131,7 +131,7 @@ class Evidence:
     khat: Array
     elbo: Array
     num_samples: int
-    num_dims: int
+    num_dims: float
     method: str = "importance sampling"
     notes: dict[str, Any] = field(default_factory=dict)
     log_px_psis: Array | None = None

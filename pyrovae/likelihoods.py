@@ -2,26 +2,35 @@
 
 A likelihood owns its decoder: a network from ``[..., L]`` to the distribution's parameters. One that takes several
 parameters per dimension expects them in front: ``out_shape = (num_parameters, *event_shape)``. Everything is in nats, and a
-log-probability has no constant left out.
+log-probability has no constant left out. Levels and counts are integers, in the data's own units, so that the nats of all
+discrete likelihoods of the same data can be compared.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from numbers import Real
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from .nn import Shape, as_shape, positive_integer
-from .registry import register
+from . import distributions
+from .nn import Body, Shape, as_shape, positive_integer
+from .registry import build, find, register
+
+# Where a likelihood reads the library size off its datum and there is none, as for draws from the prior: counts per ten
+# thousand, as single-cell data are commonly normalised.
+TYPICAL_LIBRARY = 1e4
 
 
 class Likelihood(nn.Module):
     """A module that returns p(x|z); concrete likelihoods implement ``forward``.
+
+    Ours return ``base.to_event(n)``, where every number of a datum is independent of the others given z, so that those which
+    are missing can be left out of the score.
 
     Args:
         decoder: the network from the latent to the parameters.
@@ -31,6 +40,8 @@ class Likelihood(nn.Module):
     Raises:
         ValueError: neither says the shape of a datum, or the decoder's output does not fit the parameters.
     """
+
+    filler: float | Tensor = 0.0  # a value inside the support, which stands where one is missing
 
     def __init__(self, decoder: nn.Module, event_shape: Shape | None = None, num_parameters: int = 1):
         super().__init__()
@@ -59,6 +70,12 @@ class Likelihood(nn.Module):
         """How many parameters per dimension the decoder must give, under these options of ``__init__``."""
         return 1
 
+    @classmethod
+    def decoder_shape(cls, event_shape: Shape, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """The ``out_shape`` that the decoder must have for data of this shape, under these options of ``__init__``."""
+        num_parameters = cls.count_parameters(options)
+        return (*((num_parameters,) if num_parameters > 1 else ()), *as_shape(event_shape))
+
     @property
     def in_scale(self) -> float:
         """What brings the data to about unit size for an encoder."""
@@ -69,8 +86,8 @@ class Likelihood(nn.Module):
         """How many dimensions one datum has."""
         return len(self.event_shape)
 
-    def parameters_of(self, z: Tensor) -> tuple[Tensor, ...]:
-        """The decoder's output as ``num_parameters`` tensors of shape ``[..., *event_shape]``.
+    def output(self, z: Tensor) -> Tensor:
+        """The decoder's output, shape ``[..., *event_shape]``, with ``num_parameters`` in front of the event if several.
 
         Raises:
             ValueError: the decoder gave another shape, as one that does not say its ``out_shape`` can.
@@ -82,11 +99,117 @@ class Likelihood(nn.Module):
                 f"The decoder of {type(self).__name__} gave a tensor of shape {tuple(out.shape)}, which must end in {wanted}: "
                 f"reshape its output, or change event_shape."
             )
+        return out
+
+    def parameters_of(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The decoder's output as ``num_parameters`` tensors of shape ``[..., *event_shape]``."""
+        out = self.output(z)
         return (out,) if self.num_parameters == 1 else out.unbind(-self.event_dim - 1)
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
         raise TypeError(f"{type(self).__name__} must implement forward(z) and return a distribution.")
+
+    def shown(self, x: Tensor) -> Tensor:
+        """What a VAE shows its encoder of data of shape ``[..., *event_shape]``: themselves, or log(1 + x) of unbounded counts.
+
+        Raw counts in the thousands send an encoder's scales, which are exponentials, to infinity (Lopez et al. 2018).
+        """
+        return x
+
+    def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
+        """p(x|z) where it also depends on something read off the datum, such as its total; by default that of ``forward``.
+
+        Args:
+            z: the latent, shape ``[..., L]``.
+            x: the data, shape ``[..., *event_shape]``, with ``filler`` where they are missing.
+            mask: whether each number was observed, of the shape of ``x``; by default all were.
+        """
+        return self(z)
+
+    def observe(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> tuple[dist.Distribution, Tensor]:
+        r"""p(x|z) as a model scores it, and the values that it scores.
+
+        .. math:: \log p(x_{obs} \mid z) = \sum_{d \, \text{observed}} \log p(x_d \mid z)
+
+        Args:
+            z: the latent, shape ``[..., L]``.
+            x: the data, shape ``[..., *event_shape]``; what they hold where the mask is false does not matter.
+            mask: whether each number was observed, of the shape of ``x``; by default all were.
+
+        Raises:
+            ValueError: there is a mask, and the dimensions are not independent given z.
+        """
+        if mask is None:
+            return self.given(z, x), x
+        x = torch.where(mask, x, self.filler)
+        law = self.given(z, x, mask)
+        if not isinstance(law, torch.distributions.Independent) or law.base_dist.event_shape:
+            raise ValueError(
+                f"{type(self).__name__} does not return independent dimensions (base.to_event(n)), so a part of a datum has "
+                f"no density of its own: choose another likelihood, or complete data."
+            )
+        return law.base_dist.mask(mask).to_event(self.event_dim), x
+
+
+class _Choosing(Likelihood):
+    """A likelihood with a positive quantity that is fixed, learned, or given by the decoder as its last parameter."""
+
+    quantity = "scale"
+    words: tuple[str, ...] = ("shared", "per_dimension", "decoder")
+
+    def __init__(self, decoder: nn.Module, choice: float | str, event_shape: Shape | None, num_parameters: int):
+        if isinstance(choice, str) and choice not in self.words:
+            *most, last = (f'"{word}"' for word in self.words)
+            raise ValueError(f"{self.quantity} is a positive number, {', '.join(most)} or {last}, not {choice!r}.")
+        if not isinstance(choice, str):
+            choice = positive_number(choice, f"A fixed {self.quantity}")
+        super().__init__(decoder, event_shape, num_parameters)
+        setattr(self, self.quantity, choice)
+        if choice in ("shared", "per_dimension"):
+            shape = () if choice == "shared" else self.event_shape
+            setattr(self, f"log_{self.quantity}", nn.Parameter(torch.zeros(shape)))
+
+    @classmethod
+    def count_parameters(cls, options: Mapping[str, Any]) -> int:
+        """Two where the decoder gives the quantity, else one."""
+        return 2 if options.get(cls.quantity) == "decoder" else 1
+
+    def split(self, z: Tensor) -> tuple[Any, ...]:
+        """The decoder's other parameters, and then the positive quantity."""
+        parameters, choice = self.parameters_of(z), getattr(self, self.quantity)
+        if choice == "decoder":
+            return (*parameters[:-1], parameters[-1].exp())
+        return (*parameters, getattr(self, f"log_{self.quantity}").exp() if isinstance(choice, str) else choice)
+
+
+class _Given(Body):
+    """A decoder that has been run already: a slice of another one's output, in the shape that a likelihood wants."""
+
+    def __init__(self, out_shape: Shape):
+        super().__init__()
+        self.out_shape = as_shape(out_shape)
+        self.in_shape = (math.prod(self.out_shape),)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.unflatten(-1, self.out_shape)
+
+
+def positive_number(value: Any, what: str) -> float:
+    """``value`` as a plain float.
+
+    Raises:
+        ValueError: it is no positive finite number; the message calls it ``what``.
+    """
+    if not (isinstance(value, Real) and 0 < float(value) < math.inf):
+        raise ValueError(f"{what} is a positive number, not {value!r}.")
+    return float(value)
+
+
+def _num_levels(value: Any) -> int:
+    if not isinstance(value, Integral) or value < 2:
+        raise ValueError(f"num_levels is an integer from 2 on, not {value!r}.")
+    return int(value)
 
 
 @register("likelihood")
@@ -157,21 +280,30 @@ class Binomial(Likelihood):
 
 
 @register("likelihood")
-class Normal(Likelihood):
+class Normal(_Choosing):
     r"""Real data with Gaussian noise.
 
     .. math:: \log p(x \mid z) = -\sum_d \tfrac12 \log 2\pi + \log \sigma_d + \tfrac{(x_d - \mu_d(z))^2}{2 \sigma_d^2}
+
+    With ``scale="optimal"`` one scale is set, not learned: in training to its maximum-likelihood value given the means of the
+    batch (over all particles), :math:`\sigma^2 = \operatorname{mean}_{k,b,d} (x_{bd} - \mu_d(z_{kb}))^2`, which makes the
+    training objective the largest over sigma and thus no bound. A running mean of it over batches (a tenth from the newest) is
+    kept in the state, as batch normalisation keeps its own; whatever scores in evaluation mode or without gradients, such as
+    ``log_marginal`` and the validation bound, uses that number, with which the density is one.
 
     Args:
         decoder: maps ``[..., L]`` to the mean ``[..., *event_shape]``; with ``scale="decoder"`` to ``[..., 2, *event_shape]``,
             the mean and the logarithm of the scale.
         scale: what sigma is. A number keeps it fixed (1.0 by default); ``"shared"`` learns one; ``"per_dimension"`` learns
-            one for each dimension; ``"decoder"`` has it given by the decoder for each datum (Kingma and Welling 2014). The
-            learned ones start at 1.
+            one for each dimension; ``"decoder"`` has it given by the decoder for each datum (Kingma and Welling 2014);
+            ``"optimal"`` is that of sigma-VAE. The learned ones start at 1.
         event_shape: the shape of one datum, if the decoder does not say it.
 
     Raises:
-        ValueError: ``scale`` is neither a positive number nor one of the three words, or the decoder does not fit it.
+        ValueError: ``scale`` is neither a positive number nor one of the words, or the decoder does not fit it.
+
+    References:
+        Rybkin, Daniilidis and Levine, Simple and effective VAE training with calibrated decoders, 2021.
 
     Example:
         >>> import torch
@@ -181,28 +313,741 @@ class Normal(Likelihood):
         torch.Size([5])
     """
 
-    def __init__(self, decoder: nn.Module, scale: float | str = 1.0, event_shape: Shape | None = None):
-        if isinstance(scale, str) and scale not in ("shared", "per_dimension", "decoder"):
-            raise ValueError(f'scale is a positive number, "shared", "per_dimension" or "decoder", not {scale!r}.')
-        if not isinstance(scale, str) and not (isinstance(scale, Real) and 0 < scale < math.inf):
-            raise ValueError(f"A fixed scale is a positive number, not {scale!r}.")
-        super().__init__(decoder, event_shape, self.count_parameters({"scale": scale}))
-        self.scale = scale if isinstance(scale, str) else float(scale)
-        if scale == "shared":
-            self.log_scale = nn.Parameter(torch.zeros(()))
-        elif scale == "per_dimension":
-            self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+    words = ("shared", "per_dimension", "decoder", "optimal")
+    variance: Tensor
 
-    @classmethod
-    def count_parameters(cls, options: Mapping[str, Any]) -> int:
-        """Two where the decoder gives the scale, else one."""
-        return 2 if options.get("scale") == "decoder" else 1
+    def __init__(self, decoder: nn.Module, scale: float | str = 1.0, event_shape: Shape | None = None):
+        super().__init__(decoder, scale, event_shape, self.count_parameters({"scale": scale}))
+        self.scale: float | str
+        if scale == "optimal":
+            self.register_buffer("variance", torch.ones(()))
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
-        if self.scale == "decoder":
-            loc, log_scale = self.parameters_of(z)
-            return dist.Normal(loc, log_scale.exp()).to_event(self.event_dim)
-        (loc,) = self.parameters_of(z)
-        scale = self.log_scale.exp() if isinstance(self.scale, str) else self.scale
+        if self.scale == "optimal":
+            (loc,), scale = self.parameters_of(z), self.variance.sqrt()
+        else:
+            loc, scale = self.split(z)
         return dist.Normal(loc, scale).to_event(self.event_dim)
+
+    def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
+        """p(x|z); with the optimal scale, and where gradients are taken in training mode, that of this batch."""
+        if self.scale != "optimal" or not (self.training and torch.is_grad_enabled()):
+            return self(z)
+        (loc,) = self.parameters_of(z)
+        with torch.no_grad():
+            error = (x - loc).square()
+            observed = torch.ones_like(error) if mask is None else mask.to(error.dtype).expand_as(error)
+            # A decoder that fits a batch exactly would have an infinite density there.
+            variance = ((error * observed).sum() / observed.sum().clamp(min=1.0)).clamp(min=1e-12)
+            self.variance.lerp_(variance, 0.1)
+        return dist.Normal(loc, variance.sqrt()).to_event(self.event_dim)
+
+
+@register("likelihood")
+class Laplace(_Choosing):
+    r"""Real data with Laplace noise, which forgives outliers.
+
+    .. math:: \log p(x \mid z) = -\sum_d \log 2 b_d + \tfrac{|x_d - \mu_d(z)|}{b_d}
+
+    Args:
+        decoder: maps ``[..., L]`` to the median ``[..., *event_shape]``; with ``scale="decoder"`` to
+            ``[..., 2, *event_shape]``, the median and the logarithm of the scale.
+        scale: what b is: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``, as in :class:`Normal`.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Raises:
+        ValueError: ``scale`` is neither a positive number nor one of the three words, or the decoder does not fit it.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import Laplace
+        >>> from pyrovae.nn import MLP
+        >>> Laplace(MLP(2, [8], 5), scale="shared")(torch.zeros(7, 2)).batch_shape
+        torch.Size([7])
+    """
+
+    def __init__(self, decoder: nn.Module, scale: float | str = 1.0, event_shape: Shape | None = None):
+        super().__init__(decoder, scale, event_shape, self.count_parameters({"scale": scale}))
+        self.scale: float | str
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        loc, scale = self.split(z)
+        return dist.Laplace(loc, scale).to_event(self.event_dim)
+
+
+@register("likelihood")
+class StudentT(_Choosing):
+    r"""Real data with Student's t noise, whose tails are polynomial.
+
+    .. math:: \log p(x \mid z) = \sum_d \log \frac{\Gamma(\frac{\nu+1}2)}{\Gamma(\frac\nu2) \sqrt{\nu\pi} \, \sigma_d}
+        - \frac{\nu+1}2 \log \Big(1 + \frac{(x_d - \mu_d(z))^2}{\nu \sigma_d^2}\Big)
+
+    Args:
+        decoder: maps ``[..., L]`` to the location ``[..., *event_shape]``; with ``scale="decoder"`` to
+            ``[..., 2, *event_shape]``, the location and the logarithm of the scale.
+        df: nu, the degrees of freedom: a number above 1, so that a mean exists, or ``"shared"``, which learns one above 1 that
+            starts at 4.
+        scale: what sigma is: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``, as in :class:`Normal`.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Raises:
+        ValueError: ``df`` or ``scale`` is none of these, or the decoder does not fit.
+
+    References:
+        Takahashi et al., Student-t variational autoencoder for robust density estimation, 2018.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import StudentT
+        >>> from pyrovae.nn import MLP
+        >>> StudentT(MLP(2, [8], 5), df="shared")(torch.zeros(2)).base_dist.df[0].item()
+        4.0
+    """
+
+    def __init__(self, decoder: nn.Module, df: float | str = 4.0, scale: float | str = 1.0, event_shape: Shape | None = None):
+        if df != "shared" and not (isinstance(df, Real) and 1 < float(df) < math.inf):
+            raise ValueError(f'df is a number above 1, where a mean exists, or "shared", not {df!r}.')
+        super().__init__(decoder, scale, event_shape, self.count_parameters({"scale": scale}))
+        self.scale: float | str
+        self.df = df if isinstance(df, str) else float(df)
+        if df == "shared":
+            self.log_excess = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        loc, scale = self.split(z)
+        df = 1 + 3 * self.log_excess.exp() if self.df == "shared" else self.df
+        return dist.StudentT(df, loc, scale).to_event(self.event_dim)
+
+
+@register("likelihood")
+class ContinuousBernoulli(Likelihood):
+    r"""Data in [0, 1], such as grey pixels; the decoder gives logits.
+
+    .. math:: \log p(x \mid z) = \sum_d \ell_d(z) \, x_d + \log \frac{\ell_d(z)}{e^{\ell_d(z)} - 1}
+
+    The Bernoulli's formula with the constant that makes it a density; a density, so its nats depend on the pixels' units.
+
+    Args:
+        decoder: maps ``[..., L]`` to logits ``[..., *event_shape]``.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    References:
+        Loaiza-Ganem and Cunningham, The continuous Bernoulli, 2019.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import ContinuousBernoulli
+        >>> from pyrovae.nn import MLP
+        >>> ContinuousBernoulli(MLP(2, [8], (1, 4, 4)))(torch.zeros(2)).mean[0, 0, 0].item()
+        0.5
+    """
+
+    def __init__(self, decoder: nn.Module, event_shape: Shape | None = None):
+        super().__init__(decoder, event_shape)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        (logits,) = self.parameters_of(z)
+        return distributions.ContinuousBernoulli(logits).to_event(self.event_dim)
+
+
+@register("likelihood")
+class Beta(Likelihood):
+    r"""Data inside (0, 1), such as proportions; the decoder gives the logarithms of both concentrations.
+
+    .. math:: \log p(x \mid z) = \sum_d (\alpha_d(z) - 1) \log x_d + (\beta_d(z) - 1) \log (1 - x_d)
+        - \log B(\alpha_d(z), \beta_d(z))
+
+    A decoder at zero gives the uniform density. Exact zeros and ones are refused: the density there is zero or infinite.
+
+    Args:
+        decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, log alpha and log beta.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import Beta
+        >>> from pyrovae.nn import MLP
+        >>> Beta(MLP(2, [8], (2, 5)))(torch.zeros(7, 2)).event_shape
+        torch.Size([5])
+    """
+
+    filler = 0.5
+
+    def __init__(self, decoder: nn.Module, event_shape: Shape | None = None):
+        super().__init__(decoder, event_shape, 2)
+
+    @classmethod
+    def count_parameters(cls, options: Mapping[str, Any]) -> int:
+        """Two."""
+        return 2
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        alpha, beta = self.output(z).exp().unbind(-self.event_dim - 1)
+        return distributions.Beta(alpha, beta).to_event(self.event_dim)
+
+
+@register("likelihood")
+class BetaBinomial(Likelihood):
+    r"""Counts out of a known total that vary more than a binomial's; the decoder gives two logarithms.
+
+    .. math:: \log p(x \mid z) = \sum_d \log \binom{n}{x_d}
+        + \log \frac{B(x_d + \alpha_d(z), n - x_d + \beta_d(z))}{B(\alpha_d(z), \beta_d(z))}
+
+    A binomial whose probability is drawn from a beta distribution. A decoder at zero gives the uniform law on 0, ..., n.
+
+    Args:
+        decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, log alpha and log beta.
+        total_count: n, the largest count; 255 for 8-bit pixels.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Raises:
+        ValueError: ``total_count`` is not a positive integer.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import BetaBinomial
+        >>> from pyrovae.nn import MLP
+        >>> bool(BetaBinomial(MLP(2, [8], (2, 64)), total_count=16)(torch.zeros(2)).sample().max() <= 16)
+        True
+    """
+
+    def __init__(self, decoder: nn.Module, total_count: int, event_shape: Shape | None = None):
+        super().__init__(decoder, event_shape, 2)
+        self.total_count = positive_integer(total_count, "total_count")
+
+    @classmethod
+    def count_parameters(cls, options: Mapping[str, Any]) -> int:
+        """Two."""
+        return 2
+
+    @property
+    def in_scale(self) -> float:
+        """One over the largest count."""
+        return 1.0 / self.total_count
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        alpha, beta = self.output(z).exp().unbind(-self.event_dim - 1)
+        return dist.BetaBinomial(alpha, beta, total_count=self.total_count).to_event(self.event_dim)
+
+
+@register("likelihood")
+class Poisson(Likelihood):
+    r"""Counts without a largest one; the decoder gives the logarithm of the rate.
+
+    .. math:: \log p(x \mid z) = \sum_d x_d \log \lambda_d(z) - \lambda_d(z) - \log x_d!
+
+    Args:
+        decoder: maps ``[..., L]`` to log lambda, shape ``[..., *event_shape]``.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import Poisson
+        >>> from pyrovae.nn import MLP
+        >>> Poisson(MLP(2, [8], 5))(torch.zeros(2)).mean
+        tensor([1., 1., 1., 1., 1.], grad_fn=<ExpBackward0>)
+    """
+
+    def __init__(self, decoder: nn.Module, event_shape: Shape | None = None):
+        super().__init__(decoder, event_shape)
+
+    def shown(self, x: Tensor) -> Tensor:
+        """log(1 + x)."""
+        return _log_counts(x)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        (log_rate,) = self.parameters_of(z)
+        return dist.Poisson(log_rate.exp()).to_event(self.event_dim)
+
+
+class _Counts(_Choosing):
+    """Overdispersed counts with a mean that may be a share of a library size."""
+
+    quantity = "dispersion"
+
+    def __init__(self, decoder: nn.Module, dispersion: float | str, library: float | str | None, event_shape: Shape | None):
+        if isinstance(library, str) and library != "total":
+            raise ValueError(f'library is a positive number, "total" or None, not {library!r}.')
+        if library is not None and not isinstance(library, str):
+            library = positive_number(library, "A fixed library")
+        super().__init__(decoder, dispersion, event_shape, self.count_parameters({"dispersion": dispersion}))
+        self.dispersion: float | str
+        self.library = library
+
+    def shown(self, x: Tensor) -> Tensor:
+        """log(1 + x)."""
+        return _log_counts(x)
+
+    def log_mean(self, raw: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """The logarithm of the mean, shape ``[..., *event_shape]``."""
+        if self.library is None:
+            return raw
+        dims = tuple(range(-self.event_dim, 0))
+        if self.library != "total" or x is None:
+            library = self.library if isinstance(self.library, float) else TYPICAL_LIBRARY
+            return raw - torch.logsumexp(raw, dims, keepdim=True) + math.log(library)
+        # An empty datum has no logarithm, and gives none to learn from.
+        log_library = x.sum(dims, keepdim=True).clamp(min=1.0).log()
+        if mask is not None:  # the total is of what was observed, and so must the shares' total be
+            counted = mask | ~mask.flatten(-self.event_dim).any(-1)[(..., *[None] * self.event_dim)]  # all, where none was
+            return raw - torch.logsumexp(raw.masked_fill(~counted, -math.inf), dims, keepdim=True) + log_library
+        return raw - torch.logsumexp(raw, dims, keepdim=True) + log_library
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        return self.law(z)
+
+    def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
+        """p(x|z), with the library size read off the datum where it is its total."""
+        return self.law(z, x, mask)
+
+    def law(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
+        """The distribution, for a datum if there is one."""
+        raise NotImplementedError
+
+
+@register("likelihood")
+class NegativeBinomial(_Counts):
+    r"""Counts that vary more than a Poisson's; the decoder gives the logarithm of the mean.
+
+    .. math:: \log p(x \mid z) = \sum_d \log \frac{\Gamma(x_d + \theta_d)}{\Gamma(\theta_d) \, x_d!}
+        + \theta_d \log \frac{\theta_d}{\theta_d + \mu_d(z)} + x_d \log \frac{\mu_d(z)}{\theta_d + \mu_d(z)}
+
+    The variance is :math:`\mu + \mu^2 / \theta`.
+
+    Args:
+        decoder: maps ``[..., L]`` to ``[..., *event_shape]``: log mu, or with a library the logits of the shares; with
+            ``dispersion="decoder"`` to ``[..., 2, *event_shape]``, that and log theta.
+        dispersion: what theta is: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``. The learned ones
+            start at 1.
+        library: ``None`` for mu = exp(.), or as in :class:`ZeroInflatedNegativeBinomial`.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Raises:
+        ValueError: ``dispersion`` or ``library`` is none of these, or the decoder does not fit.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import NegativeBinomial
+        >>> from pyrovae.nn import MLP
+        >>> NegativeBinomial(MLP(2, [8], 5))(torch.zeros(7, 2)).event_shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        dispersion: float | str = "per_dimension",
+        library: float | str | None = None,
+        event_shape: Shape | None = None,
+    ):
+        super().__init__(decoder, dispersion, library, event_shape)
+
+    def law(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
+        """The distribution, for a datum if there is one."""
+        raw, theta = self.split(z)
+        logits = self.log_mean(raw, x, mask) - _log(theta)
+        return dist.NegativeBinomial(theta, logits=logits).to_event(self.event_dim)
+
+
+@register("likelihood")
+class ZeroInflatedNegativeBinomial(_Counts):
+    r"""Negative binomial counts with more zeros, and a library size, as in single-cell data (scVI).
+
+    .. math:: p(x_d \mid z) = \pi_d(z) \, [x_d = 0] + (1 - \pi_d(z)) \, \mathrm{NB}(x_d \mid \mu_d, \theta_d), \qquad
+        \mu_d = l \operatorname{softmax}(\rho(z))_d
+
+    With ``library="total"`` l is the datum's own total (of what was observed, and then of the observed shares), a covariate as
+    in scVI: the law is one over counts given l, so compare its nats only with those of models that are given l too. Draws and
+    means without a datum, as of ``vae.sample``, are for a total of 10,000.
+
+    Args:
+        decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, the logits rho of the shares and the logits of pi; with
+            ``dispersion="decoder"`` to ``[..., 3, *event_shape]``, those and log theta.
+        dispersion: what theta is: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``. The learned ones
+            start at 1.
+        library: what l is: ``"total"``, a number for all data, or ``None`` for mu = exp(rho).
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Raises:
+        ValueError: ``dispersion`` or ``library`` is none of these, or the decoder does not fit.
+
+    References:
+        Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import ZeroInflatedNegativeBinomial
+        >>> from pyrovae.nn import MLP
+        >>> likelihood = ZeroInflatedNegativeBinomial(MLP(2, [8], (2, 5)))
+        >>> likelihood.given(torch.zeros(7, 2), torch.ones(7, 5)).batch_shape
+        torch.Size([7])
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        dispersion: float | str = "per_dimension",
+        library: float | str | None = "total",
+        event_shape: Shape | None = None,
+    ):
+        super().__init__(decoder, dispersion, library, event_shape)
+
+    @classmethod
+    def count_parameters(cls, options: Mapping[str, Any]) -> int:
+        """Three where the decoder gives the dispersion, else two."""
+        return 3 if options.get("dispersion") == "decoder" else 2
+
+    def law(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
+        """The distribution, for a datum if there is one."""
+        raw, gate_logits, theta = self.split(z)
+        logits = self.log_mean(raw, x, mask) - _log(theta)
+        return distributions.ZeroInflatedNegativeBinomial(theta, logits, gate_logits).to_event(self.event_dim)
+
+
+@register("likelihood")
+class Categorical(Likelihood):
+    r"""Integer levels 0, ..., n-1, such as 8-bit pixels, each with a probability of its own.
+
+    .. math:: \log p(x \mid z) = \sum_d \log \operatorname{softmax}(a_d(z))_{x_d}
+
+    Nothing is assumed about neighbouring levels, at the price of n outputs for each dimension. The data are the levels
+    themselves, as floats or integers, not scaled to [0, 1].
+
+    Args:
+        decoder: maps ``[..., L]`` to logits ``[..., num_levels, *event_shape]``.
+        num_levels: n, at least 2.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Raises:
+        ValueError: ``num_levels`` is no integer from 2 on, or the decoder does not fit.
+
+    References:
+        Van den Oord, Kalchbrenner and Kavukcuoglu, Pixel recurrent neural networks, 2016.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import Categorical
+        >>> from pyrovae.nn import MLP
+        >>> Categorical(MLP(2, [8], (16, 1, 8, 8)), num_levels=16)(torch.zeros(2)).event_shape
+        torch.Size([1, 8, 8])
+    """
+
+    def __init__(self, decoder: nn.Module, num_levels: int = 256, event_shape: Shape | None = None):
+        num_levels = _num_levels(num_levels)
+        super().__init__(decoder, event_shape, num_levels)
+        self.num_levels = num_levels
+
+    @classmethod
+    def count_parameters(cls, options: Mapping[str, Any]) -> int:
+        """One for each level."""
+        return _num_levels(options.get("num_levels", 256))
+
+    @property
+    def in_scale(self) -> float:
+        """One over the largest level."""
+        return 1.0 / (self.num_levels - 1)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        logits = self.output(z).movedim(-self.event_dim - 1, -1)
+        return distributions.Levels(logits).to_event(self.event_dim)
+
+
+@register("likelihood")
+class DiscretizedLogistic(Likelihood):
+    r"""Integer levels 0, ..., n-1, such as 8-bit pixels, by a rounded logistic variable or a mixture of them (PixelCNN++).
+
+    .. math:: P(x_d = k \mid z) = \sum_c \pi_{dc} \Big[ \sigma\Big(\tfrac{k + 1/2 - \mu_{dc}}{s_{dc}}\Big)
+        - \sigma\Big(\tfrac{k - 1/2 - \mu_{dc}}{s_{dc}}\Big) \Big]
+
+    where the first and the last level take the tails. The data are the levels themselves, not scaled to [0, 1]; the decoder
+    works on the scale of the paper, on which they span [-1, 1], and log s is at least -7 there. Unlike the paper's, the mixture
+    is one for each number, and colours do not condition each other.
+
+    Args:
+        decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, mu and log s; with several components to
+            ``[..., 3 * components, *event_shape]``, their logits, then their means, then their log-scales.
+        num_levels: n, at least 2.
+        components: how many logistics are mixed; 10 in the paper.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Raises:
+        ValueError: ``num_levels`` or ``components`` is no such integer, or the decoder does not fit.
+
+    References:
+        Salimans et al., PixelCNN++, 2017.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import DiscretizedLogistic
+        >>> from pyrovae.nn import MLP
+        >>> DiscretizedLogistic(MLP(2, [8], (6, 5)), components=2)(torch.zeros(7, 2)).sample().shape
+        torch.Size([7, 5])
+    """
+
+    def __init__(self, decoder: nn.Module, num_levels: int = 256, components: int = 1, event_shape: Shape | None = None):
+        num_levels = _num_levels(num_levels)
+        super().__init__(decoder, event_shape, self.count_parameters({"components": components}))
+        self.num_levels, self.components = num_levels, positive_integer(components, "components")
+
+    @classmethod
+    def count_parameters(cls, options: Mapping[str, Any]) -> int:
+        """Two, or three for each of several components."""
+        components = positive_integer(options.get("components", 1), "components")
+        return 2 if components == 1 else 3 * components
+
+    @property
+    def in_scale(self) -> float:
+        """One over the largest level."""
+        return 1.0 / (self.num_levels - 1)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        *logits, loc, log_scale = (
+            self.output(z).unflatten(-self.event_dim - 1, (-1, self.components)).unbind(-self.event_dim - 2)
+        )
+        half = (self.num_levels - 1) / 2
+        # Components go last, where a mixture wants them.
+        loc = ((loc + 1) * half).movedim(-self.event_dim - 1, -1)
+        scale = (log_scale.clamp(min=-7.0).exp() * half).movedim(-self.event_dim - 1, -1)
+        law = distributions.DiscretizedLogistic(loc, scale, self.num_levels)
+        if not logits:
+            law = distributions.DiscretizedLogistic(loc[..., 0], scale[..., 0], self.num_levels)
+            return law.to_event(self.event_dim)
+        weights = dist.Categorical(logits=logits[0].movedim(-self.event_dim - 1, -1))
+        return dist.MixtureSameFamily(weights, law).to_event(self.event_dim)
+
+
+@register("likelihood")
+class Dequantized(Likelihood):
+    r"""Integer levels 0, ..., n-1 with uniform noise added, under a continuous likelihood of the unit scale.
+
+    .. math:: \log p(v \mid z) = \log p_y(v / n \mid z) - D \log n, \qquad v = x + u, \quad u \sim U[0, 1)^D
+
+    The change of variables puts the density in units of the data's levels, so that minus its mean in bits per dimension is an
+    upper bound on those of the levels themselves, comparable with a discrete likelihood's:
+    :math:`\mathbb{E}_u \log p(x + u) \le \log \int p(x + u) \, du`. Add the noise with :func:`pyrovae.data.dequantize`:
+    ``vae.fit(x, transform=dequantize)`` draws it afresh at each step, ``vae.log_marginal(dequantize(x))`` once. Levels without
+    noise are refused, since a density can be as high as one likes on them.
+
+    Args:
+        decoder: the decoder of the continuous likelihood.
+        likelihood: its name or table, such as ``{"kind": "normal", "scale": "shared"}``; it sees v / n.
+        num_levels: n, at least 2.
+        event_shape: the shape of one datum, if the decoder does not say it.
+
+    Raises:
+        ValueError: the likelihood is one of discrete data, or has no such name, or ``num_levels`` is no integer from 2 on.
+
+    References:
+        Theis, van den Oord and Bethge, A note on the evaluation of generative models, 2016.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import Dequantized
+        >>> from pyrovae.nn import MLP
+        >>> Dequantized(MLP(2, [8], 5), "continuous_bernoulli")(torch.zeros(2)).mean.max() <= 256
+        tensor(True)
+    """
+
+    def __init__(self, decoder: nn.Module, likelihood: Any = "normal", num_levels: int = 256, event_shape: Shape | None = None):
+        num_levels = _num_levels(num_levels)
+        super().__init__(decoder, event_shape, self.count_parameters({"likelihood": likelihood}))
+        self.likelihood, self.num_levels = likelihood, num_levels
+        options = _as_table(likelihood)
+        given = _Given(_family(options).decoder_shape(self.event_shape, options))
+        self.inner: Likelihood = build("likelihood", options, decoder=given)
+        support = self.inner(torch.zeros(given.in_shape)).support
+        if support.is_discrete:
+            raise ValueError(
+                f"{type(self.inner).__name__} is a likelihood of discrete data, which need no noise: use it as it is, or "
+                f'dequantise for a continuous one such as "normal".'
+            )
+
+    @classmethod
+    def count_parameters(cls, options: Mapping[str, Any]) -> int:
+        """As many as the continuous likelihood takes."""
+        table = _as_table(options.get("likelihood", "normal"))
+        return _family(table).count_parameters(table)
+
+    @property
+    def in_scale(self) -> float:
+        """That of the continuous likelihood, over the number of levels."""
+        return self.inner.in_scale / self.num_levels
+
+    @property
+    def filler(self) -> float | Tensor:  # type: ignore[override]
+        """That of the continuous likelihood, in levels."""
+        return self.inner.filler * self.num_levels
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
+        return self._in_levels(self.inner(self._flat(z)))
+
+    def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
+        """p(x|z) as the continuous likelihood gives it for this datum."""
+        return self._in_levels(self.inner.given(self._flat(z), x / self.num_levels, mask))
+
+    def _flat(self, z: Tensor) -> Tensor:
+        return self.output(z).flatten(-self.event_dim - (self.num_parameters > 1))
+
+    def _in_levels(self, law: Any) -> dist.Distribution:
+        return distributions.Dequantized(law.base_dist, self.num_levels).to_event(self.event_dim)
+
+
+@register("likelihood")
+class Mixed(Likelihood):
+    r"""A table whose columns differ in kind: each group of columns has a likelihood, and all share one decoder.
+
+    .. math:: \log p(x \mid z) = \sum_g \log p_g(x_g \mid z)
+
+    The encoder is shown each part's columns as that likelihood shows and scales them; bring wide real ones to about unit size.
+
+    Args:
+        decoder: maps ``[..., L]`` to ``[..., P]``, the parameters of all groups one after the other, in the order of the parts;
+            P is the sum of what they take (:meth:`decoder_shape`).
+        parts: pairs of column positions and a likelihood's name or table, such as
+            ``[([0, 3], "normal"), ([1], {"kind": "binomial", "total_count": 5}), ([2], "bernoulli")]``. Every column from 0
+            on belongs to one part.
+
+    Raises:
+        ValueError: the parts do not share out the columns, or the decoder does not give P numbers.
+
+    References:
+        Nazabal et al., Handling incomplete heterogeneous data using VAEs, 2020.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.likelihoods import Mixed
+        >>> from pyrovae.nn import MLP
+        >>> parts = [([0, 2], "normal"), ([1], {"kind": "categorical", "num_levels": 4})]
+        >>> Mixed(MLP(2, [8], 6), parts)(torch.zeros(7, 2)).event_shape
+        torch.Size([3])
+    """
+
+    order: Tensor
+    fill: Tensor
+
+    def __init__(self, decoder: nn.Module, parts: Any):
+        groups = _as_parts(parts)
+        shapes = [_family(table).decoder_shape(len(columns), table) for columns, table in groups]
+        sizes = [math.prod(shape) for shape in shapes]
+        said = getattr(decoder, "out_shape", None)
+        if said is not None and as_shape(said) != (sum(sizes),):
+            raise ValueError(
+                f"The parts of Mixed take {sum(sizes)} parameters together, so its decoder's out_shape must be "
+                f"({sum(sizes)},), not {as_shape(said)}."
+            )
+        super().__init__(decoder, sum(sizes))
+        self.parts = [[columns, table] for columns, table in groups]
+        self.sizes = sizes
+        self.likelihoods = nn.ModuleList(
+            build("likelihood", table, decoder=_Given(shape)) for (_, table), shape in zip(groups, shapes, strict=True)
+        )
+        self.out_size, self.event_shape = sum(sizes), (sum(len(columns) for columns, _ in groups),)
+        order = torch.argsort(torch.tensor([column for columns, _ in groups for column in columns]))
+        self.register_buffer("order", order, persistent=False)
+        for index, (columns, _) in enumerate(groups):
+            self.register_buffer(f"columns{index}", torch.tensor(columns), persistent=False)
+        fillers = [
+            torch.as_tensor(part.filler).expand(len(columns)) for part, (columns, _) in zip(self._each(), groups, strict=True)
+        ]
+        self.register_buffer("fill", torch.cat(fillers)[order], persistent=False)
+
+    @property
+    def filler(self) -> Tensor:  # type: ignore[override]
+        """That of each column."""
+        return self.fill
+
+    @classmethod
+    def decoder_shape(cls, event_shape: Shape, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """The sum of what the parts take."""
+        groups = _as_parts(options.get("parts"))
+        width = sum(len(columns) for columns, _ in groups)
+        if as_shape(event_shape) != (width,):
+            raise ValueError(f"The parts of Mixed share out {width} columns, but a datum has shape {as_shape(event_shape)}.")
+        shapes = [_family(table).decoder_shape(len(columns), table) for columns, table in groups]
+        return (sum(math.prod(shape) for shape in shapes),)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z): batch shape ``z.shape[:-1]``, event shape ``(D,)``."""
+        return self._together([part(h) for part, h in zip(self._each(), self._slices(z), strict=True)])
+
+    def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
+        """p(x|z) as each part gives it for its columns of this datum."""
+        return self._together(
+            [
+                part.given(h, x[..., columns], None if mask is None else mask[..., columns])
+                for part, h, columns in zip(self._each(), self._slices(z), self._columns(), strict=True)
+            ]
+        )
+
+    def shown(self, x: Tensor) -> Tensor:
+        """Each part's own, brought to about unit size."""
+        groups = zip(self._each(), self._columns(), strict=True)
+        return torch.cat([part.shown(x[..., columns]) * part.in_scale for part, columns in groups], -1)[..., self.order]
+
+    def _each(self) -> list[Likelihood]:
+        return list(self.likelihoods)  # type: ignore[arg-type]
+
+    def _columns(self) -> list[Tensor]:
+        return [getattr(self, f"columns{index}") for index in range(len(self.parts))]
+
+    def _slices(self, z: Tensor) -> tuple[Tensor, ...]:
+        out = self.decoder(z)
+        if out.shape[-1] != self.out_size:
+            raise ValueError(
+                f"The decoder of Mixed gave a tensor of shape {tuple(out.shape)}, which must end in ({self.out_size},): change "
+                f"its last layer, or the parts."
+            )
+        return out.split(self.sizes, -1)
+
+    def _together(self, laws: list[Any]) -> dist.Distribution:
+        return distributions.Columns([law.base_dist for law in laws], self._columns(), self.order).to_event(1)
+
+
+def _log_counts(x: Tensor) -> Tensor:
+    # A negative count is refused where it is scored, with a sentence that an encoder's NaN would forestall.
+    return torch.log1p(x.clamp(min=0.0))
+
+
+def _log(value: Tensor | float) -> Any:
+    return value.log() if isinstance(value, Tensor) else math.log(value)
+
+
+def _family(table: Mapping[str, Any]) -> type[Likelihood]:
+    return find("likelihood", table["kind"])
+
+
+def _as_table(likelihood: Any) -> dict[str, Any]:
+    table = {"kind": likelihood} if isinstance(likelihood, str) else likelihood
+    if not isinstance(table, Mapping) or "kind" not in table:
+        raise ValueError(
+            f'A likelihood within another is a name or a table with its kind = "normal" or the like, not {table!r}.'
+        )
+    return dict(table)
+
+
+def _as_parts(parts: Any) -> list[tuple[list[int], dict[str, Any]]]:
+    how = 'write parts = [[[0, 2], "normal"], [[1], {"kind": "bernoulli"}]], for example.'
+    pairs = list(parts) if isinstance(parts, Iterable) and not isinstance(parts, str | Mapping) else []
+    if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"The parts of Mixed are pairs of columns and a likelihood, not {parts!r}: {how}")
+    groups = []
+    for columns, likelihood in pairs:
+        found = list(columns) if isinstance(columns, Iterable) and not isinstance(columns, str) else []
+        if not found or not all(isinstance(column, Integral) for column in found):
+            raise ValueError(f"The columns of a part of Mixed are a list of integers, not {columns!r}: {how}")
+        groups.append(([int(column) for column in found], _as_table(likelihood)))
+    held = sorted(column for columns, _ in groups for column in columns)
+    if held != list(range(len(held))):
+        raise ValueError(f"The parts of Mixed must share out the columns 0, 1, ... once each, but they hold {held}: {how}")
+    return groups

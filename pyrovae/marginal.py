@@ -79,7 +79,8 @@ def log_marginal(
     :math:`\hat p(x)` is unbiased, so its logarithm is an estimate that lies below log p(x) on average. It is only as good as
     the guide's tails: read ``khat`` before the number. Sums run in float64 whatever the networks' precision, and the memory
     does not grow with ``num_samples`` beyond its square root. Modules whose bound methods the programs are score in evaluation
-    mode; where the programs are functions, call ``eval()`` on their modules first.
+    mode; where the programs are functions, call ``eval()`` on their modules first. Where values are missing, it is
+    log p(x_obs), and ``num_dims`` the mean number of observed values per datum.
 
     Where ``torch.distributed`` is initialised, the processes share the data, which each is given whole, and all get the whole
     answer.
@@ -188,7 +189,7 @@ def log_marginal(
         for batch in data:
             batch = arguments(model, batch)
             if store.wants(start, batch):
-                inspect_pair(model, guide, *batch)
+                observed = inspect_pair(model, guide, *batch).num_observed
                 torch.manual_seed(store.seed_of(start))
                 parts = []
                 with pyro.validation_enabled(False):
@@ -199,12 +200,15 @@ def log_marginal(
                 tail = arrays.pop("tail")
                 smoothed = pareto_smooth(tail, arrays["log_px"], num_samples, precision=torch.finfo(dtype).eps)
                 arrays["khat"], arrays["log_px_psis"] = smoothed
+                arrays["observed"] = np.full(len(batch[0]), observed / len(batch[0]))
                 store.add(start, arrays)
                 bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
             start += len(batch[0])
     scored = store.gathered()
     curve = curve_of(scored.pop("curve_sum").T, scored.pop("curve_square").T, scored["elbo"], num_samples)
-    return Evidence(**scored, curve=curve, num_samples=num_samples, num_dims=info.num_dims, method=METHODS[kind])
+    num_dims = float(scored.pop("observed").mean())
+    num_dims = round(num_dims) if math.isclose(num_dims, round(num_dims), rel_tol=1e-12) else num_dims
+    return Evidence(**scored, curve=curve, num_samples=num_samples, num_dims=num_dims, method=METHODS[kind])
 
 
 def _staged(draw: Draw, device: torch.device, compile: bool) -> Draw:

@@ -13,7 +13,9 @@ from .traces import (
     Program,
     check_finite,
     check_support,
+    data_plate,
     evaluation_mode,
+    num_observed_of,
     plate_nesting,
     same_random_stream,
     sites_of,
@@ -30,7 +32,8 @@ class PairInfo:
         max_plate_nesting: how many plate dimensions it uses.
         num_data: data in the batch.
         scale: N/B of a subsampled data plate, else 1.0.
-        num_dims: observed numbers per datum.
+        num_dims: numbers per datum, observed or masked.
+        num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
         enumerated: latent sites of the model that the guide leaves to Pyro's enumeration.
@@ -43,6 +46,7 @@ class PairInfo:
     latents: tuple[str, ...]
     not_reparameterized: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
+    num_observed: int = 0
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
@@ -66,6 +70,8 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         for name in enumerated:
             model_trace.remove_node(name)
         weights = read_weights(traces, 1)
+    observed = [site for site in sites_of(model_trace) if site["is_observed"]]
+    data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latents = tuple(site["name"] for site in sites_of(guide_trace) if not site["is_observed"])
     return PairInfo(
         max_plate_nesting=plate_nesting(model_trace, guide_trace),
@@ -75,6 +81,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         latents=latents,
         not_reparameterized=weights.not_reparameterized,
         enumerated=enumerated,
+        num_observed=sum(num_observed_of(site, data) for site in observed),
     )
 
 

@@ -216,6 +216,8 @@ def _plain(value: Any, where: str) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_plain(item, where) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, where) for key, item in value.items()}
     for kind in KINDS:
         if type(value) in _classes[kind].values():
             return describe(value, kind)

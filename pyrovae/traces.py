@@ -297,6 +297,21 @@ def num_dims_of(site: dict, data: Any) -> int:
     return event
 
 
+def num_observed_of(site: dict, data: Any) -> int:
+    """How many numbers a site observes of all data together, without what a mask leaves out; read eagerly."""
+    law = site["fn"]
+    while hasattr(law, "base_dist") and not isinstance(law, pyro.distributions.MaskedDistribution):
+        law = law.base_dist
+    inside = getattr(law, "_mask", True)
+    if not isinstance(inside, Tensor) and not isinstance(site["mask"], Tensor):
+        return 0 if inside is False or site["mask"] is False else num_dims_of(site, data) * data.size
+    seen = torch.as_tensor(inside).expand(law.batch_shape)
+    if site["mask"] is not None:
+        outer = torch.as_tensor(site["mask"]).expand(site["fn"].batch_shape)
+        seen = seen & outer.reshape(*outer.shape, *[1] * (seen.dim() - outer.dim())).to(seen.device)
+    return int(seen.sum()) * law.event_shape.numel()
+
+
 def check_same_latents(model_sites: list[dict], guide_sites: list[dict]) -> None:
     """Refuse programs whose latent sites differ."""
     in_model = {site["name"] for site in model_sites if not site["is_observed"]}
@@ -358,12 +373,16 @@ def check_support(site: dict) -> None:
     outside = (~inside & mask).nonzero()
     if not len(outside):
         return
-    law = type(law_of(site)).__name__
+    law = law_of(site)
+    name = type(law).__name__
     low, high = site["value"].min().item(), site["value"].max().item()
+    cure = {"Bernoulli": "binarise", "Dequantized": "add noise with pyrovae.data.dequantize to"}.get(name, "rescale")
+    if hasattr(law, "columns"):  # a table: say which columns
+        wrong = (~law.support.check(site["value"])).flatten(0, -2).any(0).nonzero().flatten().tolist()
+        name = f"column(s) {wrong} of {name}"
     raise ValueError(
-        f"The data have values outside the support of {law} at site {site['name']!r}, in {len(outside)} of the "
-        f"{inside.numel()} it was given (they range from {low:g} to {high:g}): "
-        f"{'binarise' if law == 'Bernoulli' else 'rescale'} them, or choose another likelihood."
+        f"The data have values outside the support of {name} at site {site['name']!r}, in {len(outside)} of the "
+        f"{inside.numel()} it was given (they range from {low:g} to {high:g}): {cure} them, or choose another likelihood."
     )
 
 

@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -141,6 +142,17 @@ class PairModule(nn.Module):
         # Counts come as integers and pixels as bytes; the networks want their own floating type.
         return x.to(next(self.parameters()).dtype)
 
+    def _as_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        # Labels beside the data, as a labelled data set gives them, are left out as ever: they are not of the data's shape.
+        if mask is None or (mask.dtype != torch.bool and mask.shape != x.shape):
+            return None
+        if mask.dtype != torch.bool or mask.shape != x.shape:
+            raise ValueError(
+                f"A mask is a boolean tensor of the data's shape {tuple(x.shape)}, true where a value was observed, not one of "
+                f"{mask.dtype} and shape {tuple(mask.shape)}."
+            )
+        return mask
+
 
 class VAE(PairModule):
     r"""A variational autoencoder as a pair of Pyro programs.
@@ -148,7 +160,10 @@ class VAE(PairModule):
     .. math:: p_\theta(x, z) = p_\theta(z) \, p_\theta(x \mid z), \qquad q_\phi(z \mid x) \approx p_\theta(z \mid x)
 
     ``vae.model(x)`` and ``vae.guide(x)`` are valid Pyro: they run under ``pyro.infer.SVI``, ``Predictive`` and
-    ``poutine.trace``. The sites are ``"z"`` and ``"x"`` in the plate ``"data"`` at dim -1.
+    ``poutine.trace``. The sites are ``"z"`` and ``"x"`` in the plate ``"data"`` at dim -1. Where values are missing, a mask
+    goes beside the data, ``vae.model(x, mask)``, of the shape of ``x`` and true where a value was observed: only those are
+    scored, so every bound and estimate is of log p(x_obs), and the encoder sees zeros in place of the others. Whatever takes
+    data takes the pair: ``vae.fit((x, mask))``, ``vae.log_marginal((x, mask))``.
 
     Args:
         prior: p(z).
@@ -195,28 +210,30 @@ class VAE(PairModule):
         """L, the number of latent dimensions."""
         return self.prior.latent_dim
 
-    def model(self, x: Tensor) -> None:
-        """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``."""
-        x = self._as_data(x)
+    def model(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``, and so has a ``mask`` of what was observed."""
+        x, mask = self._as_data(x), self._as_mask(x, mask)
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
-            pyro.sample("x", self.likelihood(z), obs=x)  # batch (B,), event data_shape
+            law, seen = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", law, obs=seen)  # batch (B,), event data_shape
 
-    def guide(self, x: Tensor) -> None:
+    def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""
-        x = self._as_data(x)
+        encoding = self.encode(x, mask)
         self._register()
         with pyro.plate("data", x.shape[0]):
-            pyro.sample("z", self.encoder(x))  # batch (B,), event (L,)
+            pyro.sample("z", encoding)  # batch (B,), event (L,)
 
-    def encode(self, x: Tensor) -> dist.Distribution:
-        """q(z|x), batch shape ``(B,)`` and event shape ``(L,)``."""
-        return self.encoder(self._as_data(x))
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
+        """q(z|x), batch shape ``(B,)`` and event shape ``(L,)``; missing values are zeros to the encoder."""
+        x, mask = self._as_data(x), self._as_mask(x, mask)
+        return self.encoder(self.likelihood.shown(x if mask is None else torch.where(mask, x, 0.0)))
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One point for each datum, shape ``(B, L)``: the mean of q(z|x), or its centre where there is no mean to be had."""
-        return centre(self.encode(x))
+        return centre(self.encode(x, mask))
 
     def decode(self, z: Tensor) -> dist.Distribution:
         """p(x|z), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
@@ -228,9 +245,10 @@ class VAE(PairModule):
         return self.decode(self.prior().sample((num_samples,))).sample()
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z) where :meth:`embed` puts x, shape of ``x``."""
-        return self.decode(self.embed(x)).mean
+        law, _ = self.likelihood.observe(self.embed(x, mask), self._as_data(x), self._as_mask(x, mask))
+        return law.mean
 
     @torch.no_grad()
     def interpolate(self, a: Tensor, b: Tensor, steps: int = 10) -> Tensor:
@@ -251,6 +269,107 @@ class VAE(PairModule):
         weight = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=ends[0].device)[:, None, None]
         means = self.decode(ends[0] + weight * (ends[1] - ends[0])).mean
         return means[:, 0] if single else means
+
+    def impute(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        *,
+        num_samples: int = 1000,
+        num_draws: int | None = None,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        r"""Fill in missing values by self-normalised importance sampling; observed ones are kept.
+
+        .. math:: \mathbb{E}[x_{mis} \mid x_{obs}] \approx \sum_{s=1}^S \bar w_s \, \mathbb{E}[x_{mis} \mid z_s], \qquad
+            \bar w_s \propto \frac{p(x_{obs} \mid z_s) \, p(z_s)}{q(z_s \mid x_{obs})}, \quad z_s \sim q(z \mid x_{obs})
+
+        Draws pick a latent with probability :math:`\bar w_s` and sample p(x|z) there, each draw afresh. Both are as good as
+        the weights: read ``vae.log_marginal((x, mask)).khat``.
+
+        Args:
+            x: data, shape ``(B, *data_shape)``; what they hold where the mask is false does not matter.
+            mask: true where a value was observed, shape of ``x``.
+            num_samples: S, latents drawn for every datum.
+            num_draws: return so many draws of the missing values instead of their mean.
+            chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations.
+            seed: makes it reproducible and leaves the global random stream untouched.
+
+        Returns:
+            The posterior-predictive mean, shape of ``x``; or draws, shape ``(num_draws, B, *data_shape)``. With discrete data
+            only the draws lie in the support.
+
+        Raises:
+            ValueError: the mask is no boolean tensor of the shape of ``x``, or a number is not positive.
+
+        References:
+            Mattei and Frellsen, MIWAE: Deep generative modelling and imputation of incomplete data sets, 2019.
+
+        Example:
+            >>> import torch, pyrovae as pv
+            >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+            >>> x, mask = torch.ones(5, 9), torch.arange(9) < 6
+            >>> filled = vae.impute(x, mask.expand(5, 9), num_samples=100)
+            >>> filled[0, 0].item(), bool(filled[0, 8] < 1)
+            (1.0, True)
+        """
+        from .marginal import CHUNK_NUMBERS
+        from .traces import evaluation_mode
+
+        num_samples = positive_integer(num_samples, "num_samples")
+        num_draws = None if num_draws is None else positive_integer(num_draws, "num_draws")
+        chunk = CHUNK_NUMBERS // max(math.prod(self.data_shape), 256) if chunk_size is None else chunk_size
+        chunk = positive_integer(max(chunk, 1) if chunk_size is None else chunk, "chunk_size")
+        x, known = self._as_data(x), self._as_mask(x, mask)
+        if known is None:
+            raise ValueError(f"The mask must be a boolean tensor of the data's shape {tuple(x.shape)}, true where observed.")
+        rows = max(1, chunk // num_samples)
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.no_grad(), evaluation_mode(self.model, self.guide), torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            parts = [
+                self._impute(data, seen, num_samples, num_draws, max(1, chunk // len(data)))
+                for data, seen in zip(x.split(rows), known.split(rows), strict=True)
+            ]
+        return torch.cat(parts, 0 if num_draws is None else 1)
+
+    def _impute(self, x: Tensor, mask: Tensor, num_samples: int, num_draws: int | None, chunk: int) -> Tensor:
+        """One batch, in chunks of particles; all weight so far is kept as one log-sum for each datum."""
+        from .weights import log_weights
+
+        event = (1,) * len(self.data_shape)
+        log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+        mean, latents = torch.zeros_like(x), x.new_zeros(num_draws or 0, len(x), self.latent_dim)
+        left = num_samples
+        while left:
+            size = min(left, chunk)
+            with _Seen() as seen:
+                weights = log_weights(self.model, self.guide, x, mask, num_particles=size, max_plate_nesting=1)
+            log_w = weights.log_weights.double()  # (size, B)
+            total = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
+            dead = total == -math.inf
+            kept = torch.where(dead, 1.0, torch.exp(log_sum - total))  # the earlier chunks' share of all weight so far
+            share = torch.where(dead, 0.0, torch.exp(log_w - total))
+            if num_draws is None:
+                share = share.to(x.dtype).reshape(*share.shape, *event)
+                mean = mean * kept.to(x.dtype).reshape(-1, *event) + (share * seen.law.mean.reshape(size, *x.shape)).sum(0)
+            else:
+                # Each draw moves to this chunk with the chunk's share, and picks within it by weight.
+                picked = torch.multinomial(torch.where(share.sum(0) > 0, share, 1.0).T, num_draws, replacement=True).T
+                moves = torch.rand(picked.shape, dtype=log_w.dtype, device=x.device) >= kept
+                drawn = seen.z.reshape(size, *latents.shape[1:]).gather(0, picked[..., None].expand(latents.shape))
+                latents = torch.where(moves[..., None], drawn, latents)
+            log_sum = total
+            left -= size
+        filled = mean
+        if num_draws is not None:
+            law, _ = self.likelihood.observe(latents, x, mask)
+            filled = law.sample()
+        # Where no latent explains what was observed, nothing can be said of the rest.
+        filled = filled.masked_fill((log_sum == -math.inf).reshape(-1, *event), math.nan)
+        return torch.where(mask, x, filled)
 
 
 def make_vae(
@@ -313,9 +432,7 @@ def build_likelihood(spec: Any, data_shape: tuple[int, ...], decoder: Callable[[
         spec = {"kind": spec}
     if isinstance(spec, Mapping) and "kind" in spec:
         family: type[Likelihood] = find("likelihood", spec["kind"])
-        num_parameters = family.count_parameters(spec)
-        out_shape = data_shape if num_parameters == 1 else (num_parameters, *data_shape)
-        return build("likelihood", spec, decoder=decoder(out_shape))
+        return build("likelihood", spec, decoder=decoder(family.decoder_shape(data_shape, spec)))
     if isinstance(spec, Likelihood):
         return spec
     raise ValueError('The likelihood is a name, a table with its kind = "bernoulli" or the like, or a Likelihood.')
@@ -416,3 +533,16 @@ def body_pair(
         raise ValueError(unknown("body", body, single + pairs))
     widths = [200, 200] if hidden is None else as_widths(hidden)
     return body, body, {"hidden": widths} | chosen, {"hidden": widths[::-1]} | chosen
+
+
+class _Seen(Messenger):
+    """Remembers z and p(x|z)."""
+
+    law: Any
+    z: Tensor
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == "z":
+            self.z = msg["value"]
+        elif msg["name"] == "x":
+            self.law = msg["fn"]

@@ -66,7 +66,10 @@ def test_any_character_survives_the_file(tmp_path: Path):
         ({"trian": {}}, "no key 'trian'; did you mean 'train'"),
         ({"train": {"epochs": -1}}, "train.epochs is -1, but input should be greater than 0"),
         ({"train": {"lr": "fast"}}, "train.lr is 'fast', but input should be a valid number"),
-        ({"data": {"binarize": "dyn"}}, "data.binarize is 'dyn', but input should be 'dynamic', 'static' or 'none'"),
+        (
+            {"data": {"binarize": "dyn"}},
+            "data.binarize is 'dyn', but input should be 'dynamic', 'static', 'none', 'levels' or 'dequantized'",
+        ),
         ({"model": {"hidden": [3, -1]}}, "model.hidden.1 is -1"),
         ({"model": 3}, "model is 3"),
     ],

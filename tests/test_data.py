@@ -8,7 +8,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Dataset
 
-from pyrovae.data import Batches, arguments, as_arrays, binarize, load
+from pyrovae.data import Batches, arguments, as_arrays, binarize, dequantize, load
+from pyrovae.vae import make_vae
 
 MNIST = Path(__file__).parents[2] / "shared" / "data"
 needs_mnist = pytest.mark.skipif(not (MNIST / "MNIST" / "raw").is_dir(), reason=f"the MNIST files are not under {MNIST}")
@@ -49,6 +50,19 @@ def test_mnist_is_read_through_torchvision_and_binarised():
     # The binarised test set was drawn from these probabilities.
     assert (dynamic.test - grey.test).mean().abs() < 1e-3
     assert ((dynamic.test == 1) & (grey.test == 0)).sum() == 0
+
+
+@needs_mnist
+def test_mnist_in_levels_and_with_noise():
+    levels, noisy = (load("mnist", root=str(MNIST), binarize=how) for how in ("levels", "dequantized"))
+    assert (levels.train.min(), levels.train.max()) == (0, 255)
+    assert torch.equal(noisy.test.floor(), levels.test)
+    assert torch.equal(noisy.test, load("mnist", root=str(MNIST), binarize="dequantized").test)
+    assert torch.equal(noisy.train, levels.train)
+    assert noisy.transform is dequantize
+    for split in (levels, noisy, load("mnist", root=str(MNIST), binarize="none")):
+        vae = make_vae(split.data_shape, latent_dim=2, hidden=[4], likelihood=split.likelihood)
+        assert np.isfinite(vae.log_marginal(split.test[:3], num_samples=2).log_px).all()
 
 
 def test_missing_mnist_says_where_to_look_and_downloads_nothing(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -19,11 +20,14 @@ from parts import COMBINATIONS, parts_for, spec
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
+from scipy import stats
 from torch import Tensor, nn
 
-from pyrovae.encoders import DiagonalNormal
+from pyrovae.encoders import DiagonalNormal, FullCovarianceNormal
+from pyrovae.estimators import ELBO, IWAE, DReG
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP, ConvEncoder, GatedMLP
+from pyrovae.pairs import inspect_pair
 from pyrovae.priors import StandardNormal
 from pyrovae.registry import build, names
 from pyrovae.vae import VAE, make_vae
@@ -35,6 +39,19 @@ LIKELIHOODS = [
     {"kind": "normal", "scale": "shared"},
     {"kind": "normal", "scale": "per_dimension"},
     {"kind": "normal", "scale": "decoder"},
+    {"kind": "normal", "scale": "optimal"},
+    "beta",
+    {"kind": "beta_binomial", "total_count": 4},
+    {"kind": "categorical", "num_levels": 4},
+    "continuous_bernoulli",
+    {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
+    {"kind": "discretized_logistic", "num_levels": 4, "components": 2},
+    "laplace",
+    {"kind": "mixed", "parts": [[[0, 2, 4], "normal"], [[1, 3], "bernoulli"], [[5], "beta"]]},
+    "negative_binomial",
+    "poisson",
+    "student_t",
+    "zero_inflated_negative_binomial",
 ]
 NAMED = {spec if isinstance(spec, str) else spec["kind"] for spec in LIKELIHOODS}
 
@@ -81,8 +98,9 @@ def test_plain_svi_trains_it(loss: type, encoder: str) -> None:
 )
 def test_every_combination_is_a_pair(prior: str, likelihood: object, encoder: str) -> None:
     parts = {"prior": spec("prior", prior), "encoder": spec("encoder", encoder)}
-    vae = _small(data_shape=(2, 3), likelihood=likelihood, **parts)
-    x = _binary(5, 2, 3)
+    table = isinstance(likelihood, dict) and likelihood["kind"] == "mixed"
+    vae = _small(data_shape=6 if table else (2, 3), likelihood=likelihood, **parts)
+    x = vae.sample(5)
     guide = poutine.trace(vae.guide).get_trace(x)
     model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
     for trace in (model, guide):
@@ -283,12 +301,228 @@ def test_samples_have_the_moments_of_the_model() -> None:
     assert ((torch.cov(x.T) - covariance).abs() < 5 * error).all()
 
 
+def test_encoder_is_shown_logarithms_of_counts_and_columns_of_one_size() -> None:
+    x = torch.tensor([[0.0, 3.0, 2.0, 9999.0]])
+    counts = _small(data_shape=4, likelihood="poisson")
+    assert torch.equal(counts.encode(x).mean, counts.encoder(torch.log1p(x)).mean)
+    parts = [[[3], "negative_binomial"], [[0, 2], "normal"], [[1], {"kind": "binomial", "total_count": 6}]]
+    table = _small(data_shape=4, likelihood={"kind": "mixed", "parts": parts})
+    shown = torch.tensor([[0.0, 0.5, 2.0, math.log(10_000)]])
+    assert_allclose(table.encode(x).mean.detach(), table.encoder(shown).mean.detach(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.int64, torch.bool])
 def test_data_of_any_type_meet_the_networks_own(dtype: torch.dtype) -> None:
     vae, x = _small(), _binary(5, 6)
     assert torch.equal(vae.encode(x.to(dtype)).mean, vae.encode(x).mean)
     assert vae.reconstruct(x.to(dtype)).dtype == torch.float32
     assert poutine.trace(vae.model).get_trace(x.to(dtype)).log_prob_sum().dtype == torch.float32
+
+
+# -- missing data ----------------------------------------------------------------------------------------------------------
+
+
+class _FactorAnalysis(VAE):
+    """x = Wz + b + noise, with the exact posterior given what was observed, or one ``spread`` times as wide, as its guide."""
+
+    def __init__(self, data_dim: int, scale: float, spread: float = 1.0):
+        body = MLP(data_dim, [], 1)
+        super().__init__(
+            StandardNormal(2), Normal(MLP(2, [], data_dim), scale), FullCovarianceNormal(body, 2), f"factors{spread}"
+        )
+        self.spread = spread
+        with torch.no_grad():
+            self.likelihood.decoder.layers[0].bias.normal_()
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, float]:
+        layer = self.likelihood.decoder.layers[0]
+        return layer.weight.detach(), layer.bias.detach(), self.likelihood.scale
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
+        weight, bias, scale = self.parts
+        seen = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+        precision = torch.eye(2) + torch.einsum("bd,di,dj->bij", seen, weight, weight) / scale**2
+        covariance = torch.linalg.inv(precision)
+        mean = torch.einsum("bij,bd,dj->bi", covariance, seen * (torch.where(seen > 0, x, 0.0) - bias), weight) / scale**2
+        return dist.MultivariateNormal(mean, self.spread**2 * covariance)
+
+    def exact(self, x: Tensor, mask: Tensor) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        """log p(x_obs), and mean and covariance of x_mis given x_obs, row by row."""
+        weight, bias, scale = self.parts
+        total = (weight @ weight.T + scale**2 * torch.eye(len(bias))).numpy()
+        log_px, means, covariances = [], [], []
+        for row, seen in zip(x.numpy(), mask.numpy(), strict=True):
+            centred = row[seen] - bias.numpy()[seen]
+            inner, cross = total[np.ix_(seen, seen)], total[np.ix_(~seen, seen)]
+            log_px.append(stats.multivariate_normal(cov=inner).logpdf(centred) if seen.any() else 0.0)
+            gain = cross @ np.linalg.inv(inner)
+            means.append(bias.numpy()[~seen] + gain @ centred)
+            covariances.append(total[np.ix_(~seen, ~seen)] - gain @ cross.T)
+        return np.array(log_px), means, covariances
+
+
+def _holes(num: int = 6, data_dim: int = 5) -> tuple[Tensor, Tensor]:
+    x, mask = 2 * torch.randn(num, data_dim), torch.rand(num, data_dim) < 0.5
+    mask[0], mask[1] = True, False  # nothing missing, and nothing observed
+    return x, mask
+
+
+@pytest.mark.usefixtures("float64")
+def test_evidence_of_the_observed_part_is_exact() -> None:
+    """With the exact posterior every weight is p(x_obs), whatever stands where a value is missing."""
+    vae = _FactorAnalysis(5, 0.7)
+    x, mask = _holes()
+    exact, _, _ = vae.exact(x, mask)
+    for hidden in (0.0, -1e6):
+        evidence = vae.log_marginal((torch.where(mask, x, hidden), mask), num_samples=40)
+        assert_allclose(evidence.log_px, exact, rtol=1e-10, atol=1e-12)
+        assert np.isneginf(evidence.khat).all()
+    # Bits for each number that was observed, of which there are not as many in every row.
+    assert evidence.num_dims == pytest.approx(mask.sum().item() / 6)
+    assert evidence.bits_per_dim == pytest.approx(-exact.sum() / mask.sum().item() / np.log(2))
+    everything = vae.log_marginal((x, torch.ones_like(mask)), num_samples=40)
+    assert_allclose(everything.log_px, vae.log_marginal(x, num_samples=40).log_px, rtol=1e-12)
+    assert everything.num_dims == 5
+    # A guide that is too wide makes it an estimate, within its error.
+    wide = _FactorAnalysis(5, 0.7, spread=1.5)
+    wide.load_state_dict(vae.state_dict())
+    evidence = wide.log_marginal((x, mask), num_samples=20_000)
+    assert (np.abs(evidence.log_px - exact) < 5 * evidence.se + 1e-12).all()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("spread", [1.0, 1.4])
+def test_imputation_is_the_exact_conditional(spread: float) -> None:
+    vae = _FactorAnalysis(5, 0.7, spread)
+    x, mask = _holes()
+    _, means, covariances = vae.exact(x, mask)
+    given = torch.where(mask, x, 99.0)
+    num = 40_000
+    mean = vae.impute(given, mask, num_samples=num, seed=1)
+    draws = vae.impute(given, mask, num_samples=num, num_draws=4_000, chunk_size=39_999, seed=1)  # and 1
+    assert (mean.shape, draws.shape) == ((6, 5), (4_000, 6, 5))
+    assert torch.equal(mean[mask], x[mask])
+    assert torch.equal(draws[:, mask], x[mask].expand(4_000, -1))
+    for row in range(1, 6):
+        hidden = ~mask[row]
+        variance = np.diag(covariances[row])
+        assert (np.abs(mean[row, hidden].numpy() - means[row]) < 5 * spread**2 * np.sqrt(variance / num)).all()
+        drawn = draws[:, row, hidden].numpy()
+        assert (np.abs(drawn.mean(0) - means[row]) < 5 * np.sqrt(variance / 4_000)).all()
+        error = np.sqrt((np.outer(variance, variance) + covariances[row] ** 2) / 4_000)
+        assert (np.abs(np.cov(drawn.T) - covariances[row]) < 5.5 * error).all()
+
+
+@pytest.mark.usefixtures("float64")
+def test_imputation_in_chunks_and_by_seed() -> None:
+    vae = _FactorAnalysis(5, 0.7, spread=1.2)
+    x, mask = _holes()
+    _, means, _ = vae.exact(x, mask)
+    state = torch.get_rng_state()
+    for chunk in (37, 600, None):  # some latents of one datum at a time, up to all at once
+        found = vae.impute(x, mask, num_samples=300, chunk_size=chunk, seed=3)
+        assert torch.equal(found, vae.impute(x, mask, num_samples=300, chunk_size=chunk, seed=3))
+        assert max(np.abs(found[row][~mask[row]].numpy() - means[row]).max() for row in range(2, 6)) < 0.3
+    assert torch.equal(torch.get_rng_state(), state)
+    assert vae.impute(x, mask, num_samples=1, num_draws=1).shape == (1, 6, 5)
+    assert vae.impute(x, mask, num_samples=2, chunk_size=1).shape == (6, 5)
+
+
+def test_imputation_says_where_nothing_explains_the_data() -> None:
+    vae = _small(likelihood={"kind": "binomial", "total_count": 1})
+    vae.likelihood.decoder.layers[-1].bias.data.fill_(-math.inf)
+    x, mask = torch.zeros(2, 6), torch.arange(6).expand(2, 6) < 3
+    x[0, 0] = 1.0
+    with pyro.validation_enabled(False):
+        filled = vae.impute(x, mask, num_samples=10)
+    assert filled[0, 3:].isnan().all()
+    assert torch.equal(filled[0, :3], x[0, :3])
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=str)
+def test_hidden_values_change_nothing(likelihood: object) -> None:
+    vae = _small(likelihood=likelihood)
+    x, mask = vae.sample(7), torch.rand(7, 6) < 0.6
+    results = []
+    for hidden in (0.0, 1e6, -3.25):
+        batch = (torch.where(mask, x, hidden), mask)
+        for estimator in (ELBO(), IWAE(3), DReG(3), Trace_ELBO(max_plate_nesting=1)):
+            pyro.set_rng_seed(0)
+            vae.zero_grad()
+            loss = estimator.differentiable_loss(vae.model, vae.guide, *batch)
+            loss.backward()
+            gradients = [par.grad.clone() for par in vae.parameters() if par.grad is not None]
+            assert all(gradient.isfinite().all() for gradient in gradients)
+            results.append((hidden, loss.item(), gradients))
+        inspect_pair(vae.model, vae.guide, *batch)  # outside the support is no fault where nothing was observed
+        filled = vae.impute(*batch, num_samples=20, num_draws=3)
+        assert torch.equal(filled[:, mask], x[mask].expand(3, -1))
+        assert vae.decode(torch.zeros(7, 2)).support.check(filled[0]).all()
+        assert vae.reconstruct(*batch).isfinite().all()
+    for (_, loss, gradients), (_, other, others) in zip(results[:4] * 2, results[4:], strict=True):
+        if likelihood != {"kind": "normal", "scale": "optimal"}:  # whose scale is kept
+            assert loss == other
+            assert all(map(torch.equal, gradients, others))
+
+
+def test_fit_with_a_mask_learns_from_what_was_observed() -> None:
+    """Columns that copy one bit: a hidden one is then known from the others."""
+    bit = (torch.arange(400) % 2).float()
+    x, mask = bit[:, None].expand(400, 6), torch.rand(400, 6) < 0.7
+    vae = _small()
+    history = vae.fit(
+        (torch.where(mask, x, 0.0), mask),
+        estimator={"kind": "iwae", "num_particles": 5},
+        epochs=25,
+        lr=0.03,
+        progress=False,
+        validation=0.1,
+        seed=0,
+    )
+    assert history.bound[-1] > -1.2 > history.bound[0]  # one bit is 0.69 nats
+    some = mask.any(1)
+    filled = vae.impute(torch.where(mask, x, 0.0), mask, num_samples=200)
+    assert (filled - x)[some].abs().max() < 0.2
+
+
+def test_labels_beside_the_data_are_left_out_as_before() -> None:
+    vae, x = _small(), _binary(8, 6)
+    for labels in (torch.arange(8), torch.zeros(8, 3)):
+        pyro.set_rng_seed(0)
+        with_labels = vae.fit((x, labels), epochs=1, progress=False).bound
+        assert len(with_labels) == 1
+        assert torch.equal(vae.encode(x, labels).mean, vae.encode(x).mean)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, 5, dtype=torch.bool), "not one of torch.bool and shape (4, 5)."),
+        (torch.ones(4, 6), "not one of torch.float32 and shape (4, 6)."),
+    ],
+)
+def test_a_mask_of_another_kind_gets_one_sentence(mask: Tensor, message: str) -> None:
+    said = f"A mask is a boolean tensor of the data's shape (4, 6), true where a value was observed, {message}"
+    for program in (_small().model, _small().guide, _small().impute):
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            program(torch.zeros(4, 6), mask)
+
+
+def test_imputation_needs_a_mask_and_a_law_in_parts() -> None:
+    with pytest.raises(ValueError, match="The mask must be a boolean tensor"):
+        _small().impute(torch.zeros(4, 6), torch.zeros(4))
+
+    class Joint(Normal):
+        def forward(self, z: Tensor) -> dist.Distribution:
+            return dist.MultivariateNormal(self.decoder(z), torch.eye(6))
+
+    vae = _small(likelihood=Joint(MLP(2, [], 6)))
+    vae.model(torch.zeros(4, 6))
+    with pytest.raises(
+        ValueError, match=r"^Joint does not return independent dimensions .*choose another likelihood, or complete"
+    ):
+        vae.model(torch.zeros(4, 6), torch.ones(4, 6, dtype=torch.bool))
 
 
 # -- saved and loaded ------------------------------------------------------------------------------------------------------
