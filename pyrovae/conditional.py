@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .encoders import Encoder
 from .likelihoods import Likelihood
-from .nn import Activation, Shape, as_shape, positive_integer
+from .nn import Activation, Shape, as_shape
 from .priors import Prior
-from .registry import build
+from .registry import build, positive_integer
 from .vae import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
 
 

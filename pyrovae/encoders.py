@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from . import distributions
 from .distributions import FlowDistribution, check_sphere, flow_transform, normalizing_flow
-from .nn import as_shape, as_widths, positive_integer, positive_number
-from .registry import build, find, register
+from .nn import as_shape, as_widths
+from .registry import build, find, positive_integer, positive_number, register
 
 
 class Encoder(nn.Module):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .encoders import DiagonalNormal, Encoder
 from .likelihoods import Likelihood
-from .nn import MLP, Activation, Shape, as_shape, positive_integer
+from .nn import MLP, Activation, Shape, as_shape
 from .priors import Prior
-from .registry import build, find, register
+from .registry import build, find, positive_integer, register
 from .vae import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
 
 Draw = Callable[[int, dist.Distribution], Tensor]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from . import distributions
-from .nn import Body, Shape, as_shape, positive_integer
-from .registry import build, find, register
+from .nn import Body, Shape, as_shape
+from .registry import build, find, positive_integer, positive_number, register
 
 # Where a likelihood reads the library size off its datum and there is none, as for draws from the prior: counts per ten
 # thousand, as single-cell data are commonly normalised.
@@ -193,17 +193,6 @@ class _Given(Body):
 
     def forward(self, z: Tensor) -> Tensor:
         return z.unflatten(-1, self.out_shape)
-
-
-def positive_number(value: Any, what: str) -> float:
-    """``value`` as a plain float.
-
-    Raises:
-        ValueError: it is no positive finite number; the message calls it ``what``.
-    """
-    if not (isinstance(value, Real) and 0 < float(value) < math.inf):
-        raise ValueError(f"{what} is a positive number, not {value!r}.")
-    return float(value)
 
 
 def _num_levels(value: Any) -> int:

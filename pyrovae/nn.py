@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .registry import positive_integer as positive_integer
-from .registry import positive_number as positive_number
-from .registry import register, unknown
+from .registry import positive_integer, register, unknown
 
 Shape = int | Sequence[int]
 Activation = str | Callable[[], nn.Module]

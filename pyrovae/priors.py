@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from . import distributions
 from .distributions import FlowDistribution, flow_transform, normalizing_flow
-from .nn import Shape, as_shape, as_widths, positive_integer, positive_number
-from .registry import register
+from .nn import Shape, as_shape, as_widths
+from .registry import positive_integer, positive_number, register
 
 
 class Prior(nn.Module):

@@ -21,9 +21,9 @@ from . import checkpoint
 from .distributions import centre
 from .encoders import Encoder
 from .likelihoods import Likelihood
-from .nn import Activation, Shape, as_shape, as_widths, positive_integer
+from .nn import Activation, Shape, as_shape, as_widths
 from .priors import Prior
-from .registry import build, describe, find, names, unknown
+from .registry import build, describe, find, names, positive_integer, unknown
 
 if TYPE_CHECKING:
     from .evidence import Evidence
