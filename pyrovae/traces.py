@@ -6,6 +6,7 @@ not do is refused here, in a sentence that says what to write.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -512,6 +513,12 @@ class FlatPair:
     def model_trace(self, flat: Tensor) -> tuple[Trace, Place]:
         """The model's trace at ``flat`` (K, B, L), and what placed it there."""
         return self._run(self.model, self._given(flat), len(flat), unconstrained=True)
+
+    def on(self, args: tuple) -> FlatPair:
+        """The same pair on another batch of the same shape."""
+        other = copy.copy(self)
+        other.args = args
+        return other
 
     def follow(self, flat: Tensor, watch: Any) -> Trace:
         """The model's trace at ``flat`` under a dispatch mode that holds the latents; they must be unconstrained themselves."""
