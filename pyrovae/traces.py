@@ -616,14 +616,14 @@ def plate_sizes(site: dict, nesting: int) -> list[int]:
 
 
 def support_of(law: Any) -> Any:
-    """A distribution's support; that of a flow of zuko is its own."""
+    """A distribution's support; of a flow of zuko, which declares none, what its transform takes."""
     try:
         return law.support
     except NotImplementedError:
-        inner = getattr(law, "dist", None)  # ZukoToPyro passes no support on
-        if inner is None:
+        transform = getattr(getattr(law, "dist", None), "transform", None)
+        if transform is None:
             raise
-        return inner.support
+        return transform.domain
 
 
 def _unconstrained_shape(site: dict) -> torch.Size:

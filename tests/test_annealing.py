@@ -171,7 +171,7 @@ def test_float32_networks_chunks_and_seeds():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    options = {"num_temperatures": 20, "num_chains": 8, "chunk_size": 32, "leapfrog_steps": 3, "seed": 0}
+    options = {"num_temperatures": 10, "num_chains": 8, "chunk_size": 32, "leapfrog_steps": 3, "seed": 0}
     first, second, plain = (
         pv.ais(vae.model, vae.guide, x, start="guide", compile=compile, **options) for compile in ("auto", "auto", False)
     )
@@ -182,7 +182,7 @@ def test_float32_networks_chunks_and_seeds():
     assert np.isnan(first.khat).all()
     assert all(parameter.grad is None for parameter in vae.parameters())
     sampled = vae.log_marginal(x, num_samples=2000, seed=0)
-    assert np.abs(first.log_px - sampled.log_px).max() < 0.3
+    assert np.abs(first.log_px - sampled.log_px).max() < 0.4
 
 
 def test_what_cannot_be_meant_is_refused_in_a_sentence():
