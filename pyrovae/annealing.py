@@ -18,6 +18,7 @@ from .data import Batch, Batches, arguments
 from .evidence import Evidence, pareto_khat, tail_size
 from .pairs import FirstRun, first_run, inspect_pair
 from .registry import unknown
+from .staging import Staged
 from .traces import FlatPair, Program, evaluation_mode
 from .weights import dreamt_args
 
@@ -30,6 +31,7 @@ CHUNK_NUMBERS = 2**20
 SMALLEST_STEP, LARGEST_STEP = 1e-4, 0.5
 TUNING_CHAINS, TUNING_WARMUP = 4, 30
 STEEPNESS = 4.0
+GRADIENTS_TO_COMPILE = 20_000
 
 
 def ais(
@@ -46,6 +48,7 @@ def ais(
     target_acceptance: float = 0.65,
     chunk_size: int | None = None,
     vectorize_particles: bool = True,
+    compile: bool | Literal["auto"] = "auto",
     seed: int | None = None,
     progress: bool = False,
 ) -> Evidence:
@@ -76,6 +79,8 @@ def ais(
         target_acceptance: what tuning aims at.
         chunk_size: (chain, datum) pairs moved at once; by default as many as fill about 4 MB of observations.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
+        compile: compile the gradient (:mod:`pyrovae.staging`); ``"auto"`` does so where there are 20,000 or more of them, and
+            else only captures it without Pyro's handlers; ``False`` runs the pair as it is each time.
         seed: makes the estimate reproducible and leaves the global random stream untouched.
         progress: show a bar.
 
@@ -99,10 +104,11 @@ def ais(
         ('AIS from the prior, 20 temperatures', (3,))
     """
     path = _Path(start, _betas(schedule, num_temperatures), leapfrog_steps, step_size, target_acceptance)
-    path.check(num_chains)
+    path.check(num_chains, compile)
     first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
     size = _rows(chunk_size, num_chains, first)
     data = Batches(x, batch_size=size, dtype=first.dtype, device=first.device)
+    gradient = _Gradient(path.backend(compile, data.num_batches, ways=1))
     parts: list[Tensor] = []
     with _quietly(model, guide, first, seed), _bar(data.num_batches, path, "AIS", progress) as bar:
         for batch in data:
@@ -110,7 +116,8 @@ def ais(
             inspect_pair(model, guide, *batch)
             with pyro.validation_enabled(False):
                 pair = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles)
-                parts.append(path.forward(pair, num_chains, path.tune(pair, num_chains, bar), bar))
+                field = _Field(pair, start, gradient)
+                parts.append(path.forward(field, num_chains, path.tune(field, num_chains, bar), bar))
             bar.set_postfix_str(f"{float(torch.cat([_log_mean(part) for part in parts]).mean()):.2f} nats/datum")
     log_w = torch.cat(parts, 1)  # (K, N)
     estimate, se, share = _reduce(log_w)
@@ -195,6 +202,7 @@ def bdmc(
     target_acceptance: float = 0.65,
     chunk_size: int | None = None,
     vectorize_particles: bool = True,
+    compile: bool | Literal["auto"] = "auto",
     seed: int | None = None,
     progress: bool = False,
 ) -> Sandwich:
@@ -224,6 +232,8 @@ def bdmc(
         target_acceptance: what tuning aims at.
         chunk_size: (chain, datum) pairs moved at once.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
+        compile: compile the gradient (:mod:`pyrovae.staging`); ``"auto"`` does so where there are 20,000 or more of them, and
+            else only captures it without Pyro's handlers; ``False`` runs the pair as it is each time.
         seed: makes the result reproducible and leaves the global random stream untouched.
         progress: show a bar.
 
@@ -246,7 +256,7 @@ def bdmc(
         ((20, 9), True)
     """
     path = _Path(start, _betas(schedule, num_temperatures), leapfrog_steps, step_size, target_acceptance)
-    path.check(num_chains)
+    path.check(num_chains, compile)
     if int(num_data) != num_data or num_data < 1:
         raise ValueError(f"num_data is a positive integer, not {num_data!r}.")
     first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
@@ -254,6 +264,7 @@ def bdmc(
     forward, backward = [], []
     simulated: list[Batch] = []
     batches = Batches(like, batch_size=_rows(chunk_size, num_chains, first), dtype=first.dtype, device=first.device)
+    gradient = _Gradient(path.backend(compile, batches.num_batches, ways=2))
     with _quietly(model, guide, first, seed), _bar(batches.num_batches, path, "BDMC", progress, ways=2) as bar:
         for batch in batches:
             dream, latents = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles).dream()
@@ -261,9 +272,10 @@ def bdmc(
             inspect_pair(model, guide, *shown)
             with pyro.validation_enabled(False):
                 pair = FlatPair(model, guide, shown, vectorize_particles=vectorize_particles)
-                steps = path.tune(pair, num_chains, bar)
-                forward.append(path.forward(pair, num_chains, steps, bar))
-                backward.append(path.backward(pair, latents.expand(num_chains, -1, -1), steps, bar))
+                field = _Field(pair, start, gradient)
+                steps = path.tune(field, num_chains, bar)
+                forward.append(path.forward(field, num_chains, steps, bar))
+                backward.append(path.backward(field, latents.expand(num_chains, -1, -1), steps, bar))
             simulated.append(shown)
     lower, lower_se, _ = _reduce(torch.cat(forward, 1))
     upper, upper_se, _ = _reduce(-torch.cat(backward, 1))
@@ -295,6 +307,50 @@ class _State(NamedTuple):
     rise: Tensor  # (K, B), log p(x, u) - log f_0
 
 
+class _Gradient:
+    """What one leapfrog step computes, captured once for all chunks of data of one shape."""
+
+    def __init__(self, backend: str):
+        self.staged = Staged(self._run, backend)
+        self.field: _Field | None = None
+
+    def __call__(self, field: _Field, flat: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        self.field = field
+        return self.staged(flat, beta, *field.pair.args)
+
+    def _run(self, flat: Tensor, beta: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+        assert self.field is not None
+        field = _Field(self.field.pair.on(args), self.field.start, self)
+        with torch.enable_grad():
+            flat = flat.detach().requires_grad_()
+            state = field.at(flat)
+            log_f = state.log_start + beta * state.rise
+            (slope,) = torch.autograd.grad(log_f.sum(), flat)
+        return state.log_start.detach(), state.rise.detach(), log_f.detach(), slope
+
+
+class _Field(NamedTuple):
+    """One chunk of data with the start's density and the joint's over its latents."""
+
+    pair: FlatPair
+    start: Start
+    gradient: _Gradient
+
+    def at(self, flat: Tensor) -> _State:
+        """The chains' state at ``flat`` (K, B, L)."""
+        terms = self.pair.terms(flat, guide=self.start == "guide")
+        if terms.log_guide is None:
+            return _State(flat, terms.log_prior.double(), terms.log_likelihood.double())
+        log_start = terms.log_guide.double()
+        return _State(flat, log_start, terms.log_joint.double() - log_start)
+
+    def slope(self, flat: Tensor, beta: float) -> tuple[_State, Tensor, Tensor]:
+        """The state at ``flat``, log f there (K, B), and its gradient (K, B, L)."""
+        at = torch.tensor(beta, dtype=torch.float64, device=flat.device)
+        log_start, rise, log_f, slope = self.gradient(self, flat, at)
+        return _State(flat, log_start, rise), log_f, slope
+
+
 @dataclass(frozen=True)
 class _Path:
     """The way from the start to the joint, and the transitions along it."""
@@ -305,8 +361,17 @@ class _Path:
     step_size: float
     target_acceptance: float
 
-    def check(self, num_chains: int) -> None:
+    def backend(self, compile: bool | str, num_batches: int | None, ways: int) -> str:
+        """What the gradient is staged with."""
+        gradients = (num_batches or 1) * (ways + 1) * len(self.betas) * (self.leapfrog_steps + 1)
+        if compile == "auto":
+            return "inductor" if gradients >= GRADIENTS_TO_COMPILE else "aten"
+        return "inductor" if compile else "eager"
+
+    def check(self, num_chains: int, compile: bool | str) -> None:
         """Refuse what cannot be meant."""
+        if compile not in (True, False, "auto"):
+            raise ValueError(f'compile is True, False or "auto", not {compile!r}.')
         if self.start not in ("prior", "guide"):
             raise ValueError(unknown("start", self.start, ["prior", "guide"]))
         for name, value in [("num_chains", num_chains), ("leapfrog_steps", self.leapfrog_steps)]:
@@ -317,41 +382,41 @@ class _Path:
         if not 0 < self.target_acceptance < 1:
             raise ValueError(f"target_acceptance lies between 0 and 1, not {self.target_acceptance!r}.")
 
-    def forward(self, pair: FlatPair, num_chains: int, tuned: _Tuned, bar: tqdm) -> Tensor:
+    def forward(self, field: _Field, num_chains: int, tuned: _Tuned, bar: tqdm) -> Tensor:
         """log w of chains from the start to the joint, (K, B)."""
         with torch.no_grad():
-            state = self._at(pair, pair.draw(num_chains, self.start))
+            state = field.at(field.pair.draw(num_chains, self.start))
         log_w = torch.zeros_like(state.rise)
         for t in range(1, len(self.betas)):
             log_w = log_w + (self.betas[t] - self.betas[t - 1]) * state.rise
             if t < len(self.betas) - 1:
-                state, _ = self._move(pair, state, self.betas[t], tuned.steps[t], tuned.spread)
+                state, _ = self._move(field, state, self.betas[t], tuned.steps[t], tuned.spread)
             bar.update()
         return log_w
 
-    def backward(self, pair: FlatPair, flat: Tensor, tuned: _Tuned, bar: tqdm) -> Tensor:
+    def backward(self, field: _Field, flat: Tensor, tuned: _Tuned, bar: tqdm) -> Tensor:
         """log w of chains from draws of the posterior back to the start, by the same transitions in reverse order, (K, B)."""
         with torch.no_grad():
-            state = self._at(pair, flat)
+            state = field.at(flat)
         log_w = torch.zeros_like(state.rise)
         for t in reversed(range(1, len(self.betas))):
             # The first one leaves p(z|x) as it is, and takes the chains apart.
-            state, _ = self._move(pair, state, self.betas[t], tuned.steps[t], tuned.spread)
+            state, _ = self._move(field, state, self.betas[t], tuned.steps[t], tuned.spread)
             log_w = log_w + (self.betas[t] - self.betas[t - 1]) * state.rise
             bar.update()
         return log_w
 
-    def tune(self, pair: FlatPair, num_chains: int, bar: tqdm) -> _Tuned:
+    def tune(self, field: _Field, num_chains: int, bar: tqdm) -> _Tuned:
         """Step sizes from chains that are then thrown away, and the spread of the start."""
         with torch.no_grad():
-            draws = torch.cat([pair.draw(num_chains, self.start) for _ in range(math.ceil(64 / num_chains))])
+            draws = torch.cat([field.pair.draw(num_chains, self.start) for _ in range(math.ceil(64 / num_chains))])
             spread = draws.double().std(0).clamp(min=1e-6)
-            state = self._at(pair, draws[: min(num_chains, TUNING_CHAINS)])
-        step = torch.full((pair.num_data,), self.step_size, dtype=torch.float64, device=pair.device)
+            state = field.at(draws[: min(num_chains, TUNING_CHAINS)])
+        step = torch.full((field.pair.num_data,), self.step_size, dtype=torch.float64, device=field.pair.device)
         steps = [step]
 
         def adapt(step: Tensor, beta: float, change: float) -> tuple[_State, Tensor]:
-            moved, acceptance = self._move(pair, state, beta, step, spread)
+            moved, acceptance = self._move(field, state, beta, step, spread)
             step = torch.where(acceptance > self.target_acceptance, step * (1 + change), step * (1 - change))
             return moved, step.clamp(SMALLEST_STEP, LARGEST_STEP)
 
@@ -365,35 +430,19 @@ class _Path:
             bar.update()
         return _Tuned(steps, spread)
 
-    def _at(self, pair: FlatPair, flat: Tensor) -> _State:
-        terms = pair.terms(flat, guide=self.start == "guide")
-        if terms.log_guide is None:
-            return _State(flat, terms.log_prior.double(), terms.log_likelihood.double())
-        log_start = terms.log_guide.double()
-        return _State(flat, log_start, terms.log_joint.double() - log_start)
-
-    def _slope(self, pair: FlatPair, flat: Tensor, beta: float) -> tuple[_State, Tensor, Tensor]:
-        """The chains' state at ``flat``, log f there (K, B), and its gradient (K, B, L)."""
-        with torch.enable_grad():
-            flat = flat.detach().requires_grad_()
-            state = self._at(pair, flat)
-            log_f = state.log_start + beta * state.rise
-            (slope,) = torch.autograd.grad(log_f.sum(), flat)
-        return _State(*(part.detach() for part in state)), log_f.detach(), slope
-
-    def _move(self, pair: FlatPair, state: _State, beta: float, step: Tensor, spread: Tensor) -> tuple[_State, Tensor]:
+    def _move(self, field: _Field, state: _State, beta: float, step: Tensor, spread: Tensor) -> tuple[_State, Tensor]:
         """One Hamiltonian transition that leaves f at ``beta`` as it is; and the mean acceptance of each datum (B,)."""
         stride = (step[:, None] * spread).to(state.flat.dtype)
         # Trajectories of one length could come back to where they started, for ever.
         stride = stride * (0.8 + 0.4 * torch.rand_like(state.flat[..., :1]))
-        _, log_f, slope = self._slope(pair, state.flat, beta)
+        _, log_f, slope = field.slope(state.flat, beta)
         momentum = torch.randn_like(state.flat)
         before = log_f - momentum.double().square().sum(-1) / 2
         flat, new = state.flat, state
         for _ in range(self.leapfrog_steps):
             momentum = momentum + stride / 2 * slope
             flat = flat + stride * momentum
-            new, log_f, slope = self._slope(pair, flat, beta)
+            new, log_f, slope = field.slope(flat, beta)
             momentum = momentum + stride / 2 * slope
         after = log_f - momentum.double().square().sum(-1) / 2
         # Where the trajectory left for infinity, it is not taken.

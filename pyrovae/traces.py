@@ -6,6 +6,7 @@ not do is refused here, in a sentence that says what to write.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -532,6 +533,12 @@ class FlatPair:
         """The model's trace at ``flat`` (K, B, L), and what placed it there."""
         return self._run(self.model, self._given(flat), len(flat), unconstrained=True)
 
+    def on(self, args: tuple) -> FlatPair:
+        """The same pair on another batch of the same shape."""
+        other = copy.copy(self)
+        other.args = args
+        return other
+
     def follow(self, flat: Tensor, watch: Any) -> Trace:
         """The model's trace at ``flat`` under a dispatch mode that holds the latents; they must be unconstrained themselves."""
         given = self._given(flat)
@@ -628,14 +635,14 @@ def plate_sizes(site: dict, nesting: int) -> list[int]:
 
 
 def support_of(law: Any) -> Any:
-    """A distribution's support; that of a flow of zuko is its own."""
+    """A distribution's support; of a flow of zuko, which declares none, what its transform takes."""
     try:
         return law.support
     except NotImplementedError:
-        inner = getattr(law, "dist", None)  # ZukoToPyro passes no support on
-        if inner is None:
+        transform = getattr(getattr(law, "dist", None), "transform", None)
+        if transform is None:
             raise
-        return inner.support
+        return transform.domain
 
 
 def _unconstrained_shape(site: dict) -> torch.Size:

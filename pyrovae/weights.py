@@ -297,7 +297,7 @@ def dreamt_args(dream: Trace, args: tuple) -> tuple:
         if not shown:
             raise ValueError(
                 f"The model dreams site {site['name']!r}, but its obs is not one of the programs' arguments as they were "
-                f"given, so the guide cannot be shown the dream: observe the argument itself."
+                f"given, so the guide cannot be shown the dream: observe the argument itself (the wake phase needs no dream)."
             )
         swaps |= {id(arg): site["value"].to(arg.dtype) for arg in shown}
     return tuple(swaps.get(id(arg), arg) for arg in args)

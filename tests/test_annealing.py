@@ -7,9 +7,10 @@ import pytest
 import torch
 from pairs import LinearGaussian, counts_pair, curved_pair, nested_plates_pair, switches_pair
 from scipy import stats
+from tqdm import tqdm
 
 import pyrovae as pv
-from pyrovae.annealing import _betas, _Path, _Tuned
+from pyrovae.annealing import _betas, _Field, _Gradient, _Path, _Tuned
 from pyrovae.traces import FlatPair
 
 
@@ -37,7 +38,7 @@ def test_ais_agrees_with_quadrature_on_curved_and_on_positive_latents():
     y = torch.tensor([0.0, 1, 4, 9])
     for pair, data in [(curved, x), (counts, y)]:
         truth = pv.exact(pair.model, pair.guide, data)
-        evidence = pv.ais(pair.model, pair.guide, data, num_temperatures=40, leapfrog_steps=5, num_chains=32, seed=0)
+        evidence = pv.ais(pair.model, pair.guide, data, num_temperatures=30, leapfrog_steps=4, num_chains=32, seed=0)
         error = evidence.log_px - truth.log_px
         assert abs(error.mean()) < 4 * evidence.mean_se
         assert (np.abs(error) < 5 * evidence.se).all()
@@ -60,30 +61,28 @@ def test_unbiased_for_px_even_with_few_temperatures():
 def test_a_transition_leaves_its_target_as_it_is():
     pair = counts_pair()
     y = torch.tensor([0.0, 3.0])
-    flat = FlatPair(pair.model, pair.guide, (y,))
+    field = _Field(FlatPair(pair.model, pair.guide, (y,)), "prior", _Gradient("eager"))
     path = _Path("prior", [0.0, 1.0], 5, 0.3, 0.65)
     posterior = dist.Gamma(3 + y, torch.tensor(2.5))
-    state = path._at(flat, posterior.sample((4000,)).log()[..., None])
+    state = field.at(posterior.sample((4000,)).log()[..., None])
     for _ in range(3):
-        state, acceptance = path._move(flat, state, 1.0, torch.full((2,), 0.45), torch.ones(2, 1))
+        state, acceptance = path._move(field, state, 1.0, torch.full((2,), 0.45), torch.ones(2, 1))
     assert ((acceptance > 0.5) & (acceptance < 0.999)).all()
     for datum in range(2):
         drawn = state.flat[:, datum, 0].exp().numpy()
         assert stats.kstest(drawn, stats.gamma(3 + y[datum].item(), scale=1 / 2.5).cdf).pvalue > 0.001
-    torch.testing.assert_close(state.rise, path._at(flat, state.flat).rise)
+    torch.testing.assert_close(state.rise, field.at(state.flat).rise)
 
 
 @pytest.mark.usefixtures("float64")
 def test_step_sizes_follow_temperature_and_datum():
     pair = LinearGaussian(latent_dim=1, data_dim=1, noise=0.02)
     x = pair.sample(3)
-    flat = FlatPair(pair.model, pair.guide, (x,))
-    path = _Path("prior", _betas("sigmoid", 150), 5, 0.01, 0.65)
-    from tqdm import tqdm
-
-    tuned: _Tuned = path.tune(flat, 8, tqdm(disable=True))
-    assert len(tuned.steps) == 151
-    scale = pair.posterior(x).covariance_matrix.sqrt().item() if len(x) == 1 else 0.02 / abs(pair.weight.item())
+    field = _Field(FlatPair(pair.model, pair.guide, (x,)), "prior", _Gradient("eager"))
+    path = _Path("prior", _betas("sigmoid", 100), 4, 0.01, 0.65)
+    tuned: _Tuned = path.tune(field, 8, tqdm(disable=True))
+    assert len(tuned.steps) == 101
+    scale = 0.02 / abs(pair.weight.item())  # the posterior's, to four digits
     assert (tuned.steps[20] > 3 * tuned.steps[-1]).all()
     assert ((tuned.steps[-1] > 0.5 * scale) & (tuned.steps[-1] < 4 * scale)).all()
     torch.testing.assert_close(tuned.spread, torch.ones(3, 1), atol=0.5, rtol=0)
@@ -104,10 +103,10 @@ def test_schedules_run_from_zero_to_one():
 def test_bdmc_brackets_the_exact_value_and_closes_with_more_temperatures():
     pair = LinearGaussian()
     gaps = []
-    for num_temperatures in (5, 20, 80):
+    for num_temperatures in (4, 16, 64):
         sandwich = pv.bdmc(
             pair.model, pair.guide, pair.sample(1), num_data=60, num_temperatures=num_temperatures, num_chains=8,
-            leapfrog_steps=5, seed=0,
+            leapfrog_steps=4, seed=0,
         )  # fmt: skip
         exact = pair.log_px(torch.as_tensor(sandwich.data[0]))
         below, above = exact - sandwich.lower, sandwich.upper - exact
@@ -116,8 +115,8 @@ def test_bdmc_brackets_the_exact_value_and_closes_with_more_temperatures():
         assert sandwich.gap == pytest.approx((below + above).mean())
         assert sandwich.gap > 0
         gaps.append(sandwich.gap)
-    assert gaps[0] > 2 * gaps[1] > 4 * gaps[2]
-    assert gaps[2] < 0.1
+    assert gaps[0] > 1.5 * gaps[1] > 3 * gaps[2]
+    assert gaps[2] < 0.2
     assert "simulated from the model" in sandwich.summary()
 
 
@@ -156,7 +155,7 @@ def test_several_sites_in_inner_plates_and_particles_one_by_one():
     pair = nested_plates_pair(-2)
     x = torch.randn(5, 4)
     exact = pv.exact(pair.model, pair.guide, x)
-    evidence = pv.ais(pair.model, pair.guide, x, num_temperatures=100, seed=0)
+    evidence = pv.ais(pair.model, pair.guide, x, num_temperatures=50, leapfrog_steps=4, seed=0)
     assert abs((evidence.log_px - exact.log_px).mean()) < 5 * evidence.mean_se
     slow = pv.ais(
         pair.model, pair.guide, x, num_temperatures=5, num_chains=3, leapfrog_steps=2, vectorize_particles=False, seed=0
@@ -172,15 +171,18 @@ def test_float32_networks_chunks_and_seeds():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    options = {"num_temperatures": 20, "num_chains": 4, "chunk_size": 12, "seed": 0}
-    first, second = (pv.ais(vae.model, vae.guide, x, start="guide", **options) for _ in range(2))
+    options = {"num_temperatures": 10, "num_chains": 8, "chunk_size": 32, "leapfrog_steps": 3, "seed": 0}
+    first, second, plain = (
+        pv.ais(vae.model, vae.guide, x, start="guide", compile=compile, **options) for compile in ("auto", "auto", False)
+    )
     assert torch.equal(torch.rand(3), expected)
     assert first.log_px.dtype == np.float64
     np.testing.assert_array_equal(first.log_px, second.log_px)
+    np.testing.assert_allclose(first.log_px, plain.log_px, atol=1e-3)
     assert np.isnan(first.khat).all()
     assert all(parameter.grad is None for parameter in vae.parameters())
-    truth = pv.exact(vae.model, vae.guide, x, tolerance=1e-3)
-    assert np.abs(first.log_px - truth.log_px).max() < 0.3
+    sampled = vae.log_marginal(x, num_samples=2000, seed=0)
+    assert np.abs(first.log_px - sampled.log_px).max() < 0.4
 
 
 def test_what_cannot_be_meant_is_refused_in_a_sentence():
