@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
@@ -173,7 +173,7 @@ def positive_number(value: Any, what: str) -> float:
         >>> positive_number(2, "scale")
         2.0
     """
-    if isinstance(value, bool) or not isinstance(value, Integral | float) or not 0 < float(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{what} is a positive number, not {value!r}.")
     return float(value)
 

@@ -33,7 +33,7 @@ def test_every_proposal_agrees_with_the_closed_form_within_its_error(kind: str):
     evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=1000, proposal=kind, seed=0)
     z = (evidence.log_px - pair.log_px(x)) / np.maximum(evidence.se, 1e-6)
     # The prior wastes its samples, and its logarithm is skewed; its errors are large, and said to be.
-    assert np.mean(np.abs(z) < 3) >= (0.95 if kind == "prior" else 0.99)
+    assert np.mean(np.abs(z) < 3) >= (0.95 if kind == "prior" else 0.98)
     assert abs(evidence.mean - pair.log_px(x).mean()) < 5 * evidence.mean_se + 0.001
     assert evidence.method == ("importance sampling" if kind == "guide" else evidence.method)
     assert kind == "guide" or kind in evidence.method

@@ -216,9 +216,12 @@ def quadrature(law: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # Likelihoods come in more kinds of support than one grid serves: test_likelihoods.py sums and integrates them.
-@pytest.mark.parametrize(
+over_latents = pytest.mark.parametrize(
     ("kind", "spec"), [case for case in COMPONENTS if case[0] in ("prior", "encoder")], ids=lambda case: str(case)
 )
+
+
+@over_latents
 @pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_is_normalised(kind: str, spec: dict) -> None:
@@ -231,7 +234,7 @@ def test_is_normalised(kind: str, spec: dict) -> None:
     assert math.isclose(total, 1.0, rel_tol=1e-3 if spec["kind"] in ("flow", "laplace") else 1e-6)
 
 
-@over_distributions
+@over_latents
 @pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_sampler_and_density_agree(kind: str, spec: dict) -> None:
