@@ -40,6 +40,11 @@ class _LabelledVAE(PairModule):
             "on what the decoder takes",
             **{"latent and label": prior.latent_dim + self.num_classes, "decoder": in_size_of(likelihood.decoder)},
         )
+        if prior.mixes_posteriors:
+            raise ValueError(
+                f"The prior {type(prior).__name__} mixes posteriors of data alone, and this encoder takes labels too: choose "
+                f"another prior."
+            )
         shape = likelihood.event_shape
         beside = (math.prod(shape) + self.num_classes,)
         planes = (shape[0] + self.num_classes, *shape[1:])
@@ -61,14 +66,16 @@ class _LabelledVAE(PairModule):
 
     def _encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
         # The encoder scales all that it takes, and a label has unit size already.
-        y = y / self.encoder.in_scale
+        x, y = self.likelihood.shown(x), y / self.encoder.in_scale
         if self._as_planes:
             return self.encoder(torch.cat([x, y[..., None, None].expand(*y.shape, *x.shape[-2:])], -3))
         return self.encoder(torch.cat([x.flatten(-self.likelihood.event_dim), y], -1))
 
-    def _decode(self, z: Tensor, y: Tensor) -> dist.Distribution:
+    def _decode(self, z: Tensor, y: Tensor, x: Tensor | None = None) -> dist.Distribution:
+        """p(x|z,y); a likelihood that reads something off the datum, such as its total, does where ``x`` is given."""
         batch = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
-        return self.likelihood(torch.cat([part.expand(*batch, part.shape[-1]) for part in (z, y)], -1))
+        both = torch.cat([part.expand(*batch, part.shape[-1]) for part in (z, y)], -1)
+        return self.likelihood(both) if x is None else self.likelihood.given(both, x)
 
     def _as_labels(self, y: Tensor, like: Tensor) -> Tensor:
         """Labels as numbers (B, C)."""
@@ -138,7 +145,7 @@ class ConditionalVAE(_LabelledVAE):
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
-            pyro.sample("x", self._decode(z, y), obs=x)  # batch (B,), event data_shape
+            pyro.sample("x", self._decode(z, y, x), obs=x)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, y: Tensor) -> None:
         """q(z|x,y) as a Pyro program; takes what ``model`` takes."""

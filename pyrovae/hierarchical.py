@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from .distributions import centre
 from .encoders import DiagonalNormal, Encoder
 from .likelihoods import Likelihood
 from .nn import MLP, Activation, Shape, as_shape
@@ -63,6 +64,10 @@ class Guide(nn.Module):
         """
         return
 
+    def top(self) -> TopEncoder | None:
+        """q(z_n|x), for a prior that mixes such posteriors, if this guide has it in closed form."""
+        return None
+
     @abstractmethod
     def forward(self, x: Tensor, layers: Sequence[Encoder], draw: Draw) -> list[Tensor]:
         """Values of all layers, nearest to the data first.
@@ -72,6 +77,26 @@ class Guide(nn.Module):
             layers: the model's p(z_i|z_{i+1}), nearest to the data first, for guides that share them.
             draw: from a layer's index and its law to a value: a sample, or the mean.
         """
+
+
+class TopEncoder:
+    """q(z_n|x) of a guide that goes down from the top: bodies, one after the other, and an encoder over them.
+
+    Args:
+        bodies: networks, the first over the data.
+        encoder: from their features to q(z_n|x).
+        in_scale: multiplies the data on their way into the first body.
+    """
+
+    def __init__(self, bodies: Sequence[nn.Module], encoder: nn.Module, in_scale: float):
+        self.bodies, self.body, self.encoder, self.in_scale = bodies, bodies[0], encoder, in_scale
+
+    def __call__(self, x: Tensor) -> dist.Distribution:
+        """Batch shape ``x.shape[:-event_dim]``, event shape ``(L_n,)``."""
+        h = x * self.in_scale
+        for body in self.bodies:
+            h = body(h)
+        return self.encoder(h)
 
 
 @register("guide")
@@ -191,6 +216,10 @@ class Structured(Guide):
         """What its first network takes."""
         return in_shape_of(self.body)
 
+    def top(self) -> TopEncoder:
+        """q(z_n|x)."""
+        return TopEncoder([self.body], self.encoders[-1], self.in_scale)
+
     def forward(self, x: Tensor, layers: Sequence[Encoder], draw: Draw) -> list[Tensor]:
         """Values of all layers, drawn from the top down."""
         h = self.body(x * self.in_scale)
@@ -268,6 +297,10 @@ class Ladder(Guide):
     def check_layers(self, layers: Sequence[Encoder]) -> None:
         """The model's conditionals must be diagonal normals too."""
         _check_diagonal("model", layers)
+
+    def top(self) -> TopEncoder:
+        """q(z_n|x)."""
+        return TopEncoder(list(self.bodies), self.encoders[-1], self.in_scale)
 
     def forward(self, x: Tensor, layers: Sequence[Encoder], draw: Draw) -> list[Tensor]:
         """Values of all layers, drawn from the top down."""
@@ -349,6 +382,14 @@ class HierarchicalVAE(PairModule):
             check_sizes(f"on the size of z{i + 2}", **{"layer above": dims[i + 1], f"p(z{i + 1}|z{i + 2})": _in(layer)})
         check_sizes("on the shape of one datum", guide=inference.data_shape, likelihood=likelihood.event_shape)
         inference.check_layers(layers)
+        top = inference.top()
+        if top is not None:
+            prior.bind(top)
+        elif prior.mixes_posteriors:
+            raise ValueError(
+                f"The prior {type(prior).__name__} mixes q(z{len(dims)}|x), which the guide {type(inference).__name__} has only "
+                f"as an integral: choose the guide 'ladder' or 'structured'."
+            )
         self.prior, self.likelihood, self.inference = prior, likelihood, inference
         self.layers = nn.ModuleList(layers)
 
@@ -357,20 +398,21 @@ class HierarchicalVAE(PairModule):
         """The size of each layer, nearest to the data first."""
         return self.inference.latent_dims
 
-    def model(self, x: Tensor) -> None:
-        """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``."""
-        x = self._as_data(x)
+    def model(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``, and so has a ``mask`` of what was observed."""
+        x, mask = self._as_data(x), self._as_mask(x, mask)
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = self._descend(lambda i, law: pyro.sample(f"z{i + 1}", law))
-            pyro.sample("x", self.likelihood(z), obs=x)  # batch (B,), event data_shape
+            law, seen = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", law, obs=seen)  # batch (B,), event data_shape
 
-    def guide(self, x: Tensor) -> None:
+    def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""
-        x = self._as_data(x)
+        shown = self._shown(x, mask)
         self._register()
         with pyro.plate("data", x.shape[0]):
-            self.inference(x, self._layers, lambda i, law: pyro.sample(f"z{i + 1}", law))
+            self.inference(shown, self._layers, lambda i, law: pyro.sample(f"z{i + 1}", law))
 
     def decode(self, z: Tensor) -> dist.Distribution:
         """p(x|z1), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
@@ -385,7 +427,7 @@ class HierarchicalVAE(PairModule):
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x|z1) where each layer of the guide is at its mean, given the means before it; shape of ``x``."""
-        return self.decode(self.inference(self._as_data(x), self._layers, lambda i, law: law.mean)[0]).mean
+        return self.decode(self.inference(self._shown(x), self._layers, lambda i, law: centre(law))[0]).mean
 
     @property
     def _layers(self) -> list[Encoder]:
@@ -463,7 +505,7 @@ def make_hierarchical_vae(
     if isinstance(guide, str):
         family: type[Guide] = find("guide", guide)
         guide = family.of_sizes(Sizes(shape, dims, encoder, likelihood.in_scale, up))
-    return HierarchicalVAE(build("prior", prior, latent_dim=dims[-1]), layers, likelihood, guide, name)
+    return HierarchicalVAE(build("prior", prior, latent_dim=dims[-1], data_shape=shape), layers, likelihood, guide, name)
 
 
 def _listed(encoders: Sequence[Encoder]) -> tuple[nn.ModuleList, tuple[int, ...]]:

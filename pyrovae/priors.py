@@ -30,6 +30,8 @@ class Prior(nn.Module):
         super().__init__()
         self.latent_dim = positive_integer(latent_dim, "latent_dim")
 
+    mixes_posteriors: ClassVar[bool] = False  # whether it has no density before a VAE lends it its encoder
+
     def bind(self, encoder: Any) -> None:
         """Called by a VAE with its encoder; a prior made of posteriors keeps it, outside its own submodules."""
 
@@ -172,6 +174,7 @@ class Vamp(Prior):
     """
 
     support = None  # its encoder's, whichever that is
+    mixes_posteriors = True
     inputs: Tensor
     logits: Tensor
 

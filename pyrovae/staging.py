@@ -390,7 +390,9 @@ def _inductor(module: fx.GraphModule, inputs: Tensors) -> Callable[..., Any]:
 
     on_gpu = any(tensor.is_cuda for tensor in inputs)
     # Not torch.compile: its guards read every parameter at each call, a tenth of a small step, and shapes are all they find.
-    options = {"fallback_random": True} | ({"triton.cudagraphs": True} if on_gpu else {})
+    # Nor its own checks of sizes and strides, a twentieth: graphs are kept by shape, and their inputs made contiguous.
+    options = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+    options |= {"triton.cudagraphs": True} if on_gpu else {}
     with torch.no_grad(), warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):  # torch's own, about torch
             warnings.simplefilter("ignore", category)

@@ -142,6 +142,11 @@ class PairModule(nn.Module):
         # Counts come as integers and pixels as bytes; the networks want their own floating type.
         return x.to(next(self.parameters()).dtype)
 
+    def _shown(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The data as an encoder sees them: zeros where they are missing."""
+        x, mask = self._as_data(x), self._as_mask(x, mask)
+        return self.likelihood.shown(x if mask is None else torch.where(mask, x, 0.0))
+
     def _as_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         # Labels beside the data, as a labelled data set gives them, are left out as ever: they are not of the data's shape.
         if mask is None or (mask.dtype != torch.bool and mask.shape != x.shape):
@@ -228,8 +233,7 @@ class VAE(PairModule):
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
         """q(z|x), batch shape ``(B,)`` and event shape ``(L,)``; missing values are zeros to the encoder."""
-        x, mask = self._as_data(x), self._as_mask(x, mask)
-        return self.encoder(self.likelihood.shown(x if mask is None else torch.where(mask, x, 0.0)))
+        return self.encoder(self._shown(x, mask))
 
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One point for each datum, shape ``(B, L)``: the mean of q(z|x), or its centre where there is no mean to be had."""

@@ -307,3 +307,10 @@ def test_mistakes_get_one_sentence(make: Callable[[], object], message: str) -> 
 def test_arrays_are_refused_with_the_cure() -> None:
     with pytest.raises(TypeError, match=r"Labels are a tensor, not ndarray: write torch.as_tensor\(y\)"):
         _small().model(torch.zeros(2, 5), np.zeros(2))
+
+
+def test_a_vamp_prior_is_refused() -> None:
+    with pytest.raises(ValueError, match="this encoder takes labels too: choose another prior"):
+        pv.make_conditional_vae(
+            9, num_classes=3, latent_dim=2, hidden=[8], prior={"kind": "vamp", "components": 3, "data_shape": (9,)}
+        )

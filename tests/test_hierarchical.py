@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -440,3 +441,33 @@ def _parts() -> SimpleNamespace:
 def test_mistakes_get_one_sentence(make: Callable[[SimpleNamespace], object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make(_parts())
+
+
+@pytest.mark.parametrize("guide", ["ladder", "structured"])
+def test_a_vamp_prior_on_top_is_the_aggregate_posterior_of_its_pseudo_inputs(guide: str, tmp_path: Path) -> None:
+    x = torch.bernoulli(torch.full((7, 9), 0.4))
+    prior = {"kind": "vamp", "components": 7}
+    vae = pv.make_hierarchical_vae(9, latent_dims=[3, 2], hidden=[[8], [6]], guide=guide, prior=prior)
+    vae.prior.from_data(x)
+    z = torch.randn(4, 2)
+    trace = poutine.trace(vae.guide).get_trace(x)
+    posteriors = trace.nodes["z2"]["fn"]
+    expected = torch.logsumexp(posteriors.log_prob(z[:, None]), 1) - math.log(7)
+    torch.testing.assert_close(vae.prior().log_prob(z), expected)
+    vae.fit(x, epochs=3, progress=False)
+    vae.save_pretrained(tmp_path)
+    torch.testing.assert_close(pv.HierarchicalVAE.from_pretrained(tmp_path).prior().log_prob(z), vae.prior().log_prob(z))
+
+
+def test_a_vamp_prior_is_refused_by_a_guide_that_climbs() -> None:
+    with pytest.raises(ValueError, match="choose the guide 'ladder' or 'structured'"):
+        pv.make_hierarchical_vae(9, latent_dims=[3, 2], hidden=[[8], [6]], guide="bottom_up", prior="vamp")
+
+
+@pytest.mark.parametrize("guide", ["bottom_up", "ladder", "structured"])
+def test_what_a_mask_hides_changes_nothing(guide: str) -> None:
+    vae = pv.make_hierarchical_vae(9, latent_dims=[3, 2], hidden=[[8], [6]], guide=guide)
+    x = torch.bernoulli(torch.full((5, 9), 0.4))
+    mask = torch.rand(5, 9) < 0.6
+    scores = [vae.log_marginal((each, mask), num_samples=20, seed=0).log_px for each in (x, torch.where(mask, x, 1 - x))]
+    np.testing.assert_array_equal(*scores)
