@@ -387,8 +387,8 @@ class HierarchicalVAE(PairModule):
             prior.bind(top)
         elif prior.mixes_posteriors:
             raise ValueError(
-                f"The prior {type(prior).__name__} mixes q(z{len(dims)}|x), which the guide {type(inference).__name__} has only "
-                f"as an integral: choose the guide 'ladder' or 'structured'."
+                f"The prior {type(prior).__name__} mixes q(z{len(dims)}|x), which {type(inference).__name__} has only as an "
+                f"integral: choose the guide 'ladder' or 'structured'."
             )
         self.prior, self.likelihood, self.inference = prior, likelihood, inference
         self.layers = nn.ModuleList(layers)

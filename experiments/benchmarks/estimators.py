@@ -9,20 +9,16 @@ ratio of medians counts, since the machine is noisy.
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pyro
 import torch
+from common import write
 
 import pyrovae as pv
 
-RESULTS = Path(__file__).parents[1] / "results"
 BATCH, PARTICLES, LAPS = 100, 8, 100
 NAMES = "elbo iwae stl dreg gdreg miwae ciwae piwae renyi vr_max tvo rws jvi vimco ovis score_elbo".split()
 # GDReG's gradient with respect to the prior needs the path's gradient first, so its own baseline has that pass too.
@@ -72,20 +68,11 @@ def main() -> None:
         "milliseconds": {name: round(1e3 * value, 3) for name, value in medians.items()},
         "ratio": {name: round(value, 3) for name, value in ratios.items()},
         "other_baselines": BASELINES,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyrovae": pv.__version__},
         "seed": 0,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "estimator_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    write("estimator_cost", result)
     for name, ratio in sorted(ratios.items(), key=lambda item: item[1]):
         print(f"{name:<46} {1e3 * medians[name]:8.2f} ms  {ratio:5.2f} x")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
