@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -49,14 +48,14 @@ def main() -> None:
             "se_monte_carlo": float(comparison.monte_carlo_se[rank]),
             "elbo": float(evidence[name].elbo.mean()),
             "unreliable": int(comparison.unreliable[rank]),
-        } | json.loads((RUNS / name / "training.json").read_text())
+            "training_bound": json.loads((RUNS / name / "training.json").read_text())["training_bound"],
+        }
     write(rows, split.note)
 
 
 def train(name: str, split: pv.data.Split) -> None:
     torch.manual_seed(SEED)
     vae = pv.make_vae(split.data_shape, latent_dim=50, hidden=[200, 200], activation="tanh")
-    began = time.perf_counter()
     history = vae.fit(
         split.train,
         estimator=ESTIMATORS[name],
@@ -68,8 +67,7 @@ def train(name: str, split: pv.data.Split) -> None:
         seed=SEED,
     )
     vae.save_pretrained(RUNS / name)
-    training = {"training_bound": history.bound[-1], "training_seconds": round(time.perf_counter() - began, 1)}
-    (RUNS / name / "training.json").write_text(json.dumps(training))
+    (RUNS / name / "training.json").write_text(json.dumps({"training_bound": history.bound[-1]}))
 
 
 def score(name: str, x: torch.Tensor) -> pv.Evidence:

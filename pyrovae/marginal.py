@@ -35,8 +35,9 @@ from .registry import positive_integer, unknown
 from .staging import Staged
 from .traces import Program, evaluation_mode
 
-# A chunk of decoder output past 32 MB makes every temporary a fresh mapping, which is slower than many small chunks.
-CHUNK_NUMBERS = 2**22
+# A chunk of decoder output past 32 MB makes every temporary a fresh mapping, which is slower than many small chunks. A
+# compiled chunk has no Python to repay, and is fastest where its output stays in a cache.
+CHUNK_NUMBERS, COMPILED_CHUNK_NUMBERS = 2**22, 2**20
 # Data that are validated, seeded, smoothed and stored together.
 GROUP = 256
 # Temporaries of a chunk's size that a decoder and its likelihood hold at once.
@@ -92,12 +93,13 @@ def log_marginal(
         num_samples: S, drawn for every datum, no more and no fewer.
         proposal: a name from above, or what :func:`pyrovae.refine` returned for the same data in the same order.
         prior_share: :math:`\alpha`, the share of draws that ``"mixture"`` takes from the prior, rounded to whole draws.
-        chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations, or fewer
-            where ``max_memory`` asks for it.
+        chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations (4 MB where
+            compiled), or fewer where ``max_memory`` asks for it.
         max_memory: MiB that a chunk's temporaries may fill, by their estimated number.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
         compile: capture and compile the scoring of a chunk (:mod:`pyrovae.staging`), for proposals from guide and prior;
-            ``"auto"`` does so from a thousand chunks on. The draws are the same either way.
+            ``"auto"`` does so from a thousand chunks of the default size on. The draws are the same either way, for one
+            ``chunk_size``; by default a compiled chunk is a quarter of an eager one.
         seed: makes the estimate reproducible, by how many processes it is made and however often it was interrupted; the global
             random stream is left alone. Without one, a seed is drawn from that stream.
         resume: a file that keeps what has been scored; an interrupted call goes on from it when made again.
@@ -139,20 +141,20 @@ def log_marginal(
         raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
     width = max(info.num_dims, 256)
     affordable = int(max_memory * 2**20 / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
-    chunk = (
-        max(1, min(CHUNK_NUMBERS // width, affordable)) if chunk_size is None else positive_integer(chunk_size, "chunk_size")
-    )
+    data = Batches(x, batch_size=GROUP, dtype=dtype, device=device)
+    if compile == "auto":
+        compile = (data.num_data or 0) * num_samples * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
+    usual = (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width
+    chunk = max(1, min(usual, affordable)) if chunk_size is None else positive_integer(chunk_size, "chunk_size")
     rows = min(max(1, chunk // num_samples), GROUP)
     # As even as can be, so that one compiled graph serves all chunks of a datum.
     most = math.ceil(num_samples / math.ceil(num_samples / max(1, chunk // rows)))
     options = Options(covariance="full", tail_df=5.0)
     # Steps of a fit cost for one datum as much as for many.
     together = max(1, rows_at_once(info.num_dims, options) // rows) * rows if kind == "refined" and given is None else rows
-    data = Batches(x, batch_size=math.ceil(GROUP / together) * together, dtype=dtype, device=device)
+    data.batch_size = math.ceil(GROUP / together) * together
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")
-    if compile == "auto":
-        compile = (data.num_data or 0) / rows * num_samples / most >= CHUNKS_TO_COMPILE
     plain = (
         prior_draws(model, vectorize_particles, nesting)
         if kind == "prior"
