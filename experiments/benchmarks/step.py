@@ -42,7 +42,7 @@ from torch import Tensor
 import pyrovae as pv
 from pyrovae.staging import Step
 
-LR, SEED, CHECKED = 1e-12, 0, 200
+LR, SEED, CHECKED_BLOCKS = 1e-12, 0, 10
 OURS, BASELINE, PYTHAE, BARE = "pyrovae staged", "hand-written eager", "pythae trainer", "bare products, torch.mm"
 NOWHERE = open(os.devnull, "w")  # noqa: SIM115  (progress bars are drawn, but for nobody)
 Block = Callable[[], Any]  # takes one step on each batch; returns their losses, each in nats, summed over the batch
@@ -68,7 +68,7 @@ CELLS = {
     "tanh-20-k50": Cell("tanh", 20, particles=50, steps=10),
     "gated-100": Cell("gated", 100),
     "conv-100": Cell("conv", 100, steps=5),
-    "vamp-100": Cell("gated", 100, components=500, steps=10),
+    "vamp-100": Cell("gated", 100, components=500, steps=5),
 }
 PARTS = [*CELLS, "epoch", "memory"]
 
@@ -76,7 +76,7 @@ PARTS = [*CELLS, "epoch", "memory"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=PARTS, default=PARTS, metavar="CELL", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--root", default="../shared/data", help="the folder that holds MNIST/raw")
     parser.add_argument("--peak", choices=CELLS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -137,9 +137,9 @@ def check(name: str, cell: Cell, net: Network, batches: list[Tensor], blocks: di
         return [-reduce(w).sum().item() for w in log_w]
 
     def summary(block: Block) -> tuple[float, float]:
-        losses = np.array([np.array(block(), dtype=float) for _ in range(CHECKED // cell.steps)]) / cell.batch
+        losses = np.array([np.array(block(), dtype=float) for _ in range(CHECKED_BLOCKS)]) / cell.batch
         # Spread about each batch's own mean: the batches are the same for all.
-        return float(losses.mean()), float(np.sqrt(losses.var(0, ddof=1).sum() / len(losses)) / cell.steps)
+        return float(losses.mean()), float(np.sqrt(losses.var(0, ddof=1).sum() / CHECKED_BLOCKS) / cell.steps)
 
     wanted = {weighted: summary(partial(by_the_network, weighted)) for weighted in (False, True)}
     found = {contender: summary(block) for contender, block in blocks.items() if contender != BARE}
