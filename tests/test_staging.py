@@ -275,6 +275,8 @@ def test_the_kernel_alone_is_the_optimizers_step(kind: type[torch.optim.Optimize
     one, other = kind(ours, fused=True, **options), kind(theirs, **options)
     for _ in range(5):
         gradients = [torch.randn(3), torch.randn(2, 2)]
+        for optimizer in (one, other):  # as a schedule does
+            optimizer.param_groups[0]["lr"] *= 0.8
         staging._update(one, ours, gradients)
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient
