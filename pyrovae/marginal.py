@@ -42,6 +42,8 @@ CHUNK_NUMBERS, COMPILED_CHUNK_NUMBERS = 2**22, 2**20
 GROUP = 256
 # Temporaries of a chunk's size that a decoder and its likelihood hold at once.
 TEMPORARIES = 6
+# Log-weights of a datum that are summed at once: the sums are many small operations, a tenth of a compiled chunk's time.
+REDUCED_AT_ONCE = 2**13
 # Inductor's 5 to 20 seconds are repaid by so many chunks.
 CHUNKS_TO_COMPILE = 1000
 
@@ -296,11 +298,17 @@ def _score(draw: Callable[[Batch, int], Tensor], batch: Batch, num_samples: int,
     log_sum, log_square, mean, tail = zeros - math.inf, zeros - math.inf, zeros, zeros.new_zeros(0, len(zeros))
     keep, left = tail_size(num_samples), num_samples
     curve: list[tuple[Tensor, Tensor]] = []
+    drawn: list[Tensor] = []
     while left:
-        size = min(left, most)
-        log_w = draw(batch, size)  # (size, B), float64
-        for head in (count - num_samples + left for count in curve_sizes(num_samples)[:-1]):
-            if 0 < head <= size:
+        drawn.append(draw(batch, min(left, most)))  # (size, B), float64
+        left -= len(drawn[-1])
+        waiting = sum(map(len, drawn))
+        if left and waiting < REDUCED_AT_ONCE:
+            continue
+        log_w = torch.cat(drawn)
+        drawn.clear()
+        for head in (count - num_samples + left + waiting for count in curve_sizes(num_samples)[:-1]):
+            if 0 < head <= waiting:
                 squares = torch.logaddexp(log_square, torch.logsumexp(2 * log_w[:head], 0))
                 curve.append((torch.logaddexp(log_sum, torch.logsumexp(log_w[:head], 0)), squares))
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
@@ -308,7 +316,6 @@ def _score(draw: Callable[[Batch, int], Tensor], batch: Batch, num_samples: int,
         mean = mean + log_w.sum(0) / num_samples
         tail = torch.cat([tail, log_w])
         tail = torch.topk(tail, min(keep, len(tail)), dim=0).values
-        left -= size
     share = torch.exp(log_square - 2 * log_sum)  # sum of squared normalised weights, 1/ESS
     variance = (share - 1 / num_samples).clamp(min=0) * num_samples / (num_samples - 1) if num_samples > 1 else share * math.nan
     return {

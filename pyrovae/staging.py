@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .rewrites import rewrite
+
 Tensors = tuple[Tensor, ...]
 
 # A graph for every shape that batches come in would be a recompile storm; the shapes past these run uncaptured.
@@ -393,6 +395,8 @@ def _inductor(module: fx.GraphModule, inputs: Tensors) -> Callable[..., Any]:
     # Nor its own checks of sizes and strides, a twentieth: graphs are kept by shape, and their inputs made contiguous.
     options = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
     options |= {"triton.cudagraphs": True} if on_gpu else {}
+    if not on_gpu:
+        module = rewrite(module)
     with torch.no_grad(), warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):  # torch's own, about torch
             warnings.simplefilter("ignore", category)

@@ -42,6 +42,9 @@ ALLOWED: dict[str, set[str]] = {
     "diagnostics": _TRACES | {"estimators", "marginal", "training"},
     "training": _TRACES | {"estimators"},
     **{leaf: set() for leaf in LEAVES},
+    # Beyond the page: what is done to a graph between capture and compiler.
+    "rewrites": set(),
+    "staging": {"rewrites"},
     "config": set(ROOMS) - {"report", "cli"},
     "report": set(ROOMS) - {"cli"},
     "cli": set(ROOMS),
@@ -49,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
 # The convenience methods of a VAE call into the second and third chain, inside the method.
 # A History plots itself, and plots live in report.
 LAZY: dict[str, set[str]] = {**dict.fromkeys(("vae", "hierarchical", "conditional"), _SCORING), "training": {"report"}}
-ONLY_IN = {"torchvision": {"data"}, "arviz": {"evidence"}, "torch.fx": {"staging"}, "torch._dynamo": {"staging"}}
+ONLY_IN = {"torchvision": {"data"}, "arviz": {"evidence"}, "torch.fx": {"staging", "rewrites"}, "torch._dynamo": {"staging"}}
 
 
 def _imports(room: str) -> Iterator[tuple[str, bool]]:

@@ -1,0 +1,132 @@
+"""Rewrites of a captured graph that a compiler does not make by itself: the same numbers to rounding, in fewer instructions.
+
+Each was measured (``experiments/benchmarks/NOTES.md``), and each is tested against float64. They serve training and scoring
+alike, whoever wrote the programs, as they look for what Pyro's and torch's distributions become once captured.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# As many factors of 1 to 2 as a float32 multiplies without overflow, with room to spare.
+MOST_FACTORS = 64
+# A vector register of float32 numbers: groups of factors are multiplied side by side.
+LANES = 16
+
+
+def rewrite(module: fx.GraphModule) -> fx.GraphModule:
+    """The same function, in place: products without a bias, tanh as a rational function, sums of logarithms as products.
+
+    Args:
+        module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape.
+
+    Returns:
+        The module.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.addmm.default and not node.kwargs:
+            _split_addmm(graph, node)
+        elif node.target is aten.tanh.default and node.meta["val"].dtype is torch.float32:
+            _rational_tanh(graph, node)
+        elif node.target is aten.sum.dim_IntList:
+            _bernoulli_sum(graph, node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:
+    """A product, and then its bias: Inductor adds that for nothing in the next kernel, where MKL first copies it to each row.
+
+    Under a view, as Inductor joins the two again where it sees them side by side.
+    """
+    bias, left, right = node.args
+    shape = list(node.meta["val"].shape)
+    with graph.inserting_before(node):
+        product = graph.call_function(aten.mm.default, (left, right))
+        flat = graph.call_function(aten.view.default, (product, [1, *shape]))
+        added = graph.call_function(aten.add.Tensor, (flat, bias))
+        _replace(node, graph.call_function(aten.view.default, (added, shape)))
+
+
+def _rational_tanh(graph: fx.Graph, node: fx.Node) -> None:
+    r""":math:`\tanh x = x \, P(x^2) / Q(x^2)` within 4e-7 of its value; the vector library's takes five times as long."""
+
+    def polynomial(coefficients: tuple[float, ...], square: fx.Node) -> fx.Node:
+        value: fx.Node | float = coefficients[-1]
+        for coefficient in coefficients[-2::-1]:
+            product = graph.call_function(aten.mul.Tensor, (square, value))
+            value = graph.call_function(aten.add.Tensor, (product, coefficient))
+        assert isinstance(value, fx.Node)
+        return value
+
+    with graph.inserting_before(node):
+        x = graph.call_function(aten.clamp.default, (node.args[0], -TANH_REACH, TANH_REACH))
+        square = graph.call_function(aten.mul.Tensor, (x, x))
+        above = graph.call_function(aten.mul.Tensor, (x, polynomial(TANH_ABOVE, square)))
+        _replace(node, graph.call_function(aten.div.Tensor, (above, polynomial(TANH_BELOW, square))))
+
+
+# Minimax in the relative error on [0, 8], beyond which a float32 tanh is 1 within two units in the last place
+# (experiments/tanh_coefficients.py).
+TANH_REACH = 8.0
+TANH_ABOVE = (0.9999999935788794, 0.1344450501004544, 0.003571606367429252, 2.1894799482147274e-05, 1.523061009625666e-08)
+TANH_BELOW = (1.0, 0.46777832332818475, 0.026164474688748766, 0.00034113056644328934, 8.522524893850866e-07)
+
+
+def _bernoulli_sum(graph: fx.Graph, node: fx.Node) -> None:
+    r"""A Bernoulli's log-likelihood, summed over an event, with one logarithm for many of its terms.
+
+    .. math:: \sum_d \log \mathrm{Bernoulli}(x_d \mid l_d) = \sum_d \big[\min(l_d, 0) - (1 - x_d) \, l_d\big]
+        - \sum_g \log \prod_{d \in g} \big(1 + e^{-|l_d|}\big)
+    """
+    found = _summed_cross_entropy(node)
+    if found is None:
+        return
+    logits, x, shape = found
+    size = shape[-1]
+    factors = max((n for n in range(1, MOST_FACTORS + 1) if size % n == 0 and size // n >= LANES), default=1)
+    if factors == 1:
+        return
+
+    def call(target: object, *args: object) -> fx.Node:
+        return graph.call_function(target, args)  # type: ignore[arg-type]
+
+    with graph.inserting_before(node):
+        grouped = [*shape[:-1], factors, size // factors]
+        missed = call(aten.mul.Tensor, call(aten.rsub.Scalar, x, 1.0), logits)
+        plain = call(aten.sub.Tensor, call(aten.clamp_max.default, logits, 0.0), missed)
+        plain = call(aten.sum.dim_IntList, call(aten.view.default, plain, grouped), [-2])
+        term = call(aten.add.Tensor, call(aten.exp.default, call(aten.neg.default, call(aten.abs.default, logits))), 1.0)
+        product = call(aten.prod.dim_int, call(aten.view.default, term, grouped), -2)
+        each = call(aten.sub.Tensor, plain, call(aten.log.default, product))
+        _replace(node, call(aten.sum.dim_IntList, each, [-1]))
+
+
+def _summed_cross_entropy(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int]] | None:
+    """Logits, data and the shape whose last dimension is summed, where the node is such a sum and alone reads its terms."""
+    if len(node.args) != 2 or node.kwargs or node.args[1] != [-1]:
+        return None
+    view = node.args[0]
+    chain: list[fx.Node] = []
+    for target in (aten.view.default, aten.neg.default, aten.binary_cross_entropy_with_logits.default):
+        if not isinstance(view, fx.Node) or view.target is not target or len(view.users) != 1:
+            return None
+        chain.append(view)
+        view = view.args[0]
+    logits, x, *weights = chain[-1].args
+    if weights != [None, None, 0] or not (isinstance(logits, fx.Node) and isinstance(x, fx.Node)):
+        return None
+    return logits, x, list(chain[0].meta["val"].shape)
+
+
+def _replace(node: fx.Node, other: fx.Node) -> None:
+    other.meta = dict(node.meta)
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)

@@ -1,0 +1,123 @@
+"""Each rewrite of a captured graph is the same function: against float64, at the ends, and where it must not act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
+
+from pyrovae.rewrites import rewrite
+
+aten = torch.ops.aten
+
+
+def rewritten(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Callable[..., Tensor], list[object]]:
+    module = rewrite(make_fx(function)(*inputs))
+    return module, [node.target for node in module.graph.nodes]
+
+
+def test_tanh_is_float32_tanh_over_the_whole_range() -> None:
+    x = np.concatenate([np.linspace(-12, 12, 400_001), np.logspace(-30, 0, 100_001), [0.0, math.inf, -math.inf]])
+    given = torch.tensor(x, dtype=torch.float32)
+    run, targets = rewritten(torch.tanh, given)
+    assert aten.tanh.default not in targets
+    found, exact = run(given).double(), torch.tanh(given.double())
+    assert float((found - exact).abs().max()) < 4e-7
+    assert float(((found - exact) / exact)[exact.abs() > 1e-30].abs().max()) < 4e-7
+    assert float(found.abs().max()) <= 1.0
+    assert torch.equal(run(-given), -run(given))
+    assert math.isnan(run(torch.tensor([math.nan])).item())
+
+
+def test_tanh_keeps_its_gradient() -> None:
+    x = torch.linspace(-3, 3, 101)
+
+    def slope(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(torch.tanh(x).sum(), x)[0]
+
+    run, _ = rewritten(slope, x)
+    assert torch.allclose(run(x), 1 / torch.cosh(x) ** 2, atol=1e-6)
+
+
+def test_float64_tanh_stays() -> None:
+    _, targets = rewritten(torch.tanh, torch.zeros(3, dtype=torch.float64))
+    assert aten.tanh.default in targets
+
+
+def test_a_bias_leaves_its_product() -> None:
+    bias, left, right = torch.randn(5), torch.randn(7, 3), torch.randn(3, 5)
+    run, targets = rewritten(torch.addmm, bias, left, right)
+    assert aten.addmm.default not in targets
+    assert aten.mm.default in targets
+    assert torch.allclose(run(bias, left, right), torch.addmm(bias, left, right))
+
+
+def test_a_scaled_bias_stays() -> None:
+    inputs = torch.randn(5), torch.randn(7, 3), torch.randn(3, 5)
+    run, targets = rewritten(lambda *each: torch.addmm(*each, beta=2.0, alpha=3.0), *inputs)
+    assert aten.addmm.default in targets
+    assert torch.equal(run(*inputs), torch.addmm(*inputs, beta=2.0, alpha=3.0))
+
+
+def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
+    """As Pyro's Bernoulli(logits=...).to_event(1).log_prob(x) is captured."""
+    terms = -functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    return terms.view(*terms.shape[:-1], -1).sum(-1)
+
+
+@pytest.mark.parametrize("size", [784, 64, 37 * 16, 3000])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bernoulli_sum_is_the_exact_one(size: int, scale: float, dtype: torch.dtype) -> None:
+    logits, x = scale * torch.randn(11, 2, size, dtype=dtype), (torch.rand(2, size) < 0.3).to(dtype).expand(11, 2, size)
+    run, targets = rewritten(bernoulli, logits, x)
+    assert aten.binary_cross_entropy_with_logits.default not in targets
+    found, exact = run(logits, x).double(), bernoulli(logits.double(), x.double())
+    assert found.shape == (11, 2)
+    assert torch.allclose(found, exact, rtol=20 * torch.finfo(dtype).eps, atol=size * torch.finfo(dtype).eps)
+
+
+def test_bernoulli_sum_at_the_ends() -> None:
+    logits = torch.zeros(6, 64)
+    logits[:, 0] = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30, 200.0])
+    for value in (0.0, 1.0):
+        x = torch.full((6, 64), value)
+        run, _ = rewritten(bernoulli, logits, x)
+        assert torch.allclose(run(logits, x), bernoulli(logits, x), equal_nan=True)
+
+
+def test_bernoulli_sum_keeps_its_gradient() -> None:
+    logits, x = torch.randn(5, 64), (torch.rand(5, 64) < 0.5).float()
+
+    def slope(logits: Tensor, x: Tensor) -> Tensor:
+        logits = logits.detach().requires_grad_()
+        return torch.autograd.grad(bernoulli(logits, x).sum(), logits)[0]
+
+    run, _ = rewritten(slope, logits, x)
+    assert torch.allclose(run(logits, x), x - torch.sigmoid(logits), atol=1e-6)
+
+
+def test_bernoulli_terms_that_are_read_elsewhere_stay() -> None:
+    def both(logits: Tensor, x: Tensor) -> Tensor:
+        terms = -functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+        return terms.view(5, -1).sum(-1) + terms[:, 0]
+
+    inputs = torch.randn(5, 64), torch.ones(5, 64)
+    run, targets = rewritten(both, *inputs)
+    assert aten.binary_cross_entropy_with_logits.default in targets
+    assert torch.allclose(run(*inputs), both(*inputs))
+
+
+@pytest.mark.parametrize("size", [9, 17 * 13])
+def test_bernoulli_sums_too_short_to_group_stay(size: int) -> None:
+    inputs = torch.randn(5, size), torch.ones(5, size)
+    run, targets = rewritten(bernoulli, *inputs)
+    assert torch.allclose(run(*inputs), bernoulli(*inputs))
+    assert (aten.binary_cross_entropy_with_logits.default in targets) == (size == 9)
