@@ -208,6 +208,7 @@ class Step:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.reached: list[Tensor] = []
         self._annealed: Tensor | None = None
+        self._update = _Update(optimizer)
         self._staged = Staged(self._differentiate, backend if hasattr(estimator, "differentiable_loss") else "eager")
 
     @property
@@ -232,7 +233,7 @@ class Step:
         loss, norm, *gradients = self._staged(*inputs)
         outcome = Outcome(loss.item(), norm.item())
         if not math.isnan(outcome.loss) and math.isfinite(outcome.norm):
-            _update(self.optimizer, self.reached, gradients)
+            self._update(self.reached, gradients)
         return outcome
 
     def _step_input(self) -> float | None:
@@ -254,7 +255,8 @@ class Step:
         if not pairs:
             raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")
         self.reached, found = [par for par, _ in pairs], tuple(grad for _, grad in pairs)
-        norm = nn.utils.get_total_norm(found)
+        # Not get_total_norm, which a compiler leaves as it is: one call for each parameter.
+        norm = torch.stack([gradient.square().sum() for gradient in found]).sum().sqrt()
         if self.clip_norm is not None:
             found = torch._foreach_mul(found, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return (loss.detach(), norm, *found)
@@ -273,35 +275,63 @@ class Step:
         return loss, gradients
 
 
-def _update(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+class _Update:
     """The optimizer's step; of a plain fused Adam its kernel alone, as the bookkeeping costs a small step a fifth."""
-    plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and len(optimizer.param_groups) == 1
-    group = optimizer.param_groups[0]
-    if not (plain and group["fused"] and all(parameter in optimizer.state for parameter in parameters)):
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return
-    states = [optimizer.state[parameter] for parameter in parameters]
-    steps = [state["step"] for state in states]
-    with torch.no_grad():
-        torch._foreach_add_(steps, 1)
-        (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
-            parameters,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            steps,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
-        )
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self._parameters: list[Tensor] = []
+        self._state: tuple[Any, int] | None = None
+
+    def __call__(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        """Take it."""
+        optimizer, group = self.optimizer, self.optimizer.param_groups[0]
+        plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and len(optimizer.param_groups) == 1
+        if not (plain and group["fused"] and self._know(parameters)):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return
+        with torch.no_grad():
+            self._count.add_(1)
+            (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
+                parameters,
+                gradients,
+                self._means,
+                self._squares,
+                self._largest if group["amsgrad"] else [],
+                self._steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=group["amsgrad"],
+                maximize=group["maximize"],
+            )
+
+    def _know(self, parameters: list[Tensor]) -> bool:
+        """Whether the optimizer keeps its moments of all these parameters, which are then at hand."""
+        state = self.optimizer.state
+        if self._parameters is parameters and self._state is not None:
+            # Loading a checkpoint puts another state in its place, and clearing it leaves none.
+            seen, size = self._state
+            if seen is state and len(state) == size:
+                return True
+        self._state = None
+        if not all(parameter in state for parameter in parameters):
+            return False
+        states = [state[parameter] for parameter in parameters]
+        # The counts of steps become parts of one tensor, so that one addition serves them all.
+        self._count = torch.stack([each["step"] for each in states])
+        self._steps = [self._count[place] for place in range(len(states))]
+        for each, step in zip(states, self._steps, strict=True):
+            each["step"] = step
+        self._means, self._squares = [each["exp_avg"] for each in states], [each["exp_avg_sq"] for each in states]
+        self._largest = [each["max_exp_avg_sq"] for each in states if "max_exp_avg_sq" in each]
+        self._parameters, self._state = parameters, (state, len(state))
+        return True
 
 
 def _capture(function: Callable[..., Tensors], inputs: Tensors) -> tuple[_Graph, Tensors]:
@@ -397,10 +427,20 @@ def _inductor(module: fx.GraphModule, inputs: Tensors) -> Callable[..., Any]:
     options |= {"triton.cudagraphs": True} if on_gpu else {}
     if not on_gpu:
         module = rewrite(module)
+    for node in module.graph.nodes:
+        node.meta.clear()  # the shapes that the tracer noted are in its own terms, which the C++ wrapper refuses
+
+    def compiled(wrapper: dict[str, bool]) -> Callable[..., Any]:
+        return _inductor.compile(module, list(inputs), options=options | wrapper)
+
     with torch.no_grad(), warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):  # torch's own, about torch
             warnings.simplefilter("ignore", category)
-        return _inductor.compile(module, list(inputs), options=options)
+        if not on_gpu:
+            # Kernels that call each other in C++ save a tenth of a small step; some operations have no such form.
+            with contextlib.suppress(Exception):
+                return compiled({"cpp_wrapper": True})
+        return compiled({})
 
 
 @contextlib.contextmanager

@@ -273,11 +273,17 @@ def test_the_kernel_alone_is_the_optimizers_step(kind: type[torch.optim.Optimize
     ours, theirs = ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(2, 2))] for _ in range(2))
     options = {"lr": 0.1, "weight_decay": 0.1, "amsgrad": amsgrad, "betas": (0.8, 0.9), "eps": 1e-3}
     one, other = kind(ours, fused=True, **options), kind(theirs, **options)
-    for _ in range(5):
+    update = staging._Update(one)
+    for turn in range(12):
+        if turn == 4:  # as resuming from a checkpoint does
+            one.load_state_dict(one.state_dict())
+        if turn == 8:
+            one.state.clear()
+            other.state.clear()
         gradients = [torch.randn(3), torch.randn(2, 2)]
         for optimizer in (one, other):  # as a schedule does
-            optimizer.param_groups[0]["lr"] *= 0.8
-        staging._update(one, ours, gradients)
+            optimizer.param_groups[0]["lr"] *= 0.9
+        update(ours, gradients)
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient
         other.step()
