@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from parts import COMBINATIONS, parts_for, spec
+from parts import COMBINATIONS, LIKELIHOODS, parts_for, spec
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
@@ -32,27 +32,6 @@ from pyrovae.priors import StandardNormal
 from pyrovae.registry import build, names
 from pyrovae.vae import VAE, make_vae
 
-LIKELIHOODS = [
-    "bernoulli",
-    {"kind": "binomial", "total_count": 4},
-    "normal",
-    {"kind": "normal", "scale": "shared"},
-    {"kind": "normal", "scale": "per_dimension"},
-    {"kind": "normal", "scale": "decoder"},
-    {"kind": "normal", "scale": "optimal"},
-    "beta",
-    {"kind": "beta_binomial", "total_count": 4},
-    {"kind": "categorical", "num_levels": 4},
-    "continuous_bernoulli",
-    {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
-    {"kind": "discretized_logistic", "num_levels": 4, "components": 2},
-    "laplace",
-    {"kind": "mixed", "parts": [[[0, 2, 4], "normal"], [[1, 3], "bernoulli"], [[5], "beta"]]},
-    "negative_binomial",
-    "poisson",
-    "student_t",
-    "zero_inflated_negative_binomial",
-]
 NAMED = {spec if isinstance(spec, str) else spec["kind"] for spec in LIKELIHOODS}
 
 
