@@ -266,14 +266,15 @@ def test_interpolation_starts_and_ends_at_the_reconstructions() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_samples_have_the_moments_of_the_model() -> None:
-    """A linear decoder: x ~ N(b, WW' + s^2 I)."""
+@pytest.mark.parametrize("mean", [False, True])
+def test_samples_have_the_moments_of_the_model(mean: bool) -> None:
+    """A linear decoder: x ~ N(b, WW' + s^2 I), and its mean given z ~ N(b, WW')."""
     vae = _small(data_shape=3, likelihood={"kind": "normal", "scale": 0.5}, hidden=[])
     layer = vae.likelihood.decoder.layers[0]
     with torch.no_grad():
         layer.bias.copy_(torch.tensor([1.0, -2.0, 0.5]))
-    x = vae.sample(20_000)
-    covariance = (layer.weight @ layer.weight.T).detach() + 0.25 * torch.eye(3)
+    x = vae.sample(20_000, mean=mean)
+    covariance = (layer.weight @ layer.weight.T).detach() + (0.0 if mean else 0.25) * torch.eye(3)
     variances = covariance.diag()
     assert ((x.mean(0) - layer.bias.detach()).abs() < 5 * (variances / len(x)).sqrt()).all()
     error = ((variances[:, None] * variances + covariance**2) / len(x)).sqrt()
