@@ -139,22 +139,19 @@ def test_estimators_are_compared_on_a_run(run_folder: Path, capsys: pytest.Captu
 
 def test_a_hierarchy_runs_like_any_model(in_folder: Path, capsys: pytest.CaptureFixture):
     (in_folder / "r.toml").write_text('[model]\nkind = "hierarchical"\nlatent_dims = [3, 2]\nguide = "ladder"\n')
-    quick = ["--train.epochs", "2", "--evaluate.num-samples", "60", "--model.hidden", "[20]", "[10]"]
+    quick = ["--train.epochs", "1", "--evaluate.num-samples", "60", "--evaluate.limit", "40", "--model.hidden", "[20]", "[10]"]
     assert main(["train", "r.toml", *quick]) == 0
     folder = in_folder / "runs" / "digits-dreg-3-2"
     vae = pv.HierarchicalVAE.from_pretrained(folder)
     assert (vae.latent_dims, type(vae.inference).__name__) == ((3, 2), "Ladder")
     first = pv.Evidence.load(folder / "evidence.safetensors")
-    again = vae.log_marginal(pv.data.load("digits").test, num_samples=60, seed=0)
+    again = vae.log_marginal(pv.data.load("digits").test[:40], num_samples=60, seed=0)
     np.testing.assert_allclose(again.log_px, first.log_px, rtol=1e-6)
     assert "<h2>Latent space</h2>" in (folder / "report.html").read_text()
-    assert main(["evaluate", str(folder), "--num-samples", "90", "--limit", "50"]) == 0
+    assert main(["evaluate", str(folder), "--num-samples", "90", "--limit", "30"]) == 0
     second = pv.Evidence.load(folder / "evidence.safetensors")
-    assert (len(second), second.num_samples) == (50, 90)
-    assert second.mean == pytest.approx(first.log_px[:50].mean(), abs=3)
-    command = ["estimators", str(folder), "--names", "elbo", "iwae", "--num-draws", "10", "--num-particles", "3"]
-    assert main([*command, "--batch-size", "20", "--reference-particles", "32"]) == 0
-    assert (folder / "estimators.png").exists()
+    assert (len(second), second.num_samples) == (30, 90)
+    assert second.mean == pytest.approx(first.log_px[:30].mean(), abs=3)
     assert main(["train", "--name", "wide", *QUICK, "--model.kind", "hierarchical"]) == 2
     assert 'model.latent_dim is for models of kind "vae"' in capsys.readouterr().err
 
