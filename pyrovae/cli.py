@@ -24,6 +24,7 @@ from .config import Run
 if TYPE_CHECKING:
     from .data import Split
     from .evidence import Evidence
+    from .hierarchical import HierarchicalVAE
     from .vae import VAE
 
 RUNS = Path("runs")
@@ -142,13 +143,12 @@ def evaluate(run: Path, /, *, num_samples: int | None = None, limit: int | None 
         seed: Seeds the draws; by default the run's.
     """
     from . import checkpoint
-    from .config import load_split
-    from .vae import VAE
+    from .config import load_split, load_vae
 
     given = {"num_samples": num_samples, "limit": limit}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in given.items() if value is not None}}
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
-    vae = VAE.from_pretrained(run)
+    vae = load_vae(run)
     records = checkpoint.read_lines(run / "metrics.jsonl")
     _score(run, described, load_split(described), vae, records)
 
@@ -196,13 +196,12 @@ def estimators(
     import torch
 
     from . import checkpoint
-    from .config import build_vae, load_split
+    from .config import build_vae, load_split, load_vae
     from .diagnostics import compare_estimators, train_estimators
-    from .vae import VAE
 
     described = _described(run)
     split = load_split(described)
-    vae = VAE.from_pretrained(run)
+    vae = load_vae(run)
     torch.manual_seed(described.seed)
     x = split.train[torch.randperm(len(split.train))[:batch_size]]
     x = x if split.transform is None else split.transform(x)
@@ -278,7 +277,7 @@ def _described(folder: Path, overrides: dict[str, Any] | None = None) -> Run:
     return read_run(folder / "run.toml", overrides)
 
 
-def _score(folder: Path, run: Run, split: Split, vae: VAE, records: list[dict[str, Any]]) -> None:
+def _score(folder: Path, run: Run, split: Split, vae: VAE | HierarchicalVAE, records: list[dict[str, Any]]) -> None:
     """Score the test data, write evidence, summary and report, and say what was found."""
     from . import checkpoint
     from .config import write_run
@@ -301,19 +300,19 @@ def _score(folder: Path, run: Run, split: Split, vae: VAE, records: list[dict[st
         facts=facts,
         originals=few.cpu().numpy(),
         reconstructions=vae.reconstruct(few).cpu().numpy(),
-        samples=vae.decode(_prior_draws(vae, 40, run.seed)).mean.detach().cpu().numpy(),
+        samples=_mean_samples(vae, 40, run.seed).cpu().numpy(),
         latents=vae.embed(test).detach().cpu().numpy(),
         labels=None if split.test_labels is None else split.test_labels[: len(test)].numpy(),
     )
     _say(folder, split, evidence)
 
 
-def _prior_draws(vae: VAE, count: int, seed: int) -> Any:
+def _mean_samples(vae: VAE | HierarchicalVAE, count: int, seed: int) -> Any:
     import torch
 
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return vae.prior().sample((count,))
+        return vae.sample(count, mean=True)
 
 
 def _say(folder: Path, split: Split, evidence: Evidence) -> None:
@@ -424,7 +423,7 @@ def _collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
             if argument.hint is bool:
                 table[last] = token.value.lower() in ("", "true", "1", "yes") and ".no-" not in str(token.keyword)
             elif "list" in str(argument.hint):
-                table.setdefault(last, []).append(token.value)
+                table.setdefault(last, []).append(_literal(token.value) if token.value[:1] == "[" else token.value)
             else:
                 table[last] = _literal(token.value) if token.keys or token.value[:1] == "{" else token.value
         argument.tokens.clear()

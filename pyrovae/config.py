@@ -6,15 +6,17 @@ This file imports neither torch nor Pyro, so that the command line can read and 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
     from .data import Split
+    from .hierarchical import HierarchicalVAE
     from .vae import VAE
 
 _STRICT = ConfigDict(extra="forbid")
@@ -23,6 +25,14 @@ Component = str | dict[str, Any]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _each(value: Any, check: Callable[[Any], int]) -> Any:
+    return [check(each) for each in value] if isinstance(value, list | tuple) else check(value)
+
+
+# A width, or a list of them; no union, of which the command line cannot tell how many words it takes.
+Widths = Annotated[Positive, WrapValidator(_each), PlainSerializer(lambda value: value, return_type=Any)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -51,22 +61,30 @@ class ModelSection:
     """Prior, likelihood, encoder and networks, by name or as tables with options.
 
     Attributes:
-        latent_dim: Number of latent dimensions.
-        prior: p(z).
+        kind: "vae", of one stochastic layer, or "hierarchical", of several; see pyrovae.make_vae and make_hierarchical_vae.
+        latent_dim: Number of latent dimensions of a vae.
+        latent_dims: Those of each layer of a hierarchy, nearest to the data first.
+        prior: p(z), in a hierarchy that of the top layer.
         likelihood: p(x|z); by default the one that fits the data set.
-        encoder: The family of q(z|x).
+        encoder: The family of q(z|x), or of each factor of a hierarchy's guide, where it is "diagonal_normal" by default.
+        guide: A hierarchy's guide: "bottom_up", "ladder" or "structured".
+        layer: The family of a hierarchy's p(z_i|z_{i+1}).
         body: "mlp", "gated_mlp", "conv" or "resnet".
-        hidden: Widths of the encoder's hidden layers, mirrored in the decoder.
-        activation: "relu", "tanh", ...; by default the body's own.
+        hidden: Widths of the encoder's hidden layers, mirrored in the decoder; in a hierarchy a list for each layer.
+        activation: "relu", "tanh", ...; by default the body's own, and "tanh" in a hierarchy.
         dtype: "float32" or "float64".
     """
 
+    kind: Literal["vae", "hierarchical"] = "vae"
     latent_dim: Positive = 4
+    latent_dims: list[Positive] | None = None
     prior: Component = "standard_normal"
     likelihood: Component | None = None
     encoder: Component = "full_covariance_normal"
+    guide: str = "bottom_up"
+    layer: Component = "diagonal_normal"
     body: str = "mlp"
-    hidden: list[Positive] | None = None
+    hidden: list[Widths] | None = None
     activation: str | None = None
     dtype: Literal["float32", "float64"] = "float32"
 
@@ -119,7 +137,7 @@ class Run:
 
     Attributes:
         seed: Seeds initialisation, order, draws and evaluation.
-        name: The run's folder under runs/; by default made of data set, estimator and latent dimension.
+        name: The run's folder under runs/; by default made of data set, estimator and latent dimensions.
         data: What to train on.
         model: The pair of programs.
         estimator: An estimator's name, or a table such as {kind = "iwae", num_particles = 50}.
@@ -136,7 +154,9 @@ class Run:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
 
-COMPONENTS = ("prior", "likelihood", "encoder", "estimator")
+COMPONENTS = ("prior", "likelihood", "encoder", "layer", "estimator")
+# The keys of [model] that one kind of model has alone.
+ONLY_FOR = {"latent_dim": "vae", "latent_dims": "hierarchical", "guide": "hierarchical", "layer": "hierarchical"}
 SECTIONS = {"data": DataSection, "model": ModelSection, "train": TrainSection, "evaluate": EvaluateSection}
 
 
@@ -165,14 +185,25 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}.") from error
     overrides = overrides or {}
+    where = str(path) if path is not None else "The run"
     # Options without a name are meant for the component that would run without them.
     tables = {"estimator": Run().estimator} | tables
-    model = ModelSection()
-    tables["model"] = {"prior": model.prior, "encoder": model.encoder} | tables.get("model", {})
+    tables["model"] = _model_defaults(tables.get("model", {}), overrides.get("model", {}))
+    merged = _merged(tables, overrides)
     try:
-        return TypeAdapter(Run).validate_python(_merged(tables, overrides))
+        run = TypeAdapter(Run).validate_python(merged)
     except ValidationError as error:
-        raise ValueError(_sentence(error, str(path) if path is not None else "The run")) from error
+        raise ValueError(_sentence(error, where)) from error
+    kind = run.model.kind
+    for key in merged["model"]:
+        if ONLY_FOR.get(key, kind) != kind:
+            raise ValueError(
+                f'{where}: model.{key} is for models of kind "{ONLY_FOR[key]}", and this one is of kind "{kind}": leave it '
+                f"out, or set model.kind."
+            )
+    if kind == "hierarchical" and run.model.latent_dims is None:
+        raise ValueError(f"{where}: a hierarchy needs model.latent_dims, the sizes of its layers from the data up: say [8, 4].")
+    return run
 
 
 def write_run(run: Run) -> str:
@@ -180,17 +211,20 @@ def write_run(run: Run) -> str:
     tables = TypeAdapter(Run).dump_python(run, exclude_none=True)
     plain = [f"{key} = {_toml(value)}" for key, value in tables.items() if key not in SECTIONS]
     for section in SECTIONS:
-        plain += ["", f"[{section}]"] + [f"{key} = {_toml(value)}" for key, value in tables[section].items()]
+        plain += ["", f"[{section}]"]
+        kind = tables[section].get("kind")
+        plain += [f"{key} = {_toml(value)}" for key, value in tables[section].items() if ONLY_FOR.get(key, kind) == kind]
     return "\n".join(plain) + "\n"
 
 
 def run_name(run: Run) -> str:
-    """The run's own name, or one made of data set, estimator, prior and latent dimension."""
+    """The run's own name, or one made of data set, estimator and latent dimensions."""
     if run.name is not None:
         return run.name
     estimator = run.estimator if isinstance(run.estimator, str) else str(run.estimator.get("kind"))
     data = run.data.name if run.data.path is None else Path(run.data.path).stem
-    return f"{data}-{estimator}-{run.model.latent_dim}"
+    sizes = [run.model.latent_dim] if run.model.latent_dims is None else run.model.latent_dims
+    return "-".join(map(str, [data, estimator, *sizes]))
 
 
 def load_split(run: Run) -> Split:
@@ -208,24 +242,58 @@ def load_split(run: Run) -> Split:
     )
 
 
-def build_vae(run: Run, split: Split) -> VAE:
+def build_vae(run: Run, split: Split) -> VAE | HierarchicalVAE:
     """The model that a run describes, freshly initialised, for a data set."""
     import torch
 
+    from .hierarchical import make_hierarchical_vae
     from .vae import make_vae
 
     model = run.model
-    vae = make_vae(
-        split.data_shape,
-        latent_dim=model.latent_dim,
-        prior=model.prior,
-        likelihood=model.likelihood if model.likelihood is not None else split.likelihood,
-        encoder=model.encoder,
-        body=model.body,
-        hidden=model.hidden,
-        activation=model.activation,
-    )
+    options: dict[str, Any] = {
+        "prior": model.prior,
+        "likelihood": model.likelihood if model.likelihood is not None else split.likelihood,
+        "encoder": model.encoder,
+        "body": model.body,
+        "hidden": model.hidden,
+    } | ({} if model.activation is None else {"activation": model.activation})
+    vae: VAE | HierarchicalVAE
+    if model.kind == "hierarchical":
+        dims = model.latent_dims or []
+        vae = make_hierarchical_vae(split.data_shape, latent_dims=dims, guide=model.guide, layer=model.layer, **options)
+    else:
+        vae = make_vae(split.data_shape, latent_dim=model.latent_dim, **options)
     return vae.to(getattr(torch, model.dtype))
+
+
+def load_vae(folder: str | Path) -> VAE | HierarchicalVAE:
+    """The trained model of a run's folder, of the class that its ``model.json`` names.
+
+    Raises:
+        FileNotFoundError: the folder or a file in it is missing.
+        ValueError: a file is truncated, or describes no model that a run can have.
+    """
+    from . import checkpoint
+    from .hierarchical import HierarchicalVAE
+    from .vae import VAE
+
+    described = checkpoint.read_json(Path(folder) / "model.json")
+    named = described.get("model") if isinstance(described, dict) else None
+    return HierarchicalVAE.from_pretrained(folder) if named == "HierarchicalVAE" else VAE.from_pretrained(folder)
+
+
+def _model_defaults(given: Any, overrides: Any) -> Any:
+    """The model's table with what its components would be without it, and without what another kind than its own has."""
+    if not isinstance(given, dict) or not isinstance(overrides, dict):
+        return given  # which is refused
+    default = ModelSection()
+    before = given.get("kind", default.kind)
+    kind = overrides.get("kind", before)
+    hierarchical = kind == "hierarchical"
+    components = {"prior": default.prior, "encoder": "diagonal_normal" if hierarchical else default.encoder}
+    if hierarchical:
+        components["layer"] = default.layer
+    return components | {key: value for key, value in given.items() if kind == before or ONLY_FOR.get(key, kind) == kind}
 
 
 def _merged(tables: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

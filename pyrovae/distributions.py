@@ -253,6 +253,69 @@ class DiagonalNormalMixture(dist.MixtureSameFamily):
         return z - torch.linalg.solve_triangular(jacobian, moved, upper=False).squeeze(-1)
 
 
+def mixture(logits: Tensor, components: Any) -> dist.MixtureSameFamily:
+    """The mixture of C components, batch shape ``(C,)``, under weights ``softmax(logits)``; its draws have no gradients.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> from pyrovae.distributions import mixture
+        >>> type(mixture(torch.zeros(3), dist.Normal(torch.randn(3, 2), 1.0).to_event(1))).__name__
+        'NormalMixture'
+    """
+    independent = isinstance(components, torch.distributions.Independent) and components.reinterpreted_batch_ndims == 1
+    family = NormalMixture if independent and isinstance(components.base_dist, dist.Normal) else dist.MixtureSameFamily
+    return family(dist.Categorical(logits=logits), components)
+
+
+class NormalMixture(dist.MixtureSameFamily):
+    r"""A mixture of diagonal normals, scored in C numbers for each draw, not in the C L of all distances.
+
+    .. math:: \log N(z \mid \mu_c, \sigma_c^2) = \sum_l \Big( \frac{z_l \mu_{cl}}{\sigma_{cl}^2} - \frac{z_l^2}{2 \sigma_{cl}^2}
+        \Big) - \sum_l \Big( \frac{\mu_{cl}^2}{2 \sigma_{cl}^2} + \log \sigma_{cl} + \tfrac12 \log 2 \pi \Big)
+
+    is a product of matrices, whose terms cancel: they are as large as :math:`(z / \sigma)^2`. So it is taken in float64, where
+    the result is nearer to the exact one than the sum of squared distances in float32 is. Where z itself is float64, or the
+    device has none, it is that sum.
+
+    Args:
+        mixture_distribution: a Categorical over components, batch shape ``()``.
+        component_distribution: ``Normal(...).to_event(1)``, batch shape ``(C,)`` and event shape ``(L,)``.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> from pyrovae.distributions import NormalMixture
+        >>> parts = dist.Normal(torch.tensor([[-1.0], [1.0]]), 0.5).to_event(1)
+        >>> NormalMixture(dist.Categorical(logits=torch.zeros(2)), parts).log_prob(torch.zeros(1))
+        tensor(-2.2258)
+    """
+
+    def __init__(self, mixture_distribution: Any, component_distribution: Any, validate_args: bool | None = None):
+        super().__init__(mixture_distribution, component_distribution, validate_args)
+        # As they are before a plate spreads them over data and particles.
+        self._logits, self._normal = mixture_distribution.logits, component_distribution.base_dist
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> NormalMixture:
+        """The same law for each of a batch."""
+        new = super().expand(batch_shape, type(self).__new__(type(self)) if _instance is None else _instance)
+        new._logits, new._normal = self._logits, self._normal
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log p(z), in nats; shape of ``value`` without its last dimension."""
+        loc, scale = self._normal.loc, self._normal.scale
+        if value.dtype == torch.float64 or value.device.type == "mps" or loc.dim() > 2:
+            return super().log_prob(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        z, loc, scale = value.double(), loc.double(), scale.double()
+        precision = scale.square().reciprocal()  # (C, L)
+        constant = -(0.5 * loc.square() * precision + scale.log()).sum(-1) - 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+        products = torch.cat([z.square(), z], -1) @ torch.cat([-0.5 * precision, loc * precision], -1).mT  # (..., C)
+        log_weight = torch.log_softmax(self._logits.double(), -1)
+        log_prob = torch.logsumexp(products + (constant + log_weight), -1).to(value.dtype)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
 class OneHot(dist.OneHotCategorical):
     r"""One category as a one-hot vector, drawn without a look at values, so that a graph can be captured around it.
 

@@ -418,16 +418,21 @@ class HierarchicalVAE(PairModule):
         """p(x|z1), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
         return self.likelihood(z)
 
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One point for each datum, shape ``(B, L_1)``: where ``z1`` is if each layer of the guide is at its centre."""
+        return self.inference(self._shown(x, mask), self._layers, lambda i, law: centre(law))[0]
+
     @torch.no_grad()
-    def sample(self, num_samples: int) -> Tensor:
-        """Draws from p(x), shape ``(num_samples, *data_shape)``."""
+    def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
+        """Draws from p(x), shape ``(num_samples, *data_shape)``; or the means of p(x|z1) at draws of ``z1``."""
         top = len(self.layers)
-        return self.decode(self._descend(lambda i, law: law.sample((num_samples,) if i == top else ()))).sample()
+        law = self.decode(self._descend(lambda i, law: law.sample((num_samples,) if i == top else ())))
+        return law.mean if mean else law.sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z1) where each layer of the guide is at its mean, given the means before it; shape of ``x``."""
-        return self.decode(self.inference(self._shown(x), self._layers, lambda i, law: centre(law))[0]).mean
+        """The mean of p(x|z1) where :meth:`embed` puts x, shape of ``x``."""
+        return self.decode(self.embed(x)).mean
 
     @property
     def _layers(self) -> list[Encoder]:

@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from . import distributions
-from .distributions import FlowDistribution, flow_transform, normalizing_flow
+from .distributions import FlowDistribution, flow_transform, mixture, normalizing_flow
 from .nn import Shape, as_shape, as_widths
 from .registry import positive_integer, positive_number, register
 
@@ -134,7 +134,7 @@ class Mixture(Prior):
     def forward(self) -> dist.Distribution:
         """p(z): batch shape ``()``, event shape ``(latent_dim,)``."""
         parts = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)  # batch (C,), event (L,)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), parts)
+        return mixture(self.logits, parts)
 
 
 @register("prior")
@@ -265,7 +265,7 @@ class Vamp(Prior):
             ValueError: no VAE has lent its encoder yet.
         """
         posteriors = self._encoder(self.pseudo_inputs)  # batch (C,), event (L,)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), posteriors)
+        return mixture(self.logits, posteriors)
 
     @property
     def _encoder(self) -> Any:

@@ -4,6 +4,9 @@ A component keeps each argument of its ``__init__`` in an attribute of the same 
 estimators do. That is all it takes to describe it as plain data (:func:`describe`), to build it from a name
 (:func:`build`), and so to save and load it without pickle. Where the attribute says more than the argument did, as a shape
 that was worked out from ``None``, the argument itself is kept in a dictionary ``init_arguments``.
+
+Another distribution adds a class without being imported first by an entry point: the group is ``pyrovae.`` and the kind, the
+entry's name is the class's, as in ``[project.entry-points."pyrovae.prior"]`` with ``gumbel = "acme:Gumbel"``.
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ import difflib
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T", bound=type)
 
@@ -32,6 +39,10 @@ _ROOMS = {
 KINDS = tuple(_ROOMS)
 
 _classes: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
+
+# Kinds whose entry points have been read, and those of them that are in no use.
+_read: set[str] = set()
+_refused: dict[str, dict[str, EntryPoint]] = {kind: {} for kind in KINDS}
 
 
 def register(kind: str, name: str | None = None) -> Callable[[T], T]:
@@ -78,9 +89,12 @@ def find(kind: str, name: str) -> type:
     """The class behind a name.
 
     Raises:
-        ValueError: the name is unknown; the message has the nearest real one.
+        ValueError: the name is unknown (the message has the nearest real one), or its entry point does not load.
     """
     known = _loaded(kind)
+    if isinstance(name, str) and name not in known and name in _refused[kind]:
+        # Once more, since what failed when the kind was first used may have been a module half imported.
+        _load_entry(kind, _refused[kind][name])
     if isinstance(name, str) and name in known:
         return known[name]
     raise ValueError(unknown(kind, name, known))
@@ -128,7 +142,7 @@ def describe(component: Any, kind: str) -> dict[str, Any]:
         ValueError: the component, or something it holds, is not registered or not plain data.
     """
     cls = type(component)
-    name = next((name for name, held in _of_kind(kind).items() if held is cls), None)
+    name = next((name for name, held in _loaded(kind).items() if held is cls), None)
     if name is None:
         raise ValueError(
             f"{cls.__qualname__} is not a registered {kind}, so it cannot be described for saving: decorate its class with "
@@ -201,7 +215,46 @@ def _loaded(kind: str) -> dict[str, type]:
     known = _of_kind(kind)
     # By name and on demand: a room imports this one to register its classes, and a caller may not have imported the room.
     import_module(f".{_ROOMS[kind]}", __package__)
+    if kind not in _read:
+        _read.add(kind)  # at once, since what an entry point imports may ask for names itself
+        _load_entries(kind)
     return known
+
+
+def _load_entries(kind: str) -> None:
+    """Register the classes that other distributions name as entry points; say of those that cannot be why, and go on."""
+    from importlib.metadata import entry_points
+
+    reasons = []
+    for entry in entry_points(group=f"pyrovae.{kind}"):
+        try:
+            _load_entry(kind, entry)
+        except ValueError as error:
+            _refused[kind][entry.name] = entry
+            reasons.append(str(error))
+    for reason in reasons:
+        warnings.warn(reason, RuntimeWarning, stacklevel=4)
+
+
+def _load_entry(kind: str, entry: EntryPoint) -> None:
+    source = "an unknown distribution" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+    cannot = f"The {kind} {entry.name!r} of {source} cannot be used, because"
+    try:
+        cls = entry.load()
+    except Exception as error:  # whatever the other distribution's import raises
+        said = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{cannot} its entry point {entry.value} does not load ({type(error).__name__}: {said}): repair or uninstall it."
+        ) from error
+    if not isinstance(cls, type):
+        raise ValueError(f"{cannot} its entry point {entry.value} is a {type(cls).__name__}: point it to a class.")
+    try:
+        register(kind, entry.name)(cls)
+    except ValueError as error:
+        held = _classes[kind][entry.name]
+        raise ValueError(
+            f"{cannot} that name belongs to {held.__module__}.{held.__qualname__}: rename the entry point, or uninstall it."
+        ) from error
 
 
 def _rebuilt(value: Any) -> Any:
@@ -219,7 +272,7 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item, where) for key, item in value.items()}
     for kind in KINDS:
-        if type(value) in _classes[kind].values():
+        if type(value) in _loaded(kind).values():
             return describe(value, kind)
     raise ValueError(
         f"{where} is a {type(value).__qualname__}, so the model cannot be described for saving: give a name or plain data "

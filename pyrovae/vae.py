@@ -95,10 +95,11 @@ class PairModule(nn.Module):
             ValueError: a part is not registered, so it could not be built again.
         """
         parts = {part: _describe(getattr(self, part), kind) for part, kind in self.parts.items()}
+        described = {"model": type(self).__name__} | parts
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(folder / "model.safetensors", self)
-        checkpoint.write_text(folder / "model.json", json.dumps(parts, indent=1) + "\n")
+        checkpoint.write_text(folder / "model.json", json.dumps(described, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -106,10 +107,15 @@ class PairModule(nn.Module):
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
-            ValueError: a file is truncated, or does not fit the other. Nothing unpickles.
+            ValueError: a file is truncated, does not fit the other, or describes a model of another class. Nothing unpickles.
         """
         folder = Path(folder)
         parts = checkpoint.read_json(folder / "model.json")
+        named = parts.pop("model", cls.__name__) if isinstance(parts, dict) else cls.__name__
+        if named != cls.__name__:
+            raise ValueError(
+                f"{folder / 'model.json'} does not describe a {cls.__name__} but a {named}: call {named}.from_pretrained."
+            )
         if not isinstance(parts, dict) or set(parts) != set(cls.parts):
             *most, last = cls.parts
             needs = f"{', '.join(most)} and {last}"
@@ -244,9 +250,10 @@ class VAE(PairModule):
         return self.likelihood(z)
 
     @torch.no_grad()
-    def sample(self, num_samples: int) -> Tensor:
-        """Draws from p(x), shape ``(num_samples, *data_shape)``."""
-        return self.decode(self.prior().sample((num_samples,))).sample()
+    def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
+        """Draws from p(x), shape ``(num_samples, *data_shape)``; or the means of p(x|z) at draws of z."""
+        law = self.decode(self.prior().sample((num_samples,)))
+        return law.mean if mean else law.sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which priors and encoders go together, read off the registry."""
+"""Which priors and encoders go together, read off the registry, and the likelihoods that they are combined with."""
 
 from __future__ import annotations
 
@@ -14,6 +14,28 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("encoder", "flow"): {"hidden": [8], "depth": 1},
     ("encoder", "low_rank_normal"): {"rank": 1},
 }
+# Every likelihood, for data of six numbers, with the options that change what it is made of.
+LIKELIHOODS = [
+    "bernoulli",
+    {"kind": "binomial", "total_count": 4},
+    "normal",
+    {"kind": "normal", "scale": "shared"},
+    {"kind": "normal", "scale": "per_dimension"},
+    {"kind": "normal", "scale": "decoder"},
+    {"kind": "normal", "scale": "optimal"},
+    "beta",
+    {"kind": "beta_binomial", "total_count": 4},
+    {"kind": "categorical", "num_levels": 4},
+    "continuous_bernoulli",
+    {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
+    {"kind": "discretized_logistic", "num_levels": 4, "components": 2},
+    "laplace",
+    {"kind": "mixed", "parts": [[[0, 2, 4], "normal"], [[1, 3], "bernoulli"], [[5], "beta"]]},
+    "negative_binomial",
+    "poisson",
+    "student_t",
+    "zero_inflated_negative_binomial",
+]
 
 
 def spec(kind: str, name: str, **options: Any) -> dict[str, Any]:

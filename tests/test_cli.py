@@ -137,6 +137,25 @@ def test_estimators_are_compared_on_a_run(run_folder: Path, capsys: pytest.Captu
     assert (run_folder / "estimators.png").stat().st_size > 5000
 
 
+def test_a_hierarchy_runs_like_any_model(in_folder: Path, capsys: pytest.CaptureFixture):
+    (in_folder / "r.toml").write_text('[model]\nkind = "hierarchical"\nlatent_dims = [3, 2]\nguide = "ladder"\n')
+    quick = ["--train.epochs", "1", "--evaluate.num-samples", "60", "--evaluate.limit", "40", "--model.hidden", "[20]", "[10]"]
+    assert main(["train", "r.toml", *quick]) == 0
+    folder = in_folder / "runs" / "digits-dreg-3-2"
+    vae = pv.HierarchicalVAE.from_pretrained(folder)
+    assert (vae.latent_dims, type(vae.inference).__name__) == ((3, 2), "Ladder")
+    first = pv.Evidence.load(folder / "evidence.safetensors")
+    again = vae.log_marginal(pv.data.load("digits").test[:40], num_samples=60, seed=0)
+    np.testing.assert_allclose(again.log_px, first.log_px, rtol=1e-6)
+    assert "<h2>Latent space</h2>" in (folder / "report.html").read_text()
+    assert main(["evaluate", str(folder), "--num-samples", "90", "--limit", "30"]) == 0
+    second = pv.Evidence.load(folder / "evidence.safetensors")
+    assert (len(second), second.num_samples) == (30, 90)
+    assert second.mean == pytest.approx(first.log_px[:30].mean(), abs=3)
+    assert main(["train", "--name", "wide", *QUICK, "--model.kind", "hierarchical"]) == 2
+    assert 'model.latent_dim is for models of kind "vae"' in capsys.readouterr().err
+
+
 def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):
     assert main(["train", "--name", "other", *QUICK, "--seed", "1"]) == 0
     capsys.readouterr()
@@ -171,6 +190,11 @@ def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):
         ("train --model.likelihood.kind normal --model.likelihood.scale wide", "scale is a positive number"),
         ("train --model.likelihood binomial", "needs total_count"),
         ("train --model.encoder diagnal_normal", "did you mean 'diagonal_normal'"),
+        ("train --model.kind hierarchical --model.latent-dims 8 4 --model.guide ladr", "did you mean 'ladder'"),
+        ("train --model.kind hierarchical --model.latent-dims 8", "A hierarchy has two or more layers"),
+        ("train --model.kind hierarchical --model.latent-dims 8 4 --model.hidden 9", "a list of widths for each of 2 layers"),
+        ("train --model.kind hierarchical --model.latent-dims 8 4 --model.hidden 9 9", "hidden is a list of positive integers"),
+        ("train --model.hidden [9] [9]", "hidden is a list of positive integers"),
         ("train --model.body conw", "did you mean 'conv"),
         ("train --model.activation tahn", "did you mean 'tanh'"),
         ("train --estimator iwea", "did you mean 'iwae'"),

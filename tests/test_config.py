@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from pyrovae.config import SECTIONS, Run, build_vae, load_split, read_run, run_name, write_run
+from pyrovae.conditional import make_conditional_vae
+from pyrovae.config import SECTIONS, Run, build_vae, load_split, load_vae, read_run, run_name, write_run
+from pyrovae.hierarchical import HierarchicalVAE, make_hierarchical_vae
+from pyrovae.vae import VAE, make_vae
 
 
 def test_written_runs_read_back_equal(tmp_path: Path):
@@ -71,6 +75,15 @@ def test_any_character_survives_the_file(tmp_path: Path):
             "data.binarize is 'dyn', but input should be 'dynamic', 'static', 'none', 'levels' or 'dequantized'",
         ),
         ({"model": {"hidden": [3, -1]}}, "model.hidden.1 is -1"),
+        ({"model": {"hidden": [[3], [4, -1]]}}, "model.hidden.1 is -1"),
+        ({"model": {"hidden": [[3], "x"]}}, "model.hidden.1 is 'x'"),
+        ({"model": {"kind": "hierarchy"}}, "model.kind is 'hierarchy', but input should be 'vae' or 'hierarchical'"),
+        ({"model": {"kind": "hierarchical"}}, r"a hierarchy needs model.latent_dims, .*: say \[8, 4\]"),
+        (
+            {"model": {"kind": "hierarchical", "latent_dims": [3, 2], "latent_dim": 2}},
+            'model.latent_dim is for models of kind "vae", and this one is of kind "hierarchical": leave it out',
+        ),
+        ({"model": {"guide": "ladder"}}, 'model.guide is for models of kind "hierarchical", and this one is of kind "vae"'),
         ({"model": 3}, "model is 3"),
     ],
 )
@@ -100,6 +113,61 @@ def test_a_run_builds_what_it_says():
     assert vae.likelihood.total_count == 16, "the data set's own likelihood"
     assert {str(parameter.dtype) for parameter in vae.parameters()} == {"torch.float64"}
     assert vae.encoder.body.out_shape == (11,)
+
+
+LAYERS = {"kind": "hierarchical", "latent_dims": [3, 2]}
+
+
+def test_a_hierarchy_is_built_as_it_says(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[model]\nkind = "hierarchical"\nlatent_dims = [3, 2]\nguide = "ladder"\n'
+        'hidden = [[12, 11], [6]]\nactivation = "relu"\n'
+        'prior = { kind = "vamp", components = 4 }\nlayer = "diagonal_normal"\ndtype = "float64"\n'
+    )
+    run = read_run(path)
+    vae = build_vae(run, load_split(run))
+    assert isinstance(vae, HierarchicalVAE)
+    assert (vae.latent_dims, vae.prior.components, vae.likelihood.total_count) == ((3, 2), 4, 16)
+    assert [(body.hidden, body.out_shape, body.activation) for body in vae.inference.bodies] == [
+        ([12, 11], (11,), "relu"),
+        ([6], (6,), "relu"),
+    ]
+    assert vae.likelihood.decoder.hidden == [11, 12]
+    assert next(vae.parameters()).dtype.itemsize == 8
+    path.write_text(write_run(run))
+    assert read_run(path) == run
+    assert "latent_dim =" not in path.read_text()
+
+
+def test_a_hierarchy_has_defaults_of_its_own(tmp_path: Path):
+    run = read_run(overrides={"model": LAYERS})
+    assert (run.model.encoder, run.model.guide, run_name(run)) == ("diagonal_normal", "bottom_up", "digits-dreg-3-2")
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nlatent_dim = 7\nhidden = [9]\n")
+    changed = read_run(path, {"model": LAYERS | {"guide": "structured", "hidden": [[9], [8]], "layer": {"rank": 2}}}).model
+    assert (changed.latent_dims, changed.hidden, changed.layer) == ([3, 2], [[9], [8]], {"kind": "diagonal_normal", "rank": 2})
+    path.write_text(write_run(run))
+    back = read_run(path, {"model": {"kind": "vae", "latent_dim": 5}}).model
+    assert (back.latent_dim, back.latent_dims) == (5, None)
+
+
+def test_a_folder_says_which_class_it_holds(tmp_path: Path):
+    made = {"one": make_vae(6, latent_dim=2, hidden=[4]), "two": make_hierarchical_vae(6, latent_dims=[3, 2])}
+    for name, vae in made.items():
+        vae.save_pretrained(tmp_path / name)
+        assert type(load_vae(tmp_path / name)) is type(vae)
+    # As folders were written before they said it.
+    said = tmp_path / "one" / "model.json"
+    described = json.loads(said.read_text())
+    assert described.pop("model") == "VAE"
+    said.write_text(json.dumps(described))
+    assert type(load_vae(tmp_path / "one")) is VAE
+    make_conditional_vae(6, num_classes=3, latent_dim=2).save_pretrained(tmp_path / "three")
+    with pytest.raises(
+        ValueError, match=r"model\.json does not describe a VAE but a ConditionalVAE: call Cond.*from_pretrained\.$"
+    ):
+        load_vae(tmp_path / "three")
 
 
 def test_names_of_runs():

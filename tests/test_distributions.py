@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
@@ -14,16 +15,19 @@ from numpy.testing import assert_allclose
 from scipy import integrate, special, stats
 from torch import Tensor
 from torch.distributions import kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrovae.distributions import (
     DiagonalNormalMixture,
     FlowDistribution,
     HypersphereUniform,
+    NormalMixture,
     OneHot,
     PowerSpherical,
     RelaxedOneHot,
     flow_transform,
     log_area,
+    mixture,
     normalizing_flow,
 )
 
@@ -260,3 +264,89 @@ def test_relaxed_draws_stay_off_the_edge_in_single_precision() -> None:
     log_prob.sum().backward()
     assert log_prob.isfinite().all()
     assert logits.grad.isfinite().all()
+
+
+# -- NormalMixture -----------------------------------------------------------------------------------------------------------
+
+
+class _Largest(TorchDispatchMode):
+    """The most numbers that any tensor made inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, Tensor):
+                self.numbers = max(self.numbers, each.untyped_storage().nbytes() // each.element_size())
+        return made
+
+
+def _few_and_many(smallest: float, C: int = 30, L: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, means and scales in float32, and draws at the means, where the terms cancel most."""
+    random = np.random.default_rng(0)
+    logits, loc = random.normal(size=C), random.normal(size=(C, L))
+    scale = np.exp(random.uniform(np.log(smallest), 0, (C, L)))
+    at = random.integers(0, C, 500)
+    z = loc[at] + scale[at] * random.normal(size=(500, L))
+    return tuple(torch.as_tensor(array).float() for array in (logits, loc, scale, z))  # type: ignore[return-value]
+
+
+def _scipy_mixture(logits: Tensor, loc: Tensor, scale: Tensor, z: Tensor) -> np.ndarray:
+    logits, loc, scale, z = (array.detach().double().numpy() for array in (logits, loc, scale, z))
+    return special.logsumexp(special.log_softmax(logits) + stats.norm.logpdf(z[:, None], loc, scale).sum(-1), -1)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 0.1, 0.01, 1e-3, 1e-4])
+def test_a_mixture_by_products_is_as_exact_as_float32(smallest: float) -> None:
+    logits, loc, scale, z = _few_and_many(smallest)
+    exact = _scipy_mixture(logits, loc, scale, z)
+    law = mixture(logits, dist.Normal(loc, scale).to_event(1))
+    assert type(law) is NormalMixture
+    found = law.log_prob(z)
+    assert found.dtype == torch.float32
+    # To the last digit of float32, whatever the scales; the weights were rounded before.
+    assert_allclose(found, exact, rtol=1.2e-7, atol=4e-7)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 0.01, 1e-4])
+def test_a_mixture_by_products_has_the_gradients_of_the_sum(smallest: float) -> None:
+    given = _few_and_many(smallest, C=5, L=3)
+    found = [tensor.clone().requires_grad_() for tensor in given]
+    exact = [tensor.double().requires_grad_() for tensor in given]
+    for logits, loc, scale, z in (found, exact):
+        law = mixture(logits, dist.Normal(loc, scale).to_event(1))
+        (law.log_prob(z) * torch.linspace(-1, 1, len(z), dtype=z.dtype)).sum().backward()
+    for one, other in zip(found, exact, strict=True):
+        assert_allclose(one.grad, other.grad, rtol=2e-5, atol=1e-5 * other.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mixture_by_products_spreads_over_plates(dtype: torch.dtype) -> None:
+    logits, loc, scale, z = (tensor.to(dtype) for tensor in _few_and_many(0.1, C=4, L=3))
+    law = mixture(logits, dist.Normal(loc, scale).to_event(1))
+    exact = _scipy_mixture(logits, loc, scale, z)
+    spread = law.expand((7, 500)).mask(torch.ones(500, dtype=torch.bool))
+    assert_allclose(spread.log_prob(z), np.broadcast_to(exact, (7, 500)), rtol=1e-6, atol=1e-6)
+    assert spread.sample().shape == (7, 500, 3)
+    assert_allclose(law.log_prob(z.reshape(5, 100, 3)), exact.reshape(5, 100), rtol=1e-6, atol=1e-6)
+    assert_allclose(law.expand((6,)).log_prob(z[0]), np.full(6, exact[0]), rtol=1e-6, atol=1e-6)
+    # Components that differ by datum have no one matrix to multiply with.
+    each = mixture(logits.expand(500, 4), dist.Normal(loc.expand(500, 4, 3), scale).to_event(1))
+    assert_allclose(each.log_prob(z), exact, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="support"):
+        law.log_prob(z * torch.nan)
+
+
+def test_a_mixture_by_products_holds_no_number_for_each_dimension_of_each_component() -> None:
+    logits, loc, scale, z = _few_and_many(0.1)
+    loc.requires_grad_()
+    law = mixture(logits, dist.Normal(loc, scale).to_event(1))
+    with _Largest() as seen:
+        law.log_prob(z.requires_grad_()).sum().backward()
+    assert seen.numbers <= len(z) * 2 * loc.shape[1]
+
+
+def test_other_components_make_a_mixture_of_the_usual_kind() -> None:
+    for parts in (dist.Laplace(torch.zeros(3, 2), 1.0).to_event(1), dist.MultivariateNormal(torch.zeros(3, 2), torch.eye(2))):
+        assert type(mixture(torch.zeros(3), parts)) is dist.MixtureSameFamily

@@ -8,8 +8,13 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import invalidate_caches
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +23,15 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import Distribution
 
+import pyrovae
 from pyrovae import registry
+from pyrovae.cli import main
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP
 from pyrovae.priors import Prior, StandardNormal
 from pyrovae.registry import build, describe, find, names, register, snake_case
+from pyrovae.vae import make_vae
 
 LATENT, DATA = 2, (2,)
 
@@ -256,7 +264,10 @@ def test_sampler_and_density_agree(kind: str, spec: dict) -> None:
 @pytest.fixture
 def _scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in registry.KINDS:
+        names(kind)  # a room that were first imported in the test would register its classes in what is thrown away
         monkeypatch.setitem(registry._classes, kind, dict(registry._classes[kind]))
+        monkeypatch.setitem(registry._refused, kind, {})
+    monkeypatch.setattr(registry, "_read", set())
 
 
 @pytest.mark.parametrize(
@@ -341,6 +352,134 @@ def test_a_reloaded_class_takes_its_name_again() -> None:
     again = type("StandardNormal", (Prior,), {"__module__": StandardNormal.__module__})
     register("prior")(again)
     assert find("prior", "standard_normal") is again
+
+
+# A distribution of somebody else's: a module, and the folder that an installer leaves beside it.
+ACME = """
+import pyro.distributions as dist
+import torch
+from pyrovae.priors import Prior
+
+class Skewed(Prior):
+    "Independent Gumbel dimensions."
+
+    def __init__(self, latent_dim):
+        super().__init__(latent_dim)
+        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+
+    def forward(self):
+        return dist.Gumbel(self.loc, 1.0).to_event(1)
+
+def skewed(latent_dim):
+    return Skewed(latent_dim)
+"""
+
+
+def installed(folder: Path, *entries: str, module: str = ACME) -> None:
+    """Install the distribution ``acme-parts`` into a folder of the path, with entry points for priors."""
+    (folder / "acme_parts.py").write_text(module)
+    info = folder / "acme_parts-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-parts\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text("\n".join(["[pyrovae.prior]", *entries]))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _scratch: None) -> Iterator[Path]:
+    """A folder on the path; what is imported from it is forgotten."""
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("acme_parts", None)
+
+
+def test_an_entry_point_is_a_name_like_ours(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    installed(elsewhere, "skewed = acme_parts:Skewed")
+    vae = make_vae(3, latent_dim=2, hidden=[4], prior="skewed")
+    assert "skewed" in names("prior")
+    assert find("prior", "skewed") is type(vae.prior)
+    assert main(["list"]) == 0
+    assert f"  {'skewed':<24}Independent Gumbel dimensions." in capsys.readouterr().out.splitlines()
+    vae.fit(torch.ones(8, 3), epochs=1, progress=False)
+    vae.save_pretrained(elsewhere / "model")
+    # In a process of its own, which never imports acme_parts by itself.
+    code = (
+        "import torch; from pyrovae import VAE; "
+        f"print(VAE.from_pretrained({str(elsewhere / 'model')!r}).prior().log_prob(torch.zeros(2)).item())"
+    )
+    path = os.pathsep.join([str(elsewhere), str(Path(pyrovae.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert float(done.stdout) == -2.0  # of a Gumbel, log p(0) is -1
+    assert done.stderr == ""
+
+
+def test_a_class_is_described_by_its_entry_point_before_any_name_was_asked_for(elsewhere: Path) -> None:
+    installed(elsewhere, "skewed = acme_parts:Skewed")
+    from acme_parts import Skewed  # type: ignore[import-not-found]
+
+    assert describe(Skewed(2), "prior") == {"component": "prior", "kind": "skewed", "latent_dim": 2}
+
+
+@pytest.mark.parametrize(
+    ("entry", "module", "reason"),
+    [
+        (
+            "skewed = acme_parts:Skewed",
+            "import no_such_module",
+            "its entry point acme_parts:Skewed does not load (ModuleNotFoundError: No module named 'no_such_module'): "
+            "repair or uninstall it.",
+        ),
+        (
+            "skewed = acme_parts:Skewd",
+            ACME,
+            "its entry point acme_parts:Skewd does not load (AttributeError: module 'acme_parts' has no attribute 'Skewd'): "
+            "repair or uninstall it.",
+        ),
+        ("skewed = acme_parts:skewed", ACME, "its entry point acme_parts:skewed is a function: point it to a class."),
+        ("skewed = acme_parts:skewed", "raise KeyError", "its entry point acme_parts:skewed does not load (KeyError: )"),
+    ],
+    ids=["no module", "no class", "no class but a function", "no message"],
+)
+def test_a_broken_entry_point_is_told_once_and_fails_who_asks_for_it(
+    elsewhere: Path, entry: str, module: str, reason: str
+) -> None:
+    installed(elsewhere, entry, module=module)
+    told = re.escape(f"The prior 'skewed' of acme-parts 1.2 cannot be used, because {reason}")
+    with pytest.warns(RuntimeWarning, match=f"^{told}"):
+        assert "skewed" not in names("prior")
+    # From here on a warning would fail the test.
+    assert find("prior", "standard_normal") is StandardNormal
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^{told}") as caught:
+            find("prior", "skewed")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_repaired_entry_point_is_found(elsewhere: Path) -> None:
+    installed(elsewhere, "skewed = acme_parts:Skewed", module="import no_such_module")
+    with pytest.warns(RuntimeWarning, match="does not load"):
+        names("prior")
+    (elsewhere / "acme_parts.py").write_text(ACME)
+    invalidate_caches()
+    assert find("prior", "skewed")(2)().event_shape == (2,)
+
+
+def test_an_entry_point_does_not_take_our_names(elsewhere: Path) -> None:
+    installed(elsewhere, "standard_normal = acme_parts:Skewed", "skewed = acme_parts:Skewed")
+    with pytest.warns(RuntimeWarning) as told:
+        assert find("prior", "standard_normal") is StandardNormal
+    assert [str(warning.message) for warning in told] == [
+        "The prior 'standard_normal' of acme-parts 1.2 cannot be used, because that name belongs to "
+        "pyrovae.priors.StandardNormal: rename the entry point, or uninstall it."
+    ]
+    assert find("prior", "skewed").__name__ == "Skewed"
+
+
+def test_an_entry_point_and_the_decorator_agree(elsewhere: Path) -> None:
+    decorated = ACME.replace("class", "from pyrovae.registry import register\n@register('prior')\nclass")
+    installed(elsewhere, "skewed = acme_parts:Skewed", module=decorated)
+    assert find("prior", "skewed").__module__ == "acme_parts"
 
 
 @pytest.mark.usefixtures("_scratch")

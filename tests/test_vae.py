@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from parts import COMBINATIONS, parts_for, spec
+from parts import COMBINATIONS, LIKELIHOODS, parts_for, spec
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
@@ -32,27 +32,6 @@ from pyrovae.priors import StandardNormal
 from pyrovae.registry import build, names
 from pyrovae.vae import VAE, make_vae
 
-LIKELIHOODS = [
-    "bernoulli",
-    {"kind": "binomial", "total_count": 4},
-    "normal",
-    {"kind": "normal", "scale": "shared"},
-    {"kind": "normal", "scale": "per_dimension"},
-    {"kind": "normal", "scale": "decoder"},
-    {"kind": "normal", "scale": "optimal"},
-    "beta",
-    {"kind": "beta_binomial", "total_count": 4},
-    {"kind": "categorical", "num_levels": 4},
-    "continuous_bernoulli",
-    {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
-    {"kind": "discretized_logistic", "num_levels": 4, "components": 2},
-    "laplace",
-    {"kind": "mixed", "parts": [[[0, 2, 4], "normal"], [[1, 3], "bernoulli"], [[5], "beta"]]},
-    "negative_binomial",
-    "poisson",
-    "student_t",
-    "zero_inflated_negative_binomial",
-]
 NAMED = {spec if isinstance(spec, str) else spec["kind"] for spec in LIKELIHOODS}
 
 
@@ -287,14 +266,15 @@ def test_interpolation_starts_and_ends_at_the_reconstructions() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_samples_have_the_moments_of_the_model() -> None:
-    """A linear decoder: x ~ N(b, WW' + s^2 I)."""
+@pytest.mark.parametrize("mean", [False, True])
+def test_samples_have_the_moments_of_the_model(mean: bool) -> None:
+    """A linear decoder: x ~ N(b, WW' + s^2 I), and its mean given z ~ N(b, WW')."""
     vae = _small(data_shape=3, likelihood={"kind": "normal", "scale": 0.5}, hidden=[])
     layer = vae.likelihood.decoder.layers[0]
     with torch.no_grad():
         layer.bias.copy_(torch.tensor([1.0, -2.0, 0.5]))
-    x = vae.sample(20_000)
-    covariance = (layer.weight @ layer.weight.T).detach() + 0.25 * torch.eye(3)
+    x = vae.sample(20_000, mean=mean)
+    covariance = (layer.weight @ layer.weight.T).detach() + (0.0 if mean else 0.25) * torch.eye(3)
     variances = covariance.diag()
     assert ((x.mean(0) - layer.bias.detach()).abs() < 5 * (variances / len(x)).sqrt()).all()
     error = ((variances[:, None] * variances + covariance**2) / len(x)).sqrt()
