@@ -157,7 +157,8 @@ class Normalised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2))
+        # No bias where normalisation takes it away again: its gradient is rounding, which Adam would blow up to whole steps.
+        self.encoder = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2))
         self.decoder = nn.Linear(2, 6)
 
     def model(self, x: Tensor) -> None:
