@@ -18,14 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import random
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
+import record
 import torch
 
 import pyrovae as pv
@@ -35,7 +34,6 @@ from pyrovae.registry import names
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from parts import LIKELIHOODS, fit_together, spec
 
-RESULTS = Path(__file__).parent / "results"
 DATA, LATENT, HIDDEN, NUM_DATA, BATCH, STEPS = 6, 2, [8], 32, 16, 20
 
 
@@ -160,23 +158,9 @@ def write(counts: dict[str, int], failures: dict[str, str], seed: int) -> None:
         "encoders": names("encoder"),
         "counts": counts,
         "failures": failures,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, {torch.get_num_threads()} thread",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pyro": pyro.__version__,
-            "pyrovae": pv.__version__,
-        },
         "seed": seed,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "all_triples.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    record.write("all_triples", result)
 
 
 if __name__ == "__main__":

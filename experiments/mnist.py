@@ -1,4 +1,4 @@
-"""What the experiments on MNIST share: train once, score once, rank, and write with date, machine, versions and seed.
+"""What the experiments on MNIST share: train once, score once, rank.
 
 Trained models and scores stay in ``runs/<experiment>``, so an interrupted experiment goes on where it stopped.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 
 import pyrovae as pv
 
-RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs")
 SEED = 0
 
@@ -68,20 +65,3 @@ def rank(experiment: str, names: list[str], x: Any, num_samples: int) -> dict[st
         }
         for place, name in enumerate(comparison.names)
     }
-
-
-def write(experiment: str, result: dict[str, Any]) -> None:
-    """Write ``results/<experiment>.json``."""
-    about = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyrovae": pv.__version__},
-        "seed": SEED,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{experiment}.json").write_text(json.dumps(result | about, indent=1) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -11,6 +11,7 @@ the first 2,000 test images, binarised once, by 5,000 importance samples each; t
 from __future__ import annotations
 
 import mnist
+import record
 
 import pyrovae as pv
 
@@ -39,9 +40,10 @@ def main() -> None:
         "epochs": EPOCHS,
         "batch_size": BATCH,
         "data": split.note,
+        "seed": mnist.SEED,
         "score": f"log p(x) in nats of the first {IMAGES} test images, {SAMPLES} importance samples each",
     }
-    mnist.write(NAME, result | {"rows": mnist.rank(NAME, list(ESTIMATORS), split.test[:IMAGES], SAMPLES)})
+    record.write(NAME, result | {"rows": mnist.rank(NAME, list(ESTIMATORS), split.test[:IMAGES], SAMPLES)})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 
 import mnist
+import record
 import torch
 from torch import Tensor
 
@@ -61,12 +62,13 @@ def main() -> None:
     print(f"{'hidden pixels by':<24}{'log p, nats':>13}{'bits/pixel':>12}{'behind impute':>15}{'se':>8}")
     for hand, row in rows.items():
         print(f"{hand:<24}{row['log_p']:>13.2f}{row['bits_per_pixel']:>12.4f}{row['behind_impute']:>15.2f}{row['se']:>8.2f}")
-    mnist.write(
+    record.write(
         NAME,
         {
             "network": "784-200-200-50, tanh, Bernoulli, diagonal normal guide",
             "training": f"IWAE, {PARTICLES} particles, {EPOCHS} epochs, batches of {BATCH}, half of every image hidden",
             "data": split.note,
+            "seed": mnist.SEED,
             "score": f"log-likelihood in nats per image of its hidden pixels (about {hidden:.0f}), {IMAGES} test images",
             "samples": SAMPLES,
             "rows": rows,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import mnist
+import record
 
 import pyrovae as pv
 
@@ -53,9 +54,10 @@ def main() -> None:
         "models": MODELS,
         "training": f"ELBO, 1 particle, {EPOCHS} epochs, batches of {BATCH}, beta from 0 to 1 over {WARM_UP} epochs",
         "data": split.note,
+        "seed": mnist.SEED,
         "score": f"log p(x) in nats of the first {IMAGES} test images, {SAMPLES} importance samples each",
     }
-    mnist.write(NAME, result | {title: mnist.rank(NAME, names, x, SAMPLES) for title, names in tables.items()})
+    record.write(NAME, result | {title: mnist.rank(NAME, names, x, SAMPLES) for title, names in tables.items()})
 
 
 if __name__ == "__main__":

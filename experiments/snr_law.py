@@ -14,22 +14,18 @@ paper, but mu by N(0, 0.3^2) for the model's curve: the gradient of log p(x) mus
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import record
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import pyrovae as pv
 
-RESULTS = Path(__file__).parent / "results"
 DIM, NUM_DATA = 20, 1024
 
 
@@ -115,13 +111,9 @@ def main() -> None:
     result = {
         "curves": curves,
         "seed": seed,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyrovae": pv.__version__},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "snr_law.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(curves).savefig(RESULTS / "snr_law.png", dpi=150)
+    record.write("snr_law", result)
+    draw(curves).savefig(record.RESULTS / "snr_law.png", dpi=150)
 
 
 def draw(curves: list[dict]) -> Figure:

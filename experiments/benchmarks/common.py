@@ -1,4 +1,4 @@
-"""What the benchmarks share: the record of when and where, one network in plain PyTorch, and the same network in other hands.
+"""What the benchmarks share: one network in plain PyTorch, and the same network in other hands.
 
 The network is written as a person without a library would write it. Ours, Pyro's and NumPyro's take over its very weights, so
 that all contenders of a benchmark do the same arithmetic, and a check can say so.
@@ -6,15 +6,12 @@ that all contenders of a benchmark do the same arithmetic, and a check can say s
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import sys
 import textwrap
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib import import_module, metadata, util
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyrovae as pv
 
-RESULTS = Path(__file__).parents[1] / "results"
+sys.path.append(str(Path(__file__).parents[1]))
+from record import write  # noqa: F401  (the benchmarks write their records by it)
+
 PIXELS = 784
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -42,19 +41,6 @@ def library(name: str) -> Any:
     if util.find_spec(package) is None:
         raise LeftOut(f"{package} is not installed")
     return import_module(name)
-
-
-def write(name: str, result: dict[str, Any]) -> None:
-    """Write a result, with the date, the machine and the versions of what was used, into the folder of results."""
-    used = {"pyro": "pyro-ppl", "jax": "jax", "numpyro": "numpyro", "pythae": "pythae"}
-    record = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyrovae": pv.__version__}
-        | {package: metadata.version(package) for module, package in used.items() if module in sys.modules},
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result | record, indent=1) + "\n")
 
 
 def lap(contenders: dict[str, Callable[[], Any]], order: np.random.Generator) -> dict[str, tuple[float, Any]]:
@@ -89,11 +75,6 @@ def table(heads: tuple[str, str, str], times: dict, ratios: dict, to_ours: dict,
         print(f"  {name:<36}" + "".join(f"{each[name]:12.3f}" for each in (times, ratios, to_ours) if name in each))
     for name, reason in left_out.items():
         print(textwrap.fill(f"{name}: left out, {reason}", 79, initial_indent="  ", subsequent_indent="    "))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class Gated(nn.Module):
