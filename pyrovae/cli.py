@@ -132,12 +132,21 @@ def train(
 
 
 @app.command(sort_key=1)
-def evaluate(run: Path, /, *, num_samples: int | None = None, limit: int | None = None, seed: int | None = None) -> None:
+def evaluate(
+    run: Path,
+    /,
+    *,
+    num_samples: int | None = None,
+    target_se: float | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> None:
     """Score a trained run again, with other samples or more of them, and write its report anew.
 
     Args:
         run: The run's folder.
-        num_samples: Importance samples per datum.
+        num_samples: Importance samples per datum; the most that one gets where --target-se is given.
+        target_se: Stop each datum at this standard error of its estimate, in nats.
         limit: Score only the first so many test data.
         seed: Seeds the draws; by default the run's.
     """
@@ -145,7 +154,7 @@ def evaluate(run: Path, /, *, num_samples: int | None = None, limit: int | None 
     from .config import load_split
     from .vae import VAE
 
-    given = {"num_samples": num_samples, "limit": limit}
+    given = {"num_samples": num_samples, "target_se": target_se, "limit": limit}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in given.items() if value is not None}}
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
     vae = VAE.from_pretrained(run)
@@ -286,7 +295,10 @@ def _score(folder: Path, run: Run, split: Split, vae: VAE, records: list[dict[st
 
     test = split.test[: run.evaluate.limit]
     began = time.perf_counter()
-    evidence = vae.log_marginal(test, num_samples=run.evaluate.num_samples, seed=run.seed, progress=True)
+    scoring = run.evaluate
+    evidence = vae.log_marginal(
+        test, num_samples=scoring.num_samples, target_se=scoring.target_se, seed=run.seed, progress=True
+    )
     scored = time.perf_counter() - began
     facts = _facts(run, split, records, scored)
     evidence.save(folder / "evidence.safetensors")
@@ -319,13 +331,14 @@ def _prior_draws(vae: VAE, count: int, seed: int) -> Any:
 def _say(folder: Path, split: Split, evidence: Evidence) -> None:
     unit = "image" if len(split.data_shape) == 3 else "datum"
     reliable, size = int(evidence.reliable.sum()), len(evidence)
-    print(f"\nHeld-out {split.name}, {size} {unit}s, {evidence.num_samples} samples each, in nats per {unit}:")
+    print(f"\nHeld-out {split.name}, {size} {unit}s, in nats per {unit}:")
+    print(f"  samples   {evidence.effort}")
     print(f"  bound     {evidence.elbo.mean():9.2f}  the ELBO, which lies below log p(x)")
     print(f"  log p(x)  {evidence.mean:9.2f}  by {evidence.method}; its standard error is")
     print(f"                       {evidence.mean_se:.2f} from sampling and {evidence.data_se:.2f} from the choice of {unit}s")
     print(f"  gap       {evidence.gap:9.2f}  what the guide misses: KL(q(z|x) || p(z|x))")
     print(f"  bits/dim  {evidence.bits_per_dim:9.3f}")
-    print(f"  reliable  {reliable:9d}  of {size} estimates: Pareto k below {evidence.khat_threshold:.2f}")
+    print(f"  reliable  {reliable:9d}  of {size} estimates: {evidence.criterion}")
     if reliable < size:
         print("                       the others are probably too low; the report shows which")
     print(f"Report: {folder / 'report.html'}")
@@ -343,6 +356,8 @@ def _summary(run: Run, evidence: Evidence, facts: dict[str, str]) -> dict[str, A
         "bits_per_dim": evidence.bits_per_dim,
         "num_data": len(evidence),
         "num_samples": evidence.num_samples,
+        "target_se": run.evaluate.target_se,
+        "samples_drawn": evidence.effort,
         "num_reliable": int(evidence.reliable.sum()),
         "khat_threshold": evidence.khat_threshold,
         "findings": evidence.summary(),

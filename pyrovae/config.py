@@ -105,11 +105,13 @@ class EvaluateSection:
     """How to score the test data; see pyrovae.log_marginal.
 
     Attributes:
-        num_samples: Importance samples per datum.
+        num_samples: Importance samples per datum; the most that one gets where target_se is given.
+        target_se: Stop each datum at this standard error of its estimate, in nats.
         limit: Score only the first so many test data.
     """
 
     num_samples: Positive = 5000
+    target_se: PositiveFloat | None = None
     limit: Positive | None = None
 
 

@@ -34,7 +34,7 @@ class Curve:
     """How the estimate of log p(x) rises with the number of samples: the first K of each datum's S, for several K.
 
     Attributes:
-        num_samples: K, ascending up to S, shape (C,).
+        num_samples: K, ascending up to S, shape (C,). A datum that stopped before K samples stays where it stopped.
         log_px: the estimate of each datum from its first K samples, in nats, shape (C, N).
         se: its Monte Carlo standard error, shape (C, N). From one sample it is the distance to the datum's mean log-weight,
             which says little of one datum but has the right mean square over many.
@@ -79,7 +79,7 @@ def curve_sizes(num_samples: int) -> list[int]:
     return [10**power for power in range(20) if 10**power < num_samples] + [num_samples]
 
 
-def curve_of(log_sums: Array, log_squares: Array, elbo: Array, num_samples: int) -> Curve:
+def curve_of(log_sums: Array, log_squares: Array, elbo: Array, num_samples: int, drawn: Array | None = None) -> Curve:
     """A curve from running sums over each datum's first K samples, for the K of :func:`curve_sizes`.
 
     Args:
@@ -87,14 +87,16 @@ def curve_of(log_sums: Array, log_squares: Array, elbo: Array, num_samples: int)
         log_squares: logarithm of the summed squares, shape (C, N).
         elbo: the mean log-weight of all samples, shape (N,).
         num_samples: S.
+        drawn: how many each datum took where some took fewer, shape (N,); past them its sums stay.
     """
     sizes = np.array(curve_sizes(num_samples))
-    log_px = log_sums - np.log(sizes)[:, None]
+    counts = np.minimum(sizes[:, None], num_samples if drawn is None else drawn)  # (C, N or 1)
+    log_px = log_sums - np.log(counts)
     with np.errstate(all="ignore"):
         share = np.exp(log_squares - 2 * log_sums)  # the sum of squared normalised weights
-        se = np.sqrt(np.maximum(share - 1 / sizes[:, None], 0.0) * (sizes / (sizes - 1))[:, None])
+        se = np.sqrt(np.maximum(share - 1 / counts, 0.0) * (counts / (counts - 1)))
         # One sample has no spread of its own. All S do: what one lies off their mean, squared, has its variance as mean.
-        se[0] = np.abs(log_px[0] - elbo) * math.sqrt(num_samples / (num_samples - 1)) if num_samples > 1 else math.nan
+        se[0] = np.abs(log_px[0] - elbo) * np.sqrt(counts[-1] / (counts[-1] - 1)) if num_samples > 1 else math.nan
     return Curve(sizes, log_px, se)
 
 
@@ -105,16 +107,18 @@ class Evidence:
     Attributes:
         log_px: the estimate for each datum, shape (N,).
         se: its Monte Carlo standard error, by the delta method on the logarithm, shape (N,).
-        ess: effective sample size of the importance weights, shape (N,), at most ``num_samples``.
+        ess: effective sample size of the importance weights, shape (N,), at most what the datum drew.
         khat: Pareto shape of the weights' tail, shape (N,). ``-inf`` says that the weights are constant, so the guide is
             exact; ``nan`` that there were too few samples to tell, or that weights were NaN.
         elbo: the mean log-weight, which estimates the evidence lower bound, shape (N,).
-        num_samples: S, draws per datum.
+        num_samples: S, draws per datum; the most that one got where ``drawn`` says that some got fewer.
         num_dims: D, observed numbers per datum, for bits per dimension; where a mask hides different ones, their mean.
         method: how the estimate was made.
+        notes: what else the method says of itself, such as its ``target_se``.
         log_px_psis: the Pareto-smoothed estimate, shape (N,): steadier than ``log_px`` where the tail is heavy, at some bias.
             ``nan`` where there were too few samples to smooth. ``None`` where the method has no importance weights.
         curve: the estimate against the number of samples, where it was recorded.
+        drawn: how many samples each datum took, shape (N,), where they stopped at a target; ``None`` where all took S.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -136,6 +140,7 @@ class Evidence:
     notes: dict[str, Any] = field(default_factory=dict)
     log_px_psis: Array | None = None
     curve: Curve | None = None
+    drawn: Array | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays of different lengths."""
@@ -184,24 +189,48 @@ class Evidence:
     @property
     def khat_threshold(self) -> float:
         """The k below which S samples are enough: min(1 - 1/log10 S, 0.7) (Vehtari et al. 2024)."""
-        return min(1 - 1 / math.log10(self.num_samples), 0.7) if self.num_samples >= FEWEST_SAMPLES else -math.inf
+        return _threshold(self.num_samples)
+
+    @property
+    def khat_thresholds(self) -> Array:
+        """The k below which the samples of each datum are enough, shape (N,); lower where it drew fewer."""
+        return np.array([_threshold(int(size)) for size in self._drawn()])
 
     @property
     def reliable(self) -> Array:
         """Whether each datum's estimate can be believed, shape (N,): k below the threshold, or constant weights."""
         with np.errstate(invalid="ignore"):
-            return np.isfinite(self.log_px) & ((self.khat < self.khat_threshold) | np.isneginf(self.khat))
+            return np.isfinite(self.log_px) & ((self.khat < self.khat_thresholds) | np.isneginf(self.khat))
+
+    @property
+    def effort(self) -> str:
+        """How many samples there were, in words."""
+        drawn = self._drawn()
+        if drawn.min() == drawn.max():
+            return f"{drawn[0]:,} sample{'s' if drawn[0] > 1 else ''} each"
+        return f"{drawn.min():,} to {drawn.max():,} samples each, {drawn.mean():,.0f} on average"
+
+    @property
+    def criterion(self) -> str:
+        """What makes an estimate reliable, in words; a range where data drew different numbers of samples."""
+        low, high = self.khat_thresholds.min(), self.khat_thresholds.max()
+        return f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "")
 
     def summary(self) -> str:
         """The findings in words: what was estimated, from how many samples, and what to do if it cannot be believed."""
         size, bad = len(self), np.flatnonzero(~self.reliable)
         said = (
-            f"log p(x): {self.mean:.3f} nats per datum over {size} data ({self.method}, {self.num_samples} samples each); "
+            f"log p(x): {self.mean:.3f} nats per datum over {size} data ({self.method}, {self.effort}); "
             f"standard error {self.mean_se:.3f} from sampling, {self.data_se:.3f} from the data. "
         )
         if self.log_px_psis is not None and np.isfinite(self.log_px_psis).all():
             said += f"Pareto-smoothed: {np.mean(self.log_px_psis):.3f}. "
         said += f"Bound (ELBO): {np.mean(self.elbo):.3f}, so the gap is {self.gap:.3f} nats. "
+        target = self.notes.get("target_se")
+        if target is not None and (missed := int(np.sum(~(self.se <= target)))):
+            said += (
+                f"{missed} of {size} data took all {self.num_samples:,} samples and still miss the target error {target:g}. "
+            )
         if self.num_samples < FEWEST_SAMPLES:
             return said + f"With fewer than {FEWEST_SAMPLES} samples nothing tells whether to believe it: draw more."
         for broken, word in ((np.isnan(self.log_px), "NaN"), (np.isposinf(self.log_px), "infinite")):
@@ -213,14 +242,15 @@ class Evidence:
             )
         if not len(bad):
             constant = " (the weights are constant: the guide is exact)" if np.isneginf(self.khat).all() else ""
-            return said + f"Pareto k is below {self.khat_threshold:.2f} for all data: the estimate can be believed{constant}."
+            return said + f"{self.criterion} for all data: the estimate can be believed{constant}."
+        unfitted = " (for some of them no k can be fitted)" if np.isnan(self.khat[bad]).any() else ""
         said += (
-            f"Pareto k is {self.khat_threshold:.2f} or more{' or cannot be fitted' if np.isnan(self.khat).any() else ''} for "
-            f"{len(bad)} of {size} data (first datum {bad[0]}), whose estimates are probably too low. "
+            f"{len(bad)} of {size} data (first datum {bad[0]}) do not have {self.criterion}{unfitted}: their estimates are "
+            f"probably too low. "
         )
         if self.curve is not None and len(self.curve.num_samples) > 1 and np.isfinite(self.curve.mean[-2]):
             rise = self.curve.mean[-1] - self.curve.mean[-2]
-            said += f"The mean moved by {rise:.3f} nats from {self.curve.num_samples[-2]} to {self.num_samples} samples. "
+            said += f"The mean moved by {rise:.3f} nats from {self.curve.num_samples[-2]:,} to {self.num_samples:,} samples. "
         return said + (
             'What to do: draw more samples; score with proposal="refined", which fits the guide to each datum; or check these '
             "data by annealing (pv.ais), which needs no good guide."
@@ -232,7 +262,7 @@ class Evidence:
         Here the pointwise values are held-out log p(x), and k is that of their own importance weights. ArviZ exponentiates
         them to stack, so data beyond some 700 nats give no weights there; :func:`compare` has no such limit.
         """
-        return _elpd(self.log_px, self.khat, self.num_samples, self.khat_threshold)
+        return _elpd(self.log_px, self.khat, self.num_samples, float(self.khat_thresholds.min()))
 
     def to_datatree(self, draws: Draws | None = None) -> xarray.DataTree:
         """The arrays over data as an xarray ``DataTree`` with the group ``evidence`` and the dimension ``datum``.
@@ -281,14 +311,21 @@ class Evidence:
         kept = notes.get("evidence")
         fields: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
         curve = {name: fields.pop(f"curve.{name}") for name in _CURVE if f"curve.{name}" in fields}
-        complete = set(fields) - {"log_px_psis"} == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
+        complete = set(fields) - set(_OPTIONAL) == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
         if not complete or not isinstance(kept, dict) or set(kept) != set(_NOTES):
             raise ValueError(f"{path} holds no evidence: give a file that Evidence.save wrote.")
         return cls(**fields, **kept, curve=Curve(**curve) if curve else None)
 
     def _per_datum(self) -> dict[str, Array]:
-        names = _PER_DATUM if self.log_px_psis is None else (*_PER_DATUM, "log_px_psis")
+        names = [*_PER_DATUM, *(name for name in _OPTIONAL if getattr(self, name) is not None)]
         return {name: np.asarray(getattr(self, name)) for name in names}
+
+    def _drawn(self) -> Array:
+        return np.full(len(self), self.num_samples) if self.drawn is None else self.drawn
+
+
+def _threshold(num_samples: int) -> float:
+    return min(1 - 1 / math.log10(num_samples), 0.7) if num_samples >= FEWEST_SAMPLES else -math.inf
 
 
 def _first(bad: Array) -> str:
@@ -298,6 +335,7 @@ def _first(bad: Array) -> str:
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
+_OPTIONAL = ("log_px_psis", "drawn")
 _NOTES = ("num_samples", "num_dims", "method", "notes")
 _CURVE = ("num_samples", "log_px", "se")
 

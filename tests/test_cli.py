@@ -112,6 +112,21 @@ def test_evaluate_scores_again(run_folder: Path):
     assert "90 samples" in json.loads((run_folder / "summary.json").read_text())["findings"]
 
 
+def test_a_target_error_stops_each_datum(run_folder: Path, capsys: pytest.CaptureFixture):
+    capsys.readouterr()
+    assert main(["evaluate", "runs/mine", "--num-samples", "600", "--target-se", "0.2", "--limit", "60"]) == 0
+    scored = pv.Evidence.load(run_folder / "evidence.safetensors")
+    assert set(scored.drawn) == {250, 500, 600}
+    assert (scored.se[scored.drawn < 600] <= 0.2).all()
+    out = capsys.readouterr().out
+    assert f"250 to 600 samples each, {scored.drawn.mean():.0f} on average" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "250 to 600 samples each" in (run_folder / "report.html").read_text()
+    assert json.loads((run_folder / "summary.json").read_text())["target_se"] == 0.2
+    assert main(["evaluate", "runs/mine", "--target-se", "-1"]) == 2
+    assert "evaluate.target_se is" in capsys.readouterr().err
+
+
 def test_estimators_are_compared_on_a_run(run_folder: Path, capsys: pytest.CaptureFixture):
     capsys.readouterr()
     command = [

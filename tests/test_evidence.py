@@ -203,7 +203,7 @@ def test_summary_says_how_many_are_unreliable_and_what_to_do():
         assert cure in said
     curve = Curve(np.array([1000, 5000]), np.array([[-1.25] * 3, [-1.0] * 3]), np.zeros((2, 3)))
     said = made(-np.ones(3), khat=np.array([0.1, 0.9, 0.8]), curve=curve, log_px_psis=np.full(3, -0.5)).summary()
-    assert "moved by 0.250 nats from 1000 to 5000 samples" in said
+    assert "moved by 0.250 nats from 1,000 to 5,000 samples" in said
     assert "Pareto-smoothed: -0.500" in said
     assert "the guide is exact" in made(-np.ones(3), khat=np.full(3, -math.inf)).summary()
     assert "Fewer" in made(-np.ones(3), num_samples=10).summary().replace("fewer", "Fewer")
@@ -247,6 +247,26 @@ def test_datatree_holds_the_arrays():
     tree = made(np.array([-8.0, -12.5])).to_datatree()
     np.testing.assert_array_equal(tree["evidence"]["log_px"].values, [-8.0, -12.5])
     assert tree["evidence"].attrs["num_samples"] == 5000
+
+
+def test_data_that_stopped_at_a_target_keep_their_own_number_of_samples(tmp_path: Path):
+    drawn = np.array([250, 1000, 5000])
+    scored = made(np.array([-8.0, -9.0, -10.0]), khat=np.array([0.6, 0.6, 0.71]), drawn=drawn, notes={"target_se": 0.05})
+    np.testing.assert_allclose(scored.khat_thresholds, [1 - 1 / math.log10(250), 1 - 1 / 3, 0.7])
+    assert scored.khat_threshold == 0.7
+    assert scored.reliable.tolist() == [False, True, False]
+    said = scored.summary()
+    assert "250 to 5,000 samples each, 2,083 on average" in said
+    assert "2 of 3 data (first datum 0) do not have Pareto k below 0.58 to 0.70: their estimates" in said
+    assert "3 of 3 data took all 5,000 samples and still miss the target error 0.05" in said
+    scored.save(tmp_path / "evidence")
+    loaded = Evidence.load(tmp_path / "evidence")
+    np.testing.assert_array_equal(loaded.drawn, drawn)
+    assert loaded.summary() == said
+    np.testing.assert_array_equal(scored.to_datatree()["evidence"]["drawn"].values, drawn)
+    assert compare({"one": scored, "two": made(np.array([-9.0, -9.0, -9.0]))}).unreliable.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="one entry per datum"):
+        made(np.array([-8.0, -12.5]), drawn=drawn)
 
 
 def test_lengths_must_agree():
