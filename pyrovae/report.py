@@ -113,8 +113,8 @@ def write_report(
         curve=_svg("curve", lambda ax: learning_curve(records, ax), 3.3) if _finite_epochs(records) else None,
         last=records[-1] if records else None,
         best=_best(records),
-        gaps=_svg("gaps", lambda ax: _gap_histogram(_gaps(evidence), ax), 2.7, 13.0),
-        pareto=_svg("pareto", lambda ax: _pareto(evidence.khat, evidence.khat_thresholds, ax), 2.7),
+        gaps=None if evidence.is_exact else _svg("gaps", lambda ax: _gap_histogram(_gaps(evidence), ax), 2.7, 13.0),
+        pareto=_tails(evidence),
         pairs=_pairs(originals, reconstructions, bounds),
         samples=_samples(samples, bounds),
         latent=_latent(latents, labels),
@@ -147,7 +147,6 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
         "bits_mean_se": evidence.mean_se / nats,
         "smoothed": _smoothed(evidence),
         "ess": np.quantile(evidence.ess[spread], [0.05, 0.5, 0.95]).tolist() if spread.any() else [math.nan] * 3,
-        "below": int(np.sum(evidence.khat < evidence.khat_thresholds)),
         "unreliable": int(np.sum(~evidence.reliable)),
     }
 
@@ -157,6 +156,13 @@ def _smoothed(evidence: Evidence) -> float | None:
     if evidence.log_px_psis is None or not np.isfinite(evidence.log_px_psis).all():
         return None
     return float(evidence.log_px_psis.mean())
+
+
+def _tails(evidence: Evidence) -> Markup | None:
+    """The figure of Pareto k, where it is what the estimates are judged by."""
+    if evidence.is_exact or (evidence.is_annealed and np.isnan(evidence.khat).all()):
+        return None
+    return _svg("pareto", lambda ax: _pareto(evidence.khat, evidence.khat_thresholds, ax), 2.7)
 
 
 def _convergence(evidence: Evidence) -> dict[str, Any] | None:
@@ -198,7 +204,8 @@ def _verdict(evidence: Evidence) -> dict[str, str]:
         broken = int(np.sum(~np.isfinite(evidence.log_px)))
         return {"level": "bad", "word": "Not usable", "text": f"log p(x) is not finite for {_count(broken)} of them."}
     if not unreliable:
-        return {"level": "good", "word": "Reliable", "text": f"every one has {evidence.criterion}."}
+        word = "Exact" if evidence.is_exact else "Reliable"
+        return {"level": "good", "word": word, "text": f"every one has {evidence.criterion}."}
     share = unreliable / num_data
     text = (
         f"{_count(unreliable)} of them ({_percent(share)}) do not have {evidence.criterion}, "

@@ -213,6 +213,60 @@ def test_summary_says_how_many_are_unreliable_and_what_to_do():
     assert "Datum 1 has zero weight" in made(np.array([1.0, -math.inf]), elbo=np.zeros(2)).summary()
 
 
+def test_exact_answers_are_called_exact(tmp_path: Path):
+    log_px, zero = np.array([-8.0, -9.0, -10.0]), np.zeros(3)
+    fields = {"se": zero, "ess": np.ones(3), "khat": np.full(3, -math.inf), "elbo": log_px}
+    closed = made(log_px, **fields, num_samples=1, method="exact, linear-Gaussian")
+    assert closed.reliable.all()
+    said = closed.summary()
+    assert "(exact, linear-Gaussian, in closed form); standard error 0.577 from the data, none from sampling" in said
+    assert "exact to rounding" in said
+    for word in ("fewer than", "ELBO", "Pareto", "guide"):
+        assert word not in said
+    summed = made(log_px, **fields, num_samples=12, method="exact, by enumeration")
+    assert "up to 12 assignments each" in summed.summary()
+    grids = made(log_px, **fields | {"se": np.array([0, 2e-7, 0])}, num_samples=66049, method="exact, by quadrature")
+    assert grids.reliable.all()
+    assert "up to 66,049 grid points each" in grids.summary()
+    assert "the last two grids differ by at most 2.0e-07 nats. It is exact to that." in grids.summary()
+    # A kink may leave the finest grid too coarse, and a model may rule a datum out.
+    rough = made(log_px, **fields | {"se": np.array([0, 0.3, 0])}, num_samples=66049, method="exact, by quadrature")
+    assert rough.reliable.tolist() == [True, False, True]
+    assert "Datum 1 has not settled at the finest grid" in rough.summary()
+    ruled_out = made([-8.0, -math.inf], num_samples=1, method="exact, linear-Gaussian", se=zero[:2], elbo=zero[:2])
+    assert ruled_out.reliable.tolist() == [True, False]
+    assert "Datum 1 has no finite answer" in ruled_out.summary()
+    table = str(compare({"one": grids, "two": made(log_px - 1, khat=np.full(3, 0.9))}))
+    assert [line.split()[-2] for line in table.splitlines()] == ["unrel.", "0", "3"]
+    grids.save(tmp_path / "evidence")
+    assert Evidence.load(tmp_path / "evidence").reliable.all()
+
+
+def test_a_few_annealed_chains_are_judged_by_whether_they_agree():
+    ais = {"khat": np.full(3, math.nan), "method": "AIS from the prior, 1000 temperatures", "num_samples": 16}
+    agree = made([-8.0, -9.0, -10.0], ess=np.array([15.0, 9.0, 8.0]), **ais)
+    assert agree.reliable.all()
+    said = agree.summary()
+    assert "At least 8 of 16 chains are effective for all data (at worst 8.0): the chains agree" in said
+    assert "pv.bdmc" in said
+    assert "16 chains each" in said
+    assert "fewer than 25" not in said
+    differ = made([-8.0, -9.0, -math.inf], ess=np.array([15.0, 1.3, 0.0]), elbo=np.zeros(3), **ais)
+    assert differ.reliable.tolist() == [True, False, False]
+    assert "Datum 2 has zero weight in all chains" in differ.summary()
+    differ = made([-8.0, -9.0, -10.0], ess=np.array([15.0, 1.3, 7.9]), **ais)
+    assert "Fewer than 8 of 16 chains are effective for 2 of 3 data (first datum 1, at worst 1.3)" in differ.summary()
+    for cure in ("num_temperatures", "num_chains", 'start="guide"', "pv.bdmc"):
+        assert cure in differ.summary()
+    # Three chains agree or not by chance; from 25 on there is a tail to fit.
+    three = made([-8.0, -9.0, -10.0], ess=np.full(3, 3.0), **ais | {"num_samples": 3})
+    assert not three.reliable.any()
+    assert "Fewer than 4 chains do not show whether they agree: take num_chains=16" in three.summary()
+    many = made([-8.0, -9.0, -10.0], ess=np.full(3, 20.0), **ais | {"num_samples": 100, "khat": np.array([0.1, 0.4, 0.6])})
+    assert many.reliable.tolist() == [True, True, False]
+    assert "num_temperatures" in many.summary()
+
+
 def test_save_and_load_round_trip_and_truncation(tmp_path: Path):
     scored = made(np.array([-8.0, -12.5]), khat=np.array([-math.inf, 0.4]))
     path = tmp_path / "evidence.safetensors"
