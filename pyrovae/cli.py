@@ -23,6 +23,7 @@ from .config import Run
 
 if TYPE_CHECKING:
     from .data import Split
+    from .diagnostics import Decomposition
     from .evidence import Evidence
     from .vae import VAE
 
@@ -139,6 +140,7 @@ def evaluate(
     num_samples: int | None = None,
     target_se: float | None = None,
     limit: int | None = None,
+    decompose: int | None = None,
     seed: int | None = None,
 ) -> None:
     """Score a trained run again, with other samples or more of them, and write its report anew.
@@ -148,13 +150,14 @@ def evaluate(
         num_samples: Importance samples per datum; the most that one gets where --target-se is given.
         target_se: Stop each datum at this standard error of its estimate, in nats.
         limit: Score only the first so many test data.
+        decompose: Split the gap and the rate of the first so many; 0 leaves it out.
         seed: Seeds the draws; by default the run's.
     """
     from . import checkpoint
     from .config import load_split
     from .vae import VAE
 
-    given = {"num_samples": num_samples, "target_se": target_se, "limit": limit}
+    given = {"num_samples": num_samples, "target_se": target_se, "limit": limit, "decompose": decompose}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in given.items() if value is not None}}
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
     vae = VAE.from_pretrained(run)
@@ -302,7 +305,8 @@ def _score(folder: Path, run: Run, split: Split, vae: VAE, records: list[dict[st
     scored = time.perf_counter() - began
     facts = _facts(run, split, records, scored)
     evidence.save(folder / "evidence.safetensors")
-    checkpoint.write_text(folder / "summary.json", _json(_summary(run, evidence, facts)) + "\n")
+    parts = _decomposed(vae, test[: scoring.decompose], evidence, run.seed) if scoring.decompose else None
+    checkpoint.write_text(folder / "summary.json", _json(_summary(run, evidence, parts, facts)) + "\n")
     few = test[:10]
     write_report(
         folder / "report.html",
@@ -316,8 +320,29 @@ def _score(folder: Path, run: Run, split: Split, vae: VAE, records: list[dict[st
         samples=vae.decode(_prior_draws(vae, 40, run.seed)).mean.detach().cpu().numpy(),
         latents=vae.embed(test).detach().cpu().numpy(),
         labels=None if split.test_labels is None else split.test_labels[: len(test)].numpy(),
+        decomposition=parts,
     )
-    _say(folder, split, evidence)
+    _say(folder, split, evidence, parts)
+
+
+def _decomposed(vae: VAE, x: Any, evidence: Evidence, seed: int) -> Decomposition | None:
+    """Where the nats of these data go; the gap is split in two where the guide is of a family that can be fitted to a datum."""
+    from .diagnostics import decompose
+    from .encoders import DiagonalNormal, FullCovarianceNormal
+    from .proposals import refine
+
+    covariance = {DiagonalNormal: "diagonal", FullCovarianceNormal: "full"}.get(type(vae.encoder))
+    try:
+        refined = None
+        if covariance is not None:
+            options: Any = {"covariance": covariance, "seed": seed, "progress": True}
+            refined = refine(vae.model, vae.guide, x, **options).elbo
+        return decompose(
+            vae.model, vae.guide, x, evidence=evidence.rows(slice(len(x))), refined=refined, seed=seed, progress=False
+        )
+    except ValueError as error:  # a pair that has a log p(x) but no such parts
+        print(f"No decomposition: {error}")
+        return None
 
 
 def _prior_draws(vae: VAE, count: int, seed: int) -> Any:
@@ -328,7 +353,7 @@ def _prior_draws(vae: VAE, count: int, seed: int) -> Any:
         return vae.prior().sample((count,))
 
 
-def _say(folder: Path, split: Split, evidence: Evidence) -> None:
+def _say(folder: Path, split: Split, evidence: Evidence, parts: Decomposition | None) -> None:
     unit = "image" if len(split.data_shape) == 3 else "datum"
     reliable, size = int(evidence.reliable.sum()), len(evidence)
     print(f"\nHeld-out {split.name}, {size} {unit}s, in nats per {unit}:")
@@ -341,10 +366,12 @@ def _say(folder: Path, split: Split, evidence: Evidence) -> None:
     print(f"  reliable  {reliable:9d}  of {size} estimates: {evidence.criterion}")
     if reliable < size:
         print("                       the others are probably too low; the report shows which")
+    if parts is not None:
+        print(f"\nWhere the nats of the first {len(parts)} go:\n{parts}\n")
     print(f"Report: {folder / 'report.html'}")
 
 
-def _summary(run: Run, evidence: Evidence, facts: dict[str, str]) -> dict[str, Any]:
+def _summary(run: Run, evidence: Evidence, parts: Decomposition | None, facts: dict[str, str]) -> dict[str, Any]:
     return {
         "log_px": evidence.mean,
         "log_px_kind": f"estimate by {evidence.method}, nats per datum",
@@ -361,9 +388,15 @@ def _summary(run: Run, evidence: Evidence, facts: dict[str, str]) -> dict[str, A
         "num_reliable": int(evidence.reliable.sum()),
         "khat_threshold": evidence.khat_threshold,
         "findings": evidence.summary(),
+        "decomposition": None if parts is None else _parts(parts),
         "seed": run.seed,
         "facts": facts,
     }
+
+
+def _parts(parts: Decomposition) -> dict[str, Any]:
+    means = {name.strip(): {"nats": mean, "se": error, "what": what} for name, mean, error, what in parts.rows()}
+    return {"num_data": len(parts), "active_units": parts.active_units} | means
 
 
 def _json(value: Any) -> str:

@@ -108,11 +108,13 @@ class EvaluateSection:
         num_samples: Importance samples per datum; the most that one gets where target_se is given.
         target_se: Stop each datum at this standard error of its estimate, in nats.
         limit: Score only the first so many test data.
+        decompose: Split the gap and the rate of the first so many; 0 leaves it out.
     """
 
     num_samples: Positive = 5000
     target_se: PositiveFloat | None = None
     limit: Positive | None = None
+    decompose: Annotated[int, Field(ge=0)] = 200
 
 
 @dataclass(frozen=True, config=_STRICT)

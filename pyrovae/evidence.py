@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -336,6 +336,13 @@ class Evidence:
     @property
     def _enough_chains(self) -> float:
         return max(self.num_samples / 2, LEAST_CHAINS)
+
+    def rows(self, chosen: slice | Array) -> Evidence:
+        """The part for some of the data, by a slice or their numbers."""
+        fields: dict[str, Any] = {name: array[chosen] for name, array in self._per_datum().items()}
+        if self.curve is not None:
+            fields["curve"] = replace(self.curve, log_px=self.curve.log_px[:, chosen], se=self.curve.se[:, chosen])
+        return replace(self, **fields)
 
     def to_elpd(self) -> Any:
         """The estimates as ArviZ's ``ELPDData``, for ``az.compare`` and ``az.plot_khat`` of the installed line.

@@ -323,6 +323,16 @@ def test_data_that_stopped_at_a_target_keep_their_own_number_of_samples(tmp_path
         made(np.array([-8.0, -12.5]), drawn=drawn)
 
 
+def test_a_part_of_the_data_keeps_everything_that_is_theirs():
+    curve = Curve(np.array([1, 5000]), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))
+    whole = made([-8.0, -9.0, -10.0], curve=curve, drawn=np.array([250, 500, 5000]))
+    for part in (whole.rows(slice(1, 3)), whole.rows(np.array([1, 2]))):
+        assert part.log_px.tolist() == [-9, -10]
+        assert part.drawn.tolist() == [500, 5000]
+        assert part.curve.log_px.tolist() == [[1, 2], [4, 5]]
+        assert part.num_samples == 5000
+
+
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="one entry per datum"):
         made(np.array([-8.0, -12.5]), se=np.ones(3))
