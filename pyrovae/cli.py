@@ -139,6 +139,7 @@ def evaluate(
     *,
     num_samples: int | None = None,
     target_se: float | None = None,
+    proposal: str | None = None,
     limit: int | None = None,
     decompose: int | None = None,
     seed: int | None = None,
@@ -149,6 +150,7 @@ def evaluate(
         run: The run's folder.
         num_samples: Importance samples per datum; the most that one gets where --target-se is given.
         target_se: Stop each datum at this standard error of its estimate, in nats.
+        proposal: What the samples come from: guide, refined (fitted to each datum), mixture or prior.
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
         seed: Seeds the draws; by default the run's.
@@ -157,7 +159,7 @@ def evaluate(
     from .config import load_split
     from .vae import VAE
 
-    given = {"num_samples": num_samples, "target_se": target_se, "limit": limit, "decompose": decompose}
+    given = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "limit": limit, "decompose": decompose}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in given.items() if value is not None}}
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
     vae = VAE.from_pretrained(run)
@@ -300,7 +302,12 @@ def _score(folder: Path, run: Run, split: Split, vae: VAE, records: list[dict[st
     began = time.perf_counter()
     scoring = run.evaluate
     evidence = vae.log_marginal(
-        test, num_samples=scoring.num_samples, target_se=scoring.target_se, seed=run.seed, progress=True
+        test,
+        num_samples=scoring.num_samples,
+        target_se=scoring.target_se,
+        proposal=scoring.proposal,
+        seed=run.seed,
+        progress=True,
     )
     scored = time.perf_counter() - began
     facts = _facts(run, split, records, scored)
@@ -357,11 +364,13 @@ def _say(folder: Path, split: Split, evidence: Evidence, parts: Decomposition | 
     unit = "image" if len(split.data_shape) == 3 else "datum"
     reliable, size = int(evidence.reliable.sum()), len(evidence)
     print(f"\nHeld-out {split.name}, {size} {unit}s, in nats per {unit}:")
+    print(f"  method    {evidence.method}")
     print(f"  samples   {evidence.effort}")
-    print(f"  bound     {evidence.elbo.mean():9.2f}  the ELBO, which lies below log p(x)")
-    print(f"  log p(x)  {evidence.mean:9.2f}  by {evidence.method}; its standard error is")
-    print(f"                       {evidence.mean_se:.2f} from sampling and {evidence.data_se:.2f} from the choice of {unit}s")
-    print(f"  gap       {evidence.gap:9.2f}  what the guide misses: KL(q(z|x) || p(z|x))")
+    who = "guide" if evidence.method == "importance sampling" else "proposal"
+    print(f"  bound     {evidence.elbo.mean():9.2f}  the {who}'s ELBO, which lies below log p(x)")
+    print(f"  log p(x)  {evidence.mean:9.2f}  an estimate; its standard error is {evidence.mean_se:.2f} from")
+    print(f"                       sampling and {evidence.data_se:.2f} from the choice of {unit}s")
+    print(f"  gap       {evidence.gap:9.2f}  what the {who} misses: its KL from p(z|x)")
     print(f"  bits/dim  {evidence.bits_per_dim:9.3f}")
     print(f"  reliable  {reliable:9d}  of {size} estimates: {evidence.criterion}")
     if reliable < size:

@@ -128,6 +128,14 @@ def test_a_target_error_stops_each_datum(run_folder: Path, capsys: pytest.Captur
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "250 to 600 samples each" in (run_folder / "report.html").read_text()
     assert json.loads((run_folder / "summary.json").read_text())["target_se"] == 0.2
+    assert main(["evaluate", "runs/mine", "--num-samples", "50", "--proposal", "mixture", "--limit", "20"]) == 0
+    scored = pv.Evidence.load(run_folder / "evidence.safetensors")
+    assert scored.method == "importance sampling from the mixture of prior and guide"
+    out = capsys.readouterr().out
+    assert "the proposal's ELBO" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert main(["evaluate", "runs/mine", "--proposal", "gide"]) == 2
+    assert "evaluate.proposal is 'gide'" in capsys.readouterr().err
     assert main(["evaluate", "runs/mine", "--target-se", "-1"]) == 2
     assert "evaluate.target_se is" in capsys.readouterr().err
 
