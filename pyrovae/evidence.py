@@ -324,8 +324,13 @@ class Evidence:
         if self.curve is not None and len(self.curve.num_samples) > 1 and np.isfinite(self.curve.mean[-2]):
             rise = self.curve.mean[-1] - self.curve.mean[-2]
             said += f"The mean moved by {rise:.3f} nats from {self.curve.num_samples[-2]:,} to {self.num_samples:,} samples. "
+        other = (
+            '"mixture", which also draws from the prior'
+            if "refined" in self.method
+            else '"refined", which fits the guide to each datum'
+        )
         return said + (
-            'What to do: draw more samples; score with proposal="refined", which fits the guide to each datum; or check these '
+            f"What to do: draw more samples; score with proposal={other}; or check these "
             f"data by annealing (pv.ais), which needs no good guide.{self._one_mode()}"
         )
 
