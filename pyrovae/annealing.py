@@ -86,7 +86,7 @@ def ais(
 
     Returns:
         The evidence, in nats: ``se`` and ``ess`` are those of the K chain weights, ``elbo`` is the mean of log w, a lower bound
-        on average, and ``khat`` is ``nan`` with fewer than 25 chains.
+        on average, and ``khat`` is ``nan`` with fewer than 25 chains: then ``reliable`` goes by ``ess``, the effective chains.
 
     Raises:
         ValueError: bad options or data, a latent that is not continuous, or ``start="guide"`` with a flow that cannot be

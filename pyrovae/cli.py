@@ -23,6 +23,7 @@ from .config import Run
 
 if TYPE_CHECKING:
     from .data import Split
+    from .diagnostics import Decomposition
     from .evidence import Evidence
     from .hierarchical import HierarchicalVAE
     from .vae import VAE
@@ -133,19 +134,32 @@ def train(
 
 
 @app.command(sort_key=1)
-def evaluate(run: Path, /, *, num_samples: int | None = None, limit: int | None = None, seed: int | None = None) -> None:
+def evaluate(
+    run: Path,
+    /,
+    *,
+    num_samples: int | None = None,
+    target_se: float | None = None,
+    proposal: str | None = None,
+    limit: int | None = None,
+    decompose: int | None = None,
+    seed: int | None = None,
+) -> None:
     """Score a trained run again, with other samples or more of them, and write its report anew.
 
     Args:
         run: The run's folder.
-        num_samples: Importance samples per datum.
+        num_samples: Importance samples per datum; the most that one gets where --target-se is given.
+        target_se: Stop each datum at this standard error of its estimate, in nats.
+        proposal: What the samples come from: guide, refined (fitted to each datum), mixture or prior.
         limit: Score only the first so many test data.
+        decompose: Split the gap and the rate of the first so many; 0 leaves it out.
         seed: Seeds the draws; by default the run's.
     """
     from . import checkpoint
     from .config import load_split, load_vae
 
-    given = {"num_samples": num_samples, "limit": limit}
+    given = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "limit": limit, "decompose": decompose}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in given.items() if value is not None}}
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
     vae = load_vae(run)
@@ -285,11 +299,20 @@ def _score(folder: Path, run: Run, split: Split, vae: VAE | HierarchicalVAE, rec
 
     test = split.test[: run.evaluate.limit]
     began = time.perf_counter()
-    evidence = vae.log_marginal(test, num_samples=run.evaluate.num_samples, seed=run.seed, progress=True)
+    scoring = run.evaluate
+    evidence = vae.log_marginal(
+        test,
+        num_samples=scoring.num_samples,
+        target_se=scoring.target_se,
+        proposal=scoring.proposal,
+        seed=run.seed,
+        progress=True,
+    )
     scored = time.perf_counter() - began
     facts = _facts(run, split, records, scored)
     evidence.save(folder / "evidence.safetensors")
-    checkpoint.write_text(folder / "summary.json", _json(_summary(run, evidence, facts)) + "\n")
+    parts = _decomposed(vae, test[: scoring.decompose], evidence, run.seed) if scoring.decompose else None
+    checkpoint.write_text(folder / "summary.json", _json(_summary(run, evidence, parts, facts)) + "\n")
     few = test[:10]
     write_report(
         folder / "report.html",
@@ -303,8 +326,30 @@ def _score(folder: Path, run: Run, split: Split, vae: VAE | HierarchicalVAE, rec
         samples=_mean_samples(vae, 40, run.seed).cpu().numpy(),
         latents=vae.embed(test).detach().cpu().numpy(),
         labels=None if split.test_labels is None else split.test_labels[: len(test)].numpy(),
+        decomposition=parts,
     )
-    _say(folder, split, evidence)
+    _say(folder, split, evidence, parts)
+
+
+def _decomposed(vae: VAE | HierarchicalVAE, x: Any, evidence: Evidence, seed: int) -> Decomposition | None:
+    """Where the nats of these data go; the gap is split in two where the guide is of a family that can be fitted to a datum."""
+    from .diagnostics import decompose
+    from .encoders import DiagonalNormal, FullCovarianceNormal
+    from .proposals import refine
+
+    families: dict[type, str] = {DiagonalNormal: "diagonal", FullCovarianceNormal: "full"}
+    covariance = families.get(type(getattr(vae, "encoder", None)))
+    try:
+        refined = None
+        if covariance is not None:
+            options: Any = {"covariance": covariance, "seed": seed, "progress": True}
+            refined = refine(vae.model, vae.guide, x, **options).elbo
+        return decompose(
+            vae.model, vae.guide, x, evidence=evidence.rows(slice(len(x))), refined=refined, seed=seed, progress=False
+        )
+    except ValueError as error:  # a pair that has a log p(x) but no such parts
+        print(f"No decomposition: {error}")
+        return None
 
 
 def _mean_samples(vae: VAE | HierarchicalVAE, count: int, seed: int) -> Any:
@@ -315,22 +360,27 @@ def _mean_samples(vae: VAE | HierarchicalVAE, count: int, seed: int) -> Any:
         return vae.sample(count, mean=True)
 
 
-def _say(folder: Path, split: Split, evidence: Evidence) -> None:
+def _say(folder: Path, split: Split, evidence: Evidence, parts: Decomposition | None) -> None:
     unit = "image" if len(split.data_shape) == 3 else "datum"
     reliable, size = int(evidence.reliable.sum()), len(evidence)
-    print(f"\nHeld-out {split.name}, {size} {unit}s, {evidence.num_samples} samples each, in nats per {unit}:")
-    print(f"  bound     {evidence.elbo.mean():9.2f}  the ELBO, which lies below log p(x)")
-    print(f"  log p(x)  {evidence.mean:9.2f}  by {evidence.method}; its standard error is")
-    print(f"                       {evidence.mean_se:.2f} from sampling and {evidence.data_se:.2f} from the choice of {unit}s")
-    print(f"  gap       {evidence.gap:9.2f}  what the guide misses: KL(q(z|x) || p(z|x))")
+    print(f"\nHeld-out {split.name}, {size} {unit}s, in nats per {unit}:")
+    print(f"  method    {evidence.method}")
+    print(f"  samples   {evidence.effort}")
+    who = "guide" if evidence.method == "importance sampling" else "proposal"
+    print(f"  bound     {evidence.elbo.mean():9.2f}  the {who}'s ELBO, which lies below log p(x)")
+    print(f"  log p(x)  {evidence.mean:9.2f}  an estimate; its standard error is {evidence.mean_se:.2f} from")
+    print(f"                       sampling and {evidence.data_se:.2f} from the choice of {unit}s")
+    print(f"  gap       {evidence.gap:9.2f}  what the {who} misses: its KL from p(z|x)")
     print(f"  bits/dim  {evidence.bits_per_dim:9.3f}")
-    print(f"  reliable  {reliable:9d}  of {size} estimates: Pareto k below {evidence.khat_threshold:.2f}")
+    print(f"  reliable  {reliable:9d}  of {size} estimates: {evidence.criterion}")
     if reliable < size:
         print("                       the others are probably too low; the report shows which")
+    if parts is not None:
+        print(f"\nWhere the nats of the first {len(parts)} go:\n{parts}\n")
     print(f"Report: {folder / 'report.html'}")
 
 
-def _summary(run: Run, evidence: Evidence, facts: dict[str, str]) -> dict[str, Any]:
+def _summary(run: Run, evidence: Evidence, parts: Decomposition | None, facts: dict[str, str]) -> dict[str, Any]:
     return {
         "log_px": evidence.mean,
         "log_px_kind": f"estimate by {evidence.method}, nats per datum",
@@ -342,12 +392,20 @@ def _summary(run: Run, evidence: Evidence, facts: dict[str, str]) -> dict[str, A
         "bits_per_dim": evidence.bits_per_dim,
         "num_data": len(evidence),
         "num_samples": evidence.num_samples,
+        "target_se": run.evaluate.target_se,
+        "samples_drawn": evidence.effort,
         "num_reliable": int(evidence.reliable.sum()),
         "khat_threshold": evidence.khat_threshold,
         "findings": evidence.summary(),
+        "decomposition": None if parts is None else _parts(parts),
         "seed": run.seed,
         "facts": facts,
     }
+
+
+def _parts(parts: Decomposition) -> dict[str, Any]:
+    means = {name.strip(): {"nats": mean, "se": error, "what": what} for name, mean, error, what in parts.rows()}
+    return {"num_data": len(parts), "active_units": parts.active_units} | means
 
 
 def _json(value: Any) -> str:

@@ -123,12 +123,18 @@ class EvaluateSection:
     """How to score the test data; see pyrovae.log_marginal.
 
     Attributes:
-        num_samples: Importance samples per datum.
+        num_samples: Importance samples per datum; the most that one gets where target_se is given.
+        target_se: Stop each datum at this standard error of its estimate, in nats.
+        proposal: What the samples come from: "guide", "refined", "mixture" or "prior".
         limit: Score only the first so many test data.
+        decompose: Split the gap and the rate of the first so many; 0 leaves it out.
     """
 
     num_samples: Positive = 5000
+    target_se: PositiveFloat | None = None
+    proposal: Literal["guide", "refined", "mixture", "prior"] = "guide"
     limit: Positive | None = None
+    decompose: Annotated[int, Field(ge=0)] = 200
 
 
 @dataclass(frozen=True, config=_STRICT)

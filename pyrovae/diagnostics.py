@@ -476,8 +476,10 @@ class Decomposition:
         from_data = float(np.std(self.information, ddof=1) / math.sqrt(len(self))) if len(self) > 1 else math.nan
         evidence, nan = self.evidence, math.nan
         noise = math.hypot(evidence.mean_se, error(self.elbo_se))
+        limit = "up to " if evidence.drawn is not None else ""
+        source = f"estimate, {limit}{evidence.num_samples:,} {'chains' if evidence.is_annealed else 'samples'}"
         rows = [
-            ("log p(x)", evidence.mean, evidence.mean_se, f"estimate, {evidence.num_samples} samples"),
+            ("log p(x)", evidence.mean, evidence.mean_se, "exact" if evidence.is_exact else source),
             ("ELBO", float(np.mean(self.elbo)), error(self.elbo_se), "lower bound, -rate - distortion"),
             ("gap", float(np.mean(self.gap)), noise, "KL(q(z|x) || p(z|x))"),
         ]

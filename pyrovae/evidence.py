@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,10 @@ Array = np.ndarray
 
 # Fewer samples leave under five in the tail, too few for a Pareto fit.
 FEWEST_SAMPLES = 25
+# Effective chains of an annealing, below which nothing agrees with anything.
+LEAST_CHAINS = 4
+# Nats by which two resolutions of a quadrature may differ.
+GRIDS_AGREE = 0.01
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Curve:
     """How the estimate of log p(x) rises with the number of samples: the first K of each datum's S, for several K.
 
     Attributes:
-        num_samples: K, ascending up to S, shape (C,).
+        num_samples: K, ascending up to S, shape (C,). A datum that stopped before K samples stays where it stopped.
         log_px: the estimate of each datum from its first K samples, in nats, shape (C, N).
         se: its Monte Carlo standard error, shape (C, N). From one sample it is the distance to the datum's mean log-weight,
             which says little of one datum but has the right mean square over many.
@@ -79,7 +83,7 @@ def curve_sizes(num_samples: int) -> list[int]:
     return [10**power for power in range(20) if 10**power < num_samples] + [num_samples]
 
 
-def curve_of(log_sums: Array, log_squares: Array, elbo: Array, num_samples: int) -> Curve:
+def curve_of(log_sums: Array, log_squares: Array, elbo: Array, num_samples: int, drawn: Array | None = None) -> Curve:
     """A curve from running sums over each datum's first K samples, for the K of :func:`curve_sizes`.
 
     Args:
@@ -87,14 +91,16 @@ def curve_of(log_sums: Array, log_squares: Array, elbo: Array, num_samples: int)
         log_squares: logarithm of the summed squares, shape (C, N).
         elbo: the mean log-weight of all samples, shape (N,).
         num_samples: S.
+        drawn: how many each datum took where some took fewer, shape (N,); past them its sums stay.
     """
     sizes = np.array(curve_sizes(num_samples))
-    log_px = log_sums - np.log(sizes)[:, None]
+    counts = np.minimum(sizes[:, None], num_samples if drawn is None else drawn)  # (C, N or 1)
+    log_px = log_sums - np.log(counts)
     with np.errstate(all="ignore"):
         share = np.exp(log_squares - 2 * log_sums)  # the sum of squared normalised weights
-        se = np.sqrt(np.maximum(share - 1 / sizes[:, None], 0.0) * (sizes / (sizes - 1))[:, None])
+        se = np.sqrt(np.maximum(share - 1 / counts, 0.0) * (counts / (counts - 1)))
         # One sample has no spread of its own. All S do: what one lies off their mean, squared, has its variance as mean.
-        se[0] = np.abs(log_px[0] - elbo) * math.sqrt(num_samples / (num_samples - 1)) if num_samples > 1 else math.nan
+        se[0] = np.abs(log_px[0] - elbo) * np.sqrt(counts[-1] / (counts[-1] - 1)) if num_samples > 1 else math.nan
     return Curve(sizes, log_px, se)
 
 
@@ -105,16 +111,18 @@ class Evidence:
     Attributes:
         log_px: the estimate for each datum, shape (N,).
         se: its Monte Carlo standard error, by the delta method on the logarithm, shape (N,).
-        ess: effective sample size of the importance weights, shape (N,), at most ``num_samples``.
-        khat: Pareto shape of the weights' tail, shape (N,). ``-inf`` says that the weights are constant, so the guide is
-            exact; ``nan`` that there were too few samples to tell, or that weights were NaN.
+        ess: effective sample size of the importance weights, shape (N,), at most what the datum drew.
+        khat: Pareto shape of the weights' tail, shape (N,). ``-inf`` says that the weights are constant, so the guide, or the
+            answer, is exact; ``nan`` that there were too few samples to tell, or that weights were NaN.
         elbo: the mean log-weight, which estimates the evidence lower bound, shape (N,).
-        num_samples: S, draws per datum.
+        num_samples: S, draws per datum; the most that one got where ``drawn`` says that some got fewer.
         num_dims: D, observed numbers per datum, for bits per dimension; where a mask hides different ones, their mean.
-        method: how the estimate was made.
+        method: how the estimate was made; ``"exact..."`` and ``"AIS..."`` are judged by standards of their own.
+        notes: what else the method says of itself, such as its ``target_se``.
         log_px_psis: the Pareto-smoothed estimate, shape (N,): steadier than ``log_px`` where the tail is heavy, at some bias.
             ``nan`` where there were too few samples to smooth. ``None`` where the method has no importance weights.
         curve: the estimate against the number of samples, where it was recorded.
+        drawn: how many samples each datum took, shape (N,), where they stopped at a target; ``None`` where all took S.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -136,6 +144,7 @@ class Evidence:
     notes: dict[str, Any] = field(default_factory=dict)
     log_px_psis: Array | None = None
     curve: Curve | None = None
+    drawn: Array | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays of different lengths."""
@@ -182,49 +191,172 @@ class Evidence:
         return -self.mean / (self.num_dims * math.log(2)) if self.num_dims else math.nan
 
     @property
+    def is_exact(self) -> bool:
+        """Whether nothing was sampled: summed, in closed form, or by quadrature."""
+        return self.method.startswith("exact")
+
+    @property
+    def is_annealed(self) -> bool:
+        """Whether the weights are those of annealed chains."""
+        return self.method.startswith("AIS")
+
+    @property
     def khat_threshold(self) -> float:
         """The k below which S samples are enough: min(1 - 1/log10 S, 0.7) (Vehtari et al. 2024)."""
-        return min(1 - 1 / math.log10(self.num_samples), 0.7) if self.num_samples >= FEWEST_SAMPLES else -math.inf
+        return _threshold(self.num_samples)
+
+    @property
+    def khat_thresholds(self) -> Array:
+        """The k below which the samples of each datum are enough, shape (N,); lower where it drew fewer."""
+        return np.array([_threshold(int(size)) for size in self._drawn()])
 
     @property
     def reliable(self) -> Array:
-        """Whether each datum's estimate can be believed, shape (N,): k below the threshold, or constant weights."""
+        """Whether each datum's estimate can be believed, shape (N,).
+
+        By importance sampling, or annealing with 25 chains or more: Pareto k below the threshold, or constant weights. By
+        annealing with fewer chains, to which no tail can be fitted: an effective number of chains of at least half of them, and
+        of four. Chains that do not keep up with the temperatures have weights that a few of them dominate; at half, log-weights
+        of normal law have a variance of log 2, and the estimate lies 1/(2 K) nats too low. Below, it asks for the chain that
+        did not come. That is less than Pareto k says, as so few chains can agree by chance, and all can miss the same mode:
+        :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, and of quadrature the last two grids within 0.01 nats
+        of each other.
+        """
         with np.errstate(invalid="ignore"):
-            return np.isfinite(self.log_px) & ((self.khat < self.khat_threshold) | np.isneginf(self.khat))
+            if self.is_exact:
+                good = self.se <= GRIDS_AGREE
+            elif self._few_chains:
+                good = self.ess >= self._enough_chains
+            else:
+                good = (self.khat < self.khat_thresholds) | np.isneginf(self.khat)
+            return np.isfinite(self.log_px) & good
+
+    @property
+    def effort(self) -> str:
+        """How many samples there were, in words."""
+        if self.is_exact:
+            unit = {"by enumeration": "assignments", "by quadrature": "grid points"}.get(self.method.removeprefix("exact, "))
+            return "in closed form" if unit is None else f"up to {self.num_samples:,} {unit} each"
+        unit, drawn = "chain" if self.is_annealed else "sample", self._drawn()
+        if drawn.min() == drawn.max():
+            return f"{drawn[0]:,} {unit}{'s' if drawn[0] > 1 else ''} each"
+        return f"{drawn.min():,} to {drawn.max():,} {unit}s each, {drawn.mean():,.0f} on average"
+
+    @property
+    def criterion(self) -> str:
+        """What makes an estimate reliable, in words; a range where data drew different numbers of samples."""
+        if self.is_exact:
+            return "an exact answer"
+        if self._few_chains:
+            return f"{self._enough_chains:g} or more of {self.num_samples} chains effective"
+        low, high = self.khat_thresholds.min(), self.khat_thresholds.max()
+        return f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "")
 
     def summary(self) -> str:
         """The findings in words: what was estimated, from how many samples, and what to do if it cannot be believed."""
-        size, bad = len(self), np.flatnonzero(~self.reliable)
-        said = (
-            f"log p(x): {self.mean:.3f} nats per datum over {size} data ({self.method}, {self.num_samples} samples each); "
-            f"standard error {self.mean_se:.3f} from sampling, {self.data_se:.3f} from the data. "
-        )
+        size = len(self)
+        said = f"log p(x): {self.mean:.3f} nats per datum over {size} data ({self.method}, {self.effort}); standard error "
+        if self.is_exact:
+            return f"{said}{self.data_se:.3f} from the data, none from sampling. {self._exactness()}"
+        said += f"{self.mean_se:.3f} from sampling, {self.data_se:.3f} from the data. "
         if self.log_px_psis is not None and np.isfinite(self.log_px_psis).all():
             said += f"Pareto-smoothed: {np.mean(self.log_px_psis):.3f}. "
-        said += f"Bound (ELBO): {np.mean(self.elbo):.3f}, so the gap is {self.gap:.3f} nats. "
-        if self.num_samples < FEWEST_SAMPLES:
-            return said + f"With fewer than {FEWEST_SAMPLES} samples nothing tells whether to believe it: draw more."
+        bound = "Mean log-weight of a chain, a bound" if self.is_annealed else "Bound (ELBO)"
+        said += f"{bound}: {np.mean(self.elbo):.3f}, so the gap is {self.gap:.3f} nats. "
+        target = self.notes.get("target_se")
+        if target is not None and (missed := int(np.sum(~(self.se <= target)))):
+            said += (
+                f"{missed} of {size} data took all {self.num_samples:,} samples and still miss the target error {target:g}. "
+            )
         for broken, word in ((np.isnan(self.log_px), "NaN"), (np.isposinf(self.log_px), "infinite")):
             if broken.any():
                 return said + f"{_first(broken)} {word} weights: the model or guide overflows there."
         if np.isneginf(self.log_px).any():
-            return said + (
-                f"{_first(np.isneginf(self.log_px))} zero weight in all samples: the guide misses all that the model allows."
+            units, who = ("chains", "they miss") if self.is_annealed else ("samples", "the guide misses")
+            return said + f"{_first(np.isneginf(self.log_px))} zero weight in all {units}: {who} all that the model allows."
+        return said + (self._agreement() if self._few_chains else self._tails())
+
+    def _exactness(self) -> str:
+        """What there is to say of exact answers."""
+        lost = ~np.isfinite(self.log_px)
+        if lost.any():
+            return f"{_first(lost)} no finite answer: the model overflows there, or rules it out."
+        if not (self.se > 0).any():
+            return "Nothing was sampled: it is exact to rounding."
+        said = f"Nothing was sampled; the last two grids differ by at most {self.se.max():.1e} nats. "
+        bad = ~self.reliable
+        if not bad.any():
+            return said + "It is exact to that."
+        return said + f"{_first(bad)} not settled at the finest grid: check by annealing (pv.ais)."
+
+    def _agreement(self) -> str:
+        """What a few annealed chains say of their estimate."""
+        chains, enough, bad = self.num_samples, self._enough_chains, np.flatnonzero(~self.reliable)
+        check = "pv.bdmc with the same settings shows, on data that the model simulates, how far off they can be."
+        if enough > chains:
+            return f"Fewer than {LEAST_CHAINS} chains do not show whether they agree: take num_chains=16. And {check}"
+        if not len(bad):
+            return (
+                f"At least {enough:g} of {chains} chains are effective for all data (at worst {self.ess.min():.1f}): the "
+                f"chains agree. All may yet miss the same mode: {check}"
             )
+        return (
+            f"Fewer than {enough:g} of {chains} chains are effective for {len(bad)} of {len(self)} data (first datum {bad[0]}, "
+            f"at worst {self.ess.min():.1f}): a few chains carry those estimates, which are probably too low. What to do: more "
+            f'num_temperatures first, then more num_chains, or start="guide"; and {check}'
+        )
+
+    def _tails(self) -> str:
+        """What Pareto k says of importance weights."""
+        size, bad = len(self), np.flatnonzero(~self.reliable)
+        if self.num_samples < FEWEST_SAMPLES:
+            return f"With fewer than {FEWEST_SAMPLES} samples nothing tells whether to believe it: draw more."
         if not len(bad):
             constant = " (the weights are constant: the guide is exact)" if np.isneginf(self.khat).all() else ""
-            return said + f"Pareto k is below {self.khat_threshold:.2f} for all data: the estimate can be believed{constant}."
-        said += (
-            f"Pareto k is {self.khat_threshold:.2f} or more{' or cannot be fitted' if np.isnan(self.khat).any() else ''} for "
-            f"{len(bad)} of {size} data (first datum {bad[0]}), whose estimates are probably too low. "
+            return f"{self.criterion} for all data: the estimate can be believed{constant}.{self._one_mode()}"
+        unfitted = " (for some of them no k can be fitted)" if np.isnan(self.khat[bad]).any() else ""
+        said = (
+            f"{len(bad)} of {size} data (first datum {bad[0]}) do not have {self.criterion}{unfitted}: their estimates are "
+            f"probably too low. "
         )
+        if self.is_annealed:
+            return said + 'What to do: more num_temperatures first, then more num_chains, or start="guide".'
         if self.curve is not None and len(self.curve.num_samples) > 1 and np.isfinite(self.curve.mean[-2]):
             rise = self.curve.mean[-1] - self.curve.mean[-2]
-            said += f"The mean moved by {rise:.3f} nats from {self.curve.num_samples[-2]} to {self.num_samples} samples. "
-        return said + (
-            'What to do: draw more samples; score with proposal="refined", which fits the guide to each datum; or check these '
-            "data by annealing (pv.ais), which needs no good guide."
+            said += f"The mean moved by {rise:.3f} nats from {self.curve.num_samples[-2]:,} to {self.num_samples:,} samples. "
+        other = (
+            '"mixture", which also draws from the prior'
+            if "refined" in self.method
+            else '"refined", which fits the guide to each datum'
         )
+        return said + (
+            f"What to do: draw more samples; score with proposal={other}; or check these "
+            f"data by annealing (pv.ais), which needs no good guide.{self._one_mode()}"
+        )
+
+    def _one_mode(self) -> str:
+        """What no weight can show of a proposal that was fitted to one mode."""
+        if "refined" not in self.method:
+            return ""
+        return (
+            " A refined proposal has one mode, and no weight shows another that it never visits: where the guide's own "
+            "estimate lies higher by more than its error, believe that one."
+        )
+
+    @property
+    def _few_chains(self) -> bool:
+        return self.is_annealed and self.num_samples < FEWEST_SAMPLES
+
+    @property
+    def _enough_chains(self) -> float:
+        return max(self.num_samples / 2, LEAST_CHAINS)
+
+    def rows(self, chosen: slice | Array) -> Evidence:
+        """The part for some of the data, by a slice or their numbers."""
+        fields: dict[str, Any] = {name: array[chosen] for name, array in self._per_datum().items()}
+        if self.curve is not None:
+            fields["curve"] = replace(self.curve, log_px=self.curve.log_px[:, chosen], se=self.curve.se[:, chosen])
+        return replace(self, **fields)
 
     def to_elpd(self) -> Any:
         """The estimates as ArviZ's ``ELPDData``, for ``az.compare`` and ``az.plot_khat`` of the installed line.
@@ -232,7 +364,7 @@ class Evidence:
         Here the pointwise values are held-out log p(x), and k is that of their own importance weights. ArviZ exponentiates
         them to stack, so data beyond some 700 nats give no weights there; :func:`compare` has no such limit.
         """
-        return _elpd(self.log_px, self.khat, self.num_samples, self.khat_threshold)
+        return _elpd(self.log_px, self.khat, self.num_samples, float(self.khat_thresholds.min()))
 
     def to_datatree(self, draws: Draws | None = None) -> xarray.DataTree:
         """The arrays over data as an xarray ``DataTree`` with the group ``evidence`` and the dimension ``datum``.
@@ -281,14 +413,21 @@ class Evidence:
         kept = notes.get("evidence")
         fields: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
         curve = {name: fields.pop(f"curve.{name}") for name in _CURVE if f"curve.{name}" in fields}
-        complete = set(fields) - {"log_px_psis"} == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
+        complete = set(fields) - set(_OPTIONAL) == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
         if not complete or not isinstance(kept, dict) or set(kept) != set(_NOTES):
             raise ValueError(f"{path} holds no evidence: give a file that Evidence.save wrote.")
         return cls(**fields, **kept, curve=Curve(**curve) if curve else None)
 
     def _per_datum(self) -> dict[str, Array]:
-        names = _PER_DATUM if self.log_px_psis is None else (*_PER_DATUM, "log_px_psis")
+        names = [*_PER_DATUM, *(name for name in _OPTIONAL if getattr(self, name) is not None)]
         return {name: np.asarray(getattr(self, name)) for name in names}
+
+    def _drawn(self) -> Array:
+        return np.full(len(self), self.num_samples) if self.drawn is None else self.drawn
+
+
+def _threshold(num_samples: int) -> float:
+    return min(1 - 1 / math.log10(num_samples), 0.7) if num_samples >= FEWEST_SAMPLES else -math.inf
 
 
 def _first(bad: Array) -> str:
@@ -298,6 +437,7 @@ def _first(bad: Array) -> str:
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
+_OPTIONAL = ("log_px_psis", "drawn")
 _NOTES = ("num_samples", "num_dims", "method", "notes")
 _CURVE = ("num_samples", "log_px", "se")
 
@@ -376,7 +516,7 @@ class Comparison:
         difference: each mean minus the best one's, in nats per datum.
         difference_se: its standard error from the data, of paired differences.
         monte_carlo_se: its standard error from sampling.
-        unreliable: how many data of each have a Pareto k past the threshold.
+        unreliable: how many data of each cannot be believed; see :attr:`Evidence.reliable`.
         stacking: the weight of each in the mixture of models that predicts these data best (Yao et al. 2018), by ArviZ;
             ``nan`` where an estimate is not finite.
     """
@@ -392,7 +532,7 @@ class Comparison:
     def __str__(self) -> str:
         """A table with one line for each model."""
         width = max(5, *(len(name) for name in self.names))
-        head = f"{'model':<{width}}  {'log p(x)':>10}  {'diff.':>8}  {'se data':>8}  {'se MC':>8}  {'k high':>6}  {'weight':>6}"
+        head = f"{'model':<{width}}  {'log p(x)':>10}  {'diff.':>8}  {'se data':>8}  {'se MC':>8}  {'unrel.':>6}  {'weight':>6}"
         lines = [head]
         for name, mean, *errors, bad, weight in zip(
             self.names,

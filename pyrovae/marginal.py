@@ -25,7 +25,9 @@ from .proposals import (
     Options,
     Refinement,
     guide_draws,
+    joined,
     mixture_draws,
+    prior_count,
     prior_draws,
     refine_batch,
     refined_draws,
@@ -46,6 +48,8 @@ TEMPORARIES = 6
 REDUCED_AT_ONCE = 2**13
 # Inductor's 5 to 20 seconds are repaid by so many chunks.
 CHUNKS_TO_COMPILE = 1000
+# With a target for the standard error, draws before the first look at it; each look after has twice as many behind it.
+FIRST_LOOK = 250
 
 
 def log_marginal(
@@ -54,6 +58,7 @@ def log_marginal(
     x: Any,
     *,
     num_samples: int = 5000,
+    target_se: float | None = None,
     proposal: Kind | Refinement = "guide",
     prior_share: float = 0.1,
     chunk_size: int | None = None,
@@ -85,6 +90,15 @@ def log_marginal(
     mode; where the programs are functions, call ``eval()`` on their modules first. Where values are missing, it is
     log p(x_obs), and ``num_dims`` the mean number of observed values per datum.
 
+    With a ``target_se`` each datum draws until its standard error is no more than that, or until it has ``num_samples``; the
+    error is looked at after 250 draws, 500, 1,000 and so on, and ``drawn`` says how many a datum took. Such a stop has a price:
+    it comes sooner where large weights are still missing, so :math:`\hat p(x)` is no longer unbiased. The bias is of the order
+    of ``target_se`` squared, since error and estimate share what they have to tell: for weights of Pareto k 0.36 some four
+    times that, 0.01 nats too low at a target of 0.05, and for k = 0.5 twelve times, 0.03 nats; bounded weights may come out as
+    much too high. Each datum's own error covers it, but it does not average out over data as ``mean_se`` does: take a target
+    well below what the mean has to resolve. Where the tail is heavy the error looks small before the large weights have come:
+    the stop is then early, and ``khat``, by the draws that were made, has to be read all the same.
+
     Where ``torch.distributed`` is initialised, the processes share the data, which each is given whole, and all get the whole
     answer.
 
@@ -92,7 +106,9 @@ def log_marginal(
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
         x: an array or tensor (N, ...), a tuple of them for programs of several arguments, a Dataset or a DataLoader.
-        num_samples: S, drawn for every datum, no more and no fewer.
+        num_samples: S, drawn for every datum, no more and no fewer; with a ``target_se`` the most that one gets.
+        target_se: the standard error of each datum's estimate at which to stop, in nats; ``None`` draws all S. A mixture stops
+            only where its share of the prior is a whole number of draws.
         proposal: a name from above, or what :func:`pyrovae.refine` returned for the same data in the same order.
         prior_share: :math:`\alpha`, the share of draws that ``"mixture"`` takes from the prior, rounded to whole draws.
         chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations (4 MB where
@@ -100,8 +116,9 @@ def log_marginal(
         max_memory: MiB that a chunk's temporaries may fill, by their estimated number.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
         compile: capture and compile the scoring of a chunk (:mod:`pyrovae.staging`), for proposals from guide and prior;
-            ``"auto"`` does so from a thousand chunks of the default size on. The draws are the same either way, for one
-            ``chunk_size``; by default a compiled chunk is a quarter of an eager one.
+            ``"auto"`` does so from a thousand chunks of the default size on, with a ``target_se`` as if it took a thousand
+            draws. The draws are the same either way, for one ``chunk_size``; by default a compiled chunk is a quarter of an
+            eager one.
         seed: makes the estimate reproducible, by how many processes it is made and however often it was interrupted; the global
             random stream is left alone. Without one, a seed is drawn from that stream.
         resume: a file that keeps what has been scored; an interrupted call goes on from it when made again.
@@ -126,6 +143,8 @@ def log_marginal(
         ((5,), 100)
     """
     num_samples = positive_integer(num_samples, "num_samples")
+    if target_se is not None and not (isinstance(target_se, int | float) and 0 < target_se < math.inf):
+        raise ValueError(f"target_se is a positive number of nats, or None, not {target_se!r}.")
     if not (isinstance(max_memory, int | float) and max_memory > 0):
         raise ValueError(f"max_memory is a positive number of MiB, not {max_memory!r}.")
     given = proposal if isinstance(proposal, Refinement) else None
@@ -145,12 +164,13 @@ def log_marginal(
     affordable = int(max_memory * 2**20 / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
     data = Batches(x, batch_size=GROUP, dtype=dtype, device=device)
     if compile == "auto":
-        compile = (data.num_data or 0) * num_samples * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
+        usually = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
+        compile = (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
     usual = (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width
     chunk = max(1, min(usual, affordable)) if chunk_size is None else positive_integer(chunk_size, "chunk_size")
-    rows = min(max(1, chunk // num_samples), GROUP)
-    # As even as can be, so that one compiled graph serves all chunks of a datum.
-    most = math.ceil(num_samples / math.ceil(num_samples / max(1, chunk // rows)))
+    num_prior = prior_count(num_samples, prior_share) if kind == "mixture" else 0
+    looks = _looks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
+    rows = min(max(1, chunk // looks[0]), GROUP)
     options = Options(covariance="full", tail_df=5.0)
     # Steps of a fit cost for one datum as much as for many.
     together = max(1, rows_at_once(info.num_dims, options) // rows) * rows if kind == "refined" and given is None else rows
@@ -164,23 +184,45 @@ def log_marginal(
     )
     staged = _staged(plain, device, compile)
 
-    def pieces(batch: Batch, start: int) -> Iterator[tuple[Batch, Draw]]:
-        """A group in parts of at most one chunk, each with what draws its log-weights."""
-        for begin in range(0, len(batch[0]), together):
-            block = tuple(array[begin : begin + together] for array in batch)
-            fitted = given.rows(start + begin, len(block[0])) if given else None
-            if kind == "refined" and fitted is None:
-                fitted = refine_batch(model, guide, block, options, vectorize_particles)
-            for row in range(0, len(block[0]), rows):
-                part = tuple(array[row : row + rows] for array in block)
-                if fitted is not None:
-                    yield part, refined_draws(model, guide, fitted.rows(row, rows), vectorize_particles)
-                elif kind == "mixture":
-                    yield part, mixture_draws(model, guide, vectorize_particles, nesting, num_samples, prior_share)
-                else:
-                    yield part, staged
+    def drawing(batch: Batch, start: int) -> Callable[[Tensor, int], Draw]:
+        """What draws the log-weights of some rows of a group, once each has a number of draws."""
+        if kind == "mixture":
+            return lambda _, done: mixture_draws(model, guide, vectorize_particles, nesting, num_samples, num_prior, done)
+        if kind != "refined":
+            return lambda _, done: staged
+        if given is not None:
+            fitted = given.rows(np.arange(start, start + len(batch[0])))
+        else:
+            blocks = zip(*(array.split(together) for array in batch), strict=True)
+            fitted = joined([refine_batch(model, guide, block, options, vectorize_particles) for block in blocks])
+        return lambda chosen, _: refined_draws(model, guide, fitted.rows(chosen.numpy()), vectorize_particles)
+
+    def score(batch: Batch, start: int, bar: tqdm) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """A group's sums and how many draws each datum took, by parts of at most one chunk."""
+        draws, sums = drawing(batch, start), _nothing(len(batch[0]), num_samples, device)
+        drawn, active, done = np.zeros(len(batch[0]), dtype=np.int64), torch.arange(len(batch[0])), 0
+        for look in looks:
+            on = []
+            for chosen, most in _parts(active, look - done, chunk, None if target_se is None else looks[0]):
+                held = {name: values[chosen] for name, values in sums.items()}
+                part = tuple(array[chosen] for array in batch)
+                new = _score(draws(chosen, done), part, held, num_samples, done, look, most)
+                for name, values in new.items():
+                    sums[name][chosen] = values
+                drawn[chosen] = look
+                se = _moments({name: new[name].cpu().numpy() for name in _SUMS}, np.array(look))["se"]
+                # Weights of zero may yet be followed by others; one that is NaN or infinite stays.
+                lost = torch.isnan(new["log_sum"]) | (new["log_sum"] == math.inf)
+                ended = lost.cpu().numpy() | (se <= (target_se or 0.0)) | (look == num_samples)
+                on.append(chosen[torch.from_numpy(~ended)])
+                bar.update(int(ended.sum()))
+            active, done = torch.cat(on), look
+            if not len(active):
+                break
+        return {name: values.cpu().numpy() for name, values in sums.items()}, drawn
 
     settings = {"num_samples": num_samples, "proposal": str(kind), "chunk": chunk, "num_dims": info.num_dims}
+    settings |= {} if target_se is None else {"target_se": target_se}
     store = _Store(resume, _agreed_seed(seed), settings)
     generator_devices = [device] if device.type == "cuda" else []
     with (
@@ -195,24 +237,59 @@ def log_marginal(
             if store.wants(start, batch):
                 observed = inspect_pair(model, guide, *batch).num_observed
                 torch.manual_seed(store.seed_of(start))
-                parts = []
                 with pyro.validation_enabled(False):
-                    for part, draw in pieces(batch, start):
-                        parts.append(_score(draw, part, num_samples, most))
-                        bar.update(len(part[0]))
-                arrays = {name: torch.cat([each[name] for each in parts]).cpu().numpy() for name in parts[0]}
-                tail = arrays.pop("tail")
-                smoothed = pareto_smooth(tail, arrays["log_px"], num_samples, precision=torch.finfo(dtype).eps)
-                arrays["khat"], arrays["log_px_psis"] = smoothed
+                    sums, drawn = score(batch, start, bar)
+                arrays = _finished(sums, drawn, num_samples, precision=torch.finfo(dtype).eps)
                 arrays["observed"] = np.full(len(batch[0]), observed / len(batch[0]))
                 store.add(start, arrays)
                 bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
             start += len(batch[0])
     scored = store.gathered()
-    curve = curve_of(scored.pop("curve_sum").T, scored.pop("curve_square").T, scored["elbo"], num_samples)
+    drawn = scored.pop("drawn")
+    curve = curve_of(scored.pop("curve_sum").T, scored.pop("curve_square").T, scored["elbo"], num_samples, drawn)
     num_dims = float(scored.pop("observed").mean())
     num_dims = round(num_dims) if math.isclose(num_dims, round(num_dims), rel_tol=1e-12) else num_dims
-    return Evidence(**scored, curve=curve, num_samples=num_samples, num_dims=num_dims, method=METHODS[kind])
+    return Evidence(
+        **scored,
+        curve=curve,
+        num_samples=num_samples,
+        num_dims=num_dims,
+        method=METHODS[kind],
+        drawn=None if target_se is None else drawn,
+        notes={} if target_se is None else {"target_se": float(target_se)},
+    )
+
+
+def _looks(num_samples: int, target_se: float | None, every: int) -> list[int]:
+    """How many draws a datum has when its standard error is looked at, up to the most; each a multiple of ``every``."""
+    if target_se is None:
+        return [num_samples]
+    looks = [math.ceil(FIRST_LOOK / every) * every]
+    while looks[-1] < num_samples:
+        looks.append(2 * looks[-1])
+    return [*looks[:-1], num_samples]
+
+
+def _parts(active: Tensor, step: int, chunk: int, first: int | None) -> Iterator[tuple[Tensor, int]]:
+    """The rows that draw together, and how many draws each takes at once, to make ``step`` draws for all.
+
+    Compiled graphs go by shape, so with a first look there are few: many rows of that many draws in the first rounds, one row
+    of a power of two times as many in later ones. Without, chunks are as even as can be, for the same end.
+    """
+    if first is None:
+        rows = min(max(1, chunk // step), GROUP)
+        most = math.ceil(step / math.ceil(step / max(1, chunk // rows)))
+        yield from ((chosen, most) for chosen in active.split(rows))
+        return
+    tall = _doubled(first, chunk)
+    for chosen in active.split(max(1, chunk // first) if step < tall else 1):
+        most = _doubled(first, chunk // len(chosen))
+        yield chosen, most if most <= chunk else math.ceil(first / math.ceil(first / chunk))
+
+
+def _doubled(number: int, limit: int) -> int:
+    """The number times the largest power of two that stays within the limit, or the number itself."""
+    return number << max(0, (limit // number).bit_length() - 1)
 
 
 def _staged(draw: Draw, device: torch.device, compile: bool) -> Draw:
@@ -292,12 +369,36 @@ class _Store:
         return {name: np.concatenate([held[name] for held in ordered]) for name in ordered[0]}
 
 
-def _score(draw: Callable[[Batch, int], Tensor], batch: Batch, num_samples: int, most: int) -> dict[str, Tensor]:
-    """One batch: streaming sums of w, w^2 and log w, and the largest weights, which are all that Pareto k needs."""
-    zeros = torch.zeros(len(batch[0]), dtype=torch.float64, device=batch[0].device)
-    log_sum, log_square, mean, tail = zeros - math.inf, zeros - math.inf, zeros, zeros.new_zeros(0, len(zeros))
-    keep, left = tail_size(num_samples), num_samples
-    curve: list[tuple[Tensor, Tensor]] = []
+_SUMS = ("log_sum", "log_square", "total")
+
+
+def _nothing(num_data: int, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+    """The sums of data of which nothing has been drawn."""
+    log_zero = torch.full((num_data,), -math.inf, dtype=torch.float64, device=device)
+    heads = log_zero[:, None].repeat(1, len(curve_sizes(num_samples)) - 1)
+    return {
+        "log_sum": log_zero,
+        "log_square": log_zero.clone(),
+        "total": torch.zeros_like(log_zero),
+        "tail": log_zero[:, None].repeat(1, tail_size(num_samples)),
+        "curve_sum": heads,
+        "curve_square": heads.clone(),
+    }
+
+
+def _score(
+    draw: Callable[[Batch, int], Tensor],
+    batch: Batch,
+    sums: dict[str, Tensor],
+    num_samples: int,
+    done: int,
+    until: int,
+    most: int,
+) -> dict[str, Tensor]:
+    """Draw on for one batch: streaming sums of w, w^2 and log w, and the largest weights, which are all that Pareto k needs."""
+    log_sum, log_square, total = (sums[name] for name in _SUMS)
+    keep, left = tail_size(num_samples), until - done
+    tail, curve_sum, curve_square = sums["tail"].T[: min(keep, done)], sums["curve_sum"], sums["curve_square"]
     drawn: list[Tensor] = []
     while left:
         drawn.append(draw(batch, min(left, most)))  # (size, B), float64
@@ -307,23 +408,45 @@ def _score(draw: Callable[[Batch, int], Tensor], batch: Batch, num_samples: int,
             continue
         log_w = torch.cat(drawn)
         drawn.clear()
-        for head in (count - num_samples + left + waiting for count in curve_sizes(num_samples)[:-1]):
+        for place, count in enumerate(curve_sizes(num_samples)[:-1]):
+            head = count - until + left + waiting
             if 0 < head <= waiting:
-                squares = torch.logaddexp(log_square, torch.logsumexp(2 * log_w[:head], 0))
-                curve.append((torch.logaddexp(log_sum, torch.logsumexp(log_w[:head], 0)), squares))
+                curve_sum[:, place] = torch.logaddexp(log_sum, torch.logsumexp(log_w[:head], 0))
+                curve_square[:, place] = torch.logaddexp(log_square, torch.logsumexp(2 * log_w[:head], 0))
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
         log_square = torch.logaddexp(log_square, torch.logsumexp(2 * log_w, 0))
-        mean = mean + log_w.sum(0) / num_samples
+        total = total + log_w.sum(0)
         tail = torch.cat([tail, log_w])
         tail = torch.topk(tail, min(keep, len(tail)), dim=0).values
-    share = torch.exp(log_square - 2 * log_sum)  # sum of squared normalised weights, 1/ESS
-    variance = (share - 1 / num_samples).clamp(min=0) * num_samples / (num_samples - 1) if num_samples > 1 else share * math.nan
-    return {
-        "log_px": log_sum - math.log(num_samples),
-        "se": variance.sqrt(),
-        "ess": torch.where(log_sum == -math.inf, zeros, 1 / share),
-        "elbo": mean,
-        "tail": tail.T,
-        "curve_sum": torch.stack([*(sums for sums, _ in curve), log_sum], 1),
-        "curve_square": torch.stack([*(squares for _, squares in curve), log_square], 1),
+    tail = torch.cat([tail.T, sums["tail"][:, len(tail) :]], 1)
+    new = {"log_sum": log_sum, "log_square": log_square, "total": total}
+    return new | {"tail": tail, "curve_sum": curve_sum, "curve_square": curve_square}
+
+
+def _moments(sums: dict[str, np.ndarray], drawn: np.ndarray) -> dict[str, np.ndarray]:
+    """Estimate, standard error, effective sample size and mean log-weight from the sums over so many draws."""
+    with np.errstate(all="ignore"):
+        share = np.exp(sums["log_square"] - 2 * sums["log_sum"])  # sum of squared normalised weights, 1/ESS
+        return {
+            "log_px": sums["log_sum"] - np.log(drawn),
+            "se": np.sqrt(np.maximum(share - 1 / drawn, 0.0) * np.where(drawn > 1, drawn / (drawn - 1), np.nan)),
+            "ess": np.where(np.isneginf(sums["log_sum"]), 0.0, 1 / share),
+            "elbo": sums["total"] / drawn,
+        }
+
+
+def _finished(sums: dict[str, np.ndarray], drawn: np.ndarray, num_samples: int, precision: float) -> dict[str, np.ndarray]:
+    """A group's answer from its sums."""
+    arrays = _moments(sums, drawn)
+    khat, smoothed = np.empty(len(drawn)), np.empty(len(drawn))
+    for size in np.unique(drawn):
+        rows = drawn == size
+        tail = sums["tail"][rows, : tail_size(int(size))]
+        khat[rows], smoothed[rows] = pareto_smooth(tail, arrays["log_px"][rows], int(size), precision=precision)
+    # Where a datum stopped before K draws, its curve stays at what it had.
+    reached = np.array(curve_sizes(num_samples)[:-1]) <= drawn[:, None]
+    curves = {
+        name: np.column_stack([np.where(reached, sums[name], sums[whole][:, None]), sums[whole]])
+        for name, whole in (("curve_sum", "log_sum"), ("curve_square", "log_square"))
     }
+    return arrays | {"khat": khat, "log_px_psis": smoothed, "drawn": drawn} | curves

@@ -81,9 +81,9 @@ class Refinement:
         """
         return self.elbo - self.guide_elbo
 
-    def rows(self, start: int, num: int) -> Refinement:
-        """The part for some consecutive data."""
-        return replace(self, **{name: getattr(self, name)[start : start + num] for name in _PER_DATUM})
+    def rows(self, chosen: Array) -> Refinement:
+        """The part for some of the data, by their numbers."""
+        return replace(self, **{name: getattr(self, name)[chosen] for name in _PER_DATUM})
 
 
 _PER_DATUM = ("loc", "scale_tril", "elbo", "elbo_se", "guide_elbo", "guide_elbo_se")
@@ -192,8 +192,13 @@ def refine(
                 batch = arguments(model, batch)
                 inspect_pair(model, guide, *batch)
                 parts.append(refine_batch(model, guide, batch, options, vectorize_particles))
+    return joined(parts)
+
+
+def joined(parts: list[Refinement]) -> Refinement:
+    """The refinement of all data from those of consecutive ones."""
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _PER_DATUM}
-    return Refinement(**arrays, covariance=covariance, tail_df=tail_df)
+    return Refinement(**arrays, covariance=parts[0].covariance, tail_df=parts[0].tail_df)
 
 
 def rows_at_once(num_dims: int, options: Options) -> int:
@@ -305,13 +310,19 @@ def prior_draws(model: Program, vectorize: bool, nesting: int) -> Draw:
     return draw
 
 
-def mixture_draws(model: Program, guide: Program, vectorize: bool, nesting: int, num_samples: int, prior_share: float) -> Draw:
+def prior_count(num_samples: int, prior_share: float) -> int:
+    """How many draws of a mixture come from the prior: at least one, and not all."""
+    return min(max(round(prior_share * num_samples), 1), num_samples - 1)
+
+
+def mixture_draws(
+    model: Program, guide: Program, vectorize: bool, nesting: int, num_samples: int, num_prior: int, done: int = 0
+) -> Draw:
     r"""Log-weights under the mixture of prior and guide, for one batch: exactly as many draws of each as its shares say.
 
     .. math:: w = \frac{p(x \mid z) \, p(z)}{\alpha \, p(z) + (1 - \alpha) \, q(z \mid x)} \le \frac{p(x \mid z)}{\alpha}
     """
-    num_prior = min(max(round(prior_share * num_samples), 1), num_samples - 1)
-    share, done = num_prior / num_samples, 0
+    share = num_prior / num_samples
 
     def draw(batch: Batch, size: int) -> Tensor:
         nonlocal done

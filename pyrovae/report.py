@@ -113,8 +113,8 @@ def write_report(
         curve=_svg("curve", lambda ax: learning_curve(records, ax), 3.3) if _finite_epochs(records) else None,
         last=records[-1] if records else None,
         best=_best(records),
-        gaps=_svg("gaps", lambda ax: _gap_histogram(_gaps(evidence), ax), 2.7, 13.0),
-        pareto=_svg("pareto", lambda ax: _pareto(evidence.khat, evidence.khat_threshold, ax), 2.7),
+        gaps=None if evidence.is_exact else _svg("gaps", lambda ax: _gap_histogram(_gaps(evidence), ax), 2.7, 13.0),
+        pareto=_tails(evidence),
         pairs=_pairs(originals, reconstructions, bounds),
         samples=_samples(samples, bounds),
         latent=_latent(latents, labels),
@@ -147,7 +147,6 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
         "bits_mean_se": evidence.mean_se / nats,
         "smoothed": _smoothed(evidence),
         "ess": np.quantile(evidence.ess[spread], [0.05, 0.5, 0.95]).tolist() if spread.any() else [math.nan] * 3,
-        "below": int(np.sum(evidence.khat < evidence.khat_threshold)),
         "unreliable": int(np.sum(~evidence.reliable)),
     }
 
@@ -157,6 +156,13 @@ def _smoothed(evidence: Evidence) -> float | None:
     if evidence.log_px_psis is None or not np.isfinite(evidence.log_px_psis).all():
         return None
     return float(evidence.log_px_psis.mean())
+
+
+def _tails(evidence: Evidence) -> Markup | None:
+    """The figure of Pareto k, where it is what the estimates are judged by."""
+    if evidence.is_exact or (evidence.is_annealed and np.isnan(evidence.khat).all()):
+        return None
+    return _svg("pareto", lambda ax: _pareto(evidence.khat, evidence.khat_thresholds, ax), 2.7)
 
 
 def _convergence(evidence: Evidence) -> dict[str, Any] | None:
@@ -194,15 +200,15 @@ def _gaps(evidence: Evidence) -> np.ndarray:
 
 def _verdict(evidence: Evidence) -> dict[str, str]:
     num_data, unreliable = len(evidence.log_px), int(np.sum(~evidence.reliable))
-    threshold = f"{evidence.khat_threshold:.2f}"
     if not math.isfinite(evidence.mean):
         broken = int(np.sum(~np.isfinite(evidence.log_px)))
         return {"level": "bad", "word": "Not usable", "text": f"log p(x) is not finite for {_count(broken)} of them."}
     if not unreliable:
-        return {"level": "good", "word": "Reliable", "text": f"every one has Pareto k below {threshold}."}
+        word = "Exact" if evidence.is_exact else "Reliable"
+        return {"level": "good", "word": word, "text": f"every one has {evidence.criterion}."}
     share = unreliable / num_data
     text = (
-        f"{_count(unreliable)} of them ({_percent(share)}) fail the Pareto k test (k < {threshold}), "
+        f"{_count(unreliable)} of them ({_percent(share)}) do not have {evidence.criterion}, "
         f"and their estimates are probably too low."
     )
     if share <= 0.05:
@@ -297,17 +303,19 @@ def _best(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     return max(validated, key=lambda record: record["validation"], default=None)
 
 
-def _pareto(khat: np.ndarray, threshold: float, ax: Axes) -> None:
+def _pareto(khat: np.ndarray, thresholds: np.ndarray, ax: Axes) -> None:
     """Pareto k of every datum in ascending order; infinite ones stand at the edges as triangles."""
     # NaN means that no tail could be fitted, which is as hopeless as +inf.
-    ordered = np.sort(np.where(np.isnan(khat), np.inf, khat))
+    khat = np.where(np.isnan(khat), np.inf, khat)
+    order = np.argsort(khat)
+    ordered, below, threshold = khat[order], (khat < thresholds)[order], float(thresholds.max())
     share = (np.arange(len(ordered)) + 0.5) / len(ordered) * 100
     finite = ordered[np.isfinite(ordered)]
     low, high = min([0.0, *finite.tolist()]), max([1.0, threshold, *finite.tolist()])
     margin = 0.08 * (high - low)
     height = np.clip(ordered, low - margin, high + margin)
     thin = np.unique(np.linspace(0, len(ordered) - 1, _MAX_POINTS).astype(int))
-    for chosen, colour in ((ordered < threshold, BLUE), (ordered >= threshold, RED)):
+    for chosen, colour in ((below, BLUE), (~below, RED)):
         for among, marker in ((np.isfinite(ordered), "o"), (ordered == np.inf, "^"), (ordered == -np.inf, "v")):
             at = thin[(chosen & among)[thin]]
             ax.plot(share[at], height[at], marker, color=colour, markersize=3 if marker == "o" else 4, markeredgewidth=0)

@@ -47,6 +47,19 @@ def test_ais_agrees_with_quadrature_on_curved_and_on_positive_latents():
 
 
 @pytest.mark.usefixtures("float64")
+def test_reliable_tells_chains_that_arrive_from_chains_that_do_not():
+    pair = LinearGaussian(latent_dim=2, noise=0.7)
+    x = pair.sample(30)
+    options = {"leapfrog_steps": 4, "seed": 0}
+    slow, fast = (pv.ais(pair.model, pair.guide, x, num_temperatures=count, **options) for count in (100, 2))
+    error = np.abs(slow.log_px - pair.log_px(x))
+    assert slow.reliable.mean() > 0.9
+    assert (error < 3 * slow.se)[slow.reliable].mean() > 0.9
+    assert fast.reliable.mean() < 0.1
+    assert (fast.log_px - pair.log_px(x)).mean() < -0.2, "what is flagged is far off"
+
+
+@pytest.mark.usefixtures("float64")
 def test_unbiased_for_px_even_with_few_temperatures():
     # The mean of w over many chains, not its logarithm, with steps that were tuned beforehand.
     pair = LinearGaussian()

@@ -13,9 +13,13 @@ import pytest
 import torch
 
 import pyrovae as pv
-from pyrovae.cli import main
+from pyrovae.cli import _decomposed, main
 
-QUICK = ["--train.epochs", "2", "--evaluate.num-samples", "60", "--model.hidden", "20", "--model.latent-dim", "2"]
+# Without the decomposition but where it is the point.
+QUICK = [
+    *("--train.epochs", "2", "--evaluate.num-samples", "60", "--evaluate.decompose", "0"),
+    *("--model.hidden", "20", "--model.latent-dim", "2"),
+]
 
 
 @pytest.fixture
@@ -58,6 +62,7 @@ def test_train_writes_everything_and_says_what_it_found(in_folder: Path, capsys:
 def test_toml_file_and_overrides(in_folder: Path):
     (in_folder / "r.toml").write_text('[train]\nepochs = 50\n[model]\nencoder = "diagonal_normal"\nhidden = [9]\n')
     command = ["train", "r.toml", "--train.epochs", "1", "--evaluate.num-samples", "30", "--estimator.kind", "iwae"]
+    command += ["--evaluate.decompose", "0"]
     assert main([*command, "--estimator.num_particles", "3", "--model.latent-dim", "2"]) == 0
     run = pv.config.read_run(in_folder / "runs" / "digits-iwae-2" / "run.toml")
     assert run.train.epochs == 1
@@ -110,6 +115,63 @@ def test_evaluate_scores_again(run_folder: Path):
     assert (len(second), second.num_samples) == (50, 90)
     assert second.mean == pytest.approx(first.log_px[:50].mean(), abs=2)
     assert "90 samples" in json.loads((run_folder / "summary.json").read_text())["findings"]
+
+
+def test_a_target_error_stops_each_datum(run_folder: Path, capsys: pytest.CaptureFixture):
+    capsys.readouterr()
+    assert main(["evaluate", "runs/mine", "--num-samples", "600", "--target-se", "0.2", "--limit", "60"]) == 0
+    scored = pv.Evidence.load(run_folder / "evidence.safetensors")
+    assert set(scored.drawn) == {250, 500, 600}
+    assert (scored.se[scored.drawn < 600] <= 0.2).all()
+    out = capsys.readouterr().out
+    assert f"250 to 600 samples each, {scored.drawn.mean():.0f} on average" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "250 to 600 samples each" in (run_folder / "report.html").read_text()
+    assert json.loads((run_folder / "summary.json").read_text())["target_se"] == 0.2
+    assert main(["evaluate", "runs/mine", "--num-samples", "50", "--proposal", "mixture", "--limit", "20"]) == 0
+    scored = pv.Evidence.load(run_folder / "evidence.safetensors")
+    assert scored.method == "importance sampling from the mixture of prior and guide"
+    out = capsys.readouterr().out
+    assert "the proposal's ELBO" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert main(["evaluate", "runs/mine", "--proposal", "gide"]) == 2
+    assert "evaluate.proposal is 'gide'" in capsys.readouterr().err
+    assert main(["evaluate", "runs/mine", "--target-se", "-1"]) == 2
+    assert "evaluate.target_se is" in capsys.readouterr().err
+
+
+def test_the_nats_are_decomposed_and_add_up(run_folder: Path, capsys: pytest.CaptureFixture):
+    assert json.loads((run_folder / "summary.json").read_text())["decomposition"] is None
+    assert "Where the nats go" not in (run_folder / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["evaluate", "runs/mine", "--num-samples", "500", "--decompose", "30", "--limit", "50"]) == 0
+    out = capsys.readouterr().out
+    assert "Where the nats of the first 30 go:" in out
+    for name in ("approximation", "amortisation", "mutual information", "aggregate KL", "distortion", "active units: "):
+        assert name in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "Where the nats go" in (run_folder / "report.html").read_text()
+    parts = json.loads((run_folder / "summary.json").read_text())["decomposition"]
+    scored = pv.Evidence.load(run_folder / "evidence.safetensors")
+    assert parts["num_data"] == 30
+    assert parts["log p(x)"]["nats"] == pytest.approx(scored.log_px[:30].mean())
+    nats = {name: part["nats"] for name, part in parts.items() if isinstance(part, dict) and "nats" in part}
+    assert nats["ELBO"] == pytest.approx(-nats["rate"] - nats["distortion"])
+    assert nats["gap"] == pytest.approx(nats["approximation"] + nats["amortisation"])
+    assert nats["rate"] == pytest.approx(nats["mutual information"] + nats["aggregate KL"])
+    assert nats["amortisation"] > 0, "two epochs leave the encoder behind"
+
+
+@pytest.mark.parametrize(("encoder", "split"), [("diagonal_normal", True), ("flow", False)])
+def test_the_gap_is_split_where_the_guides_family_can_be_fitted(encoder: str, split: bool):
+    vae = pv.make_vae(9, latent_dim=2, hidden=[8], encoder=encoder)
+    x = torch.bernoulli(torch.full((12, 9), 0.5))
+    evidence = vae.log_marginal(x, num_samples=100, seed=0)
+    parts = _decomposed(vae, x[:10], evidence, seed=0)
+    assert parts is not None
+    assert len(parts) == 10
+    assert (parts.refined is not None) == split
+    np.testing.assert_array_equal(parts.evidence.log_px, evidence.log_px[:10])
 
 
 def test_estimators_are_compared_on_a_run(run_folder: Path, capsys: pytest.CaptureFixture):
@@ -233,7 +295,9 @@ def test_mistakes_get_one_line_exit_2_and_leave_files_alone(
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json", "run.toml", "metrics.jsonl"])
 def test_a_truncated_run_folder_is_named_and_left_alone(run_folder: Path, capsys: pytest.CaptureFixture, name: str):
     whole = (run_folder / name).read_bytes()
-    (run_folder / name).write_bytes(whole[: len(whole) * 2 // 5])
+    cut = len(whole) * 2 // 5
+    # A TOML file cut between two lines is one of fewer settings.
+    (run_folder / name).write_bytes(whole[: whole.index(b" = ", cut) + 3 if name == "run.toml" else cut])
     before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
     capsys.readouterr()
     assert main(["evaluate", str(run_folder), "--num-samples", "30"]) == 2

@@ -203,7 +203,7 @@ def test_summary_says_how_many_are_unreliable_and_what_to_do():
         assert cure in said
     curve = Curve(np.array([1000, 5000]), np.array([[-1.25] * 3, [-1.0] * 3]), np.zeros((2, 3)))
     said = made(-np.ones(3), khat=np.array([0.1, 0.9, 0.8]), curve=curve, log_px_psis=np.full(3, -0.5)).summary()
-    assert "moved by 0.250 nats from 1000 to 5000 samples" in said
+    assert "moved by 0.250 nats from 1,000 to 5,000 samples" in said
     assert "Pareto-smoothed: -0.500" in said
     assert "the guide is exact" in made(-np.ones(3), khat=np.full(3, -math.inf)).summary()
     assert "Fewer" in made(-np.ones(3), num_samples=10).summary().replace("fewer", "Fewer")
@@ -211,6 +211,67 @@ def test_summary_says_how_many_are_unreliable_and_what_to_do():
     assert "Datum 1 and 1 more have NaN weights" in made(np.array([1.0, math.nan, math.nan])).summary()
     assert "Datum 1 has infinite weights" in made(np.array([1.0, math.inf]), elbo=np.zeros(2)).summary()
     assert "Datum 1 has zero weight" in made(np.array([1.0, -math.inf]), elbo=np.zeros(2)).summary()
+
+
+def test_a_refined_proposal_is_said_to_have_one_mode():
+    method = "importance sampling from the guide refined per datum"
+    for khat in (0.1, 0.9):
+        assert "has one mode" in made(-np.ones(3), khat=np.full(3, khat), method=method).summary()
+        assert "has one mode" not in made(-np.ones(3), khat=np.full(3, khat)).summary()
+
+
+def test_exact_answers_are_called_exact(tmp_path: Path):
+    log_px, zero = np.array([-8.0, -9.0, -10.0]), np.zeros(3)
+    fields = {"se": zero, "ess": np.ones(3), "khat": np.full(3, -math.inf), "elbo": log_px}
+    closed = made(log_px, **fields, num_samples=1, method="exact, linear-Gaussian")
+    assert closed.reliable.all()
+    said = closed.summary()
+    assert "(exact, linear-Gaussian, in closed form); standard error 0.577 from the data, none from sampling" in said
+    assert "exact to rounding" in said
+    for word in ("fewer than", "ELBO", "Pareto", "guide"):
+        assert word not in said
+    summed = made(log_px, **fields, num_samples=12, method="exact, by enumeration")
+    assert "up to 12 assignments each" in summed.summary()
+    grids = made(log_px, **fields | {"se": np.array([0, 2e-7, 0])}, num_samples=66049, method="exact, by quadrature")
+    assert grids.reliable.all()
+    assert "up to 66,049 grid points each" in grids.summary()
+    assert "the last two grids differ by at most 2.0e-07 nats. It is exact to that." in grids.summary()
+    # A kink may leave the finest grid too coarse, and a model may rule a datum out.
+    rough = made(log_px, **fields | {"se": np.array([0, 0.3, 0])}, num_samples=66049, method="exact, by quadrature")
+    assert rough.reliable.tolist() == [True, False, True]
+    assert "Datum 1 has not settled at the finest grid" in rough.summary()
+    ruled_out = made([-8.0, -math.inf], num_samples=1, method="exact, linear-Gaussian", se=zero[:2], elbo=zero[:2])
+    assert ruled_out.reliable.tolist() == [True, False]
+    assert "Datum 1 has no finite answer" in ruled_out.summary()
+    table = str(compare({"one": grids, "two": made(log_px - 1, khat=np.full(3, 0.9))}))
+    assert [line.split()[-2] for line in table.splitlines()] == ["unrel.", "0", "3"]
+    grids.save(tmp_path / "evidence")
+    assert Evidence.load(tmp_path / "evidence").reliable.all()
+
+
+def test_a_few_annealed_chains_are_judged_by_whether_they_agree():
+    ais = {"khat": np.full(3, math.nan), "method": "AIS from the prior, 1000 temperatures", "num_samples": 16}
+    agree = made([-8.0, -9.0, -10.0], ess=np.array([15.0, 9.0, 8.0]), **ais)
+    assert agree.reliable.all()
+    said = agree.summary()
+    assert "At least 8 of 16 chains are effective for all data (at worst 8.0): the chains agree" in said
+    assert "pv.bdmc" in said
+    assert "16 chains each" in said
+    assert "fewer than 25" not in said
+    differ = made([-8.0, -9.0, -math.inf], ess=np.array([15.0, 1.3, 0.0]), elbo=np.zeros(3), **ais)
+    assert differ.reliable.tolist() == [True, False, False]
+    assert "Datum 2 has zero weight in all chains" in differ.summary()
+    differ = made([-8.0, -9.0, -10.0], ess=np.array([15.0, 1.3, 7.9]), **ais)
+    assert "Fewer than 8 of 16 chains are effective for 2 of 3 data (first datum 1, at worst 1.3)" in differ.summary()
+    for cure in ("num_temperatures", "num_chains", 'start="guide"', "pv.bdmc"):
+        assert cure in differ.summary()
+    # Three chains agree or not by chance; from 25 on there is a tail to fit.
+    three = made([-8.0, -9.0, -10.0], ess=np.full(3, 3.0), **ais | {"num_samples": 3})
+    assert not three.reliable.any()
+    assert "Fewer than 4 chains do not show whether they agree: take num_chains=16" in three.summary()
+    many = made([-8.0, -9.0, -10.0], ess=np.full(3, 20.0), **ais | {"num_samples": 100, "khat": np.array([0.1, 0.4, 0.6])})
+    assert many.reliable.tolist() == [True, True, False]
+    assert "num_temperatures" in many.summary()
 
 
 def test_save_and_load_round_trip_and_truncation(tmp_path: Path):
@@ -247,6 +308,36 @@ def test_datatree_holds_the_arrays():
     tree = made(np.array([-8.0, -12.5])).to_datatree()
     np.testing.assert_array_equal(tree["evidence"]["log_px"].values, [-8.0, -12.5])
     assert tree["evidence"].attrs["num_samples"] == 5000
+
+
+def test_data_that_stopped_at_a_target_keep_their_own_number_of_samples(tmp_path: Path):
+    drawn = np.array([250, 1000, 5000])
+    scored = made(np.array([-8.0, -9.0, -10.0]), khat=np.array([0.6, 0.6, 0.71]), drawn=drawn, notes={"target_se": 0.05})
+    np.testing.assert_allclose(scored.khat_thresholds, [1 - 1 / math.log10(250), 1 - 1 / 3, 0.7])
+    assert scored.khat_threshold == 0.7
+    assert scored.reliable.tolist() == [False, True, False]
+    said = scored.summary()
+    assert "250 to 5,000 samples each, 2,083 on average" in said
+    assert "2 of 3 data (first datum 0) do not have Pareto k below 0.58 to 0.70: their estimates" in said
+    assert "3 of 3 data took all 5,000 samples and still miss the target error 0.05" in said
+    scored.save(tmp_path / "evidence")
+    loaded = Evidence.load(tmp_path / "evidence")
+    np.testing.assert_array_equal(loaded.drawn, drawn)
+    assert loaded.summary() == said
+    np.testing.assert_array_equal(scored.to_datatree()["evidence"]["drawn"].values, drawn)
+    assert compare({"one": scored, "two": made(np.array([-9.0, -9.0, -9.0]))}).unreliable.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="one entry per datum"):
+        made(np.array([-8.0, -12.5]), drawn=drawn)
+
+
+def test_a_part_of_the_data_keeps_everything_that_is_theirs():
+    curve = Curve(np.array([1, 5000]), np.arange(6.0).reshape(2, 3), np.ones((2, 3)))
+    whole = made([-8.0, -9.0, -10.0], curve=curve, drawn=np.array([250, 500, 5000]))
+    for part in (whole.rows(slice(1, 3)), whole.rows(np.array([1, 2]))):
+        assert part.log_px.tolist() == [-9, -10]
+        assert part.drawn.tolist() == [500, 5000]
+        assert part.curve.log_px.tolist() == [[1, 2], [4, 5]]
+        assert part.num_samples == 5000
 
 
 def test_lengths_must_agree():

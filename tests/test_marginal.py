@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae import staging
-from pyrovae.marginal import log_marginal
+from pyrovae.evidence import pareto_smooth, tail_size
+from pyrovae.marginal import _looks, _parts, log_marginal
 from pyrovae.weights import log_weights
 
 
@@ -271,6 +273,131 @@ def test_max_memory_makes_smaller_chunks_and_nonsense_is_refused():
         vae.log_marginal(torch.ones(3, 6), max_memory=0)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("proposal", "target"), [("guide", 0.03), ("mixture", 0.03), ("refined", 0.015)])
+def test_a_target_error_is_met_without_more_bias_than_said(proposal: str, target: float):
+    pair = LinearGaussian(spread=1.5)
+    x = pair.sample(150)
+    scored = log_marginal(pair.model, pair.guide, x, num_samples=20_000, target_se=target, proposal=proposal, seed=0)
+    assert scored.drawn is not None
+    assert set(scored.drawn) <= {250, 500, 1000, 2000, 4000}
+    assert (scored.se <= target).all()
+    # Twice what it needed at most: half of it was not enough, but for chance.
+    assert np.median(scored.se[scored.drawn > 250]) > target / 2
+    error = scored.log_px - pair.log_px(x)
+    assert abs(error.mean()) < 3 * scored.mean_se + 3 * target**2
+    assert (np.abs(error) < 4 * scored.se).mean() > 0.99
+    assert (scored.ess <= scored.drawn).all()
+    assert scored.reliable.mean() > 0.99
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_target_error_out_of_reach_takes_the_most_and_says_so():
+    pair = LinearGaussian(spread=1.3)
+    x = pair.sample(9)
+    free = log_marginal(pair.model, pair.guide, x, num_samples=1100, seed=0)
+    capped = log_marginal(pair.model, pair.guide, x, num_samples=1100, target_se=1e-4, seed=0)
+    assert free.drawn is None
+    assert capped.drawn.tolist() == [1100] * 9
+    assert (np.abs(free.log_px - capped.log_px) < 5 * np.hypot(free.se, capped.se)).all()
+    assert "9 of 9 data took all 1,100 samples and still miss the target error 0.0001" in capped.summary()
+    few = log_marginal(pair.model, pair.guide, x, num_samples=40, target_se=10.0, seed=0)
+    assert few.drawn.tolist() == [40] * 9
+    # Constant weights have no error, and one look shows it.
+    exact = LinearGaussian()
+    assert log_marginal(exact.model, exact.guide, x, num_samples=10**6, target_se=0.01).drawn.tolist() == [250] * 9
+
+
+@pytest.mark.usefixtures("float64")
+def test_sums_over_several_looks_are_those_of_all_the_draws():
+    # Weights that depend on the datum alone and on how many came before: hard data go on, easy ones stop.
+    random = np.random.default_rng(0)
+    log_w = random.normal(size=(3, 1000)) * np.array([[0.1], [0.4], [3.0]])
+    taken = [0, 0, 0]
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+            pyro.sample("x", dist.Normal(0.0, 1.0).mask(False), obs=x)
+            if z.dim() == 2:
+                columns = []
+                for datum in x.long().tolist():
+                    columns.append(torch.as_tensor(log_w[datum, taken[datum] : taken[datum] + len(z)]))
+                    taken[datum] += len(z)
+                pyro.factor("w", torch.stack(columns, 1))
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+
+    loader = DataLoader(TensorDataset(torch.arange(3.0)), batch_size=3)
+    scored = log_marginal(model, guide, loader, num_samples=1000, target_se=0.02, chunk_size=600)
+    assert scored.drawn.tolist() == taken == [250, 500, 1000]
+    for datum, count in enumerate(taken):
+        w = np.exp(log_w[datum, :count])
+        assert scored.log_px[datum] == pytest.approx(math.log(w.mean()), rel=1e-12)
+        assert scored.se[datum] == pytest.approx(w.std(ddof=1) / w.mean() / math.sqrt(count), rel=1e-9)
+        assert scored.elbo[datum] == pytest.approx(log_w[datum, :count].mean(), rel=1e-12)
+        khat, smoothed = pareto_smooth(np.sort(log_w[datum, :count])[None, -tail_size(count) :], scored.log_px[[datum]], count)
+        assert (scored.khat[datum], scored.log_px_psis[datum]) == pytest.approx((khat[0], smoothed[0]), rel=1e-9)
+        # The curve goes on level from where a datum stopped.
+        for row, size in enumerate(scored.curve.num_samples):
+            first = log_w[datum, : min(size, count)]
+            assert scored.curve.log_px[row, datum] == pytest.approx(logsumexp(first) - math.log(len(first)), rel=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_heavy_tail_stops_early_and_is_flagged():
+    pair = LinearGaussian(latent_dim=3, data_dim=4, spread=0.25)
+    scored = log_marginal(pair.model, pair.guide, pair.sample(200), num_samples=4000, target_se=0.2, seed=0)
+    assert (scored.drawn < 4000).mean() > 0.3
+    assert scored.reliable.mean() < 0.15
+
+
+def test_a_target_error_resumes_and_compiles_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    x = torch.bernoulli(torch.full((40, 6), 0.4))
+    options = {"num_samples": 3000, "target_se": 0.008, "seed": 3, "chunk_size": 4096, "compile": False}
+    whole = vae.log_marginal(x, **options)
+    assert len(set(whole.drawn)) > 2
+    file = tmp_path / "scored.safetensors"
+    for _ in range(2):
+        kept = vae.log_marginal(x, **options, resume=file)
+        _equal(whole, kept)
+        np.testing.assert_array_equal(whole.drawn, kept.drawn)
+    with pytest.raises(ValueError, match="keeps another evaluation"):
+        vae.log_marginal(x, **options | {"target_se": 0.01}, resume=file)
+    monkeypatch.setattr(staging, "_inductor", lambda module, inputs: module)
+    compiled = vae.log_marginal(x, **options | {"compile": True})
+    np.testing.assert_array_equal(whole.drawn, compiled.drawn)
+    _equal(whole, compiled, rtol=1e-4)
+
+
+def test_the_shapes_of_a_target_are_few():
+    looks = _looks(100_000, 0.01, 1)
+    assert looks == [250, 500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 100000]
+    shapes = set()
+    for before, look in itertools.pairwise([0, *looks]):
+        parts = list(_parts(torch.arange(32), look - before, 4100, looks[0]))
+        assert torch.cat([chosen for chosen, _ in parts]).tolist() == list(range(32))
+        shapes |= {(len(chosen), min(most, look - before)) for chosen, most in parts}
+        assert all(len(chosen) * min(most, look - before) <= 4100 for chosen, most in parts)
+    assert shapes == {(16, 250), (1, 4000)}
+    # A mixture looks where its share is a whole number; no target looks only at the end.
+    assert _looks(5000, 0.01, 500) == [500, 1000, 2000, 4000, 5000]
+    assert _looks(5003, 0.01, 5003) == [5003]
+    assert _looks(5000, None, 1) == [5000]
+    # Chunks smaller than a look are kept to.
+    assert [most for _, most in _parts(torch.arange(2), 250, 20, 250)] == [20, 20]
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, math.inf, math.nan, "small"])
+def test_a_target_error_is_positive(bad: object):
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    with pytest.raises(ValueError, match="target_se is a positive number of nats"):
+        vae.log_marginal(torch.ones(2, 6), target_se=bad)
+
+
 _TWO = """
 import sys, torch, pyrovae as pv
 torch.set_num_threads(1)
@@ -295,3 +422,13 @@ def test_two_processes_give_the_answer_of_one(tmp_path: Path):
     alone = vae.log_marginal(x, num_samples=30, seed=3)
     for rank in "01":
         _equal(alone, pv.Evidence.load(tmp_path / f"evidence{rank}"), rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("spread", "low", "high"), [(1.5, -1, 1), (0.8, -6, -2), (0.7, -16, -8)])
+def test_the_bias_of_stopping_at_a_target_is_as_documented(spread: float, low: float, high: float):
+    pair = LinearGaussian(latent_dim=2 if spread > 1 else 3, data_dim=4, spread=spread)
+    x = pair.sample(1).expand(6000, -1)
+    scored = log_marginal(pair.model, pair.guide, x, num_samples=64_000, target_se=0.05, seed=0)
+    assert low < (scored.log_px - pair.log_px(x)).mean() / 0.05**2 < high

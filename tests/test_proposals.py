@@ -13,7 +13,7 @@ from pyro.contrib.zuko import ZukoToPyro
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae.proposals import mixture_draws
+from pyrovae.proposals import mixture_draws, prior_count
 from pyrovae.weights import log_weights, prior_weights
 
 KINDS = ["guide", "prior", "mixture", "refined"]
@@ -85,7 +85,7 @@ def test_weights_of_the_mixture_are_bounded_whatever_the_guide():
             pyro.sample("x", law, obs=x)
             seen.setdefault("likelihood", []).append(law.log_prob(x))
 
-    draw = mixture_draws(model, far_guide, True, 1, 100, 0.25)
+    draw = mixture_draws(model, far_guide, True, 1, 100, 25)
     log_w = torch.cat([draw((x,), size) for size in (7, 1, 60, 32)])
     likelihood = torch.cat([part.reshape(-1, 4) for part in seen["likelihood"]])
     assert log_w.shape == likelihood.shape == (100, 4)
@@ -115,7 +115,7 @@ def test_exactly_its_share_comes_from_the_prior(num_samples: int, prior_share: f
         counted["prior"] += int(near.sum())
         counted["guide"] += int((~near).sum())
 
-    draw = mixture_draws(pair.model, guide, True, 1, num_samples, prior_share)
+    draw = mixture_draws(pair.model, guide, True, 1, num_samples, prior_count(num_samples, prior_share))
     left = num_samples
     while left:
         draw((x,), min(left, 30))

@@ -74,6 +74,23 @@ def test_the_verdict_follows_the_share_of_unreliable_data(tmp_path: Path, bad: i
     assert f" {word}" in text_of(page_of(tmp_path, evidence(khat=khat)))
 
 
+def test_exact_and_annealed_evidence_is_judged_by_its_own_standard(tmp_path: Path):
+    plain, zero = evidence(), np.zeros(50)
+    exact = Evidence(plain.log_px, zero, zero + 1, zero - math.inf, plain.log_px, 1, 64, "exact, linear-Gaussian")
+    text = text_of(page_of(tmp_path, exact))
+    assert "Exact. Of the 50 data, every one has an exact answer" in text
+    assert "Nothing was sampled" in text
+    for part in ("Pareto k", "The ELBO bounds", "Gap of each datum"):
+        assert part not in text
+    chains = Evidence(
+        plain.log_px, plain.se, zero + 12, zero + math.nan, plain.elbo, 16, 64, "AIS from the prior, 100 temperatures"
+    )
+    text = text_of(page_of(tmp_path, chains))
+    assert "every one has 8 or more of 16 chains effective" in text
+    assert "the chains agree" in text
+    assert "Pareto k" not in text
+
+
 def test_nothing_external_and_no_script(tmp_path: Path):
     page = page_of(tmp_path, originals=load_digits().images[:5], reconstructions=load_digits().images[5:10])
     assert "http" not in page
