@@ -17,8 +17,10 @@ Each answer is kept in runs/evidence_truth as soon as it is known, so an interru
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
