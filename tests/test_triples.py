@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
-from pathlib import Path
-from types import ModuleType
 
+import all_triples as script
 import pytest
 
 from pyrovae.vae import VAE
 
-PATH = Path(__file__).parent.parent / "experiments" / "all_triples.py"
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("all_triples", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = _load()
 FITTING = [triple for triple in script.triples() if script.fit_together(triple.prior, triple.encoder)]
 USUAL = script.Triple("standard_normal", "bernoulli", "diagonal_normal")
 
