@@ -142,6 +142,7 @@ def stage(
     *,
     clip_norm: float | None = None,
     count: Callable[[Tensors], float] | None = None,
+    load: Callable[..., Tensors] | None = None,
     backend: str = "inductor",
 ) -> Step:
     """A training step for a loop of your own; :func:`pyrovae.fit` makes its own.
@@ -155,6 +156,8 @@ def stage(
             which the steps leave out; the random stream does not notice.
         clip_norm: the largest norm that the gradient of all parameters together may have.
         count: from a batch to the number of data that its loss stands for; by default their number.
+        load: makes a batch of the tensors that a step is called with, such as rows and the whole data, by tensor operations
+            that then belong to the graph; by default they are the batch.
         backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
 
     Returns:
@@ -176,7 +179,7 @@ def stage(
     devices = [tensor.device for tensor in batch if tensor.is_cuda]
     with torch.random.fork_rng(devices), torch.no_grad():
         estimator.loss(model, guide, *batch)
-    return Step(estimator, model, guide, optimizer, clip_norm=clip_norm, count=count, backend=backend)
+    return Step(estimator, model, guide, optimizer, clip_norm=clip_norm, count=count, load=load, backend=backend)
 
 
 class Step:
@@ -201,10 +204,12 @@ class Step:
         *,
         clip_norm: float | None = None,
         count: Callable[[Tensors], float] | None = None,
+        load: Callable[..., Tensors] | None = None,
         backend: str = "inductor",
     ):
         self.estimator, self.model, self.guide, self.optimizer = estimator, model, guide, optimizer
         self.clip_norm, self.count = clip_norm, count or (lambda batch: len(batch[0]))
+        self.load = load or (lambda *batch: batch)
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.reached: list[Tensor] = []
         self._annealed: Tensor | None = None
@@ -221,15 +226,14 @@ class Step:
         """Whether it runs from a graph, compiled or not."""
         return self._staged.captured
 
-    def __call__(self, *batch: Tensor) -> Outcome:
+    def __call__(self, *inputs: Tensor) -> Outcome:
         """Take the step."""
         annealed = self._step_input()
-        inputs = batch
         if annealed is not None:
             if self._annealed is None:
                 self._annealed = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
             self._annealed.fill_(annealed)
-            inputs = (*batch, self._annealed)
+            inputs = (*inputs, self._annealed)
         loss, norm, *gradients = self._staged(*inputs)
         outcome = Outcome(loss.item(), norm.item())
         if not math.isnan(outcome.loss) and math.isfinite(outcome.norm):
@@ -244,11 +248,11 @@ class Step:
         """Loss, norm, and the gradient of each parameter that the loss reaches."""
         with pyro.validation_enabled(False):
             if self._annealed is None:
-                loss, gradients = self._loss_and_gradients(inputs)
+                loss, gradients = self._loss_and_gradients(self.load(*inputs))
             else:
                 self.estimator.held = inputs[-1]
                 try:
-                    loss, gradients = self._loss_and_gradients(inputs[:-1])
+                    loss, gradients = self._loss_and_gradients(self.load(*inputs[:-1]))
                 finally:
                     self.estimator.held = None
         pairs = [(par, grad) for par, grad in zip(self.parameters, gradients, strict=True) if grad is not None]

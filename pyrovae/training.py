@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Batches, arguments
+from .data import Batches, arguments, binarize, dequantize
 from .estimators import check_estimator, make_estimator
 from .pairs import PairInfo, first_run, inspect_pair
 from .registry import positive_integer, unknown
@@ -180,6 +180,8 @@ def fit(
         raise ValueError("ReduceLROnPlateau waits for a metric, and a schedule here follows the step: choose 'cosine'.")
     if compile == "auto":
         compile = steps is not None and steps >= STEPS_TO_COMPILE
+    # Data in memory are gathered and drawn within a compiled step, unless by a program that need not be tensor operations.
+    inside = compile and shuffle and train.loader is None and transform in (None, binarize, dequantize)
     take_step = stage(
         elbo,
         model,
@@ -188,6 +190,7 @@ def fit(
         example,
         clip_norm=clip_norm,
         count=partial(_count, info=start.info),
+        load=(lambda *inputs: train.load(*inputs)[: len(example)]) if inside else None,
         backend="inductor" if compile else "eager",
     )
     history = History(type(elbo).__name__, elbo.num_particles)
@@ -201,9 +204,8 @@ def fit(
     with pyro.validation_enabled(False), tqdm(total=steps, unit="step", disable=not progress) as bar:
         for epoch in range(1, epochs + 1):
             total, seen = 0.0, 0.0
-            for batch in train:
-                batch = arguments(model, batch)
-                loss, norm = take_step(*batch)
+            for inputs in train.inputs() if inside else train:
+                loss, norm = take_step(*(inputs if inside else inputs[: len(example)]))
                 # An infinite loss is a datum of weight zero, whose gradient our estimators leave out.
                 if math.isnan(loss) or not math.isfinite(norm):
                     what = "loss" if math.isnan(loss) else "gradient"
@@ -211,9 +213,10 @@ def fit(
                         f"The {what} became {loss if what == 'loss' else norm} in epoch {epoch}, step {step + 1}: lower the "
                         f"learning rate ({lr:g}), or set clip_norm."
                     )
-                scheduler.step()
+                if scheduler is not None:
+                    scheduler.step()
                 step += 1
-                total, seen = total - loss, seen + _count(batch, start.info)
+                total, seen = total - loss, seen + _count(inputs, start.info)
                 bar.update()
                 if out_of_time():
                     break
@@ -310,7 +313,7 @@ def _named(choice: Any, what: str, known: dict[str, Callable[..., Any]]) -> Call
 def _schedules(steps: int | None) -> dict[str, Callable[..., Any]]:
     schedulers = torch.optim.lr_scheduler
     return {
-        "constant": lambda optimizer: schedulers.LambdaLR(optimizer, lambda step: 1.0),
+        "constant": lambda optimizer: None,
         "cosine": lambda optimizer: schedulers.CosineAnnealingLR(optimizer, T_max=_known(steps)),
     }
 

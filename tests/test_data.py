@@ -160,3 +160,40 @@ def test_a_module_takes_what_its_forward_takes():
         def forward(self, x: torch.Tensor) -> None: ...
 
     assert len(arguments(Program(), (torch.zeros(2), torch.ones(2)))) == 1
+
+
+def test_binarize_draws_each_pixel_with_its_own_probability():
+    torch.manual_seed(0)
+    # Some lie within one of the 65,536 steps of the first sixteen bits, where the next eight decide.
+    levels = torch.tensor([0.0, 2**-17, 0.25, 1 / 3, 0.5, 1 - 2**-17, 1.0], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        drawn = binarize(levels.to(dtype).expand(400_001, 7))
+        assert drawn.dtype == dtype
+        assert set(drawn.unique().tolist()) == {0.0, 1.0}
+        error = (levels * (1 - levels) / len(drawn)).sqrt()
+        assert ((drawn.double().mean(0) - levels).abs() <= 4 * error + 1e-12).all()
+    assert binarize(torch.zeros(1_000_000)).sum() == 0
+    assert binarize(torch.ones(1_000_000)).sum() == 1_000_000
+    # Neighbours share bits, but only where sixteen others left a pixel open.
+    pixels = binarize(torch.full((1000, 1001), 0.5))
+    assert (pixels[:, 1:] * pixels[:, :-1]).mean() == pytest.approx(0.25, abs=2e-3)
+
+
+def test_the_bits_that_decide_between_two_levels_are_spent(monkeypatch: pytest.MonkeyPatch):
+    words = torch.zeros(3, dtype=torch.int64)
+    words.view(torch.uint8)[:9] = torch.tensor([128, 128, 64, 0, 0, 1, 0, 0, 0], dtype=torch.uint8)
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: words)
+    # Two pixels' numbers are 128/256 + 0 + 128/2^24, whose last part is the neighbour's first, and 128/256 + 1/2^16 + 64/2^24.
+    numbers = torch.tensor([0.5 + 128 * 2**-24, 0.5 + 2**-16 + 64 * 2**-24, 0.0, 0.0])
+    assert binarize(numbers)[:2].tolist() == [0.0, 0.0]
+    assert binarize(numbers + 2**-24)[:2].tolist() == [1.0, 1.0]
+
+
+def test_a_batch_is_loaded_from_its_rows():
+    x, y = np.arange(10.0)[:, None], np.arange(10)
+    for shuffle in (False, True):
+        batches = Batches((x, y), batch_size=4, shuffle=shuffle, transform=lambda x: 2 * x)
+        found = [batches.load(*inputs) for inputs in batches.inputs()]
+        assert [len(label) for _, label in found] == [4, 4, 2]
+        assert all(torch.equal(a[:, 0], 2 * b.to(a.dtype)) for a, b in found)
+        assert sorted(torch.cat([b for _, b in found]).tolist()) == list(range(10))

@@ -304,12 +304,26 @@ def test_clipping_bounds_the_step() -> None:
 
 
 @pytest.mark.slow
-def test_fit_compiled_is_fit_eager() -> None:
+@pytest.mark.parametrize("how", ["plain", "binarize", "own"])
+def test_fit_compiled_is_fit_eager(how: str) -> None:
+    # The rows of a batch, and our own transforms, belong to the graph; a user's transform may be anything.
+    transform = {"plain": None, "binarize": pv.data.binarize, "own": lambda x: torch.as_tensor(1 - x.numpy())}[how]
+    data = (X.repeat(20, 1) * (0.7 if how == "binarize" else 1), torch.arange(20 * len(X)))
     bounds = []
     for compile in (True, False):
-        history = pv.fit(
-            *pair_of(a_vae()), X.repeat(20, 1), epochs=20, batch_size=50, lr=0.01, progress=False, seed=0, compile=compile
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            history = pv.fit(
+                *pair_of(a_vae()),
+                data,
+                epochs=20,
+                batch_size=50,
+                lr=0.01,
+                progress=False,
+                seed=0,
+                transform=transform,
+                compile=compile,
+            )
         bounds.append(history.bound)
     torch.testing.assert_close(torch.tensor(bounds[0]), torch.tensor(bounds[1]), rtol=1e-5, atol=0)
 
