@@ -123,6 +123,7 @@ def train(
         validation=settings_of.validation or None,
         patience=settings_of.patience,
         compile=settings_of.compile,
+        precision=settings_of.precision,
         transform=split.transform,
         seed=described.seed,
         on_epoch=on_epoch,

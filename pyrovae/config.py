@@ -103,6 +103,7 @@ class TrainSection:
         validation: Fraction of the training data held out for the validation curve; 0 for none.
         patience: Stop after this many epochs without a better validation bound.
         compile: Capture and compile the training step: true, false, or "auto" for runs long enough to repay it.
+        precision: "float32", or "bfloat16" for products in it.
         tensorboard: Also log the curves for TensorBoard, in the run's folder.
     """
 
@@ -115,6 +116,7 @@ class TrainSection:
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     patience: Positive | None = None
     compile: bool | Literal["auto"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
     tensorboard: bool = False
 
 

@@ -1,7 +1,8 @@
 """Rewrites of a captured graph that a compiler does not make by itself: the same numbers to rounding, in fewer instructions.
 
 Each was measured (``experiments/benchmarks/NOTES.md``), and each is tested against float64. They serve training and scoring
-alike, whoever wrote the programs, as they look for what Pyro's and torch's distributions become once captured.
+alike, whoever wrote the programs, as they look for what Pyro's and torch's distributions become once captured. One of them
+trades accuracy for speed, and is asked for by name: products in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ LANES = 16
 
 
 def rewrite(module: fx.GraphModule) -> fx.GraphModule:
-    """The same function, in place: products without a bias, tanh as a rational function, sums of logarithms as products.
+    """The same function, in place: products without a bias, tanh as a rational function, fewer logarithms and copies.
 
     Args:
         module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape.
@@ -36,9 +37,61 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
             _rational_tanh(graph, node)
         elif node.target is aten.sum.dim_IntList:
             _bernoulli_sum(graph, node)
+        elif node.target is aten.normal_.default:
+            _standard_normal(graph, node)
     graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def round_products(module: fx.GraphModule) -> fx.GraphModule:
+    """In place, every float32 product and convolution, of its factors in bfloat16; all else stays in float32.
+
+    A processor's bfloat16 units multiply exactly and add up in float32, and round the sum once. A linear layer's bias is added
+    after that.
+
+    Args:
+        module: what ``make_fx`` captured; each node's ``meta["val"]`` says its type.
+
+    Returns:
+        The module.
+    """
+    graph = module.graph
+    rounded: dict[fx.Node, fx.Node] = {}
+    last_placeholder = list(graph.find_nodes(op="placeholder"))[-1]
+
+    def factor(value: object) -> object:
+        if not (isinstance(value, fx.Node) and value.meta["val"].dtype is torch.float32):
+            return value
+        if value not in rounded:
+            with graph.inserting_after(last_placeholder if value.op == "placeholder" else value):
+                rounded[value] = graph.call_function(aten._to_copy.default, (value,), {"dtype": torch.bfloat16})
+        return rounded[value]
+
+    def in_float32(node: fx.Node) -> None:
+        with graph.inserting_after(node):
+            wide = graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.float32})
+        wide.meta = dict(node.meta)
+        node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is aten.addmm.default and not node.kwargs:
+            _split_addmm(graph, node)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in PRODUCTS:
+            continue
+        # Gradients that nobody asked for have no value.
+        outputs = [user for user in node.users if "val" in user.meta] if isinstance(node.meta["val"], tuple) else [node]
+        if any(output.meta["val"].dtype is not torch.float32 for output in outputs):
+            continue
+        node.args = tuple(factor(value) for value in node.args)
+        for output in outputs:
+            in_float32(output)
+    module.recompile()
+    return module
+
+
+PRODUCTS = (aten.mm.default, aten.bmm.default, aten.convolution.default, aten.convolution_backward.default)
 
 
 def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:
@@ -50,6 +103,7 @@ def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:
     shape = list(node.meta["val"].shape)
     with graph.inserting_before(node):
         product = graph.call_function(aten.mm.default, (left, right))
+        product.meta = dict(node.meta)
         flat = graph.call_function(aten.view.default, (product, [1, *shape]))
         added = graph.call_function(aten.add.Tensor, (flat, bias))
         _replace(node, graph.call_function(aten.view.default, (added, shape)))
@@ -78,6 +132,21 @@ def _rational_tanh(graph: fx.Graph, node: fx.Node) -> None:
 TANH_REACH = 8.0
 TANH_ABOVE = (0.9999999935788794, 0.1344450501004544, 0.003571606367429252, 2.1894799482147274e-05, 1.523061009625666e-08)
 TANH_BELOW = (1.0, 0.46777832332818475, 0.026164474688748766, 0.00034113056644328934, 8.522524893850866e-07)
+
+
+def _standard_normal(graph: fx.Graph, node: fx.Node) -> None:
+    """The same draws as a new tensor's own: filling an empty one in place makes the compiler copy it first."""
+    empty = node.args[0]
+    if node.kwargs or node.args[1:] not in ((), (0,), (0, 1)):
+        return
+    if not (isinstance(empty, fx.Node) and empty.target is aten.empty.memory_format and len(empty.users) == 1):
+        return
+    value = node.meta["val"]
+    with graph.inserting_before(node):
+        drawn = graph.call_function(
+            aten.randn.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+        )
+        _replace(node, drawn)
 
 
 def _bernoulli_sum(graph: fx.Graph, node: fx.Node) -> None:

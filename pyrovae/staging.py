@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .rewrites import rewrite
+from .rewrites import rewrite, round_products
 
 Tensors = tuple[Tensor, ...]
 
@@ -44,6 +44,7 @@ class Staged:
     Args:
         function: what to run; it may read live parameters and buffers, and draw from torch's random stream.
         backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
+        precision: ``"float32"`` leaves products as they are; ``"bfloat16"`` rounds the factors of float32 ones, where compiled.
 
     Attributes:
         reason: why it runs slower than asked, one sentence, or ``None``.
@@ -59,10 +60,14 @@ class Staged:
         (tensor([3.]),)
     """
 
-    def __init__(self, function: Callable[..., Tensors], backend: str = "inductor"):
+    def __init__(self, function: Callable[..., Tensors], backend: str = "inductor", precision: str = "float32"):
         if backend not in ("inductor", "aten", "eager"):
             raise ValueError(f'backend is "inductor", "aten" or "eager", not {backend!r}.')
-        self.function, self.backend = function, backend
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f'precision is "float32" or "bfloat16", not {precision!r}.')
+        if precision == "bfloat16" and backend != "inductor":
+            raise ValueError("Products in bfloat16 belong to a compiled step: pass compile=True, or leave precision out.")
+        self.function, self.backend, self.precision = function, backend, precision
         self.reason: str | None = None
         self._graphs: dict[tuple, _Graph] = {}
         self._uses: dict[tuple, int] = {}
@@ -104,12 +109,15 @@ class Staged:
 
     def _compile(self, graph: _Graph, inputs: Tensors) -> None:
         graph.run = graph.module
-        if self.backend == "inductor":
+        # Rounded products give other numbers by design, so there the graph is compared before it is compiled.
+        rounded = self.precision == "bfloat16"
+        agrees = not rounded or graph.agrees_with(self.function, inputs)
+        if agrees and self.backend == "inductor":
             try:
-                graph.run = _inductor(graph.module, (*inputs, *graph.outside))
+                graph.run = _inductor(graph.module, (*inputs, *graph.outside), rounded)
             except Exception as error:  # no C++ compiler, say; the graph is right without
                 self._fall_back("aten", f"the compiler failed ({_first_line(error)})")
-        if not graph.agrees_with(self.function, inputs):
+        if not agrees or not (rounded or graph.agrees_with(self.function, inputs)):
             self._fall_back(
                 "eager", "its captured graph gives other numbers: it reads a tensor's value into Python, or keeps a state there"
             )
@@ -144,6 +152,7 @@ def stage(
     count: Callable[[Tensors], float] | None = None,
     load: Callable[..., Tensors] | None = None,
     backend: str = "inductor",
+    precision: str = "float32",
 ) -> Step:
     """A training step for a loop of your own; :func:`pyrovae.fit` makes its own.
 
@@ -159,6 +168,7 @@ def stage(
         load: makes a batch of the tensors that a step is called with, such as rows and the whole data, by tensor operations
             that then belong to the graph; by default they are the batch.
         backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
+        precision: of products, as in :func:`pyrovae.fit`.
 
     Returns:
         A step: called with a batch's tensors it updates the parameters and returns loss and gradient norm.
@@ -179,7 +189,9 @@ def stage(
     devices = [tensor.device for tensor in batch if tensor.is_cuda]
     with torch.random.fork_rng(devices), torch.no_grad():
         estimator.loss(model, guide, *batch)
-    return Step(estimator, model, guide, optimizer, clip_norm=clip_norm, count=count, load=load, backend=backend)
+    return Step(
+        estimator, model, guide, optimizer, clip_norm=clip_norm, count=count, load=load, backend=backend, precision=precision
+    )
 
 
 class Step:
@@ -206,6 +218,7 @@ class Step:
         count: Callable[[Tensors], float] | None = None,
         load: Callable[..., Tensors] | None = None,
         backend: str = "inductor",
+        precision: str = "float32",
     ):
         self.estimator, self.model, self.guide, self.optimizer = estimator, model, guide, optimizer
         self.clip_norm, self.count = clip_norm, count or (lambda batch: len(batch[0]))
@@ -214,7 +227,9 @@ class Step:
         self.reached: list[Tensor] = []
         self._annealed: Tensor | None = None
         self._update = _Update(optimizer)
-        self._staged = Staged(self._differentiate, backend if hasattr(estimator, "differentiable_loss") else "eager")
+        if not hasattr(estimator, "differentiable_loss"):
+            backend = "eager"
+        self._staged = Staged(self._differentiate, backend, precision)
 
     @property
     def reason(self) -> str | None:
@@ -421,7 +436,7 @@ def _close(staged: Tensors, eager: Tensors, tolerance: float) -> bool:
     return True
 
 
-def _inductor(module: fx.GraphModule, inputs: Tensors) -> Callable[..., Any]:
+def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool = False) -> Callable[..., Any]:
     from torch import _inductor
 
     on_gpu = any(tensor.is_cuda for tensor in inputs)
@@ -429,6 +444,8 @@ def _inductor(module: fx.GraphModule, inputs: Tensors) -> Callable[..., Any]:
     # Nor its own checks of sizes and strides, a twentieth: graphs are kept by shape, and their inputs made contiguous.
     options = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
     options |= {"triton.cudagraphs": True} if on_gpu else {}
+    if rounded:
+        module = round_products(module)
     if not on_gpu:
         module = rewrite(module)
     for node in module.graph.nodes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from pyrovae.rewrites import rewrite
+from pyrovae.rewrites import rewrite, round_products
 
 aten = torch.ops.aten
 
@@ -121,3 +121,75 @@ def test_bernoulli_sums_too_short_to_group_stay(size: int) -> None:
     run, targets = rewritten(bernoulli, *inputs)
     assert torch.allclose(run(*inputs), bernoulli(*inputs))
     assert (aten.binary_cross_entropy_with_logits.default in targets) == (size == 9)
+
+
+def test_standard_normals_are_drawn_without_a_copy() -> None:
+    run, targets = rewritten(lambda x: torch.empty(x.shape).normal_() + x, torch.zeros(100, 3))
+    assert aten.randn.default in targets
+    assert aten.normal_.default not in targets
+    torch.manual_seed(0)
+    found = run(torch.zeros(100, 3))
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.empty(100, 3).normal_())
+
+
+@pytest.mark.parametrize("how", ["scaled", "shifted", "in place"])
+def test_other_normals_stay(how: str) -> None:
+    def draw(x: Tensor) -> Tensor:
+        given = x.clone() if how == "in place" else torch.empty(x.shape)
+        return given.normal_(1.0 if how == "shifted" else 0.0, 2.0 if how == "scaled" else 1.0)
+
+    _, targets = rewritten(draw, torch.zeros(100, 3))
+    assert aten.normal_.default in targets
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16().float()
+
+
+def test_products_take_rounded_factors_and_their_biases_whole() -> None:
+    bias, left, right = torch.randn(5), torch.randn(7, 300), torch.randn(300, 5)
+    for function in (torch.addmm, lambda bias, left, right: bias + left @ right):
+        run = round_products(make_fx(function)(bias, left, right))
+        exact = (rounded(left).double() @ rounded(right).double()).float()
+        # The sum is in float32 and rounded once; the bias is not rounded.
+        assert torch.allclose(run(bias, left, right), bias + rounded(exact), rtol=2**-8, atol=1e-4)
+        assert not torch.allclose(run(bias, left, right), function(bias, left, right), rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_products_and_their_gradients_are_rounded_too() -> None:
+    first, second = torch.randn(40, 60), torch.randn(60, 30)
+
+    def slope(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        first = first.detach().requires_grad_()
+        return torch.autograd.grad(((x @ first).tanh() @ second).square().sum(), first)[0]
+
+    x = torch.randn(50, 40) / 5
+    module = round_products(make_fx(slope)(x, first, second))
+    products = [node for node in module.graph.nodes if node.target is aten.mm.default]
+    assert len(products) == 4
+    assert all(factor.kwargs["dtype"] is torch.bfloat16 for node in products for factor in node.args)
+    found, exact = module(x, first, second), slope(x, first, second)
+    assert found.dtype == torch.float32
+    assert 1e-4 < float((found - exact).norm() / exact.norm()) < 2e-2
+
+
+def test_convolutions_are_rounded_with_their_gradients() -> None:
+    kernel, bias = torch.randn(4, 3, 3, 3), torch.randn(4)
+
+    def slopes(x: Tensor, kernel: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        wanted = [kernel.detach().requires_grad_(), bias.detach().requires_grad_()]
+        return torch.autograd.grad(functional.conv2d(x, *wanted).square().sum(), wanted)
+
+    x = torch.randn(5, 3, 8, 8)
+    module = round_products(make_fx(slopes)(x, kernel, bias))
+    assert aten.convolution_backward.default in [node.target for node in module.graph.nodes]
+    for found, exact in zip(module(x, kernel, bias), slopes(x, kernel, bias), strict=True):
+        assert found.dtype == torch.float32
+        assert 1e-5 < float((found - exact).norm() / exact.norm()) < 2e-2
+
+
+def test_products_in_float64_stay() -> None:
+    inputs = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    run = round_products(make_fx(torch.mm)(*inputs))
+    assert torch.equal(run(*inputs), torch.mm(*inputs))

@@ -328,6 +328,34 @@ def test_fit_compiled_is_fit_eager(how: str) -> None:
     torch.testing.assert_close(torch.tensor(bounds[0]), torch.tensor(bounds[1]), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
+def test_products_in_bfloat16_are_near_those_in_float32() -> None:
+    histories, evidence = [], []
+    for precision in ("float32", "bfloat16"):
+        vae = a_vae()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            histories.append(vae.fit(X, epochs=30, lr=0.01, progress=False, seed=0, compile=True, precision=precision))
+            evidence.append(vae.log_marginal(X, num_samples=200, seed=0, compile=True, precision=precision))
+    bounds = torch.tensor([history.bound for history in histories], dtype=torch.float64)
+    assert not torch.equal(*bounds)
+    torch.testing.assert_close(*bounds, rtol=2e-2, atol=0.0)
+    difference = evidence[0].log_px - evidence[1].log_px
+    assert 1e-6 < abs(difference).max() < 0.5
+
+
+def test_bfloat16_is_refused_where_nothing_is_compiled() -> None:
+    vae = a_vae()
+    with pytest.raises(ValueError, match="belong to a compiled step"):
+        pv.fit(*pair_of(vae), X, compile=False, precision="bfloat16", progress=False)
+    with pytest.raises(ValueError, match="belong to a compiled step"):
+        vae.log_marginal(X, compile=False, precision="bfloat16")
+    with pytest.raises(ValueError, match="leave precision out"):
+        vae.log_marginal(X, proposal="refined", precision="bfloat16")
+    with pytest.raises(ValueError, match='precision is "float32" or "bfloat16"'):
+        pv.fit(*pair_of(vae), X, precision="half", progress=False)
+
+
 def test_compile_is_refused_where_it_is_no_choice() -> None:
     with pytest.raises(ValueError, match='compile is True, False or "auto"'):
         pv.fit(*pair_of(a_vae()), X, compile="always", progress=False)
