@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,9 +39,11 @@ from .registry import positive_integer, unknown
 from .staging import Staged
 from .traces import Program, evaluation_mode
 
+DrawLater = Callable[[Batch, int], Callable[[], Tensor]]
+
 # A chunk of decoder output past 32 MB makes every temporary a fresh mapping, which is slower than many small chunks. A
 # compiled chunk has no Python to repay, and is fastest where its output stays in a cache.
-CHUNK_NUMBERS, COMPILED_CHUNK_NUMBERS = 2**22, 2**20
+CHUNK_NUMBERS, COMPILED_CHUNK_NUMBERS = 2**22, 2**21
 # Data that are validated, seeded, smoothed and stored together.
 GROUP = 256
 # Temporaries of a chunk's size that a decoder and its likelihood hold at once.
@@ -112,13 +116,13 @@ def log_marginal(
             only where its share of the prior is a whole number of draws.
         proposal: a name from above, or what :func:`pyrovae.refine` returned for the same data in the same order.
         prior_share: :math:`\alpha`, the share of draws that ``"mixture"`` takes from the prior, rounded to whole draws.
-        chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations (4 MB where
+        chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations (8 MB where
             compiled), or fewer where ``max_memory`` asks for it.
         max_memory: MiB that a chunk's temporaries may fill, by their estimated number.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
         compile: capture and compile the scoring of a chunk (:mod:`pyrovae.staging`), for proposals from guide and prior;
             ``"auto"`` does so from a thousand chunks of the default size on, with a ``target_se`` as if it took a thousand
-            draws. The draws are the same either way, for one ``chunk_size``; by default a compiled chunk is a quarter of an
+            draws. The draws are the same either way, for one ``chunk_size``; by default a compiled chunk is half of an
             eager one.
         precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; all else stays as it is.
             It is an approximation of the model, whose error no standard error shows.
@@ -171,7 +175,9 @@ def log_marginal(
     if compile == "auto":
         usually = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
         compile = precision != "float32" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
-    usual = (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width
+    # Compiled chunks run side by side, one a thread, which keeps all threads busy where a chunk's own small parts would not.
+    threads = torch.get_num_threads() if compile and kind in ("guide", "prior") and device.type == "cpu" else 1
+    usual, affordable = (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width, affordable // threads
     chunk = max(1, min(usual, affordable)) if chunk_size is None else positive_integer(chunk_size, "chunk_size")
     num_prior = prior_count(num_samples, prior_share) if kind == "mixture" else 0
     looks = _looks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
@@ -187,31 +193,47 @@ def log_marginal(
         if kind == "prior"
         else guide_draws(model, guide, vectorize_particles, nesting)
     )
-    staged = _staged(plain, device, compile, precision)
+    # Graphs go by shape, so the number of samples travels as the length of an empty tensor.
+    backend = "inductor" if compile else "eager"
+    staged = Staged(lambda length, *batch: (plain(batch, len(length)),), backend, precision, threads)
 
-    def drawing(batch: Batch, start: int) -> Callable[[Tensor, int], Draw]:
+    def draw_staged(batch: Batch, size: int) -> Callable[[], Tensor]:
+        value = staged.later(torch.empty(size, 0, device=device), *batch)
+        return lambda: value()[0]
+
+    def drawing(batch: Batch, start: int) -> Callable[[Tensor, int], DrawLater]:
         """What draws the log-weights of some rows of a group, once each has a number of draws."""
         if kind == "mixture":
-            return lambda _, done: mixture_draws(model, guide, vectorize_particles, nesting, num_samples, num_prior, done)
+            return lambda _, done: _at_once(
+                mixture_draws(model, guide, vectorize_particles, nesting, num_samples, num_prior, done)
+            )
         if kind != "refined":
-            return lambda _, done: staged
+            return lambda _, done: draw_staged
         if given is not None:
             fitted = given.rows(np.arange(start, start + len(batch[0])))
         else:
             blocks = zip(*(array.split(together) for array in batch), strict=True)
             fitted = joined([refine_batch(model, guide, block, options, vectorize_particles) for block in blocks])
-        return lambda chosen, _: refined_draws(model, guide, fitted.rows(chosen.numpy()), vectorize_particles)
+        return lambda chosen, _: _at_once(refined_draws(model, guide, fitted.rows(chosen.numpy()), vectorize_particles))
 
     def score(batch: Batch, start: int, bar: tqdm) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """A group's sums and how many draws each datum took, by parts of at most one chunk."""
         draws, sums = drawing(batch, start), _nothing(len(batch[0]), num_samples, device)
         drawn, active, done = np.zeros(len(batch[0]), dtype=np.int64), torch.arange(len(batch[0])), 0
         for look in looks:
-            on = []
-            for chosen, most in _parts(active, look - done, chunk, None if target_se is None else looks[0]):
+            on, parts = [], list(_parts(active, look - done, chunk, None if target_se is None else looks[0]))
+            blocks = _ahead(
+                (
+                    draw(part, size)
+                    for chosen, most in parts
+                    for draw, part in [(draws(chosen, done), tuple(array[chosen] for array in batch))]
+                    for size in _sizes(look - done, most)
+                ),
+                threads + 2 if threads > 1 else 0,
+            )
+            for chosen, _ in parts:
                 held = {name: values[chosen] for name, values in sums.items()}
-                part = tuple(array[chosen] for array in batch)
-                new = _score(draws(chosen, done), part, held, num_samples, done, look, most)
+                new = _score(blocks, held, num_samples, done, look)
                 for name, values in new.items():
                     sums[name][chosen] = values
                 drawn[chosen] = look
@@ -235,6 +257,7 @@ def log_marginal(
         torch.no_grad(),
         evaluation_mode(model, guide),
         torch.random.fork_rng(generator_devices),
+        contextlib.closing(staged),
         tqdm(total=data.num_data, desc="log p(x)", unit="datum", disable=not progress) as bar,
     ):
         start = 0
@@ -298,10 +321,26 @@ def _doubled(number: int, limit: int) -> int:
     return number << max(0, (limit // number).bit_length() - 1)
 
 
-def _staged(draw: Draw, device: torch.device, compile: bool, precision: str) -> Draw:
-    """The same draws from one graph; the number of samples travels as the length of an empty tensor, as graphs go by shape."""
-    staged = Staged(lambda length, *batch: (draw(batch, len(length)),), "inductor" if compile else "eager", precision)
-    return lambda batch, size: staged(torch.empty(size, 0, device=device), *batch)[0]
+def _sizes(number: int, most: int) -> Iterator[int]:
+    """So many draws in chunks of the largest size, the last one ragged."""
+    yield from [most] * (number // most)
+    if number % most:
+        yield number % most
+
+
+def _ahead(calls: Iterable[Callable[[], Tensor]], number: int) -> Iterator[Tensor]:
+    """The calls' values in order, where so many later ones are made before each is waited for."""
+    waiting: deque[Callable[[], Tensor]] = deque()
+    for call in calls:
+        waiting.append(call)
+        if len(waiting) > number:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
+
+
+def _at_once(draw: Draw) -> DrawLater:
+    return lambda batch, size: lambda: draw(batch, size)
 
 
 def _agreed_seed(seed: int | None) -> int:
@@ -392,22 +431,17 @@ def _nothing(num_data: int, num_samples: int, device: torch.device) -> dict[str,
     }
 
 
-def _score(
-    draw: Callable[[Batch, int], Tensor],
-    batch: Batch,
-    sums: dict[str, Tensor],
-    num_samples: int,
-    done: int,
-    until: int,
-    most: int,
-) -> dict[str, Tensor]:
-    """Draw on for one batch: streaming sums of w, w^2 and log w, and the largest weights, which are all that Pareto k needs."""
+def _score(blocks: Iterator[Tensor], sums: dict[str, Tensor], num_samples: int, done: int, until: int) -> dict[str, Tensor]:
+    """Take in more draws: streaming sums of w, w^2 and log w, and the largest weights, which are all that Pareto k needs.
+
+    The next blocks of log-weights of the same data, (size, B) in float64, make it so many draws for each.
+    """
     log_sum, log_square, total = (sums[name] for name in _SUMS)
     keep, left = tail_size(num_samples), until - done
     tail, curve_sum, curve_square = sums["tail"].T[: min(keep, done)], sums["curve_sum"], sums["curve_square"]
     drawn: list[Tensor] = []
     while left:
-        drawn.append(draw(batch, min(left, most)))  # (size, B), float64
+        drawn.append(next(blocks))
         left -= len(drawn[-1])
         waiting = sum(map(len, drawn))
         if left and waiting < REDUCED_AT_ONCE:

@@ -7,6 +7,9 @@ trades accuracy for speed, and is asked for by name: products in bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import fx
 
@@ -92,6 +95,34 @@ def round_products(module: fx.GraphModule) -> fx.GraphModule:
 
 
 PRODUCTS = (aten.mm.default, aten.bmm.default, aten.convolution.default, aten.convolution_backward.default)
+
+
+def draws_as_inputs(module: fx.GraphModule) -> list[Callable[[], torch.Tensor]]:
+    """Let the graph take its random numbers as inputs after all others, so that runs side by side draw in a fixed order.
+
+    Args:
+        module: what ``make_fx`` captured on the CPU, changed in place.
+
+    Returns:
+        What draws each of them, in order; nothing, and the module as it was, where some law depends on other values.
+    """
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.normal_.default):
+        _standard_normal(graph, node)
+    random = [node for node in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
+    if not all(node.target in FREE_DRAWS for node in random):
+        return []
+    last = list(graph.find_nodes(op="placeholder"))[-1]
+    for place, node in enumerate(random):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"drawn_{place}")
+        _replace(node, last)
+    module.recompile()
+    return [partial(node.target, *node.args, **node.kwargs) for node in random]
+
+
+# Random numbers whose law depends on nothing.
+FREE_DRAWS = (aten.randn.default, aten.rand.default)
 
 
 def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .rewrites import rewrite, round_products
+from .rewrites import draws_as_inputs, rewrite, round_products
 
 Tensors = tuple[Tensor, ...]
 
@@ -45,6 +46,7 @@ class Staged:
         function: what to run; it may read live parameters and buffers, and draw from torch's random stream.
         backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
         precision: ``"float32"`` leaves products as they are; ``"bfloat16"`` rounds the factors of float32 ones, where compiled.
+        threads: of a CPU, on which as many calls of :meth:`later` run side by side, each on one of them, where compiled.
 
     Attributes:
         reason: why it runs slower than asked, one sentence, or ``None``.
@@ -60,15 +62,18 @@ class Staged:
         (tensor([3.]),)
     """
 
-    def __init__(self, function: Callable[..., Tensors], backend: str = "inductor", precision: str = "float32"):
+    def __init__(
+        self, function: Callable[..., Tensors], backend: str = "inductor", precision: str = "float32", threads: int = 1
+    ):
         if backend not in ("inductor", "aten", "eager"):
             raise ValueError(f'backend is "inductor", "aten" or "eager", not {backend!r}.')
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f'precision is "float32" or "bfloat16", not {precision!r}.')
         if precision == "bfloat16" and backend != "inductor":
             raise ValueError("Products in bfloat16 belong to a compiled step: pass compile=True, or leave precision out.")
-        self.function, self.backend, self.precision = function, backend, precision
+        self.function, self.backend, self.precision, self.threads = function, backend, precision, threads
         self.reason: str | None = None
+        self._pool: _SideBySide | None = None
         self._graphs: dict[tuple, _Graph] = {}
         self._uses: dict[tuple, int] = {}
 
@@ -90,9 +95,28 @@ class Staged:
             self._compile(graph, inputs)
             if self.backend == "eager":
                 return self.function(*inputs)
-        assert graph.run is not None
-        with torch.no_grad():
-            return tuple(graph.run(*inputs, *graph.outside))
+        return graph(inputs, graph.drawn())
+
+    def later(self, *inputs: Tensor) -> Callable[[], Tensors]:
+        """What to call for the function's value; with several threads it may be computed meanwhile, until :meth:`close`.
+
+        The random numbers are drawn now, so they are those of as many calls in turn.
+        """
+        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+        graph = self._graphs.get(key)
+        if graph is None or graph.run is None or not graph.draws or self.backend == "eager":
+            value = self(*inputs)
+            return lambda: value
+        if self._pool is None:
+            self._pool = _SideBySide(self.threads)
+        inputs = tuple(tensor.contiguous() for tensor in inputs)
+        return self._pool.submit(graph, inputs, graph.drawn()).result
+
+    def close(self) -> None:
+        """Drop what has not begun, and give the threads back."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def _first(self, key: tuple, inputs: Tensors) -> Tensors:
         uses = self._uses[key] = self._uses.get(key, 0) + 1
@@ -114,7 +138,11 @@ class Staged:
         agrees = not rounded or graph.agrees_with(self.function, inputs)
         if agrees and self.backend == "inductor":
             try:
-                graph.run = _inductor(graph.module, (*inputs, *graph.outside), rounded)
+                apart = self.threads > 1 and graph.draw_first()
+                random = _random_state(inputs)
+                example = (*inputs, *graph.outside, *graph.drawn())
+                _set_random_state(random)
+                graph.run = _inductor(graph.module, example, rounded, apart)
             except Exception as error:  # no C++ compiler, say; the graph is right without
                 self._fall_back("aten", f"the compiler failed ({_first_line(error)})")
         if not agrees or not (rounded or graph.agrees_with(self.function, inputs)):
@@ -127,6 +155,19 @@ class Staged:
         slower = "with Pyro's handlers at every step" if backend == "eager" else "captured, but not compiled"
         self.reason = f"This step runs {slower}, since {why}: pass compile=False to run it as it is."
         warnings.warn(self.reason, RuntimeWarning, stacklevel=5)
+
+
+class _SideBySide(ThreadPoolExecutor):
+    """Threads whose operations stay on them; while they are there the caller's do too, as idle ones of its own would spin."""
+
+    def __init__(self, number: int):
+        super().__init__(number, initializer=torch.set_num_threads, initargs=(1,))
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        torch.set_num_threads(self.before)
 
 
 class Outcome(NamedTuple):
@@ -377,6 +418,7 @@ class _Graph:
         graph = module.graph
         self.outside: list[Tensor] = []
         self.trained: list[Tensor] = []
+        self.draws: list[Callable[[], Tensor]] = []
         self.run: Callable[..., Any] | None = None
         placed: dict[int, fx.Node] = {}
         last = list(graph.find_nodes(op="placeholder"))[-1]
@@ -392,9 +434,23 @@ class _Graph:
             graph.erase_node(node)
         self.module = fx.GraphModule(nn.Module(), graph)
 
+    def __call__(self, inputs: Tensors, drawn: Tensors) -> Tensors:
+        """The function's value, from random numbers drawn before."""
+        assert self.run is not None
+        with torch.no_grad():
+            return tuple(self.run(*inputs, *self.outside, *drawn))
+
+    def draw_first(self) -> bool:
+        """Make random numbers inputs of the graph, where it draws any and all can be drawn before the rest."""
+        self.draws = draws_as_inputs(self.module)
+        return bool(self.draws)
+
+    def drawn(self) -> Tensors:
+        """The random numbers that are inputs."""
+        return tuple(draw() for draw in self.draws)
+
     def agrees_with(self, function: Callable[..., Tensors], inputs: Tensors) -> bool:
         """Whether it gives the function's numbers at other parameters too, where a value that was frozen would show."""
-        assert self.run is not None
         before = [tensor.clone() for tensor in self.outside]
         random = _random_state(inputs)
 
@@ -412,7 +468,7 @@ class _Graph:
 
         try:
             with torch.no_grad():
-                staged = moved(lambda: tuple(self.run(*inputs, *self.outside)))  # type: ignore[misc]
+                staged = moved(lambda: self(inputs, self.drawn()))
             eager = moved(lambda: function(*inputs))
         finally:
             with torch.no_grad():
@@ -436,14 +492,16 @@ def _close(staged: Tensors, eager: Tensors, tolerance: float) -> bool:
     return True
 
 
-def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool = False) -> Callable[..., Any]:
+def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: bool) -> Callable[..., Any]:
+    """Compile; with rounded products, and for one thread each time where calls run side by side."""
     from torch import _inductor
 
     on_gpu = any(tensor.is_cuda for tensor in inputs)
     # Not torch.compile: its guards read every parameter at each call, a tenth of a small step, and shapes are all they find.
     # Nor its own checks of sizes and strides, a twentieth: graphs are kept by shape, and their inputs made contiguous.
-    options = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+    options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
     options |= {"triton.cudagraphs": True} if on_gpu else {}
+    options |= {"cpp.threads": 1} if apart else {}
     if rounded:
         module = round_products(module)
     if not on_gpu:

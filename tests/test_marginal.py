@@ -5,7 +5,11 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -244,19 +248,82 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path):
         log_marginal(vae.model, vae.guide, 1 - x, num_samples=30, resume=file)
 
 
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("proposal", ["guide", "prior"])
-def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, threads: int, monkeypatch: pytest.MonkeyPatch):
     vae = pv.make_vae(6, latent_dim=2, hidden=[8])
     x = torch.bernoulli(torch.full((9, 6), 0.4))
     eager = vae.log_marginal(x, num_samples=103, chunk_size=20, seed=0, proposal=proposal, compile=False)
     compiled = []
-    monkeypatch.setattr(staging, "_inductor", lambda module, inputs, rounded: compiled.append(module) or module)
+    ran_on = set()
+
+    def compiler(module: Callable[..., Any], inputs: Any, rounded: bool, apart: bool) -> Callable[..., Any]:
+        compiled.append(module)
+        assert apart == (threads > 1)
+
+        def run(*inputs: torch.Tensor) -> Any:
+            ran_on.add((threading.get_ident(), torch.get_num_threads()))
+            time.sleep(0.01)
+            return module(*inputs)
+
+        return run
+
+    monkeypatch.setattr(staging, "_inductor", compiler)
     _equal(eager, vae.log_marginal(x, num_samples=103, chunk_size=20, seed=0, proposal=proposal, compile=True), rtol=1e-6)
     assert len(compiled) == 1
+    assert {number for _, number in ran_on - {(threading.get_ident(), threads)}} == ({1} if threads > 1 else set())
+    assert len(ran_on) == (1 if threads == 1 else threads + 1)  # the first calls are the caller's
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_a_law_that_depends_on_the_data_runs_in_turn(threads: int, monkeypatch: pytest.MonkeyPatch):
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(2.0, torch.tensor(1.0)))
+            pyro.sample("x", dist.Poisson(z), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Gamma(1.5 + x, torch.tensor(2.0)))
+
+    x = torch.tensor([0.0, 1.0, 4.0])
+    eager = log_marginal(model, guide, x, num_samples=60, chunk_size=20, seed=0, compile=False)
+    monkeypatch.setattr(staging, "_inductor", lambda module, inputs, rounded, apart: module if not apart else None)
+    _equal(eager, log_marginal(model, guide, x, num_samples=60, chunk_size=20, seed=0, compile=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_what_goes_wrong_on_a_thread_is_raised_and_gives_the_threads_back(threads: int, monkeypatch: pytest.MonkeyPatch):
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+
+    def compiler(module: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+        calls = itertools.count()
+
+        def run(*inputs: torch.Tensor) -> Any:
+            if next(calls) == 5:
+                raise RuntimeError("out of memory")
+            return module(*inputs)
+
+        return run
+
+    monkeypatch.setattr(staging, "_inductor", compiler)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        vae.log_marginal(torch.ones(9, 6), num_samples=103, chunk_size=20, compile=True)
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.slow
-def test_a_compiled_chunk_gives_the_eager_numbers():
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_a_compiled_chunk_gives_the_eager_numbers(threads: int):
     vae = pv.make_vae(6, latent_dim=2, hidden=[8])
     x = torch.bernoulli(torch.full((9, 6), 0.4))
     eager, compiled = (vae.log_marginal(x, num_samples=103, chunk_size=20, seed=0, compile=each) for each in (False, True))
@@ -367,7 +434,7 @@ def test_a_target_error_resumes_and_compiles_to_the_same_numbers(tmp_path: Path,
         np.testing.assert_array_equal(whole.drawn, kept.drawn)
     with pytest.raises(ValueError, match="keeps another evaluation"):
         vae.log_marginal(x, **options | {"target_se": 0.01}, resume=file)
-    monkeypatch.setattr(staging, "_inductor", lambda module, inputs, rounded: module)
+    monkeypatch.setattr(staging, "_inductor", lambda module, inputs, rounded, apart: module)
     compiled = vae.log_marginal(x, **options | {"compile": True})
     np.testing.assert_array_equal(whole.drawn, compiled.drawn)
     _equal(whole, compiled, rtol=1e-4)

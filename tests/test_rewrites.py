@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from pyrovae.rewrites import rewrite, round_products
+from pyrovae.rewrites import draws_as_inputs, rewrite, round_products
 
 aten = torch.ops.aten
 
@@ -193,3 +193,35 @@ def test_products_in_float64_stay() -> None:
     inputs = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     run = round_products(make_fx(torch.mm)(*inputs))
     assert torch.equal(run(*inputs), torch.mm(*inputs))
+
+
+def test_random_numbers_become_inputs_in_their_order() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + torch.randn(3, 4) * torch.empty(4, dtype=torch.float64).normal_() + torch.rand(2, 3, 4)
+
+    x = torch.ones(3, 4)
+    module = make_fx(function)(x)
+    draws = draws_as_inputs(module)
+    torch.manual_seed(0)
+    expected = function(x)
+    torch.manual_seed(0)
+    drawn = [draw() for draw in draws]
+    torch.manual_seed(1)
+    assert torch.equal(module(x, *drawn), expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.randn(3) + torch.bernoulli(x),
+        lambda x: torch.randn(3) + torch.poisson(x),
+    ],
+)
+def test_random_numbers_whose_law_depends_on_others_stay_and_all_with_them(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.full((3,), 0.5)
+    module = make_fx(function)(x)
+    assert draws_as_inputs(module) == []
+    torch.manual_seed(0)
+    expected = function(x)
+    torch.manual_seed(0)
+    assert torch.equal(module(x), expected)

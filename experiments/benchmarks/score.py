@@ -77,12 +77,17 @@ def time_scores(num_images: int, samples: int, num_blocks: int) -> None:
     found: dict[str, list[Estimate]] = {name: [] for name in scores}
     order = np.random.default_rng(SEED)
 
+    threads = torch.get_num_threads()
+
     def others(block: Tensor) -> None:
+        ours_took = torch.get_num_threads()
+        torch.set_num_threads(threads)
         parts = {name: block[: few[name]] if name in SHARES else block for name in scores if name != OURS}
         calls = {name: partial(scores[name], part) for name, part in parts.items()}
         for name, (seconds, estimate) in common.lap(calls, order).items():
             times[name].append(seconds * len(block) / len(parts[name]))
             found[name].append(estimate)
+        torch.set_num_threads(ours_took)
         print(f"block {len(times[OURS])} of {len(blocks)} done", file=sys.stderr)
 
     data = Pausing(blocks, others, times[OURS])
