@@ -30,7 +30,7 @@ from torch import Tensor
 from .pairs import PairInfo, inspect_pair
 from .registry import build, positive_integer, register
 from .traces import Gradients, Program
-from .weights import Leaf, LogWeights, dreamt_log_guide, log_weights
+from .weights import Leaf, LogWeights, dreamt_log_guide, log_weights, without_specks
 
 for _pyros_own, _name in [
     (pyro.infer.Trace_ELBO, "trace_elbo"),
@@ -536,7 +536,7 @@ class GDReG(_ManyParticles):
 
     def _objective(self, weights: LogWeights) -> Tensor:
         dead = weights.log_weights.detach() == -torch.inf
-        share = torch.where(dead, 0.0, torch.softmax(weights.log_weights.detach(), 0))
+        share = without_specks(torch.where(dead, 0.0, torch.softmax(weights.log_weights.detach(), 0)))
         values = [leaf.value for leaf in weights.leaves]
 
         def slopes(log_density: Tensor, *at: Tensor) -> tuple[Tensor, ...]:

@@ -135,6 +135,7 @@ class LogWeights:
             path: b.
             score: c.
         """
+        model, path, score = (without_specks(coefficient) for coefficient in (model, path, score))
         log_joint = self.log_likelihood + self.log_prior
         dead = (log_joint - self.log_guide).detach() == -torch.inf
         lost = dead.all(0)
@@ -155,6 +156,16 @@ class LogWeights:
             gate.factor = rows
         pathwise = times(path, self.log_guide - self.log_guide_score, dead)
         return times(model, log_joint, dead) - pathwise - times(score, self.log_guide_score, lost)
+
+
+def without_specks(coefficient: Tensor) -> Tensor:
+    """Coefficients (K, B) in which those that rounding hides beside the datum's largest are zero.
+
+    Weights spread over hundreds of nats. The gradients of those near :math:`e^{-90}` would be subnormal numbers, on which a
+    processor's products take many times as long: a step of IWAE with 50 particles took five times as long.
+    """
+    size = coefficient.abs()
+    return torch.where(size < torch.finfo(size.dtype).eps ** 2 * size.amax(0), 0.0, coefficient)
 
 
 def log_weights(

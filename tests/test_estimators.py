@@ -901,6 +901,39 @@ def test_one_datum_of_weight_zero_does_not_touch_the_others(name: str) -> None:
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("name", [name for name in OURS if name not in ("elbo", "stl", "vr_max", "score_elbo")])
+def test_no_gradient_is_a_subnormal_number(name: str) -> None:
+    # Weights of e^-90 are below every normal float32 number, and products of such take many times as long.
+    torch.set_default_dtype(torch.float32)
+    seen: list[Tensor] = []
+    slope, loc = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            mean = slope * z
+            if mean.requires_grad:
+                mean.register_hook(seen.append)
+            pyro.sample("x", dist.Normal(mean, 0.2).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + loc, 1.5).to_event(1))
+
+    x = torch.zeros(100, 3)
+    estimator = est.make_estimator({"kind": name, "num_particles": 10 if name in ("jvi", "tvo") else 40})
+    with torch.no_grad():
+        log_w = estimator._draw(model, guide, (x,), {}).log_weights
+    assert log_w.dtype is torch.float32
+    share = torch.softmax(log_w.double(), 0)
+    assert ((share > 1e-44) & (share < 1e-38)).any()
+    loss = estimator.differentiable_loss(model, guide, x)
+    torch.autograd.grad(loss, [slope, loc])
+    assert seen
+    smallest = torch.finfo(torch.float32).tiny
+    assert not any(((each != 0) & (each.abs() < smallest)).any() for each in seen)
+
+
 # --- Refusals -----------------------------------------------------------------------------------------------------------
 
 
