@@ -11,8 +11,9 @@ batches in place of its loader, and TraceMeanField_ELBO and pythae have the clos
     python experiments/benchmarks/step.py --root ../shared/data      # 25 minutes on two cores
     python experiments/benchmarks/step.py --cells tanh-100 epoch --rounds 10
 
-What it finds goes to ../results: the cells to step.json, an epoch of MNIST through fit to epoch.json, what a step allocates to
-memory.json. A library that is not installed leaves its contenders out, and the result names them: pip install numpyro pythae.
+What it finds goes to ../results: the cells to step.json, where those that are not asked for stay as they were, an epoch of
+MNIST through fit to epoch.json, what a step allocates to memory.json. A library that is not installed leaves its contenders
+out, and the result names them: pip install numpyro pythae.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -45,6 +47,7 @@ from pyrovae.staging import Step
 
 LR, SEED, CHECKED_BLOCKS = 1e-12, 0, 10
 OURS, BASELINE, PYTHAE, BARE = "pyrovae staged", "hand-written eager", "pythae trainer", "bare products, torch.mm"
+STEPS = common.RESULTS / "step.json"
 NOWHERE = open(os.devnull, "w")  # noqa: SIM115  (progress bars are drawn, but for nobody)
 Block = Callable[[], Any]  # takes one step on each batch; returns their losses, each in nats, summed over the batch
 
@@ -90,14 +93,14 @@ def main() -> None:
     if options.peak:
         print(json.dumps(peaks(CELLS[options.peak])))
         return
-    setting = {"rounds": options.rounds, "seed": SEED, "learning_rate": LR}
-    asked = [name for name in options.cells if name in CELLS]
-    cells: dict[str, Any] = {}
-    for name in asked:
-        cells[name] = time_cell(name, CELLS[name], options.rounds)
-        common.write("step", {**setting, "asked": asked, "cells": cells})  # after each, so that a later failure loses nothing
+    setting = {"seed": SEED, "learning_rate": LR}
+    for name in [name for name in options.cells if name in CELLS]:
+        measured = time_cell(name, CELLS[name], options.rounds)
+        kept = json.loads(STEPS.read_text())["cells"] if STEPS.exists() else {}
+        cells = {each: measured if each == name else kept[each] for each in CELLS if each == name or each in kept}
+        common.write("step", {**setting, "cells": cells})  # after each, so that a later failure loses nothing
     if "epoch" in options.cells:
-        common.write("epoch", {**setting, **time_epoch(options.root, options.rounds)})
+        common.write("epoch", {**setting, "rounds": options.rounds, **time_epoch(options.root, options.rounds)})
     if "memory" in options.cells:
         common.write("memory", memory())
 
@@ -130,6 +133,8 @@ def time_cell(name: str, cell: Cell, rounds: int) -> dict[str, Any]:
     common.table((name, "ms a step", "x eager"), milliseconds, ratios, to_ours, left_out)
     return {
         "cell": asdict(cell),
+        "rounds": rounds,
+        "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "milliseconds": milliseconds,
         "ratio_to_hand_written_eager": ratios,
         "ratio_of_ours_staged_to_it": to_ours,
