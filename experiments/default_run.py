@@ -35,7 +35,7 @@ def main() -> None:
             print("No Chromium on the path, so the picture of the report is as it was.")
             return
         picture = f"--screenshot={RESULTS / 'report.png'}"
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1850"]
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,2400"]
         subprocess.run([chromium, *options, picture, f"file://{run / 'report.html'}"], check=True, capture_output=True)
 
 
