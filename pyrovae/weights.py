@@ -162,7 +162,7 @@ def without_specks(coefficient: Tensor) -> Tensor:
     """Coefficients (K, B) in which those that rounding hides beside the datum's largest are zero.
 
     Weights spread over hundreds of nats. The gradients of those near :math:`e^{-90}` would be subnormal numbers, on which a
-    processor's products take many times as long: a step of IWAE with 50 particles took five times as long.
+    processor's products take many times as long.
     """
     if len(coefficient) == 1:
         return coefficient
