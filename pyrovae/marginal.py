@@ -220,17 +220,15 @@ def log_marginal(
         """A group's sums and how many draws each datum took, by parts of at most one chunk."""
         draws, sums = drawing(batch, start), _nothing(len(batch[0]), num_samples, device)
         drawn, active, done = np.zeros(len(batch[0]), dtype=np.int64), torch.arange(len(batch[0])), 0
+
+        def calls(parts: list[tuple[Tensor, int]], step: int) -> Iterator[Callable[[], Tensor]]:
+            for chosen, most in parts:
+                draw, part = draws(chosen, done), tuple(array[chosen] for array in batch)
+                yield from (draw(part, size) for size in _sizes(step, most))
+
         for look in looks:
             on, parts = [], list(_parts(active, look - done, chunk, None if target_se is None else looks[0]))
-            blocks = _ahead(
-                (
-                    draw(part, size)
-                    for chosen, most in parts
-                    for draw, part in [(draws(chosen, done), tuple(array[chosen] for array in batch))]
-                    for size in _sizes(look - done, most)
-                ),
-                threads + 2 if threads > 1 else 0,
-            )
+            blocks = _ahead(calls(parts, look - done), threads + 2 if threads > 1 else 0)
             for chosen, _ in parts:
                 held = {name: values[chosen] for name, values in sums.items()}
                 new = _score(blocks, held, num_samples, done, look)

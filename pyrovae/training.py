@@ -126,8 +126,7 @@ def fit(
             steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
             to rounding. A pair that cannot be captured trains as it is, and a warning says why.
         precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; parameters, sums and
-            log-weights stay in float32. Processors with units for it are faster so, and others slower; the README has what it
-            does to the numbers.
+            log-weights stay in float32. It is for processors with units for it; the README has what it does to the numbers.
         transform: applied to the first tensor of each training batch, such as :func:`pyrovae.data.binarize`.
         progress: show a bar with the bound in nats per datum.
         seed: seeds torch's random stream, for the order, the draws and the transform.

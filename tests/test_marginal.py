@@ -302,6 +302,21 @@ def test_a_law_that_depends_on_the_data_runs_in_turn(threads: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True)
+def test_without_a_compiler_the_captured_chunks_give_the_eager_numbers(threads: int, monkeypatch: pytest.MonkeyPatch):
+    def no_compiler(*args: Any) -> None:
+        raise RuntimeError("No working C++ compiler found.")
+
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    x = torch.bernoulli(torch.full((9, 6), 0.4))
+    eager = vae.log_marginal(x, num_samples=103, chunk_size=20, seed=0, compile=False)
+    monkeypatch.setattr(staging, "_inductor", no_compiler)
+    with pytest.warns(RuntimeWarning, match="No working C\\+\\+ compiler found"):
+        captured = vae.log_marginal(x, num_samples=103, chunk_size=20, seed=0, compile=True)
+    _equal(eager, captured, rtol=1e-6)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
 def test_what_goes_wrong_on_a_thread_is_raised_and_gives_the_threads_back(threads: int, monkeypatch: pytest.MonkeyPatch):
     vae = pv.make_vae(6, latent_dim=2, hidden=[8])
 
