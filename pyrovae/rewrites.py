@@ -7,11 +7,12 @@ trades accuracy for speed, and is asked for by name: products in bfloat16.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 aten = torch.ops.aten
 
@@ -97,7 +98,91 @@ def round_products(module: fx.GraphModule) -> fx.GraphModule:
 PRODUCTS = (aten.mm.default, aten.bmm.default, aten.convolution.default, aten.convolution_backward.default)
 
 
-def draws_as_inputs(module: fx.GraphModule) -> list[Callable[[], torch.Tensor]]:
+def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
+    """In place, large float32 products by whichever of torch's libraries is faster at their shape on this processor.
+
+    torch multiplies by MKL, which is slow on processors that Intel did not make; oneDNN, which torch has for bfloat16, is not.
+    Each kind of product is timed once in a process. MKL stays unless oneDNN is clearly faster, so that noise decides nothing.
+
+    Args:
+        module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape, strides and type.
+        threads: on how many the products will run.
+
+    Returns:
+        The module.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=aten.mm.default):
+        left, right = (factor.meta["val"] for factor in node.args)
+        (rows, depth), columns = left.shape, right.shape[1]
+        if left.dtype is not torch.float32 or rows * depth * columns < FEWEST_MULTIPLICATIONS:
+            continue
+        way = _faster_way(rows, depth, columns, (left.is_contiguous(), right.is_contiguous()), threads)
+        if way is not None:
+            node.target, node.args = torch.ops.pyrovae.mm.default, (*node.args, way == "flipped")
+    module.recompile()
+    return module
+
+
+# Below, dispatch through Python costs more than any library gains.
+FEWEST_MULTIPLICATIONS = 2_000_000
+# Of MKL's time: on Intel's processors oneDNN takes as long or longer, on others half, and noise is a tenth.
+CLEARLY_FASTER = 0.75
+
+
+def _faster_way(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> str | None:
+    """``"straight"`` or ``"flipped"`` where oneDNN is clearly faster so than MKL, else ``None``.
+
+    First by a large product: a processor where that gains nothing is left alone.
+    """
+    if min(_shares(1024, 784, 256, (True, False), 1).values(), default=1.0) > CLEARLY_FASTER:
+        return None
+    shares = _shares(rows, depth, columns, contiguous, threads)
+    best = min(shares, key=lambda way: shares[way])
+    return best if shares[best] <= CLEARLY_FASTER else None
+
+
+@cache
+def _shares(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> dict[str, float]:
+    """The time of oneDNN's product as a share of MKL's, for either way to take it; nothing without oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return {}
+    left = torch.ones(rows, depth) if contiguous[0] else torch.ones(depth, rows).t()
+    right = torch.ones(depth, columns) if contiguous[1] else torch.ones(columns, depth).t()
+    ways = {way: partial(torch.ops.pyrovae.mm, left, right, way == "flipped") for way in ("straight", "flipped")}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        seconds = _seconds({"mkl": partial(torch.mm, left, right), **ways})
+    finally:
+        torch.set_num_threads(before)
+    return {way: seconds[way] / seconds["mkl"] for way in ways}
+
+
+def _seconds(contenders: dict[str, Callable[[], Tensor]], laps: int = 6) -> dict[str, float]:
+    """The least time of each, run in turn: what else the machine does only adds to it."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(laps):
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    return {name: min(each) for name, each in times.items()}
+
+
+def _onednn_mm(left: Tensor, right: Tensor, flip: bool) -> Tensor:
+    linear = torch.ops.mkldnn._linear_pointwise  # x @ weight.T, whatever their layouts
+    if flip:
+        return linear(right.t(), left, None, "none", [], "").t().contiguous()
+    return linear(left, right.t(), None, "none", [], "")
+
+
+_LIBRARY = torch.library.Library("pyrovae", "DEF")
+_LIBRARY.define("mm(Tensor left, Tensor right, bool flip) -> Tensor")
+_LIBRARY.impl("mm", _onednn_mm, "CPU")
+_LIBRARY.impl("mm", lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]), "Meta")
+
+
+def draws_as_inputs(module: fx.GraphModule) -> list[Callable[[], Tensor]]:
     """Let the graph take its random numbers as inputs after all others, so that runs side by side draw in a fixed order.
 
     Args:

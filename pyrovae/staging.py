@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .rewrites import draws_as_inputs, rewrite, round_products
+from .rewrites import draws_as_inputs, fastest_products, rewrite, round_products
 
 Tensors = tuple[Tensor, ...]
 
@@ -505,7 +505,7 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
     if rounded:
         module = round_products(module)
     if not on_gpu:
-        module = rewrite(module)
+        module = fastest_products(rewrite(module), threads=1 if apart else torch.get_num_threads())
     for node in module.graph.nodes:
         node.meta.clear()  # the shapes that the tracer noted are in its own terms, which the C++ wrapper refuses
 

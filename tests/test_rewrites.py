@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from pyrovae.rewrites import draws_as_inputs, rewrite, round_products
+from pyrovae import rewrites
+from pyrovae.rewrites import draws_as_inputs, fastest_products, rewrite, round_products
 
 aten = torch.ops.aten
 
@@ -193,6 +194,82 @@ def test_products_in_float64_stay() -> None:
     inputs = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     run = round_products(make_fx(torch.mm)(*inputs))
     assert torch.equal(run(*inputs), torch.mm(*inputs))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "columns", "mixed", "every second"])
+def test_onednn_products_are_products(flip: bool, layout: str) -> None:
+    left, right = torch.randn(33, 70), torch.randn(70, 50)
+    if layout in ("columns", "mixed"):
+        right = right.t().contiguous().t()
+    if layout == "columns":
+        left = left.t().contiguous().t()
+    if layout == "every second":
+        left, right = torch.randn(33, 140)[:, ::2], torch.randn(140, 100)[::2, ::2]
+    found = torch.ops.pyrovae.mm(left, right, flip)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, (left.double() @ right.double()).float(), rtol=1e-5, atol=1e-4)
+
+
+LARGE = (1024, 784, 256, (True, False), 1)
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, shares: Callable[..., dict[str, float]], *inputs: Tensor) -> list[object]:
+    """The ways of the products x @ weight.T (1000 x 50 x 200, 2 threads) and 3 x 4 x 5 of which oneDNN has taken the first."""
+    monkeypatch.setattr(rewrites, "_shares", shares)
+
+    def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ weight.t(), a @ b
+
+    module = fastest_products(make_fx(function)(*inputs), threads=2)
+    for found, exact in zip(module(*inputs), function(*inputs), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)
+    targets = [node.target for node in module.graph.nodes]
+    assert aten.mm.default in targets  # the small one
+    return [node.args[2] for node in module.graph.nodes if node.target == torch.ops.pyrovae.mm.default]
+
+
+@onednn
+@pytest.mark.parametrize(
+    ("large", "straight", "flipped", "expected"),
+    [
+        (0.5, 0.5, 0.6, [False]),
+        (0.5, 0.6, 0.5, [True]),
+        (0.5, 0.9, 0.9, []),  # MKL's is as fast at this shape
+        (0.9, 0.5, 0.5, []),  # and at a large one: an Intel processor, and noise
+    ],
+)
+def test_a_product_goes_to_the_faster_library(
+    monkeypatch: pytest.MonkeyPatch, large: float, straight: float, flipped: float, expected: list[bool]
+) -> None:
+    asked = []
+
+    def shares(*product: object) -> dict[str, float]:
+        asked.append(product)
+        return {"straight": large, "flipped": 1.1} if product == LARGE else {"straight": straight, "flipped": flipped}
+
+    inputs = torch.randn(1000, 50), torch.randn(200, 50), torch.randn(3, 4), torch.randn(4, 5)
+    assert chosen(monkeypatch, shares, *inputs) == expected
+    # The second factor is a transposed view.
+    assert asked == [LARGE] if large > 0.75 else asked == [LARGE, (1000, 50, 200, (True, False), 2)]
+
+
+def test_products_stay_without_onednn_and_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(1000, 50), torch.randn(200, 50), torch.randn(3, 4), torch.randn(4, 5)
+    assert chosen(monkeypatch, lambda *product: {}, *inputs) == []
+    doubles = tuple(each.double() for each in inputs)
+    assert chosen(monkeypatch, lambda *product: {"straight": 0.1, "flipped": 0.1}, *doubles) == []
+
+
+@onednn
+def test_timing_a_product_leaves_threads_and_random_numbers_alone() -> None:
+    before, state = torch.get_num_threads(), torch.get_rng_state()
+    shares = rewrites._shares.__wrapped__(64, 32, 16, (False, True), before + 1)
+    assert set(shares) == {"straight", "flipped"}
+    assert all(share > 0 for share in shares.values())
+    assert torch.get_num_threads() == before
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_random_numbers_become_inputs_in_their_order() -> None:

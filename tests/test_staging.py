@@ -16,7 +16,7 @@ from pairs import bare_param_pair, nested_plates_pair, pyro_nn_pair, two_latents
 from torch import Tensor, nn
 
 import pyrovae as pv
-from pyrovae import staging
+from pyrovae import rewrites, staging
 from pyrovae.pairs import find_parameters
 from pyrovae.registry import names
 from pyrovae.staging import Staged, Step
@@ -149,6 +149,24 @@ def test_compiled_equals_eager_on_foreign_pairs(pair: str) -> None:
         runs.append(train(build(), x, {"kind": "dreg", "num_particles": 3}, backend, steps=100))
     assert_same(*runs, rtol=1e-5)
     assert runs[1].step.reason is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("way", ["straight", "flipped"])
+def test_compiled_with_onednn_products_equals_eager(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites, "_shares", lambda *product: {way: 0.1})
+    monkeypatch.setattr(rewrites, "FEWEST_MULTIPLICATIONS", 0)
+    runs, scores = [], []
+    for backend in ("eager", "inductor"):
+        vae = a_vae()
+        runs.append(train(vae, X, {"kind": "dreg", "num_particles": 4}, backend, steps=100))
+        scores.append(vae.log_marginal(X, num_samples=3000, seed=0, compile=backend == "inductor", max_memory=8))
+    assert_same(*runs, rtol=1e-5)
+    assert runs[1].step.reason is None
+    (graph, *_) = runs[1].step._staged._graphs.values()
+    assert torch.ops.pyrovae.mm.default in [node.target for node in graph.module.graph.nodes]
+    torch.testing.assert_close(*(torch.tensor(each.log_px) for each in scores), rtol=1e-5, atol=1e-5)
 
 
 class Normalised(nn.Module):
