@@ -48,8 +48,8 @@ CHUNK_NUMBERS, COMPILED_CHUNK_NUMBERS = 2**22, 2**21
 GROUP = 256
 # Temporaries of a chunk's size that a decoder and its likelihood hold at once.
 TEMPORARIES = 6
-# Log-weights of a datum that are summed at once: the sums are many small operations, a tenth of a compiled chunk's time.
-REDUCED_AT_ONCE = 2**13
+# Log-weights of a datum, and of several data, that are summed at once: the sums are many small operations.
+REDUCED_AT_ONCE, REDUCED_JOINTLY = 2**13, 2**16
 # Inductor's 5 to 20 seconds are repaid by so many chunks.
 CHUNKS_TO_COMPILE = 1000
 # With a target for the standard error, draws before the first look at it; each look after has twice as many behind it.
@@ -229,9 +229,10 @@ def log_marginal(
         for look in looks:
             on, parts = [], list(_parts(active, look - done, chunk, None if target_se is None else looks[0]))
             blocks = _ahead(calls(parts, look - done), threads + 2 if threads > 1 else 0)
-            for chosen, _ in parts:
+            for joint in _joint(parts, look - done):
+                chosen = torch.cat([rows for rows, _ in joint])
                 held = {name: values[chosen] for name, values in sums.items()}
-                new = _score(blocks, held, num_samples, done, look)
+                new = _score(_side_by_side(blocks, joint, look - done), held, num_samples, done, look)
                 for name, values in new.items():
                     sums[name][chosen] = values
                 drawn[chosen] = look
@@ -324,6 +325,20 @@ def _sizes(number: int, most: int) -> Iterator[int]:
     yield from [most] * (number // most)
     if number % most:
         yield number % most
+
+
+def _joint(parts: list[tuple[Tensor, int]], step: int) -> Iterator[list[tuple[Tensor, int]]]:
+    """The parts in runs whose log-weights are few enough to be summed together."""
+    number = max(1, REDUCED_JOINTLY // (step * max(len(rows) for rows, _ in parts)))
+    yield from (parts[place : place + number] for place in range(0, len(parts), number))
+
+
+def _side_by_side(blocks: Iterator[Tensor], parts: list[tuple[Tensor, int]], step: int) -> Iterator[Tensor]:
+    """The blocks of one part as they come, or of several as one that holds the data of all."""
+    if len(parts) == 1:
+        return blocks
+    columns = [torch.cat([next(blocks) for _ in _sizes(step, most)]) for _, most in parts]
+    return iter([torch.cat(columns, 1)])
 
 
 def _ahead(calls: Iterable[Callable[[], Tensor]], number: int) -> Iterator[Tensor]:
@@ -434,31 +449,32 @@ def _score(blocks: Iterator[Tensor], sums: dict[str, Tensor], num_samples: int, 
 
     The next blocks of log-weights of the same data, (size, B) in float64, make it so many draws for each.
     """
-    log_sum, log_square, total = (sums[name] for name in _SUMS)
-    keep, left = tail_size(num_samples), until - done
-    tail, curve_sum, curve_square = sums["tail"].T[: min(keep, done)], sums["curve_sum"], sums["curve_square"]
+    # Of w and of w^2 side by side, as each operation costs more than what it computes.
+    both, total = torch.stack([sums["log_sum"], sums["log_square"]]), sums["total"]
+    curve = torch.stack([sums["curve_sum"], sums["curve_square"]])
+    places = {count: place for place, count in enumerate(curve_sizes(num_samples)[:-1])}
+    keep = tail_size(num_samples)
+    tail = sums["tail"][:, : min(keep, done)]
     drawn: list[Tensor] = []
-    while left:
+    while done < until:
         drawn.append(next(blocks))
-        left -= len(drawn[-1])
         waiting = sum(map(len, drawn))
-        if left and waiting < REDUCED_AT_ONCE:
+        if waiting < min(REDUCED_AT_ONCE, until - done):
             continue
-        log_w = torch.cat(drawn)
+        log_w = torch.cat(drawn).T.contiguous()
         drawn.clear()
-        for place, count in enumerate(curve_sizes(num_samples)[:-1]):
-            head = count - until + left + waiting
-            if 0 < head <= waiting:
-                curve_sum[:, place] = torch.logaddexp(log_sum, torch.logsumexp(log_w[:head], 0))
-                curve_square[:, place] = torch.logaddexp(log_square, torch.logsumexp(2 * log_w[:head], 0))
-        log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
-        log_square = torch.logaddexp(log_square, torch.logsumexp(2 * log_w, 0))
-        total = total + log_w.sum(0)
-        tail = torch.cat([tail, log_w])
-        tail = torch.topk(tail, min(keep, len(tail)), dim=0).values
-    tail = torch.cat([tail.T, sums["tail"][:, len(tail) :]], 1)
-    new = {"log_sum": log_sum, "log_square": log_square, "total": total}
-    return new | {"tail": tail, "curve_sum": curve_sum, "curve_square": curve_square}
+        powers = torch.stack([log_w, 2 * log_w])
+        for count in sorted({done + waiting} | {count for count in places if done < count < done + waiting}):
+            both = torch.logaddexp(both, torch.logsumexp(powers[..., : count - done], -1))
+            powers, done = powers[..., count - done :], count
+            if count in places:
+                curve[..., places[count]] = both
+        total = total + log_w.sum(-1)
+        tail = torch.cat([tail, log_w], -1)
+        tail = torch.topk(tail, min(keep, tail.shape[-1])).values
+    tail = torch.cat([tail, sums["tail"][:, tail.shape[-1] :]], -1)
+    new = {"log_sum": both[0], "log_square": both[1], "total": total}
+    return new | {"tail": tail, "curve_sum": curve[0], "curve_square": curve[1]}
 
 
 def _moments(sums: dict[str, np.ndarray], drawn: np.ndarray) -> dict[str, np.ndarray]:

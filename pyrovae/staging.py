@@ -495,6 +495,9 @@ def _close(staged: Tensors, eager: Tensors, tolerance: float) -> bool:
 def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: bool) -> Callable[..., Any]:
     """Compile; with rounded products, and for one thread each time where calls run side by side."""
     from torch import _inductor
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     on_gpu = any(tensor.is_cuda for tensor in inputs)
     # Not torch.compile: its guards read every parameter at each call, a tenth of a small step, and shapes are all they find.
@@ -510,7 +513,10 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
         node.meta.clear()  # the shapes that the tracer noted are in its own terms, which the C++ wrapper refuses
 
     def compiled(wrapper: dict[str, bool]) -> Callable[..., Any]:
-        return _inductor.compile(module, list(inputs), options=options | wrapper)
+        # Inductor keeps what it made on disk for the next process, but only of graphs whose sizes could have been symbols.
+        sizes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+        with tracing(TracingContext(sizes)):
+            return _inductor.compile(module, list(inputs), options=options | wrapper)
 
     with torch.no_grad(), warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):  # torch's own, about torch
