@@ -246,6 +246,7 @@ class Step:
     Attributes:
         parameters: those that the optimizer holds.
         reached: those of them that the loss reaches, known after the first step.
+        asynchronous: whether :meth:`ahead` returns before the step is over, as it does on a GPU.
     """
 
     def __init__(
@@ -266,6 +267,10 @@ class Step:
         self.load = load or (lambda *batch: batch)
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.reached: list[Tensor] = []
+        self.asynchronous = any(parameter.is_cuda for parameter in self.parameters)
+        self._outcomes: list[Outcome] = []
+        self._unread: list[Tensor] = []
+        self._spoiled: Tensor | None = None
         self._annealed: Tensor | None = None
         self._update = _Update(optimizer)
         if not hasattr(estimator, "differentiable_loss"):
@@ -284,17 +289,41 @@ class Step:
 
     def __call__(self, *inputs: Tensor) -> Outcome:
         """Take the step."""
-        annealed = self._step_input()
-        if annealed is not None:
-            if self._annealed is None:
-                self._annealed = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
-            self._annealed.fill_(annealed)
-            inputs = (*inputs, self._annealed)
-        loss, norm, *gradients = self._staged(*inputs)
+        loss, norm, *gradients = self._staged(*self._with_step_input(inputs))
         outcome = Outcome(loss.item(), norm.item())
         if not math.isnan(outcome.loss) and math.isfinite(outcome.norm):
             self._update(self.reached, gradients)
         return outcome
+
+    def ahead(self, *inputs: Tensor) -> None:
+        """Take the step without waiting for a GPU; :meth:`outcomes` says later what came of it.
+
+        Where a loss or a gradient is no number, the steps after it move nothing either, until :meth:`outcomes` has said so.
+        """
+        if not self.asynchronous:
+            self._outcomes.append(self(*inputs))
+            return
+        loss, norm, *gradients = self._staged(*self._with_step_input(inputs))
+        spoiled = (torch.isnan(loss) | ~torch.isfinite(norm)).float()
+        self._spoiled = spoiled if self._spoiled is None else torch.maximum(self._spoiled, spoiled)
+        self._unread.append(torch.stack([loss, norm]))
+        self._update(self.reached, gradients, self._spoiled)
+
+    def outcomes(self) -> list[Outcome]:
+        """What came of the steps taken :meth:`ahead` since the last call, in order."""
+        if self._unread:
+            self._outcomes += [Outcome(*pair) for pair in torch.stack(self._unread).tolist()]
+        outcomes, self._outcomes, self._unread, self._spoiled = self._outcomes, [], [], None
+        return outcomes
+
+    def _with_step_input(self, inputs: Tensors) -> Tensors:
+        annealed = self._step_input()
+        if annealed is None:
+            return inputs
+        if self._annealed is None:
+            self._annealed = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
+        self._annealed.fill_(annealed)
+        return (*inputs, self._annealed)
 
     def _step_input(self) -> float | None:
         # Pyro's own estimators have none.
@@ -343,18 +372,20 @@ class _Update:
         self._parameters: list[Tensor] = []
         self._state: tuple[Any, int] | None = None
 
-    def __call__(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        """Take it."""
+    def __call__(self, parameters: list[Tensor], gradients: list[Tensor], spoiled: Tensor | None = None) -> None:
+        """Take it; or not, where ``spoiled`` is 1, which only the kernel finds out without waiting."""
         optimizer, group = self.optimizer, self.optimizer.param_groups[0]
         plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and len(optimizer.param_groups) == 1
         if not (plain and group["fused"] and self._know(parameters)):
+            if spoiled is not None and spoiled.item():
+                return
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return
         with torch.no_grad():
-            self._count.add_(1)
+            self._count.add_(1 if spoiled is None else 1 - spoiled)
             (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
                 parameters,
                 gradients,
@@ -369,6 +400,7 @@ class _Update:
                 eps=group["eps"],
                 amsgrad=group["amsgrad"],
                 maximize=group["maximize"],
+                found_inf=spoiled,
             )
 
     def _know(self, parameters: list[Tensor]) -> bool:

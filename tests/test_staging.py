@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -283,6 +284,48 @@ def test_nothing_moves_on_nan() -> None:
     assert all(torch.equal(have, want) for have, want in zip(vae.parameters(), before, strict=True))
     step(X)
     assert not torch.equal(before[0], next(iter(vae.parameters())))
+
+
+OPTIMIZERS = {"adam": lambda p: torch.optim.Adam(p, lr=0.05, fused=True), "sgd": lambda p: torch.optim.SGD(p, lr=0.01)}
+
+
+def steps_of(optimizer: str, batches: list[Tensor], ahead: bool) -> SimpleNamespace:
+    vae = a_vae()
+    elbo = pv.estimators.ELBO(warm_up=5)
+    step = Step(elbo, vae.model, vae.guide, OPTIMIZERS[optimizer](vae.parameters()), backend="aten", clip_norm=3.0)
+    torch.manual_seed(1)
+    if ahead:
+        step.asynchronous = True  # as on a GPU
+        for x in batches:
+            assert step.ahead(x) is None
+        outcomes = step.outcomes()
+        assert step.outcomes() == []
+    else:
+        outcomes = [step(x) for x in batches]
+    return SimpleNamespace(outcomes=outcomes, parameters=[each.detach().clone() for each in vae.parameters()], step=step)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_taken_ahead_are_the_steps(optimizer: str) -> None:
+    one, other = (steps_of(optimizer, [X] * 12, ahead) for ahead in (False, True))
+    assert len(one.outcomes) == 12
+    assert one.outcomes == other.outcomes
+    assert all(map(torch.equal, one.parameters, other.parameters))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_taken_ahead_move_nothing_from_a_nan_until_looked_at(optimizer: str) -> None:
+    bad = torch.full_like(X, torch.nan)
+    three, more = steps_of(optimizer, [X] * 3, True), steps_of(optimizer, [X] * 3 + [bad, X, X], True)
+    assert [math.isnan(loss) for loss, _ in more.outcomes] == [False] * 3 + [True] + [False] * 2
+    assert all(map(torch.equal, three.parameters, more.parameters))
+    more.step.ahead(X)
+    (outcome,) = more.step.outcomes()
+    assert math.isfinite(outcome.loss)
+    assert not all(map(torch.equal, three.parameters, more.step.parameters))
+    if optimizer == "adam":  # nor was a step counted
+        steps = {int(state["step"]) for state in more.step.optimizer.state_dict()["state"].values()}
+        assert steps == {4}
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

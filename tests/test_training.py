@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pyro
@@ -13,6 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyrovae as pv
+from pyrovae import training
+from pyrovae.staging import Step
 from pyrovae.training import fit
 
 
@@ -311,6 +314,47 @@ def test_nan_stops_with_one_sentence_and_keeps_the_last_parameters():
     vae = pv.make_vae(4, latent_dim=2, hidden=[8], likelihood={"kind": "normal", "scale": "shared"})
     with pytest.raises(FloatingPointError, match=r"(loss|gradient) became .* in epoch \d+, step \d+: lower the learning rate"):
         vae.fit(torch.randn(20, 4), epochs=50, batch_size=20, lr=1e4, optimizer="sgd", progress=False, seed=0)
+
+
+def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyPatch):
+    x = torch.bernoulli(torch.full((50, 4), 0.5))
+    starts, looked = [], []
+    of, outcomes = training.stage, Step.outcomes
+
+    def stage(*args, asynchronous: bool, **options):
+        step = of(*args, **options)
+        step.asynchronous = asynchronous
+        return step
+
+    def counted(step: Step):
+        looked.append(outcomes(step))
+        return looked[-1]
+
+    monkeypatch.setattr(training, "LOOK_EVERY", 7)
+    monkeypatch.setattr(Step, "outcomes", counted)
+    for asynchronous in (False, True):
+        monkeypatch.setattr(training, "stage", partial(stage, asynchronous=asynchronous))
+        looked.clear()
+        vae = pv.make_vae(4, latent_dim=2, hidden=[8])
+        with torch.no_grad():
+            for parameter in vae.parameters():
+                parameter.fill_(0.1)
+        history = vae.fit(x, epochs=3, batch_size=5, lr=0.01, schedule="cosine", progress=False, seed=0, compile=False)
+        starts.append((history.bound, [parameter.detach().clone() for parameter in vae.parameters()]))
+    assert [len(each) for each in looked] == [7, 3, 4, 6, 1, 7, 2]  # ten steps an epoch, and at its end
+    assert starts[0][0] == pytest.approx(starts[1][0], rel=1e-6)
+    assert all(map(torch.equal, starts[0][1], starts[1][1]))
+
+    said = []
+    for asynchronous in (False, True):
+        monkeypatch.setattr(training, "stage", partial(stage, asynchronous=asynchronous))
+        torch.manual_seed(0)
+        vae = pv.make_vae(4, latent_dim=2, hidden=[8], likelihood={"kind": "normal", "scale": "shared"})
+        with pytest.raises(FloatingPointError) as error:
+            vae.fit(torch.randn(60, 4), epochs=50, batch_size=20, lr=1e4, optimizer="sgd", progress=False, seed=0)
+        said.append((str(error.value), [parameter.detach().clone() for parameter in vae.parameters()]))
+    assert said[0][0] == said[1][0]
+    assert all(map(torch.equal, said[0][1], said[1][1]))
 
 
 def test_gradients_left_behind_do_not_enter_the_first_step():
