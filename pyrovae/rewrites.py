@@ -112,9 +112,11 @@ def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
         The module.
     """
     for node in module.graph.find_nodes(op="call_function", target=aten.mm.default):
-        left, right = (factor.meta["val"] for factor in node.args)
+        left, right = (factor.meta.get("val") for factor in node.args)
+        if left is None or right is None or left.dtype is not torch.float32:
+            continue  # rounded factors, which have no value yet, and other types
         (rows, depth), columns = left.shape, right.shape[1]
-        if left.dtype is not torch.float32 or rows * depth * columns < FEWEST_MULTIPLICATIONS:
+        if rows * depth * columns < FEWEST_MULTIPLICATIONS:
             continue
         way = _faster_way(rows, depth, columns, (left.is_contiguous(), right.is_contiguous()), threads)
         if way is not None:

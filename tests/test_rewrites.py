@@ -262,6 +262,14 @@ def test_products_stay_without_onednn_and_in_float64(monkeypatch: pytest.MonkeyP
     assert chosen(monkeypatch, lambda *product: {"straight": 0.1, "flipped": 0.1}, *doubles) == []
 
 
+def test_rounded_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites, "_shares", lambda *product: {"straight": 0.1, "flipped": 0.1})
+    inputs = torch.randn(1000, 50), torch.randn(50, 200)
+    module = fastest_products(rewrite(round_products(make_fx(torch.mm)(*inputs))), threads=1)
+    (product,) = module.graph.find_nodes(op="call_function", target=aten.mm.default)
+    assert all(factor.kwargs["dtype"] is torch.bfloat16 for factor in product.args)
+
+
 @onednn
 def test_timing_a_product_leaves_threads_and_random_numbers_alone() -> None:
     before, state = torch.get_num_threads(), torch.get_rng_state()
