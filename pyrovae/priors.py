@@ -223,8 +223,11 @@ class Vamp(Prior):
         Raises:
             ValueError: no VAE has lent its encoder yet.
         """
-        # Not a hardtanh, which has no gradient at 0 and 1 themselves: binary data set as pseudo-inputs would never move.
-        inputs = self.inputs.clamp(0.0, 1.0) if self.squash else self.inputs
+        # Not a hardtanh, nor from torch 2.15 on a clamp, which have no gradient at 0 and 1 themselves: binary data set as
+        # pseudo-inputs would never move.
+        inputs = self.inputs
+        if self.squash:
+            inputs = torch.where(inputs < 0.0, 0.0, torch.where(inputs > 1.0, 1.0, inputs))
         return inputs / self._encoder.in_scale
 
     @torch.no_grad()

@@ -102,7 +102,8 @@ def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
     """In place, large float32 products by whichever of torch's libraries is faster at their shape on this processor.
 
     torch multiplies by MKL, which is slow on processors that Intel did not make; oneDNN, which torch has for bfloat16, is not.
-    Each kind of product is timed once in a process. MKL stays unless oneDNN is clearly faster, so that noise decides nothing.
+    Each kind of product is timed once in a process. MKL stays unless oneDNN is clearly faster, so that noise decides little:
+    where it does, another process gives the same numbers but for rounding.
 
     Args:
         module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape, strides and type.
@@ -114,7 +115,7 @@ def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
     for node in module.graph.find_nodes(op="call_function", target=aten.mm.default):
         left, right = (factor.meta.get("val") for factor in node.args)
         if left is None or right is None or left.dtype is not torch.float32:
-            continue  # rounded factors, which have no value yet, and other types
+            continue  # rounded factors, which have no value noted, and other types
         (rows, depth), columns = left.shape, right.shape[1]
         if rows * depth * columns < FEWEST_MULTIPLICATIONS:
             continue
@@ -148,13 +149,17 @@ def _shares(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], 
     """The time of oneDNN's product as a share of MKL's, for either way to take it; nothing without oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return {}
-    left = torch.ones(rows, depth) if contiguous[0] else torch.ones(depth, rows).t()
-    right = torch.ones(depth, columns) if contiguous[1] else torch.ones(columns, depth).t()
+    ones = partial(torch.ones, dtype=torch.float32, device="cpu")
+    left = ones(rows, depth) if contiguous[0] else ones(depth, rows).t()
+    right = ones(depth, columns) if contiguous[1] else ones(columns, depth).t()
     ways = {way: partial(torch.ops.pyrovae.mm, left, right, way == "flipped") for way in ("straight", "flipped")}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        seconds = _seconds({"mkl": partial(torch.mm, left, right), **ways})
+        with torch.autocast("cpu", enabled=False):
+            seconds = _seconds({"mkl": partial(torch.mm, left, right), **ways})
+    except RuntimeError:  # a build whose oneDNN has no such product
+        return {}
     finally:
         torch.set_num_threads(before)
     return {way: seconds[way] / seconds["mkl"] for way in ways}
@@ -178,10 +183,11 @@ def _onednn_mm(left: Tensor, right: Tensor, flip: bool) -> Tensor:
     return linear(left, right.t(), None, "none", [], "")
 
 
-_LIBRARY = torch.library.Library("pyrovae", "DEF")
-_LIBRARY.define("mm(Tensor left, Tensor right, bool flip) -> Tensor")
-_LIBRARY.impl("mm", _onednn_mm, "CPU")
-_LIBRARY.impl("mm", lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]), "Meta")
+if "_LIBRARY" not in globals():  # as it is when the module is loaded again
+    _LIBRARY = torch.library.Library("pyrovae", "DEF")
+    _LIBRARY.define("mm(Tensor left, Tensor right, bool flip) -> Tensor")
+    _LIBRARY.impl("mm", _onednn_mm, "CPU")
+    _LIBRARY.impl("mm", lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]), "Meta")
 
 
 def draws_as_inputs(module: fx.GraphModule) -> list[Callable[[], Tensor]]:

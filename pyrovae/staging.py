@@ -298,7 +298,8 @@ class Step:
     def ahead(self, *inputs: Tensor) -> None:
         """Take the step without waiting for a GPU; :meth:`outcomes` says later what came of it.
 
-        Where a loss or a gradient is no number, the steps after it move nothing either, until :meth:`outcomes` has said so.
+        Where a loss or a gradient is no number, the steps taken ahead after it move nothing either, until :meth:`outcomes` has
+        said so. Optimizers other than a fused Adam ask that of each step, and so wait.
         """
         if not self.asynchronous:
             self._outcomes.append(self(*inputs))
@@ -358,7 +359,7 @@ class Step:
                 return loss, [None] * len(self.parameters)
             return loss, torch.autograd.grad(loss / count, self.parameters, allow_unused=True)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.as_tensor(self.estimator.loss_and_grads(self.model, self.guide, *batch))
+        loss = torch.as_tensor(self.estimator.loss_and_grads(self.model, self.guide, *batch), device=self.parameters[0].device)
         gradients = [None if par.grad is None else par.grad / count for par in self.parameters]
         self.optimizer.zero_grad(set_to_none=True)
         return loss, gradients
@@ -373,7 +374,7 @@ class _Update:
         self._state: tuple[Any, int] | None = None
 
     def __call__(self, parameters: list[Tensor], gradients: list[Tensor], spoiled: Tensor | None = None) -> None:
-        """Take it; or not, where ``spoiled`` is 1, which only the kernel finds out without waiting."""
+        """Take it; or not, where ``spoiled`` is 1: the kernel finds that out on its device, for others it is read here."""
         optimizer, group = self.optimizer, self.optimizer.param_groups[0]
         plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and len(optimizer.param_groups) == 1
         if not (plain and group["fused"] and self._know(parameters)):
@@ -460,6 +461,7 @@ class _Graph:
                 with graph.inserting_after(last):
                     last = placed[id(tensor)] = graph.placeholder(f"outside_{len(self.outside)}")
                 self.outside.append(tensor.detach())  # shares the storage, so it follows an optimizer's updates
+                last.meta["val"] = self.outside[-1]
                 if tensor.requires_grad:
                     self.trained.append(self.outside[-1])
             node.replace_all_uses_with(placed[id(tensor)])

@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 # Inductor takes 5 to 20 seconds, and saves 3 to 15 milliseconds a step on two cores.
 STEPS_TO_COMPILE = 3000
-# A GPU is told so many steps before it is asked what came of them.
+# A GPU is told so many steps before it is asked what came of them; the bar and max_seconds are ahead of it by as many.
 LOOK_EVERY = 100
 
 

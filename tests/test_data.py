@@ -174,19 +174,26 @@ def test_binarize_draws_each_pixel_with_its_own_probability():
         assert ((drawn.double().mean(0) - levels).abs() <= 4 * error + 1e-12).all()
     assert binarize(torch.zeros(1_000_000)).sum() == 0
     assert binarize(torch.ones(1_000_000)).sum() == 1_000_000
-    # Neighbours share bits, but only where sixteen others left a pixel open.
-    pixels = binarize(torch.full((1000, 1001), 0.5))
-    assert (pixels[:, 1:] * pixels[:, :-1]).mean() == pytest.approx(0.25, abs=2e-3)
+    # Data share bits, but only where eight others left both pixels open.
+    pixels = binarize(torch.full((1600, 1001), 0.5))
+    for one, other in ((pixels[:, 1:], pixels[:, :-1]), (pixels[1:], pixels[:-1]), (pixels[::16], pixels[15::16])):
+        assert (one * other).mean() == pytest.approx(0.25, abs=4e-3)
+    for shape in ((), (0, 3), (5,), (17,), (3, 2, 2)):
+        assert binarize(torch.ones(shape)).shape == shape
 
 
-def test_the_bits_that_decide_between_two_levels_are_spent(monkeypatch: pytest.MonkeyPatch):
-    words = torch.zeros(3, dtype=torch.int64)
-    words.view(torch.uint8)[:9] = torch.tensor([128, 128, 64, 0, 0, 1, 0, 0, 0], dtype=torch.uint8)
+@pytest.mark.parametrize("row", [0, 15, 16])
+def test_the_bits_that_decide_between_two_levels_are_spent(row: int, monkeypatch: pytest.MonkeyPatch):
+    words = torch.zeros(5, dtype=torch.int64)
+    parts = words.view(torch.uint8)
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: words)
-    # Two pixels' numbers are 128/256 + 0 + 128/2^24, whose last part is the neighbour's first, and 128/256 + 1/2^16 + 64/2^24.
-    numbers = torch.tensor([0.5 + 128 * 2**-24, 0.5 + 2**-16 + 64 * 2**-24, 0.0, 0.0])
-    assert binarize(numbers)[:2].tolist() == [0.0, 0.0]
-    assert binarize(numbers + 2**-24)[:2].tolist() == [1.0, 1.0]
+    x = torch.zeros(17, 2)
+    # A pixel's own eight bits, and then sixteen of its column that it shares with the fifteen data beside it.
+    place = 34 + 2 * (row // 16)
+    parts[2 * row], parts[place], parts[place + 1] = 128, 1, 64
+    x[row, 0] = 0.5 + 2**-16 + 64 * 2**-24
+    assert binarize(x)[row, 0] == 0.0
+    assert binarize(x + 2**-24)[row, 0] == 1.0
 
 
 def test_a_batch_is_loaded_from_its_rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -268,6 +269,29 @@ def test_rounded_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     module = fastest_products(rewrite(round_products(make_fx(torch.mm)(*inputs))), threads=1)
     (product,) = module.graph.find_nodes(op="call_function", target=aten.mm.default)
     assert all(factor.kwargs["dtype"] is torch.bfloat16 for factor in product.args)
+
+
+@onednn
+@pytest.mark.usefixtures("float64")
+def test_a_product_is_timed_in_float32_whatever_the_default() -> None:
+    seen = []
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu"):
+        patch.setattr(rewrites, "_seconds", lambda each: {name: float(seen.append(run()) or 1) for name, run in each.items()})
+        assert rewrites._shares.__wrapped__(64, 32, 16, (True, True), 1) == {"straight": 1.0, "flipped": 1.0}
+    assert [each.dtype for each in seen] == [torch.float32] * 3
+
+
+def test_a_build_without_such_products_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(each: object) -> None:
+        raise RuntimeError("itensor_view_from_dense")
+
+    monkeypatch.setattr(rewrites, "_seconds", refused)
+    assert rewrites._shares.__wrapped__(64, 32, 16, (True, True), 1) == {}
+
+
+def test_the_module_can_be_loaded_again() -> None:
+    importlib.reload(rewrites)
+    assert torch.equal(torch.ops.pyrovae.mm(torch.ones(2, 3), torch.ones(3, 4), False), torch.full((2, 4), 3.0))
 
 
 @onednn

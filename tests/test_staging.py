@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pairs import bare_param_pair, nested_plates_pair, pyro_nn_pair, two_latents_pair
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import pyrovae as pv
 from pyrovae import rewrites, staging
@@ -168,6 +168,44 @@ def test_compiled_with_onednn_products_equals_eager(way: str, monkeypatch: pytes
     (graph, *_) = runs[1].step._staged._graphs.values()
     assert torch.ops.pyrovae.mm.default in [node.target for node in graph.module.graph.nodes]
     torch.testing.assert_close(*(torch.tensor(each.log_px) for each in scores), rtol=1e-5, atol=1e-5)
+
+
+class Bare(nn.Module):
+    """A pair that multiplies by its parameters with no layer in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.up = (nn.Parameter(torch.randn(shape) / 3) for shape in ((6, 2), (2, 6)))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z @ self.up).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(x @ self.down, 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "oneDNN"])
+def test_products_with_parameters_themselves_are_rewritten_too(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def compiler(module: fx.GraphModule, inputs: Any, rounded: bool, apart: bool) -> Any:
+        module = rewrites.round_products(module) if rounded else rewrites.fastest_products(rewrites.rewrite(module), 1)
+        found.extend(module.graph.find_nodes(op="call_function", target=torch.ops.pyrovae.mm.default))
+        found.extend(module.graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default))
+        return module
+
+    monkeypatch.setattr(staging, "_inductor", compiler)
+    monkeypatch.setattr(rewrites, "_shares", lambda *product: {"straight": 0.1})
+    monkeypatch.setattr(rewrites, "FEWEST_MULTIPLICATIONS", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = train(Bare(), X, "elbo", "inductor", precision="bfloat16" if how == "bfloat16" else "float32")
+    assert run.step.reason is None
+    assert found
 
 
 class Normalised(nn.Module):
