@@ -170,6 +170,9 @@ def test_compiled_with_onednn_products_equals_eager(way: str, monkeypatch: pytes
     torch.testing.assert_close(*(torch.tensor(each.log_px) for each in scores), rtol=1e-5, atol=1e-5)
 
 
+ONEDNN = torch.ops.pyrovae.mm.default
+
+
 class Bare(nn.Module):
     """A pair that multiplies by its parameters with no layer in between."""
 
@@ -190,12 +193,11 @@ class Bare(nn.Module):
 
 @pytest.mark.parametrize("how", ["bfloat16", "oneDNN"])
 def test_products_with_parameters_themselves_are_rewritten_too(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    products = []
 
     def compiler(module: fx.GraphModule, inputs: Any, rounded: bool, apart: bool) -> Any:
         module = rewrites.round_products(module) if rounded else rewrites.fastest_products(rewrites.rewrite(module), 1)
-        found.extend(module.graph.find_nodes(op="call_function", target=torch.ops.pyrovae.mm.default))
-        found.extend(module.graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default))
+        products.extend(node for node in module.graph.nodes if node.target in (torch.ops.aten.mm.default, ONEDNN))
         return module
 
     monkeypatch.setattr(staging, "_inductor", compiler)
@@ -205,7 +207,11 @@ def test_products_with_parameters_themselves_are_rewritten_too(how: str, monkeyp
         warnings.simplefilter("error")
         run = train(Bare(), X, "elbo", "inductor", precision="bfloat16" if how == "bfloat16" else "float32")
     assert run.step.reason is None
-    assert found
+    assert len(products) == 5  # two forward, and back to both parameters and to z
+    if how == "oneDNN":
+        assert all(node.target == ONEDNN for node in products)
+    else:
+        assert all(factor.kwargs["dtype"] is torch.bfloat16 for node in products for factor in node.args)
 
 
 class Normalised(nn.Module):
