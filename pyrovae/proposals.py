@@ -143,6 +143,9 @@ def refine(
     steps are Adam's, with a learning rate that falls to zero along a cosine, in units of the prior's scale at first, so that a
     guide far off is no obstacle, and of the Gaussian's own in the end.
 
+    A Gaussian has one mode. Where the posterior has others that no draw comes near, the estimate from it is too low, and
+    neither its standard error nor k can show that: compare it with a ``"mixture"`` proposal or with :func:`pyrovae.ais`.
+
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
