@@ -7,9 +7,9 @@ trades accuracy for speed, and is asked for by name: products in bfloat16.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import cache, partial
+from timeit import timeit
 
 import torch
 from torch import Tensor, fx
@@ -167,13 +167,8 @@ def _shares(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], 
 
 def _seconds(contenders: dict[str, Callable[[], Tensor]], laps: int = 6) -> dict[str, float]:
     """The least time of each, run in turn: what else the machine does only adds to it."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(laps):
-        for name, run in contenders.items():
-            began = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - began)
-    return {name: min(each) for name, each in times.items()}
+    times = [{name: timeit(run, number=1) for name, run in contenders.items()} for _ in range(laps)]
+    return {name: min(lap[name] for lap in times) for name in contenders}
 
 
 def _onednn_mm(left: Tensor, right: Tensor, flip: bool) -> Tensor:
