@@ -313,7 +313,7 @@ class Evidence:
             return f"With fewer than {FEWEST_SAMPLES} samples nothing tells whether to believe it: draw more."
         if not len(bad):
             constant = " (the weights are constant: the guide is exact)" if np.isneginf(self.khat).all() else ""
-            return f"{self.criterion} for all data: the estimate can be believed{constant}.{self._one_mode()}"
+            return f"{self.criterion} for all data: the estimate can be believed{constant}.{self._other_modes()}"
         unfitted = " (for some of them no k can be fitted)" if np.isnan(self.khat[bad]).any() else ""
         said = (
             f"{len(bad)} of {size} data (first datum {bad[0]}) do not have {self.criterion}{unfitted}: their estimates are "
@@ -331,16 +331,16 @@ class Evidence:
         )
         return said + (
             f"What to do: draw more samples; score with proposal={other}; or check these "
-            f"data by annealing (pv.ais), which needs no good guide.{self._one_mode()}"
+            f"data by annealing (pv.ais), which needs no good guide.{self._other_modes()}"
         )
 
-    def _one_mode(self) -> str:
-        """What no weight can show of a proposal that was fitted to one mode."""
+    def _other_modes(self) -> str:
+        """What no weight can show of a proposal that was fitted to modes."""
         if "refined" not in self.method:
             return ""
         return (
-            " A refined proposal has one mode, and no weight shows another that it never visits: where the guide's own "
-            "estimate lies higher by more than its error, believe that one."
+            " A refined proposal has the modes that its steps found, and no weight shows another that it never visits: where "
+            "the guide's own estimate lies higher by more than its error, believe that one."
         )
 
     @property

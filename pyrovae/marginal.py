@@ -24,7 +24,6 @@ from .proposals import (
     METHODS,
     Draw,
     Kind,
-    Options,
     Refinement,
     guide_draws,
     joined,
@@ -34,10 +33,11 @@ from .proposals import (
     refine_batch,
     refined_draws,
     rows_at_once,
+    usual_options,
 )
 from .registry import positive_integer, unknown
 from .staging import Staged
-from .traces import Program, evaluation_mode
+from .traces import FlatPair, Program, evaluation_mode
 
 DrawLater = Callable[[Batch, int], Callable[[], Tensor]]
 
@@ -86,8 +86,9 @@ def log_marginal(
       where the guide misses what the model allows (Owen and Zhou 2000). Exactly :math:`\alpha S` of the S draws come from the
       prior, whose error is no larger than the one reported, which takes them for draws of the whole mixture;
     - ``"refined"``: a Student-t of 5 degrees of freedom about a Gaussian of full covariance, which is fitted to each datum from
-      where the guide put it; see :func:`pyrovae.refine`, whose result may be given instead of the name, for settings of one's
-      own. It has one mode: where the posterior has several, prefer a mixture.
+      where the guide put it; with three latents or fewer, eight of them, the others fitted from likely draws of the prior, to
+      find more modes. With more latents it has one mode: where the posterior has several, prefer a mixture, or give the result
+      of :func:`pyrovae.refine` instead of the name, for settings of one's own.
 
     :math:`\hat p(x)` is unbiased, so its logarithm is an estimate that lies below log p(x) on average. It is only as good as
     the guide's tails: read ``khat`` before the number. Sums run in float64 whatever the networks' precision, and the memory
@@ -182,9 +183,13 @@ def log_marginal(
     num_prior = prior_count(num_samples, prior_share) if kind == "mixture" else 0
     looks = _looks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
     rows = min(max(1, chunk // looks[0]), GROUP)
-    options = Options(covariance="full", tail_df=5.0)
-    # Steps of a fit cost for one datum as much as for many.
-    together = max(1, rows_at_once(info.num_dims, options) // rows) * rows if kind == "refined" and given is None else rows
+    together = rows
+    if kind == "refined" and given is None:
+        one = arguments(model, next(iter(Batches(x, batch_size=1, dtype=dtype, device=device))))
+        with evaluation_mode(model, guide):
+            options = usual_options(FlatPair(model, guide, one, vectorize_particles=vectorize_particles).num_latents)
+        # Steps of a fit cost for one datum as much as for many.
+        together *= max(1, rows_at_once(info.num_dims, options) // rows)
     data.batch_size = math.ceil(GROUP / together) * together
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")

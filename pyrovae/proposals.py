@@ -33,18 +33,25 @@ METHODS = {
 # Refining keeps a graph of all that the decoder computed, so its chunks hold fewer numbers than a chunk that is only scored.
 CHUNK_NUMBERS = 2**20
 MOMENT_DRAWS = 64
+# Posteriors over so few latents often have several modes, and draws of the prior lie near each.
+FEW_LATENTS = 3
+# Where further components start: of so many draws of the prior the likeliest, so many times over, which then spread out.
+TOURNAMENT, CANDIDATES = 8, 32
+# What all components share evenly, whatever their weights: a mode that seemed small is drawn from all the same.
+EVEN_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Refinement:
-    r"""A Gaussian for each datum in the unconstrained latent space, fitted to its posterior from where the guide put it.
+    r"""A mixture of Gaussians for each datum in the unconstrained latent space, each fitted to a mode of its posterior.
 
-    .. math:: u = \mu_n + C_n \epsilon, \qquad \epsilon \sim N(0, I) \text{ or } t_\nu
+    .. math:: u = \mu_{nm} + C_{nm} \epsilon, \quad m \sim \alpha_n, \quad \epsilon \sim N(0, I) \text{ or } t_\nu
 
     Attributes:
-        loc: the means, shape (N, L).
-        scale_tril: the lower triangular factors C, shape (N, L, L).
-        elbo: the ELBO of the Gaussian for each datum, shape (N,), in nats.
+        loc: the means, shape (N, M, L).
+        scale_tril: the lower triangular factors C, shape (N, M, L, L).
+        shares: the weights of the components, shape (N, M); each row sums to one.
+        elbo: the ELBO of the best single Gaussian for each datum, shape (N,), in nats.
         elbo_se: its standard error over draws, shape (N,).
         guide_elbo: the ELBO of the guide, shape (N,).
         guide_elbo_se: its standard error, shape (N,).
@@ -61,6 +68,7 @@ class Refinement:
 
     loc: Array
     scale_tril: Array
+    shares: Array
     elbo: Array
     elbo_se: Array
     guide_elbo: Array
@@ -86,7 +94,7 @@ class Refinement:
         return replace(self, **{name: getattr(self, name)[chosen] for name in _PER_DATUM})
 
 
-_PER_DATUM = ("loc", "scale_tril", "elbo", "elbo_se", "guide_elbo", "guide_elbo_se")
+_PER_DATUM = ("loc", "scale_tril", "shares", "elbo", "elbo_se", "guide_elbo", "guide_elbo_se")
 
 
 class Options(NamedTuple):
@@ -99,10 +107,11 @@ class Options(NamedTuple):
     num_particles: int = 16
     num_samples: int = 200
     tail_df: float | None = None
+    num_components: int = 1
 
     def check(self) -> Options:
         """Refuse what cannot be meant."""
-        for name in ("steps", "num_particles", "num_samples"):
+        for name in ("steps", "num_particles", "num_samples", "num_components"):
             value = getattr(self, name)
             if int(value) != value or value < 1:
                 raise ValueError(f"{name} is a positive integer, not {value!r}.")
@@ -129,22 +138,26 @@ def refine(
     num_particles: int = 16,
     num_samples: int = 200,
     tail_df: float | None = None,
+    num_components: int = 1,
     batch_size: int | None = None,
     vectorize_particles: bool = True,
     seed: int | None = None,
     progress: bool = False,
 ) -> Refinement:
-    r"""Fit a Gaussian to the posterior of each datum by gradient steps of its own, from where the guide put it.
+    r"""Fit a Gaussian, or a mixture of several, to the posterior of each datum by gradient steps of its own.
 
     .. math:: \max_{\mu_n, C_n} \; E_{q_n(u)} \left[ \log p(x_n, u) - \log q_n(u) \right], \quad q_n = N(\mu_n, C_n C_n^\top)
 
-    in the unconstrained space of the latents, for any pair of Pyro programs with continuous ones. The parameters of the pair
-    stay as they are. Gradients follow the path alone (Roeder et al. 2017), so they vanish where the Gaussian is the posterior;
-    steps are Adam's, with a learning rate that falls to zero along a cosine, in units of the prior's scale at first, so that a
-    guide far off is no obstacle, and of the Gaussian's own in the end.
+    in the unconstrained space of the latents, for any pair of Pyro programs with continuous ones, from where the guide put it.
+    The parameters of the pair stay as they are. Gradients follow the path alone (Roeder et al. 2017), so they vanish where the
+    Gaussian is the posterior; steps are Adam's, with a learning rate that falls to zero along a cosine, in units of the prior's
+    scale at first, so that a guide far off is no obstacle, and of the Gaussian's own in the end.
 
     A Gaussian has one mode. Where the posterior has others that no draw comes near, the estimate from it is too low, and
-    neither its standard error nor k can show that: compare it with a ``"mixture"`` proposal or with :func:`pyrovae.ais`.
+    neither its standard error nor k can show that. With ``num_components`` more Gaussians are fitted, from likely draws of the
+    prior that lie far apart, and weighted: nine tenths by the posterior mass that falls to each (Cappe et al. 2008), a tenth
+    evenly. With a few latents this finds the modes that matter; with many the prior's draws rarely lie near one: compare the
+    estimate with that from a ``"mixture"`` proposal, or with :func:`pyrovae.ais`.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -154,24 +167,27 @@ def refine(
         lr: the first learning rate; 200 steps of 0.1 reach some ten of the prior's standard deviations.
         covariance: ``"diagonal"``, or ``"full"`` for L(L+1)/2 numbers per datum.
         objective: ``"elbo"``, or ``"iwae"``, whose Gaussian is wider and better to sample from (by DReG; Tucker et al. 2019).
-        num_particles: draws per step and datum.
+        num_particles: draws per step, datum and component; a full covariance of many latents takes more than a few.
         num_samples: draws per datum for the ELBOs that are reported.
         tail_df: have ``log_marginal`` draw from a Student-t with these degrees of freedom about the Gaussian, which by itself
             is narrower than the posterior: weights would have no variance where latents are correlated. 5 is a wide tail.
+        num_components: Gaussians in the mixture for each datum; the first starts from the guide, the others from the prior.
         batch_size: data fitted at once; by default as many as fill about 4 MB of observations.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
         seed: makes the fit reproducible and leaves the global random stream untouched.
         progress: show a bar.
 
     Returns:
-        The Gaussians and both ELBOs per datum; give it to ``log_marginal(..., proposal=...)`` with the same data.
+        The Gaussians, and the ELBOs of the guide and of the best Gaussian of each datum; give it to
+        ``log_marginal(..., proposal=...)`` with the same data.
 
     Raises:
         ValueError: bad options or data, a latent that is not continuous, or a pair that :func:`pyrovae.log_weights` refuses.
 
     References:
         Kim, Wiseman, Miller, Sontag and Rush, Semi-Amortized Variational Autoencoders, 2018. Cremer, Li and Duvenaud,
-        Inference Suboptimality in Variational Autoencoders, 2018.
+        Inference Suboptimality in Variational Autoencoders, 2018. Cappe, Douc, Guillin, Marin and Robert, Adaptive importance
+        sampling in general mixture classes, 2008.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -181,7 +197,7 @@ def refine(
         >>> pv.log_marginal(vae.model, vae.guide, x, num_samples=100, proposal=refinement, seed=0).method
         'importance sampling from the guide refined per datum'
     """
-    options = Options(steps, lr, covariance, objective, num_particles, num_samples, tail_df).check()
+    options = Options(steps, lr, covariance, objective, num_particles, num_samples, tail_df, num_components).check()
     first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
     size = batch_size or rows_at_once(first.info.num_dims, options)
     data = Batches(x, batch_size=size, dtype=first.dtype, device=first.device)
@@ -198,6 +214,12 @@ def refine(
     return joined(parts)
 
 
+def usual_options(num_latents: int) -> Options:
+    """How ``proposal="refined"`` is fitted: in few dimensions several modes are looked for, by steps of fewer draws."""
+    usual = Options(covariance="full", tail_df=5.0)
+    return usual._replace(num_components=8, num_particles=4) if num_latents <= FEW_LATENTS else usual
+
+
 def joined(parts: list[Refinement]) -> Refinement:
     """The refinement of all data from those of consecutive ones."""
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _PER_DATUM}
@@ -206,7 +228,7 @@ def joined(parts: list[Refinement]) -> Refinement:
 
 def rows_at_once(num_dims: int, options: Options) -> int:
     """How many data are refined together."""
-    return max(1, CHUNK_NUMBERS // (options.num_particles * max(num_dims, 256)))
+    return max(1, CHUNK_NUMBERS // (options.num_particles * options.num_components * max(num_dims, 256)))
 
 
 def refine_batch(model: Program, guide: Program, batch: Batch, options: Options, vectorize: bool) -> Refinement:
@@ -215,16 +237,23 @@ def refine_batch(model: Program, guide: Program, batch: Batch, options: Options,
     with pyro.validation_enabled(False):
         pair = FlatPair(model, guide, batch, vectorize_particles=vectorize)
         loc, scale_tril = _fit(pair, options)
-        empty = np.zeros(len(loc))
-        fitted = Refinement(loc, scale_tril, empty, empty, empty, empty, options.covariance)
-        refined_draw = refined_draws(model, guide, fitted, vectorize)
+        shares, best = _weighed(pair, loc, scale_tril, options)
+        rows, none = np.arange(len(loc)), np.zeros(len(loc))
+        fitted = Refinement(_array(loc), _array(scale_tril), _array(shares), none, none, none, none, options.covariance)
+        found = {name: getattr(fitted, name)[rows, _array(best), None] for name in ("loc", "scale_tril")}
+        single = replace(fitted, **found, shares=np.ones((len(loc), 1)))
+        best_draw = refined_draws(model, guide, single, vectorize)
         elbos: list[Array] = []
         with torch.no_grad():
-            for draw in (refined_draw, guide_draws(model, guide, vectorize, pair.nesting)):
+            for draw in (best_draw, guide_draws(model, guide, vectorize, pair.nesting)):
                 log_w = torch.cat([draw(batch, size) for size in _split(options.num_samples, options.num_particles)])
-                elbos += [log_w.mean(0).cpu().numpy(), (log_w.std(0) / math.sqrt(len(log_w))).cpu().numpy()]
-    elbo, elbo_se, guide_elbo, guide_elbo_se = elbos
-    return Refinement(loc, scale_tril, elbo, elbo_se, guide_elbo, guide_elbo_se, options.covariance, options.tail_df)
+                elbos += [_array(log_w.mean(0)), _array(log_w.std(0) / math.sqrt(len(log_w)))]
+    measured: dict[str, Any] = dict(zip(("elbo", "elbo_se", "guide_elbo", "guide_elbo_se"), elbos, strict=True))
+    return replace(fitted, **measured, tail_df=options.tail_df)
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.cpu().numpy()
 
 
 def _split(total: int, size: int) -> Iterator[int]:
@@ -232,26 +261,29 @@ def _split(total: int, size: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def _fit(pair: FlatPair, options: Options) -> tuple[Array, Array]:
-    """Adam on the mean, log-scales and unit triangular factor of each datum, C = diag(exp s) (I + B)."""
+def _fit(pair: FlatPair, options: Options) -> tuple[Tensor, Tensor]:
+    """Adam on the mean, log-scales and unit triangular factor of each component, C = diag(exp s) (I + B).
+
+    Returns means (B, M, L) and factors (B, M, L, L); within, components lead.
+    """
     start, prior = (
         torch.cat([pair.draw(size, law) for size in _split(MOMENT_DRAWS, options.num_particles)]).double()
         for law in ("guide", "prior")
     )
-    num_data, num_latents = start.shape[1:]
-    loc, log_scale = start.mean(0), start.std(0).clamp(min=1e-3).log()  # a point mass has no scale to start from
-    prior_scale = prior.std(0).clamp(min=1e-3)
-    identity = torch.eye(num_latents, dtype=torch.float64, device=start.device)
-    below = torch.zeros(num_data, num_latents, num_latents, dtype=torch.float64, device=start.device)
+    prior_scale = prior.std(0).clamp(min=1e-3)  # a point mass has no scale to start from
+    loc = torch.stack(_spread(pair, start.mean(0), prior_scale, options.num_components - 1))  # (M, B, L)
+    log_scale = start.std(0).clamp(min=1e-3).log().expand_as(loc)
+    identity = torch.eye(pair.num_latents, dtype=torch.float64, device=start.device)
+    below = torch.zeros(*loc.shape, pair.num_latents, dtype=torch.float64, device=start.device)
     lower = torch.ones_like(identity).tril(-1)
     moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in (loc, log_scale, below)]
     for step in range(options.steps):
-        noise = torch.randn(options.num_particles, num_data, num_latents, dtype=torch.float64, device=start.device)
+        noise = torch.randn(options.num_particles, *loc.shape, dtype=torch.float64, device=start.device)
         mixed = noise + (below @ noise[..., None])[..., 0]  # (I + B) eps
         scale = log_scale.exp()
         flat = (loc + scale * mixed).to(pair.dtype).requires_grad_()
         with torch.enable_grad():
-            log_joint = pair.log_joint(flat)
+            log_joint = pair.log_joint(flat.flatten(0, 1)).reshape(flat.shape[:-1])
             (slope,) = torch.autograd.grad(log_joint.sum(), flat)
         # The path's gradient of log p(x, u) - log q(u) at fixed parameters of q, in units of the scale; a draw where the
         # model overflows has none.
@@ -267,7 +299,7 @@ def _fit(pair: FlatPair, options: Options) -> tuple[Array, Array]:
         gradients = (
             toward + (below.mT @ toward[..., None])[..., 0],  # with respect to m in u = mu + C m
             (share * ascent * mixed).sum(0),
-            torch.einsum("kbi,kbj->bij", share * ascent, noise) * lower,
+            torch.einsum("kmbi,kmbj->mbij", share * ascent, noise) * lower,
         )
         rate = options.lr * (1 + math.cos(math.pi * step / options.steps)) / 2
         moves = [_adam(*pair_of, step + 1) * rate for pair_of in zip(gradients, moments, strict=True)]
@@ -277,7 +309,50 @@ def _fit(pair: FlatPair, options: Options) -> tuple[Array, Array]:
         if options.covariance == "full":
             below = below + moves[2]
     scale_tril = log_scale.exp()[..., None] * (identity + below)
-    return loc.cpu().numpy(), scale_tril.cpu().numpy()
+    return loc.transpose(0, 1), scale_tril.transpose(0, 1)
+
+
+def _spread(pair: FlatPair, first: Tensor, unit: Tensor, number: int) -> list[Tensor]:
+    """Where further components start: likely draws of the prior, each as far from the starts before it as can be, (B, L)."""
+    likely = []
+    for _ in range(CANDIDATES if number else 0):
+        some = pair.draw(TOURNAMENT, "prior")
+        winner = torch.nan_to_num(pair.log_joint(some).detach(), nan=-math.inf).argmax(0)
+        likely.append(_chosen(some.double(), winner))
+    starts = [first]
+    for _ in range(number):
+        apart = [((torch.stack(likely) - start) / unit).square().sum(-1) for start in starts]
+        starts.append(_chosen(torch.stack(likely), torch.stack(apart).amin(0).argmax(0)))
+    return starts
+
+
+def _chosen(points: Tensor, which: Tensor) -> Tensor:
+    """Of points (K, B, L) the one of each datum by its number (B,)."""
+    return points.gather(0, which[None, :, None].expand_as(points[:1]))[0]
+
+
+def _weighed(pair: FlatPair, loc: Tensor, scale_tril: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The components' shares (B, M), and which of them has the highest ELBO (B,).
+
+    A share is the posterior mass that falls to the component by importance weights of draws from all of them, each counted by
+    how probably it is the component's own (Cappe et al. 2008): two that found the same mode halve it.
+    """
+    parts = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)  # batch (B, M)
+    num_data, num_components, _ = loc.shape
+    log_joint, log_q = [], []
+    with torch.no_grad():
+        for size in _split(options.num_samples, options.num_particles):
+            flat = parts.sample((size,)).transpose(1, 2)  # (size, M, B, L)
+            rows = flat.flatten(0, 1).to(pair.dtype)
+            log_joint.append(pair.log_joint(rows).double().reshape(size, num_components, num_data))
+            log_q.append(parts.log_prob(flat[..., None, :]))  # (size, M, B, M)
+    joint, dense = torch.cat(log_joint), torch.cat(log_q)
+    joint = torch.nan_to_num(joint, nan=-math.inf)
+    elbo = (joint - dense.diagonal(dim1=1, dim2=3).transpose(1, 2)).mean(0)  # (M, B)
+    log_w = joint - torch.logsumexp(dense, -1)
+    share = torch.softmax(log_w.flatten(0, 1), 0)[..., None] * torch.softmax(dense, -1).flatten(0, 1)
+    share = torch.nan_to_num(share.sum(0), nan=1 / num_components)
+    return EVEN_SHARE / num_components + (1 - EVEN_SHARE) * share, elbo.argmax(0)
 
 
 def _adam(gradient: Tensor, moments: tuple[Tensor, Tensor], step: int) -> Tensor:
@@ -354,10 +429,13 @@ def refined_draws(model: Program, guide: Program, refinement: Refinement, vector
     def draw(batch: Batch, size: int) -> Tensor:
         nonlocal pair
         pair = pair or FlatPair(model, guide, batch, vectorize_particles=vectorize)
-        loc, scale_tril = (torch.as_tensor(part, device=pair.device) for part in (refinement.loc, refinement.scale_tril))
-        law: Any = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+        fitted = (refinement.loc, refinement.scale_tril, refinement.shares)
+        loc, scale_tril, shares = (torch.as_tensor(part, device=pair.device) for part in fitted)
+        parts: Any = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
         if refinement.tail_df is not None:
-            law = pyro.distributions.MultivariateStudentT(refinement.tail_df, loc, scale_tril, validate_args=False)
+            parts = pyro.distributions.MultivariateStudentT(refinement.tail_df, loc, scale_tril, validate_args=False)
+        which = torch.distributions.Categorical(shares, validate_args=False)
+        law = torch.distributions.MixtureSameFamily(which, parts, validate_args=False)
         flat = law.sample((size,))  # (size, B, L)
         return pair.log_joint(flat.to(pair.dtype)).double() - law.log_prob(flat)
 

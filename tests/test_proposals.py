@@ -43,10 +43,13 @@ def test_every_proposal_agrees_with_the_closed_form_within_its_error(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_proposal_works_on_positive_latents_and_foreign_names(kind: str):
     pair = counts_pair()
-    y = torch.tensor([0.0, 1, 3, 6])
+    y = torch.tensor([0.0, 1, 3, 6]).repeat(30)
     evidence = pv.log_marginal(pair.model, pair.guide, y, num_samples=4000, proposal=kind, seed=0)
-    assert (np.abs(evidence.log_px - pair.log_px(y)) < 4 * evidence.se + 1e-6).all()
-    assert evidence.se.max() < 0.1
+    z = (evidence.log_px - pair.log_px(y)) / evidence.se
+    light = kind == "guide"  # its tails are lighter than the posterior's, k is 0.57, so its errors are too small
+    assert abs(z.mean()) < (0.8 if light else 0.4)  # four of its own errors
+    assert 0.75 < z.std() < (1.6 if light else 1.25)
+    assert np.median(evidence.se) < 0.02
 
 
 @pytest.mark.usefixtures("float64")
@@ -150,8 +153,8 @@ def test_a_full_refinement_finds_the_exact_posterior():
     x = pair.sample(50)
     refinement = pv.refine(pair.model, far_guide, x, covariance="full", steps=300, seed=0)
     posterior = pair.posterior(x)
-    np.testing.assert_allclose(refinement.loc, posterior.mean, atol=1e-3)
-    np.testing.assert_allclose(refinement.scale_tril, posterior.scale_tril.expand(50, 2, 2), atol=1e-3)
+    np.testing.assert_allclose(refinement.loc[:, 0], posterior.mean, atol=1e-3)
+    np.testing.assert_allclose(refinement.scale_tril[:, 0], posterior.scale_tril.expand(50, 2, 2), atol=1e-3)
     np.testing.assert_allclose(refinement.elbo, pair.log_px(x), atol=1e-3)
     assert refinement.elbo_se.max() < 1e-3
     evidence = pv.log_marginal(pair.model, far_guide, x, num_samples=200, proposal=refinement, seed=0)
@@ -182,6 +185,40 @@ def test_student_tails_bound_the_weights_of_a_gaussian_target():
     assert np.nanmax(evidence.khat) < 0.4
     assert (np.abs(evidence.log_px - pair.log_px(x)) < 4 * evidence.se).all()
     assert evidence.se.min() > 1e-4
+
+
+@pytest.mark.usefixtures("float64")
+def test_components_find_the_modes_that_the_guide_left_out():
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.2, 1.0))
+            pyro.sample("x", dist.Normal(z.square(), 0.05), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.sqrt(), 0.05))
+
+    x = torch.tensor([0.5, 1.0, 2.0])
+    truth = pv.exact(model, guide, x, method="quadrature").log_px
+    right = 1 / (1 + torch.exp(-0.4 * x.sqrt())).numpy()  # the mass of the mode at +sqrt(x), to first order in its width
+    one, eight = (pv.refine(model, guide, x, num_components=number, tail_df=5.0, seed=0) for number in (1, 8))
+    options = {"num_samples": 4000, "seed": 0}
+    blind = pv.log_marginal(model, guide, x, proposal=one, **options)
+    np.testing.assert_allclose(blind.log_px - truth, np.log(right), atol=0.02)
+    assert (blind.se < 0.02).all()  # which says nothing of the other mode
+    for proposal in (eight, "refined"):
+        evidence = pv.log_marginal(model, guide, x, proposal=proposal, **options)
+        assert (np.abs(evidence.log_px - truth) < 4 * evidence.se).all()
+        assert evidence.se.max() < 0.02
+    # Nine tenths by mass and a tenth evenly, however many components found the same mode.
+    on_the_right = eight.loc[..., 0] > 0
+    even = on_the_right.mean(1)
+    assert set(even) <= {k / 8 for k in range(1, 8)}
+    assert len(set(even)) > 1
+    np.testing.assert_allclose(np.where(on_the_right, eight.shares, 0).sum(1), 0.9 * right + 0.1 * even, atol=0.03)
+    np.testing.assert_allclose(eight.shares.sum(1), 1)
+    # The ELBO is that of one Gaussian, about the heavier mode.
+    np.testing.assert_allclose(eight.elbo, truth + np.log(right), atol=0.02)
 
 
 def test_refined_proposals_take_several_sites_float32_loaders_and_single_particles():
@@ -226,7 +263,14 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence():
     refinement = pv.refine(vae.model, vae.guide, x[:3], steps=2, num_samples=2)
     with pytest.raises(ValueError, match="of 3 data in their order"):
         vae.log_marginal(x, num_samples=5, proposal=refinement)
-    for bad in ({"steps": 0}, {"lr": -1.0}, {"covariance": "none"}, {"objective": "vr"}, {"tail_df": 0.0}):
+    for bad in (
+        {"steps": 0},
+        {"lr": -1.0},
+        {"covariance": "none"},
+        {"objective": "vr"},
+        {"tail_df": 0.0},
+        {"num_components": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             pv.refine(vae.model, vae.guide, x, **bad)
 
