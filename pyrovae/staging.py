@@ -86,7 +86,7 @@ class Staged:
         """The function's value."""
         if self.backend == "eager":
             return self.function(*inputs)
-        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+        key = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
         graph = self._graphs.get(key)
         if graph is None:
             return self._first(key, inputs)
@@ -102,7 +102,7 @@ class Staged:
 
         The random numbers are drawn now, so they are those of as many calls in turn.
         """
-        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+        key = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
         graph = self._graphs.get(key)
         if graph is None or graph.run is None or not graph.draws or self.backend == "eager":
             value = self(*inputs)
@@ -124,7 +124,7 @@ class Staged:
             return self.function(*inputs)
         random = _random_state(inputs)
         try:
-            self._graphs[key], outputs = _capture(self.function, inputs)
+            self._graphs[key], outputs = _capture(self.function, _distinct(inputs))
         except Exception as error:  # whatever stops the tracer: run as it is, the program says what is wrong
             _set_random_state(random)
             self._fall_back("eager", f"it cannot be captured ({_first_line(error)})")
@@ -132,7 +132,7 @@ class Staged:
         return outputs
 
     def _compile(self, graph: _Graph, inputs: Tensors) -> None:
-        graph.run = graph.module
+        graph.run, inputs = graph.module, _distinct(inputs)
         # Rounded products give other numbers by design, so there the graph is compared before it is compiled.
         rounded = self.precision == "bfloat16"
         agrees = not rounded or graph.agrees_with(self.function, inputs)
@@ -155,6 +155,12 @@ class Staged:
         slower = "with Pyro's handlers at every step" if backend == "eager" else "captured, but not compiled"
         self.reason = f"This step runs {slower}, since {why}: pass compile=False to run it as it is."
         warnings.warn(self.reason, RuntimeWarning, stacklevel=5)
+
+
+def _distinct(inputs: Tensors) -> Tensors:
+    """The inputs as tensors of their own: a graph captured from one that came twice would read one place alone ever after."""
+    places = {id(tensor): place for place, tensor in reversed(list(enumerate(inputs)))}
+    return tuple(tensor if places[id(tensor)] == place else tensor.clone() for place, tensor in enumerate(inputs))
 
 
 class _SideBySide(ThreadPoolExecutor):
@@ -272,6 +278,7 @@ class Step:
         self._unread: list[Tensor] = []
         self._spoiled: Tensor | None = None
         self._annealed: Tensor | None = None
+        self._held: float | None = None
         self._update = _Update(optimizer)
         if not hasattr(estimator, "differentiable_loss"):
             backend = "eager"
@@ -322,8 +329,10 @@ class Step:
         if annealed is None:
             return inputs
         if self._annealed is None:
-            self._annealed = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
-        self._annealed.fill_(annealed)
+            self._annealed = torch.full((), math.nan, dtype=torch.float64, device=self.parameters[0].device)
+        if annealed != self._held:
+            self._held = annealed
+            self._annealed.fill_(annealed)
         return (*inputs, self._annealed)
 
     def _step_input(self) -> float | None:
@@ -385,24 +394,26 @@ class _Update:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return
-        with torch.no_grad():
+        if spoiled is not None or self._counted is None:
             self._count.add_(1 if spoiled is None else 1 - spoiled)
-            (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
-                parameters,
-                gradients,
-                self._means,
-                self._squares,
-                self._largest if group["amsgrad"] else [],
-                self._steps,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=group["amsgrad"],
-                maximize=group["maximize"],
-                found_inf=spoiled,
-            )
+        else:
+            self._counted += 1
+        (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
+            self._values,
+            gradients,
+            self._means,
+            self._squares,
+            self._largest if group["amsgrad"] else [],
+            self._steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+            found_inf=spoiled,
+        )
 
     def _know(self, parameters: list[Tensor]) -> bool:
         """Whether the optimizer keeps its moments of all these parameters, which are then at hand."""
@@ -416,9 +427,12 @@ class _Update:
         if not all(parameter in state for parameter in parameters):
             return False
         states = [state[parameter] for parameter in parameters]
+        self._values = [parameter.detach() for parameter in parameters]  # of the same storage, so no gradient mode need change
         # The counts of steps become parts of one tensor, so that one addition serves them all.
         self._count = torch.stack([each["step"] for each in states])
         self._steps = [self._count[place] for place in range(len(states))]
+        # NumPy adds in a microsecond where torch's dispatch, met cold, takes ten.
+        self._counted = None if self._count.is_cuda else self._count.numpy()
         for each, step in zip(states, self._steps, strict=True):
             each["step"] = step
         self._means, self._squares = [each["exp_avg"] for each in states], [each["exp_avg_sq"] for each in states]
@@ -471,8 +485,7 @@ class _Graph:
     def __call__(self, inputs: Tensors, drawn: Tensors) -> Tensors:
         """The function's value, from random numbers drawn before."""
         assert self.run is not None
-        with torch.no_grad():
-            return tuple(self.run(*inputs, *self.outside, *drawn))
+        return tuple(self.run(*inputs, *self.outside, *drawn))
 
     def draw_first(self) -> bool:
         """Make random numbers inputs of the graph, where it draws any and all can be drawn before the rest."""
@@ -558,8 +571,51 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
         if not on_gpu:
             # Kernels that call each other in C++ save a tenth of a small step; some operations have no such form.
             with contextlib.suppress(Exception):
-                return compiled({"cpp_wrapper": True})
+                return _unwrapped(compiled({"cpp_wrapper": True}))
         return compiled({})
+
+
+def _unwrapped(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled graph without what torch has around it in Python, where that does nothing.
+
+    Between two small steps the processor's caches forget Python's code, so a hundred lines of it cost a tenth of a step. On the
+    first call it shows what the wrappers do: nothing, if the graph within gets the very tensors that they got, and returns the
+    very ones that they return.
+    """
+    from torch._inductor.output_code import CompiledFxGraph
+
+    within: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+    called = False
+
+    def run(*args: Tensor) -> Sequence[Tensor]:
+        nonlocal within, called
+        if within is not None:
+            return within(list(args))
+        if called:
+            return compiled(*args)
+        called = True
+        seen: list[tuple[CompiledFxGraph, list[Any], Any]] = []
+
+        def watch(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Any:
+            given = list(inputs)  # which the graph empties
+            outputs = original(graph, inputs)
+            seen.append((graph, given, outputs))
+            return outputs
+
+        original = CompiledFxGraph.__call__
+        with mock.patch.object(CompiledFxGraph, "__call__", watch):
+            outputs = compiled(*args)
+        if len(seen) == 1:
+            graph, given, returned = seen[0]
+            if _same(given, args) and _same(returned, outputs):
+                within = graph.current_callable
+        return outputs
+
+    return run
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
 @contextlib.contextmanager

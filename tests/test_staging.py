@@ -306,6 +306,47 @@ def test_a_value_that_was_frozen_is_found_out() -> None:
         used(torch.ones(2))
 
 
+def test_torchs_wrappers_are_left_out_only_where_they_do_nothing() -> None:
+    from torch._inductor.output_code import CompiledFxGraph
+
+    x, y, kept = torch.arange(4.0), torch.ones(4), torch.zeros(4)
+    calls = {"within": 0}
+    original = CompiledFxGraph.__call__
+
+    def counted(graph: CompiledFxGraph, inputs: Any) -> Any:
+        calls["within"] += 1
+        return original(graph, inputs)
+
+    def keeps_count(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        kept.add_(1)
+        return (a * b + kept,)
+
+    plain, aliased = Staged(lambda a, b: (a - 2 * b, a.sum())), Staged(lambda a, b: (a.view(2, 2), a - 2 * b))
+    counting = Staged(keeps_count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledFxGraph, "__call__", counted)
+        for staged, past in ((plain, False), (aliased, True), (counting, False)):
+            for _ in range(3):
+                staged(x, y)
+            calls["within"] = 0
+            staged(y, x)
+            assert (calls["within"] > 0) == past
+    assert torch.equal(kept, torch.full((4,), 4.0))
+    for turn in (1.0, 2.0):
+        torch.testing.assert_close(plain(y, turn * x), (y - 2 * turn * x, y.sum()))
+        torch.testing.assert_close(aliased(turn * x, y), ((turn * x).view(2, 2), turn * x - 2 * y))
+        torch.testing.assert_close(counting(x, turn * y), (turn * x + 4 + turn,))
+    assert plain.reason is aliased.reason is counting.reason is None
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aten"])
+def test_an_input_given_twice_is_two_inputs(backend: str) -> None:
+    x, y = torch.arange(4.0), torch.ones(4)
+    staged = Staged(lambda a, b, c: (a - 2 * b + 4 * c,), backend)
+    for given in ((x, x, y), (x, x, y), (x, y, y), (y, x, x), (x, y, 2 * y)):
+        torch.testing.assert_close(staged(*given), (given[0] - 2 * given[1] + 4 * given[2],))
+
+
 def test_ragged_and_many_shapes_make_few_graphs() -> None:
     staged = Staged(lambda x: (x.sum(),), "aten")
     for _ in range(3):
@@ -395,6 +436,20 @@ def test_the_kernel_alone_is_the_optimizers_step(kind: type[torch.optim.Optimize
         other.step()
     for have, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aten"])
+def test_each_step_has_the_beta_of_its_place_in_the_warm_up(backend: str) -> None:
+    vae = a_vae()
+    ours, theirs = (pv.estimators.ELBO(kl="analytic", warm_up=4) for _ in range(2))
+    step = Step(ours, vae.model, vae.guide, torch.optim.SGD(vae.parameters(), lr=0.0), backend=backend)
+    losses = []
+    for turn in range(8):
+        torch.manual_seed(turn)
+        losses.append(step(X).loss)
+        torch.manual_seed(turn)
+        assert losses[-1] == pytest.approx(theirs.differentiable_loss(vae.model, vae.guide, X).item(), rel=1e-5)
+    assert len(set(losses)) == 8
 
 
 def test_clipping_bounds_the_step() -> None:
