@@ -443,13 +443,16 @@ def test_each_step_has_the_beta_of_its_place_in_the_warm_up(backend: str) -> Non
     vae = a_vae()
     ours, theirs = (pv.estimators.ELBO(kl="analytic", warm_up=4) for _ in range(2))
     step = Step(ours, vae.model, vae.guide, torch.optim.SGD(vae.parameters(), lr=0.0), backend=backend)
-    losses = []
+    norms = []
     for turn in range(8):
-        torch.manual_seed(turn)
-        losses.append(step(X).loss)
-        torch.manual_seed(turn)
-        assert losses[-1] == pytest.approx(theirs.differentiable_loss(vae.model, vae.guide, X).item(), rel=1e-5)
-    assert len(set(losses)) == 8
+        torch.manual_seed(turn % 2)
+        norms.append(step(X).norm)
+        torch.manual_seed(turn % 2)
+        loss = theirs.differentiable_loss(vae.model, vae.guide, X) / len(X)
+        expected = nn.utils.get_total_norm(torch.autograd.grad(loss, step.reached))
+        assert norms[-1] == pytest.approx(expected.item(), rel=1e-5)
+    assert len(set(norms[:5])) == 5
+    assert norms[4:6] == norms[6:]
 
 
 def test_clipping_bounds_the_step() -> None:
