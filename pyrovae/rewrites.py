@@ -37,6 +37,8 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
             continue
         if node.target is aten.addmm.default and not node.kwargs:
             _split_addmm(graph, node)
+        elif node.target is aten.add.Tensor and not node.kwargs:
+            _split_sum(graph, node)
         elif node.target is aten.tanh.default and node.meta["val"].dtype is torch.float32:
             _rational_tanh(graph, node)
         elif node.target is aten.sum.dim_IntList:
@@ -226,6 +228,19 @@ def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:
         flat = graph.call_function(aten.view.default, (product, [1, *shape]))
         added = graph.call_function(aten.add.Tensor, (flat, bias))
         _replace(node, graph.call_function(aten.view.default, (added, shape)))
+
+
+def _split_sum(graph: fx.Graph, node: fx.Node) -> None:
+    """A product and another value, added under a view as well: Inductor would have MKL copy that value first."""
+    shape = list(node.meta["val"].shape)
+    for product in node.args:
+        if isinstance(product, fx.Node) and product.target is aten.mm.default and list(product.meta["val"].shape) == shape:
+            with graph.inserting_before(node):
+                flat = graph.call_function(aten.view.default, (product, [1, *shape]))
+                node.replace_input_with(product, flat)
+                added = graph.call_function(aten.add.Tensor, node.args)
+                _replace(node, graph.call_function(aten.view.default, (added, shape)))
+            return
 
 
 def _rational_tanh(graph: fx.Graph, node: fx.Node) -> None:

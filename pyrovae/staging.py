@@ -34,6 +34,8 @@ Tensors = tuple[Tensor, ...]
 MOST_GRAPHS = 4
 # A second shape, such as a ragged last batch, repays its own graph only if it keeps coming.
 USES_BEFORE_CAPTURE = 50
+# Bytes of the largest value of a graph whose values share one allocation.
+MOST_POOLED = 2**22
 
 
 class Staged:
@@ -556,10 +558,13 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
         module = round_products(module)
     if not on_gpu:
         module = fastest_products(rewrite(module), threads=1 if apart else torch.get_num_threads())
+    values = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), Tensor)]
+    # One allocation where there were fifty, as long as it stays below the 32 MB from which each is a fresh mapping.
+    pooled = max(value.numel() * value.element_size() for value in values) <= MOST_POOLED
     for node in module.graph.nodes:
         node.meta.clear()  # the shapes that the tracer noted are in its own terms, which the C++ wrapper refuses
 
-    def compiled(wrapper: dict[str, bool]) -> Callable[..., Any]:
+    def compiled(wrapper: dict[str, Any]) -> Callable[..., Any]:
         # Inductor keeps what it made on disk for the next process, but only of graphs whose sizes could have been symbols.
         sizes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
         with tracing(TracingContext(sizes)):
@@ -571,7 +576,8 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
         if not on_gpu:
             # Kernels that call each other in C++ save a tenth of a small step; some operations have no such form.
             with contextlib.suppress(Exception):
-                return _unwrapped(compiled({"cpp_wrapper": True}))
+                pools = {"memory_planning": True, "memory_pool": "outputs"} if pooled else {}
+                return _unwrapped(compiled({"cpp_wrapper": True} | pools))
         return compiled({})
 
 

@@ -68,6 +68,39 @@ def test_a_scaled_bias_stays() -> None:
     assert torch.equal(run(*inputs), torch.addmm(*inputs, beta=2.0, alpha=3.0))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, c: a @ b + c @ b,
+        lambda a, b, c: a @ b + a @ b,
+        lambda a, b, c: (c + 1.0).sum(1, keepdim=True) + a @ b,
+        lambda a, b, c: a @ b + (c @ b).double(),
+        lambda a, b, c: (a @ b + c @ b) @ b.T + a,
+    ],
+)
+def test_sums_of_products_are_added_under_a_view(function: Callable[..., Tensor]) -> None:
+    inputs = torch.randn(7, 3), torch.randn(3, 5), torch.randn(7, 3)
+    module = rewrite(make_fx(function)(*inputs))
+    for node in module.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        product, other = node.args
+        assert getattr(product, "target", None) is not aten.mm.default or getattr(other, "target", None) is aten.view.default
+        assert getattr(other, "target", None) is not aten.mm.default or getattr(product, "target", None) is aten.view.default
+    found, wanted = module(*inputs), function(*inputs)
+    assert found.shape == wanted.shape
+    assert found.dtype is wanted.dtype
+    assert torch.allclose(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda a, b, c: torch.add(a @ b, c, alpha=2), lambda a, b, c: a @ b + c.expand(2, 7, 5), lambda a, b, c: a + c]
+)
+def test_other_sums_stay(function: Callable[..., Tensor]) -> None:
+    inputs = torch.randn(7, 5), torch.randn(5, 5), torch.randn(7, 5)
+    run, targets = rewritten(function, *inputs)
+    assert aten.view.default not in targets
+    assert torch.equal(run(*inputs), function(*inputs))
+
+
 def bernoulli(logits: Tensor, x: Tensor) -> Tensor:
     """As Pyro's Bernoulli(logits=...).to_event(1).log_prob(x) is captured."""
     terms = -functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
