@@ -92,7 +92,7 @@ class Staged:
         graph = self._graphs.get(key)
         if graph is None:
             return self._first(key, inputs)
-        inputs = tuple(tensor.contiguous() for tensor in inputs)
+        inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
         if graph.run is None:
             self._compile(graph, inputs)
             if self.backend == "eager":
@@ -111,7 +111,7 @@ class Staged:
             return lambda: value
         if self._pool is None:
             self._pool = _SideBySide(self.threads)
-        inputs = tuple(tensor.contiguous() for tensor in inputs)
+        inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
         return self._pool.submit(graph, inputs, graph.drawn()).result
 
     def close(self) -> None:

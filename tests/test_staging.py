@@ -340,6 +340,16 @@ def test_torchs_wrappers_are_left_out_only_where_they_do_nothing() -> None:
 
 
 @pytest.mark.parametrize("backend", ["inductor", "aten"])
+def test_data_that_ask_for_a_gradient_are_data(backend: str) -> None:
+    plain, asking = (
+        train(a_vae(), x, "elbo", how, steps=4) for x, how in ((X, "eager"), (X.clone().requires_grad_(), backend))
+    )
+    assert_same(plain, asking, rtol=1e-5)
+    assert asking.step.captured
+    assert not any(parameter.grad_fn for parameter in asking.step.parameters)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aten"])
 def test_an_input_given_twice_is_two_inputs(backend: str) -> None:
     x, y = torch.arange(4.0), torch.ones(4)
     staged = Staged(lambda a, b, c: (a - 2 * b + 4 * c,), backend)
