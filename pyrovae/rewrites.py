@@ -232,6 +232,8 @@ def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:
 
 def _split_sum(graph: fx.Graph, node: fx.Node) -> None:
     """A product and another value, added under a view as well: Inductor would have MKL copy that value first."""
+    if "val" not in node.meta:  # added by a rewrite before, under a view already
+        return
     shape = list(node.meta["val"].shape)
     for product in node.args:
         if isinstance(product, fx.Node) and product.target is aten.mm.default and list(product.meta["val"].shape) == shape:

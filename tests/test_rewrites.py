@@ -91,6 +91,16 @@ def test_sums_of_products_are_added_under_a_view(function: Callable[..., Tensor]
     assert torch.allclose(found, wanted)
 
 
+def test_rounded_products_are_rewritten_too() -> None:
+    inputs = torch.randn(5), torch.randn(7, 3), torch.randn(3, 5)
+
+    def function(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return torch.tanh(torch.addmm(bias, left, right)) + left @ right
+
+    module = rewrite(round_products(make_fx(function)(*inputs)))
+    torch.testing.assert_close(module(*inputs), function(*inputs), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize(
     "function", [lambda a, b, c: torch.add(a @ b, c, alpha=2), lambda a, b, c: a @ b + c.expand(2, 7, 5), lambda a, b, c: a + c]
 )
