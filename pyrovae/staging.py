@@ -558,9 +558,10 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
         module = round_products(module)
     if not on_gpu:
         module = fastest_products(rewrite(module), threads=1 if apart else torch.get_num_threads())
-    values = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), Tensor)]
+    computed = [node.meta.get("val") for node in module.graph.nodes if node.op == "call_function"]
+    values = [value for value in computed if isinstance(value, Tensor)]
     # One allocation where there were fifty, as long as it stays below the 32 MB from which each is a fresh mapping.
-    pooled = max(value.numel() * value.element_size() for value in values) <= MOST_POOLED
+    pooled = max((value.numel() * value.element_size() for value in values), default=0) <= MOST_POOLED
     for node in module.graph.nodes:
         node.meta.clear()  # the shapes that the tracer noted are in its own terms, which the C++ wrapper refuses
 
