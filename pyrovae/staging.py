@@ -331,7 +331,7 @@ class Step:
         if annealed is None:
             return inputs
         if self._annealed is None:
-            self._annealed = torch.full((), math.nan, dtype=torch.float64, device=self.parameters[0].device)
+            self._annealed = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
         if annealed != self._held:
             self._held = annealed
             self._annealed.fill_(annealed)
@@ -434,7 +434,7 @@ class _Update:
         self._count = torch.stack([each["step"] for each in states])
         self._steps = [self._count[place] for place in range(len(states))]
         # NumPy adds in a microsecond where torch's dispatch, met cold, takes ten.
-        self._counted = None if self._count.is_cuda else self._count.numpy()
+        self._counted = self._count.numpy() if self._count.device.type == "cpu" else None
         for each, step in zip(states, self._steps, strict=True):
             each["step"] = step
         self._means, self._squares = [each["exp_avg"] for each in states], [each["exp_avg_sq"] for each in states]
