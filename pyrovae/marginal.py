@@ -36,14 +36,18 @@ from .proposals import (
     usual_options,
 )
 from .registry import positive_integer, unknown
-from .staging import Staged
+from .staging import Staged, largest_value
 from .traces import FlatPair, Program, evaluation_mode
 
 DrawLater = Callable[[Batch, int], Callable[[], Tensor]]
 
 # A chunk of decoder output past 32 MB makes every temporary a fresh mapping, which is slower than many small chunks. A
-# compiled chunk has no Python to repay, and is fastest where its output stays in a cache.
+# compiled chunk has no Python to repay, and is fastest where its largest value stays in a cache.
 CHUNK_NUMBERS, COMPILED_CHUNK_NUMBERS = 2**22, 2**21
+# Compiled chunks of values that are narrower than this take no more draws: they gain nothing, and seeds would go farther apart.
+NARROWEST = 150
+# Draws at which a graph is looked at for how wide its values are.
+PROBED = 1000
 # Data that are validated, seeded, smoothed and stored together.
 GROUP = 256
 # Temporaries of a chunk's size that a decoder and its likelihood hold at once.
@@ -51,7 +55,7 @@ TEMPORARIES = 6
 # Log-weights of a datum, and of several data, that are summed at once: the sums are many small operations.
 REDUCED_AT_ONCE, REDUCED_JOINTLY = 2**13, 2**16
 # Inductor's 5 to 20 seconds are repaid by so many chunks.
-CHUNKS_TO_COMPILE = 1000
+CHUNKS_TO_COMPILE = 300
 # With a target for the standard error, draws before the first look at it; each look after has twice as many behind it.
 FIRST_LOOK = 250
 
@@ -178,14 +182,31 @@ def log_marginal(
         compile = precision != "float32" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
     # Compiled chunks run side by side, one a thread, which keeps all threads busy where a chunk's own small parts would not.
     threads = torch.get_num_threads() if compile and kind in ("guide", "prior") and device.type == "cpu" else 1
-    usual, affordable = (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width, affordable // threads
-    chunk = max(1, min(usual, affordable)) if chunk_size is None else positive_integer(chunk_size, "chunk_size")
+    plain = (
+        prior_draws(model, vectorize_particles, nesting)
+        if kind == "prior"
+        else guide_draws(model, guide, vectorize_particles, nesting)
+    )
+
+    def drawn_at(length: Tensor, *batch: Tensor) -> tuple[Tensor]:
+        # Graphs go by shape, so the number of samples travels as the length of an empty tensor.
+        return (plain(batch, len(length)),)
+
+    one = arguments(model, next(iter(Batches(x, batch_size=1, dtype=dtype, device=device))))
+    if chunk_size is not None:
+        chunk = positive_integer(chunk_size, "chunk_size")
+    else:
+        usual = (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width
+        if compile and kind in ("guide", "prior") and precision == "float32" and device.type == "cpu":
+            with torch.no_grad(), evaluation_mode(model, guide), pyro.validation_enabled(False):
+                number = largest_value(drawn_at, torch.empty(PROBED, 0, device=device), *one)
+            usual = COMPILED_CHUNK_NUMBERS // (width if number is None else max(number // PROBED, NARROWEST))
+        chunk = max(1, min(usual, affordable // threads))
     num_prior = prior_count(num_samples, prior_share) if kind == "mixture" else 0
     looks = _looks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
     rows = min(max(1, chunk // looks[0]), GROUP)
     together = rows
     if kind == "refined" and given is None:
-        one = arguments(model, next(iter(Batches(x, batch_size=1, dtype=dtype, device=device))))
         with evaluation_mode(model, guide):
             options = usual_options(FlatPair(model, guide, one, vectorize_particles=vectorize_particles).num_latents)
         # Steps of a fit cost for one datum as much as for many.
@@ -193,14 +214,8 @@ def log_marginal(
     data.batch_size = math.ceil(GROUP / together) * together
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")
-    plain = (
-        prior_draws(model, vectorize_particles, nesting)
-        if kind == "prior"
-        else guide_draws(model, guide, vectorize_particles, nesting)
-    )
-    # Graphs go by shape, so the number of samples travels as the length of an empty tensor.
-    backend = "inductor" if compile else "eager"
-    staged = Staged(lambda length, *batch: (plain(batch, len(length)),), backend, precision, threads)
+    backend, eps = "inductor" if compile else "eager", torch.finfo(dtype).eps
+    staged = Staged(drawn_at, backend, precision, threads)
 
     def draw_staged(batch: Batch, size: int) -> Callable[[], Tensor]:
         value = staged.later(torch.empty(size, 0, device=device), *batch)
@@ -221,10 +236,11 @@ def log_marginal(
             fitted = joined([refine_batch(model, guide, block, options, vectorize_particles) for block in blocks])
         return lambda chosen, _: _at_once(refined_draws(model, guide, fitted.rows(chosen.numpy()), vectorize_particles))
 
-    def score(batch: Batch, start: int, bar: tqdm) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """A group's sums and how many draws each datum took, by parts of at most one chunk."""
+    def score(batch: Batch, start: int, bar: tqdm) -> dict[str, np.ndarray]:
+        """A group's answer, by parts of at most one chunk."""
         draws, sums = drawing(batch, start), _nothing(len(batch[0]), num_samples, device)
-        drawn, active, done = np.zeros(len(batch[0]), dtype=np.int64), torch.arange(len(batch[0])), 0
+        active, done = torch.arange(len(batch[0])), 0
+        arrays: dict[str, np.ndarray] = {}
 
         def calls(parts: list[tuple[Tensor, int]], step: int) -> Iterator[Callable[[], Tensor]]:
             for chosen, most in parts:
@@ -240,17 +256,22 @@ def log_marginal(
                 new = _score(_side_by_side(blocks, joint, look - done), held, num_samples, done, look)
                 for name, values in new.items():
                     sums[name][chosen] = values
-                drawn[chosen] = look
-                se = _moments({name: new[name].cpu().numpy() for name in _SUMS}, np.array(look))["se"]
+                found = {name: values.cpu().numpy() for name, values in new.items()}
+                found |= _moments(found, look)
                 # Weights of zero may yet be followed by others; one that is NaN or infinite stays.
-                lost = torch.isnan(new["log_sum"]) | (new["log_sum"] == math.inf)
-                ended = lost.cpu().numpy() | (se <= (target_se or 0.0)) | (look == num_samples)
+                lost = np.isnan(found["log_sum"]) | (found["log_sum"] == math.inf)
+                ended = lost | (found["se"] <= (target_se or 0.0)) | (look == num_samples)
+                # Finished here and not once for all, as other threads still draw meanwhile.
+                finished = _finished({name: values[ended] for name, values in found.items()}, look, num_samples, precision=eps)
+                for name, part in finished.items():
+                    place = arrays.setdefault(name, np.empty((len(batch[0]), *part.shape[1:]), part.dtype))
+                    place[chosen.numpy()[ended]] = part
                 on.append(chosen[torch.from_numpy(~ended)])
                 bar.update(int(ended.sum()))
             active, done = torch.cat(on), look
             if not len(active):
                 break
-        return {name: values.cpu().numpy() for name, values in sums.items()}, drawn
+        return arrays
 
     settings = {"num_samples": num_samples, "proposal": str(kind), "chunk": chunk, "num_dims": info.num_dims}
     settings |= {} if target_se is None else {"target_se": target_se}
@@ -271,8 +292,7 @@ def log_marginal(
                 observed = inspect_pair(model, guide, *batch).num_observed
                 torch.manual_seed(store.seed_of(start))
                 with pyro.validation_enabled(False):
-                    sums, drawn = score(batch, start, bar)
-                arrays = _finished(sums, drawn, num_samples, precision=torch.finfo(dtype).eps)
+                    arrays = score(batch, start, bar)
                 arrays["observed"] = np.full(len(batch[0]), observed / len(batch[0]))
                 store.add(start, arrays)
                 bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
@@ -432,9 +452,6 @@ class _Store:
         return {name: np.concatenate([held[name] for held in ordered]) for name in ordered[0]}
 
 
-_SUMS = ("log_sum", "log_square", "total")
-
-
 def _nothing(num_data: int, num_samples: int, device: torch.device) -> dict[str, Tensor]:
     """The sums of data of which nothing has been drawn."""
     log_zero = torch.full((num_data,), -math.inf, dtype=torch.float64, device=device)
@@ -482,30 +499,27 @@ def _score(blocks: Iterator[Tensor], sums: dict[str, Tensor], num_samples: int, 
     return new | {"tail": tail, "curve_sum": curve[0], "curve_square": curve[1]}
 
 
-def _moments(sums: dict[str, np.ndarray], drawn: np.ndarray) -> dict[str, np.ndarray]:
+def _moments(sums: dict[str, np.ndarray], drawn: int) -> dict[str, np.ndarray]:
     """Estimate, standard error, effective sample size and mean log-weight from the sums over so many draws."""
     with np.errstate(all="ignore"):
         share = np.exp(sums["log_square"] - 2 * sums["log_sum"])  # sum of squared normalised weights, 1/ESS
         return {
             "log_px": sums["log_sum"] - np.log(drawn),
-            "se": np.sqrt(np.maximum(share - 1 / drawn, 0.0) * np.where(drawn > 1, drawn / (drawn - 1), np.nan)),
+            "se": np.sqrt(np.maximum(share - 1 / drawn, 0.0) * (drawn / (drawn - 1) if drawn > 1 else np.nan)),
             "ess": np.where(np.isneginf(sums["log_sum"]), 0.0, 1 / share),
             "elbo": sums["total"] / drawn,
         }
 
 
-def _finished(sums: dict[str, np.ndarray], drawn: np.ndarray, num_samples: int, precision: float) -> dict[str, np.ndarray]:
-    """A group's answer from its sums."""
-    arrays = _moments(sums, drawn)
-    khat, smoothed = np.empty(len(drawn)), np.empty(len(drawn))
-    for size in np.unique(drawn):
-        rows = drawn == size
-        tail = sums["tail"][rows, : tail_size(int(size))]
-        khat[rows], smoothed[rows] = pareto_smooth(tail, arrays["log_px"][rows], int(size), precision=precision)
+def _finished(found: dict[str, np.ndarray], drawn: int, num_samples: int, precision: float) -> dict[str, np.ndarray]:
+    """The answer for some data, from their sums over so many draws and the moments of those."""
+    names = ("log_px", "se", "ess", "elbo")
+    khat, smoothed = pareto_smooth(found["tail"][:, : tail_size(drawn)], found["log_px"], drawn, precision=precision)
     # Where a datum stopped before K draws, its curve stays at what it had.
-    reached = np.array(curve_sizes(num_samples)[:-1]) <= drawn[:, None]
+    reached = np.array(curve_sizes(num_samples)[:-1]) <= drawn
     curves = {
-        name: np.column_stack([np.where(reached, sums[name], sums[whole][:, None]), sums[whole]])
+        name: np.column_stack([np.where(reached, found[name], found[whole][:, None]), found[whole]])
         for name, whole in (("curve_sum", "log_sum"), ("curve_square", "log_square"))
     }
-    return arrays | {"khat": khat, "log_px_psis": smoothed, "drawn": drawn} | curves
+    counts = np.full(len(khat), drawn, dtype=np.int64)
+    return {name: found[name] for name in names} | {"khat": khat, "log_px_psis": smoothed, "drawn": counts} | curves

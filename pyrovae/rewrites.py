@@ -14,6 +14,8 @@ from timeit import timeit
 import torch
 from torch import Tensor, fx
 
+from . import kernels
+
 aten = torch.ops.aten
 
 # As many factors of 1 to 2 as a float32 multiplies without overflow, with room to spare.
@@ -45,6 +47,45 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
             _bernoulli_sum(graph, node)
         elif node.target is aten.normal_.default:
             _standard_normal(graph, node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def join_decoders(module: fx.GraphModule) -> fx.GraphModule:
+    """In place, one operation for a Bernoulli likelihood and the linear layers before it, where nothing else reads any of them.
+
+    Before :func:`rewrite`, which takes the same things apart where they are not joined.
+
+    Args:
+        module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape, strides and type.
+
+    Returns:
+        The module.
+    """
+    graph = module.graph
+    for node in list(graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
+        found = _summed_cross_entropy(node)
+        if found is None:
+            continue
+        logits, x, shape = found
+        data, layers = _data(x, shape), [_layer(logits)]
+        if data is None or layers[0] is None or kernels.compiled() is None:
+            continue
+        depth = layers[0][1].meta["val"].shape[0]
+        if depth * logits.meta["val"].numel() < FEWEST_MULTIPLICATIONS:
+            continue
+        activations: list[int] = []
+        while (hidden := _activated(layers[0][0])) is not None:
+            activation, layer = hidden
+            layers.insert(0, layer)
+            activations.insert(0, activation)
+        _, weights, biases = zip(*layers, strict=True)
+        with graph.inserting_before(node):
+            rows = graph.call_function(aten.view.default, (data, [-1, shape[-1]]))
+            operands = (layers[0][0], list(weights), list(biases), activations, rows)
+            joined = graph.call_function(torch.ops.pyrovae.bernoulli_decoder.default, operands)
+            _replace(node, graph.call_function(aten.view.default, (joined, list(node.meta["val"].shape))))
     graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -173,21 +214,7 @@ def _seconds(contenders: dict[str, Callable[[], Tensor]], laps: int = 6) -> dict
     return {name: min(lap[name] for lap in times) for name in contenders}
 
 
-def _onednn_mm(left: Tensor, right: Tensor, flip: bool) -> Tensor:
-    linear = torch.ops.mkldnn._linear_pointwise  # x @ weight.T, whatever their layouts
-    if flip:
-        return linear(right.t(), left, None, "none", [], "").t().contiguous()
-    return linear(left, right.t(), None, "none", [], "")
-
-
-if "_LIBRARY" not in globals():  # as it is when the module is loaded again
-    _LIBRARY = torch.library.Library("pyrovae", "DEF")
-    _LIBRARY.define("mm(Tensor left, Tensor right, bool flip) -> Tensor")
-    _LIBRARY.impl("mm", _onednn_mm, "CPU")
-    _LIBRARY.impl("mm", lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]), "Meta")
-
-
-def draws_as_inputs(module: fx.GraphModule) -> list[Callable[[], Tensor]]:
+def draws_as_inputs(module: fx.GraphModule) -> list[partial[Tensor]]:
     """Let the graph take its random numbers as inputs after all others, so that runs side by side draw in a fixed order.
 
     Args:
@@ -312,6 +339,56 @@ def _bernoulli_sum(graph: fx.Graph, node: fx.Node) -> None:
         product = call(aten.prod.dim_int, call(aten.view.default, term, grouped), -2)
         each = call(aten.sub.Tensor, plain, call(aten.log.default, product))
         _replace(node, call(aten.sum.dim_IntList, each, [-1]))
+
+
+def _layer(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Inputs, weights and bias of a linear layer whose value is wanted for nothing but this one use."""
+    node = _under_views(node)
+    if node.target is not aten.addmm.default or len(node.users) != 1 or node.kwargs:
+        return None
+    found = [value.meta.get("val") for value in node.args if isinstance(value, fx.Node)]
+    values = [value for value in found if isinstance(value, Tensor) and value.dtype is torch.float32]
+    if len(values) < 3:
+        return None
+    bias, left, right = values
+    if bias.shape != right.shape[1:] or not (bias.is_contiguous() and left.is_contiguous()) or len(right) > kernels.DEEPEST:
+        return None
+    return node.args[1], node.args[2], node.args[0]  # type: ignore[return-value]
+
+
+def _activated(node: fx.Node) -> tuple[int, tuple[fx.Node, fx.Node, fx.Node]] | None:
+    """The activation and the layer whose value this is, where it is wanted for nothing but this one use."""
+    node = _under_views(node)
+    if node.target not in kernels.ACTIVATIONS or len(node.users) != 1:
+        return None
+    layer = _layer(node.args[0])  # type: ignore[arg-type]
+    return None if layer is None else (kernels.ACTIVATIONS.index(node.target), layer)
+
+
+def _under_views(node: fx.Node) -> fx.Node:
+    """What lies under views that keep the last dimension and are each wanted for one use."""
+    while node.target in (aten.view.default, aten.expand.default) and len(node.users) == 1:
+        inner = node.args[0]
+        if not isinstance(inner, fx.Node) or "val" not in inner.meta or "val" not in node.meta:
+            break
+        seen, under = node.meta["val"].shape, inner.meta["val"].shape
+        if under[-1:] != seen[-1:] or under.numel() != seen.numel():
+            break
+        node = inner
+    return node
+
+
+def _data(x: fx.Node, shape: list[int]) -> fx.Node | None:
+    """What lies under an expansion of data over draws, where their other dimensions are those of the shape's end."""
+    if x.target is aten.expand.default:
+        x = x.args[0]  # type: ignore[assignment]
+    value = x.meta["val"]
+    own = list(value.shape)
+    while len(own) > 1 and own[0] == 1:
+        own.pop(0)
+    if value.dtype is not torch.float32 or not value.is_contiguous() or own != shape[len(shape) - len(own) :]:
+        return None
+    return x
 
 
 def _summed_cross_entropy(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int]] | None:

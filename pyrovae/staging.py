@@ -17,6 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .rewrites import draws_as_inputs, fastest_products, rewrite, round_products
+from . import kernels
+from .rewrites import draws_as_inputs, fastest_products, join_decoders, rewrite, round_products
 
 Tensors = tuple[Tensor, ...]
 
@@ -34,6 +36,8 @@ Tensors = tuple[Tensor, ...]
 MOST_GRAPHS = 4
 # A second shape, such as a ragged last batch, repays its own graph only if it keeps coming.
 USES_BEFORE_CAPTURE = 50
+# So many normal numbers take torch's generator longer than it is worth.
+MANY = 2**16
 # Bytes of the largest value of a graph whose values share one allocation.
 MOST_POOLED = 2**22
 
@@ -102,7 +106,7 @@ class Staged:
     def later(self, *inputs: Tensor) -> Callable[[], Tensors]:
         """What to call for the function's value; with several threads it may be computed meanwhile, until :meth:`close`.
 
-        The random numbers are drawn now, so they are those of as many calls in turn.
+        Its random numbers, or the seed of them where they are many, are drawn now: they do not depend on what else runs.
         """
         key = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
         graph = self._graphs.get(key)
@@ -112,7 +116,8 @@ class Staged:
         if self._pool is None:
             self._pool = _SideBySide(self.threads)
         inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
-        return self._pool.submit(graph, inputs, graph.drawn()).result
+        drawn = [_seeded(draw) for draw in graph.draws]
+        return self._pool.submit(lambda: graph(inputs, tuple([numbers() for numbers in drawn]))).result
 
     def close(self) -> None:
         """Drop what has not begun, and give the threads back."""
@@ -157,6 +162,16 @@ class Staged:
         slower = "with Pyro's handlers at every step" if backend == "eager" else "captured, but not compiled"
         self.reason = f"This step runs {slower}, since {why}: pass compile=False to run it as it is."
         warnings.warn(self.reason, RuntimeWarning, stacklevel=5)
+
+
+def _seeded(draw: partial[Tensor]) -> Callable[[], Tensor]:
+    """What gives a draw's numbers on another thread: they are drawn now, or made there from a seed that is."""
+    shape = torch.Size(draw.args[0])
+    many = draw.func is torch.ops.aten.randn.default and draw.keywords.get("dtype") is torch.float32 and shape.numel() >= MANY
+    if many and kernels.compiled() is not None:
+        return partial(kernels.standard_normals, shape, int(torch.randint(2**63 - 1, ())))
+    numbers = draw()
+    return lambda: numbers
 
 
 def _distinct(inputs: Tensors) -> Tensors:
@@ -457,6 +472,24 @@ def _capture(function: Callable[..., Tensors], inputs: Tensors) -> tuple[_Graph,
     return _Graph(module), returned[-1]
 
 
+def largest_value(function: Callable[..., Tensors], *inputs: Tensor) -> int | None:
+    """How many numbers a compiled graph's largest value has; ``None`` of a function that cannot be captured."""
+    random = _random_state(inputs)
+    try:
+        graph, _ = _capture(function, _distinct(inputs))
+    except Exception:  # whatever stops the tracer: the function's own call will say it
+        return None
+    finally:
+        _set_random_state(random)
+    return max((value.numel() for value in _computed(join_decoders(graph.module))), default=0)
+
+
+def _computed(module: fx.GraphModule) -> list[Tensor]:
+    """The values that take memory: not those that view another."""
+    nodes = [node for node in module.graph.nodes if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)]
+    return [node.meta["val"] for node in nodes if all(returned.alias_info is None for returned in node.target._schema.returns)]
+
+
 class _Graph:
     """A captured function: a module over its inputs and then over all it met from outside, and what to call for it.
 
@@ -467,7 +500,7 @@ class _Graph:
         graph = module.graph
         self.outside: list[Tensor] = []
         self.trained: list[Tensor] = []
-        self.draws: list[Callable[[], Tensor]] = []
+        self.draws: list[partial[Tensor]] = []
         self.run: Callable[..., Any] | None = None
         placed: dict[int, fx.Node] = {}
         last = list(graph.find_nodes(op="placeholder"))[-1]
@@ -557,11 +590,9 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
     if rounded:
         module = round_products(module)
     if not on_gpu:
-        module = fastest_products(rewrite(module), threads=1 if apart else torch.get_num_threads())
-    computed = [node.meta.get("val") for node in module.graph.nodes if node.op == "call_function"]
-    values = [value for value in computed if isinstance(value, Tensor)]
+        module = fastest_products(rewrite(join_decoders(module)), threads=1 if apart else torch.get_num_threads())
     # One allocation where there were fifty, as long as it stays below the 32 MB from which each is a fresh mapping.
-    pooled = max((value.numel() * value.element_size() for value in values), default=0) <= MOST_POOLED
+    pooled = max((value.numel() * value.element_size() for value in _computed(module)), default=0) <= MOST_POOLED
     for node in module.graph.nodes:
         node.meta.clear()  # the shapes that the tracer noted are in its own terms, which the C++ wrapper refuses
 

@@ -25,3 +25,12 @@ def _fresh_state() -> Iterator[None]:
 def float64() -> None:
     """Float64 by default, for comparisons with exact values."""
     torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many of torch's threads, by indirect parameters."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -246,14 +246,6 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path):
         log_marginal(vae.model, vae.guide, x, num_samples=31, resume=file)
     with pytest.raises(ValueError, match="keeps an evaluation of other data"):
         log_marginal(vae.model, vae.guide, 1 - x, num_samples=30, resume=file)
-
-
-@pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)

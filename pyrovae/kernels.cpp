@@ -1,0 +1,405 @@
+// A decoder's linear layers and the Bernoulli log-likelihood of their logits in one pass over blocks of rows. See kernels.py.
+//
+// A tile of eight rows and three vectors of columns is summed over a layer's depth in registers and finished there: a hidden
+// layer's by its activation, the logits' by adding their log-likelihood to running sums of the row. So logits, of which there are
+// more than of anything else, are written nowhere, and hidden values no farther than the second-level cache. The weights are first
+// copied to panels of as many columns as a tile has, which stay in the first-level cache while a block of rows passes by.
+//
+// Vectors are GCC's and Clang's own, so the same text serves any processor that either of them compiles for.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 8;  // 24 sums, 3 columns and 1 row in 32 registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 4;  // 12 sums, 3 columns and 1 row in 16 registers
+#elif defined(__aarch64__)
+constexpr int LANES = 4, ROWS = 8;
+#else
+constexpr int LANES = 4, ROWS = 4;
+#endif
+constexpr int VECTORS = 3, PANEL = LANES * VECTORS;
+constexpr int BLOCK = 120;        // rows that pass all layers together: their hidden values stay in the second-level cache
+constexpr int MOST_FACTORS = 64;  // of 1 to 2, as many as a float32 multiplies without overflow, with room to spare
+
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+static inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
+static inline Floats all(float value) { return value - Floats{}; }
+static inline Floats least(Floats a, Floats b) { return a < b ? a : b; }  // b where either is NaN
+static inline Floats most(Floats a, Floats b) { return a > b ? a : b; }
+
+// Numbers on a vector's boundary: a load across two lines of the cache takes twice as long.
+class Room {
+  std::vector<float> numbers;
+
+ public:
+  explicit Room(int64_t size) : numbers(size + LANES) {}
+  float* begin() {
+    float* place = numbers.data();
+    while (reinterpret_cast<uintptr_t>(place) % (4 * LANES)) place++;
+    return place;
+  }
+};
+
+struct Relu {
+  static inline void apply(Floats (&x)[VECTORS]) {
+#pragma GCC unroll 3
+    for (Floats& value : x) value = most(Floats{}, value);
+  }
+};
+
+// x P(x^2) / Q(x^2), within 4e-7 of tanh x (experiments/minimax.py); one division for three, as it takes longest.
+struct Tanh {
+  static inline void parts(Floats x, Floats& above, Floats& below) {
+    x = least(all(8.0f), most(all(-8.0f), x));
+    Floats s = x * x;
+    above = s * 1.523061009625666e-08f + 2.1894799482147274e-05f;
+    above = above * s + 0.003571606367429252f;
+    above = above * s + 0.1344450501004544f;
+    above = (above * s + 0.9999999935788794f) * x;
+    below = s * 8.522524893850866e-07f + 0.00034113056644328934f;
+    below = below * s + 0.026164474688748766f;
+    below = below * s + 0.46777832332818475f;
+    below = below * s + 1.0f;
+  }
+
+  static inline void apply(Floats (&x)[VECTORS]) {
+    Floats above[VECTORS], below[VECTORS];
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; v++) parts(x[v], above[v], below[v]);
+    Floats first_two = below[0] * below[1], each = 1.0f / (first_two * below[2]), first = each * below[2];
+    x[0] = above[0] * (below[1] * first);
+    x[1] = above[1] * (below[0] * first);
+    x[2] = above[2] * (first_two * each);
+  }
+};
+
+// e^-a for a >= 0, within 1e-7 of 1 + e^-a: a power of two by the exponent's bits, times a polynomial for the rest of the power.
+static inline Floats exp_of_minus(Floats a) {
+  constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its last bits
+  a = least(all(87.0f), a);
+  Floats shifted = a * -1.4426950408889634f + SHIFT;
+  Floats left = a * -1.4426950408889634f - (shifted - SHIFT);
+  Floats value = left * 0.0013276471868738234f + 0.00967554133346661f;
+  value = value * left + 0.055507132738809244f;
+  value = value * left + 0.24022119723864632f;
+  value = value * left + 0.6931469670645258f;
+  value = value * left + 1.000000071654676f;
+  return (Floats)((Ints)value + ((Ints)shifted << 23));
+}
+
+// What becomes of a hidden layer's tile: `row` is counted within the block.
+template <class Activation>
+struct Hidden {
+  float* out;
+  int64_t columns;
+
+  template <int R, int V>
+  inline void take(Floats (&sum)[R][V], int64_t row, int64_t column) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Floats value[VECTORS] = {};
+      for (int v = 0; v < V; v++) value[v] = sum[r][v];
+      Activation::apply(value);
+      float* to = out + (row + r) * columns + column;
+      for (int v = 0; v < V; v++) {
+        if (v < V - 1 || column + V * LANES <= columns)
+          store(to + v * LANES, value[v]);
+        else
+          std::memcpy(to + v * LANES, &value[v], (columns - column - v * LANES) * sizeof(float));
+      }
+    }
+  }
+
+  void end_of_panel(int64_t, bool) {}
+};
+
+struct Bernoulli {
+  int64_t columns;
+  const float* data[BLOCK];
+  double logs[BLOCK];
+  alignas(64) float product[BLOCK * LANES];  // of 1 + e^-|l|
+  alignas(64) float plain[BLOCK * LANES];    // the sum of x l - max(l, 0)
+  int factors = 0;
+
+  Bernoulli(const float* x, int64_t num_data, int64_t columns, int64_t top, int64_t rows) : columns(columns) {
+    for (int64_t row = 0; row < rows; row++) {
+      data[row] = x + (top + row) % num_data * columns;
+      logs[row] = 0.0;
+    }
+    std::fill(product, product + rows * LANES, 1.0f);
+    std::fill(plain, plain + rows * LANES, 0.0f);
+  }
+
+  template <int R, int V>
+  inline void take(Floats (&sum)[R][V], int64_t row, int64_t column) {
+    if (column + V * LANES <= columns)
+      add<R, V, true>(sum, row, column);
+    else
+      add<R, V, false>(sum, row, column);
+  }
+
+  template <int R, int V, bool whole>
+  inline void add(Floats (&sum)[R][V], int64_t row, int64_t column) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Floats factor = load(product + (row + r) * LANES), term = load(plain + (row + r) * LANES);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; v++) {
+        Floats datum = {}, logit = sum[r][v];
+        const float* from = data[row + r] + column + v * LANES;
+        if (whole || v < V - 1)
+          datum = load(from);
+        else
+          std::memcpy(&datum, from, (columns - column - v * LANES) * sizeof(float));
+        term += datum * logit - most(logit, Floats{});
+        factor += factor * exp_of_minus((Floats)((Ints)logit & 0x7fffffff));
+      }
+      store(product + (row + r) * LANES, factor);
+      store(plain + (row + r) * LANES, term);
+    }
+  }
+
+  // A product's logarithm is that of its lanes' exponents, added, and of their mantissas, multiplied: one logarithm for a row.
+  void end_of_panel(int64_t rows, bool last) {
+    factors += VECTORS;
+    if (factors + VECTORS <= MOST_FACTORS && !last) return;
+    factors = 0;
+    for (int64_t row = 0; row < rows; row++) {
+      Ints bits = (Ints)load(product + row * LANES), exponent = (bits >> 23) - 127;
+      Floats mantissa = (Floats)((bits & 0x7fffff) | 0x3f800000);
+      int exponents = 0;
+      double even = 1.0, odd = 1.0;
+      for (int lane = 0; lane < LANES; lane += 2) {
+        exponents += exponent[lane] + exponent[lane + 1];
+        even *= mantissa[lane];
+        odd *= mantissa[lane + 1];
+      }
+      logs[row] += exponents * 0.6931471805599453 + std::log(even * odd);
+      store(product + row * LANES, all(1.0f));
+    }
+  }
+
+  void write(float* out, int64_t rows) const {
+    for (int64_t row = 0; row < rows; row++) {
+      double term = 0.0;
+      for (int lane = 0; lane < LANES; lane++) term += plain[row * LANES + lane];
+      out[row] = static_cast<float>(term - logs[row]);
+    }
+  }
+};
+
+// A layer as Python hands it over; its weights are (depth, columns), of any strides.
+struct Layer {
+  const float* weights;
+  const float* bias;
+  int64_t depth, columns, along_depth, along_columns, activation;
+};
+
+// The same by panels, with columns added up to a whole vector; what they compute is `padding`.
+class Panels {
+  Room room;
+
+  // Columns of the panel that begins here: few sizes of tiles, so that this text compiles in seconds.
+  int64_t width_at(int64_t first) const { return padded - first >= PANEL ? PANEL : LANES; }
+
+  template <int R, int V, class Finish>
+  static inline void tile(const float* left, int64_t depth, const float* panel, const float* bias, Finish& finish, int64_t row,
+                          int64_t column) {
+    Floats sum[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+      for (int v = 0; v < V; v++) sum[r][v] = load(bias + v * LANES);
+    for (int64_t k = 0; k < depth; k++) {
+      Floats right[V];
+#pragma GCC unroll 3
+      for (int v = 0; v < V; v++) right[v] = load(panel + k * V * LANES + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        Floats one = all(left[r * depth + k]);
+#pragma GCC unroll 3
+        for (int v = 0; v < V; v++) sum[r][v] += one * right[v];
+      }
+    }
+    finish.template take<R, V>(sum, row, column);
+  }
+
+  template <int V, class Finish>
+  void pass(const float* left, int64_t rows, int64_t first, Finish& finish) {
+    const float *panel = panels + first * layer.depth, *bias = biases + first;
+    int64_t row = 0;
+    for (; row + ROWS <= rows; row += ROWS) tile<ROWS, V>(left + row * layer.depth, layer.depth, panel, bias, finish, row, first);
+    for (; row < rows; row++) tile<1, V>(left + row * layer.depth, layer.depth, panel, bias, finish, row, first);
+  }
+
+ public:
+  Layer layer;
+  int64_t padded;
+  float *panels, *biases;
+
+  Panels(const Layer& layer, float padding)
+      : room((layer.columns + LANES) * (layer.depth + 1)), layer(layer), padded((layer.columns + LANES - 1) / LANES * LANES) {
+    panels = room.begin();
+    biases = panels + padded * layer.depth;
+    for (int64_t column = 0; column < padded; column++) biases[column] = column < layer.columns ? layer.bias[column] : padding;
+    for (int64_t first = 0, width; first < padded; first += width) {
+      width = width_at(first);
+      float* panel = panels + first * layer.depth;
+      for (int64_t c = 0; c < width && first + c < layer.columns; c++) {
+        const float* from = layer.weights + (first + c) * layer.along_columns;
+        for (int64_t k = 0; k < layer.depth; k++) panel[k * width + c] = from[k * layer.along_depth];
+      }
+    }
+  }
+
+  template <class Finish>
+  void run(const float* left, int64_t rows, Finish& finish) {
+    for (int64_t first = 0, width; first < padded; first += width) {
+      width = width_at(first);
+      if (width == PANEL)
+        pass<VECTORS>(left, rows, first, finish);
+      else
+        pass<1>(left, rows, first, finish);
+      finish.end_of_panel(rows, first + width >= padded);
+    }
+  }
+};
+
+// log p(x | z) of each row, in nats: hidden layers with their activations (0 tanh, 1 relu), the last one's sums are the logits.
+extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x,
+                                  int64_t num_data, float* out, int64_t threads) {
+  constexpr float NEVER = -1e4f;  // a logit whose log-likelihood at x = 0 is 0
+  std::vector<Panels> panels;
+  panels.reserve(num_layers);
+  int64_t widest = 0;
+  for (int64_t i = 0; i < num_layers; i++) {
+    panels.emplace_back(layers[i], i + 1 < num_layers ? 0.0f : NEVER);
+    if (i + 1 < num_layers) widest = std::max(widest, layers[i].columns);
+  }
+  int64_t share = (rows + threads * ROWS - 1) / (threads * ROWS) * ROWS;  // few rows are spread over all threads
+  int64_t block = std::min<int64_t>(BLOCK, share), blocks = (rows + block - 1) / block;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Room one(block * widest), other(block * widest);
+#pragma omp for
+    for (int64_t b = 0; b < blocks; b++) {
+      int64_t top = b * block, here = std::min(block, rows - top);
+      const float* now = left + top * layers[0].depth;
+      float *next = one.begin(), *free = other.begin();
+      for (int64_t i = 0; i + 1 < num_layers; i++) {
+        if (layers[i].activation == 0) {
+          Hidden<Tanh> finish{next, layers[i].columns};
+          panels[i].run(now, here, finish);
+        } else {
+          Hidden<Relu> finish{next, layers[i].columns};
+          panels[i].run(now, here, finish);
+        }
+        now = next;
+        std::swap(next, free);
+      }
+      Bernoulli finish(x, num_data, layers[num_layers - 1].columns, top, here);
+      panels[num_layers - 1].run(now, here, finish);
+      finish.write(out + top, here);
+    }
+  }
+}
+
+// Standard normals of a seed, by any thread: Threefry-2x32 with 20 rounds (Salmon and others, Parallel Random Numbers, 2011) on a
+// counter, then Box and Muller's transform, whose functions are those of Cephes.
+
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline void threefry(const uint32_t (&key)[3], Words& first, Words& second) {
+  constexpr int TURNS[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  first += key[0];
+  second += key[1];
+#pragma GCC unroll 5
+  for (int i = 0; i < 5; i++) {
+#pragma GCC unroll 4
+    for (int turn : TURNS[i % 2]) {
+      first += second;
+      second = ((second << turn) | (second >> (32 - turn))) ^ first;
+    }
+    first += key[(i + 1) % 3];
+    second += key[(i + 2) % 3] + i + 1;
+  }
+}
+
+static inline Floats natural_log(Floats x) {
+  Ints exponent = (((Ints)x - 0x3f3504f3) >> 23);  // so that what is left lies between the roots of 1/2 and 2
+  Floats f = (Floats)((Ints)x - (exponent << 23)) - 1.0f, square = f * f;
+  Floats tail = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  tail = tail * f + 1.1676998740e-1f;
+  tail = tail * f - 1.2420140846e-1f;
+  tail = tail * f + 1.4249322787e-1f;
+  tail = tail * f - 1.6668057665e-1f;
+  tail = tail * f + 2.0000714765e-1f;
+  tail = tail * f - 2.4999993993e-1f;
+  tail = tail * f + 3.3333331174e-1f;
+  return tail * f * square - 0.5f * square + f + __builtin_convertvector(exponent, Floats) * 0.6931471805599453f;
+}
+
+static inline Floats square_root(Floats x) {
+  Floats inverse = (Floats)(0x5f3759df - ((Ints)x >> 1));
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; i++) inverse *= 1.5f - 0.5f * x * inverse * inverse;
+  return x * inverse;
+}
+
+// cos and sin of pi times t in [-1, 1].
+static inline void on_circle(Floats t, Floats& cosine, Floats& sine) {
+  constexpr float SHIFT = 12582912.0f;
+  Floats shifted = t * 2.0f + SHIFT;
+  Ints quarter = (Ints)shifted;
+  Floats angle = (t * 2.0f - (shifted - SHIFT)) * 1.5707963267948966f, s = angle * angle;
+  Floats odd = s * -1.9515295891e-4f + 8.3321608736e-3f;
+  odd = (odd * s - 1.6666654611e-1f) * s * angle + angle;
+  Floats even = s * 2.443315711809948e-5f - 1.388731625493765e-3f;
+  even = (even * s + 4.166664568298827e-2f) * s * s - 0.5f * s + 1.0f;
+  Ints swap = -(quarter & 1);
+  Ints a = ((Ints)even & ~swap) | ((Ints)odd & swap), b = ((Ints)odd & ~swap) | ((Ints)even & swap);
+  cosine = (Floats)(a ^ (((quarter + 1) & 2) << 30));
+  sine = (Floats)(b ^ ((quarter & 2) << 30));
+}
+
+extern "C" void standard_normals(float* out, int64_t size, uint64_t seed) {
+  uint32_t key[3] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), 0};
+  key[2] = 0x1BD11BDA ^ key[0] ^ key[1];
+  Words lanes;
+  for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
+  for (int64_t at = 0; at < size; at += 2 * LANES) {
+    uint64_t counter = at / 2;  // a multiple of the lanes, so its low word does not overflow within a vector
+    Words first = lanes + static_cast<uint32_t>(counter), second = Words{} + static_cast<uint32_t>(counter >> 32);
+    threefry(key, first, second);
+    Floats uniform = __builtin_convertvector((Ints)(first >> 1), Floats) * 0x1p-31f + 0x1p-32f;
+    Floats radius = square_root(-2.0f * natural_log(uniform)), cosine, sine;
+    on_circle(__builtin_convertvector((Ints)second, Floats) * 0x1p-31f, cosine, sine);
+    if (at + 2 * LANES <= size) {
+      store(out + at, radius * cosine);
+      store(out + at + LANES, radius * sine);
+    } else {
+      alignas(64) float rest[2 * LANES];
+      store(rest, radius * cosine);
+      store(rest + LANES, radius * sine);
+      std::memcpy(out + at, rest, (size - at) * sizeof(float));
+    }
+  }
+}
+
+// One block of Threefry, for its published values.
+extern "C" void threefry_block(uint32_t* words, uint64_t seed) {
+  uint32_t key[3] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), 0};
+  key[2] = 0x1BD11BDA ^ key[0] ^ key[1];
+  Words first = Words{} + words[0], second = Words{} + words[1];
+  threefry(key, first, second);
+  words[0] = first[0];
+  words[1] = second[LANES - 1];
+}

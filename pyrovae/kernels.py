@@ -1,0 +1,127 @@
+"""Operations of our own that a compiled graph may call: products by oneDNN, a decoder with its likelihood, many normals.
+
+A decoder's logits are cheap to compute from and dear to write, and scoring wants nothing of them but the sum of their Bernoulli
+terms. ``kernels.cpp`` takes that sum while they are in registers, and the whole costs what MKL's products alone do
+(``experiments/benchmarks/NOTES.md``). It is compiled once a machine, by the compiler that Inductor uses.
+:mod:`pyrovae.rewrites` puts these operations into graphs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# So deep a layer no longer has its weights in the first caches while rows pass by, and MKL is faster.
+DEEPEST = 512
+# Rounded as written, but for products that are added in one instruction.
+FLAGS = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-ffp-contract=fast")
+
+
+@cache
+def compiled() -> ctypes.CDLL | None:
+    """The functions of ``kernels.cpp``; ``None`` where they cannot be compiled, with one warning that says why."""
+    from torch._inductor.codecache import CppCodeCache
+
+    source = Path(__file__).with_name("kernels.cpp").read_text(encoding="utf-8")
+    try:
+        library = CppCodeCache.load(source, extra_flags=FLAGS)
+    except Exception as error:  # whatever a compiler says, or its absence
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        message = f"Scoring runs a little slower, since kernels.cpp does not compile here ({reason[:200]})."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.bernoulli_decoder.argtypes = [pointer, number, pointer, number, pointer, number, pointer, number]
+    library.standard_normals.argtypes = [pointer, number, ctypes.c_uint64]
+    library.bernoulli_decoder.restype = library.standard_normals.restype = None
+    return library
+
+
+class _Layer(ctypes.Structure):
+    """``struct Layer`` of ``kernels.cpp``."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weights", "bias")] + [
+        (name, ctypes.c_int64) for name in ("depth", "columns", "along_depth", "along_columns", "activation")
+    ]
+
+
+def bernoulli_decoder(left: Tensor, weights: list[Tensor], biases: list[Tensor], activations: list[int], x: Tensor) -> Tensor:
+    r""":math:`\sum_d \log \mathrm{Bernoulli}(x_d \mid l_d)` of each row, of logits that are written nowhere.
+
+    .. math:: h_0 = \text{left}, \quad h_i = a_i(h_{i-1} W_i + b_i), \quad l = h_{n-1} W_n + b_n
+
+    Args:
+        left: (rows, depth), contiguous and float32 as all others.
+        weights: of each layer, (depth, columns) of any strides.
+        biases: of each layer, (columns,).
+        activations: of each layer but the last, its place among ``ACTIVATIONS``.
+        x: (number of data, columns of the last), contiguous; row i has datum i modulo their number.
+
+    Returns:
+        (rows,), in nats.
+    """
+    library, out = compiled(), left.new_empty(left.shape[0])
+    assert library is not None
+    layers = (_Layer * len(weights))(
+        *[
+            _Layer(weight.data_ptr(), bias.data_ptr(), *weight.shape, *weight.stride(), activation)
+            for weight, bias, activation in zip(weights, biases, [*activations, 0], strict=True)
+        ]
+    )
+    library.bernoulli_decoder(
+        left.data_ptr(), len(left), layers, len(layers), x.data_ptr(), len(x), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def standard_normals(shape: Sequence[int], seed: int) -> Tensor:
+    """float32 draws of N(0, 1), the same for a seed wherever and on whatever thread they are made.
+
+    torch's own generator makes one number after the other, and takes four times as long.
+
+    Args:
+        shape: of the draws.
+        seed: from 0 to 2^64 - 1.
+
+    References:
+        Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1, 2, 3, 2011: Threefry-2x32 with 20 rounds.
+    """
+    library, out = compiled(), torch.empty(*shape, dtype=torch.float32)
+    assert library is not None
+    library.standard_normals(out.data_ptr(), out.numel(), seed)
+    return out
+
+
+ACTIVATIONS = (torch.ops.aten.tanh.default, torch.ops.aten.relu.default)
+
+
+def _onednn_mm(left: Tensor, right: Tensor, flip: bool) -> Tensor:
+    linear = torch.ops.mkldnn._linear_pointwise  # x @ weight.T, whatever their layouts
+    if flip:
+        return linear(right.t(), left, None, "none", [], "").t().contiguous()
+    return linear(left, right.t(), None, "none", [], "")
+
+
+OPERATIONS = {
+    "mm(Tensor left, Tensor right, bool flip) -> Tensor": (
+        _onednn_mm,
+        lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]),
+    ),
+    "bernoulli_decoder(Tensor left, Tensor[] weights, Tensor[] biases, int[] activations, Tensor x) -> Tensor": (
+        bernoulli_decoder,
+        lambda left, weights, biases, activations, x: left.new_empty(left.shape[0]),
+    ),
+}
+
+if "_LIBRARY" not in globals():  # as it is when the module is loaded again
+    _LIBRARY = torch.library.Library("pyrovae", "DEF")
+    for _schema, (_function, _shape) in OPERATIONS.items():
+        _LIBRARY.define(_schema)
+        _LIBRARY.impl(_schema.partition("(")[0], _function, "CPU")
+        _LIBRARY.impl(_schema.partition("(")[0], _shape, "Meta")

@@ -1,0 +1,297 @@
+"""The C++ operations: against float64, SciPy and published values, and where graphs may call them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pyrovae import kernels, staging
+from pyrovae.rewrites import join_decoders, rewrite
+
+TANH, RELU = 0, 1
+pytestmark = pytest.mark.skipif(kernels.compiled() is None, reason="no C++ compiler")
+
+
+def network(
+    widths: list[int], rows: int, num_data: int, scale: float = 0.3
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(sum(widths) + rows)
+    pairs = list(itertools.pairwise(widths))
+    weights = [scale * torch.randn(wide, narrow, generator=generator) for wide, narrow in pairs]
+    biases = [torch.randn(narrow, generator=generator) for _, narrow in pairs]
+    x = torch.rand(num_data, widths[-1], generator=generator)
+    return torch.randn(rows, widths[0], generator=generator), weights, biases, x
+
+
+def exact(left: Tensor, weights: list[Tensor], biases: list[Tensor], activations: list[int], x: Tensor) -> Tensor:
+    value = left.double()
+    for place, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        value = value @ weight.double() + bias.double()
+        if place < len(activations):
+            value = torch.tanh(value) if activations[place] == TANH else torch.relu(value)
+    data = x[torch.arange(len(left)) % len(x)].double()
+    return -functional.binary_cross_entropy_with_logits(value, data, reduction="none").sum(-1)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("activation", [TANH, RELU])
+@pytest.mark.parametrize(
+    ("widths", "rows", "num_data"),
+    [
+        ([5, 7], 1, 1),
+        ([3, 16, 48], 8, 2),
+        ([50, 200, 200, 784], 301, 1),
+        ([4, 33, 15, 9, 95], 130, 13),
+        ([6, 100, 2000], 40, 40),
+    ],
+)
+def test_a_decoder_is_the_exact_one(threads: int, widths: list[int], rows: int, num_data: int, activation: int) -> None:
+    left, weights, biases, x = network(widths, rows, num_data)
+    activations = [activation] * (len(weights) - 1)
+    found = kernels.bernoulli_decoder(left, weights, biases, activations, x)
+    wanted = exact(left, weights, biases, activations, x)
+    # A float32 sum of float32 layers, as torch's own.
+    assert torch.allclose(found.double(), wanted, rtol=2e-6, atol=2e-5)
+
+
+def test_activations_may_differ_and_weights_may_lie_across() -> None:
+    left, weights, biases, x = network([20, 70, 60, 50], 33, 3)
+    across = [weight.t().contiguous().t() for weight in weights]
+    found = kernels.bernoulli_decoder(left, across, biases, [RELU, TANH], x)
+    assert torch.allclose(found.double(), exact(left, weights, biases, [RELU, TANH], x), rtol=2e-6, atol=2e-5)
+    assert torch.equal(found, kernels.bernoulli_decoder(left, weights, biases, [RELU, TANH], x))
+
+
+@pytest.mark.parametrize("logit", [0.0, 1e-3, 5.0, 16.0, 60.0, 200.0, 3e4])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("datum", [0.0, 0.3, 1.0])
+def test_any_logit_has_its_term(logit: float, sign: float, datum: float) -> None:
+    bias = torch.full((100,), sign * logit)
+    left, weight, x = torch.zeros(9, 1), torch.zeros(1, 100), torch.full((1, 100), datum)
+    found = kernels.bernoulli_decoder(left, [weight], [bias], [], x)
+    wanted = exact(left, [weight], [bias], [], x)
+    assert torch.allclose(found.double(), wanted, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [TANH, RELU])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_nan_stays_in_its_row(activation: int, layer: int) -> None:
+    left, weights, biases, x = network([6, 40, 90], 20, 1)
+    if layer == 0:
+        left[3, 2] = math.nan
+        found = kernels.bernoulli_decoder(left, weights, biases, [activation], x)
+        assert torch.equal(torch.isnan(found), torch.arange(20) == 3)
+    else:
+        biases[1][50] = math.nan
+        assert torch.isnan(kernels.bernoulli_decoder(left, weights, biases, [activation], x)).all()
+
+
+class Decoder(nn.Module):
+    def __init__(self, widths: list[int], activation: type[nn.Module]):
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(wide, narrow), activation()) for wide, narrow in itertools.pairwise(widths[:-1])]
+        self.hidden, self.last = nn.Sequential(*layers), nn.Linear(*widths[-2:])
+
+    def logits(self, z: Tensor) -> Tensor:
+        return self.last(self.hidden(z))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        logits = self.logits(z)
+        terms = -functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+        return terms.view(*logits.shape[:-1], -1).sum(-1)
+
+
+def targets(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Callable[..., Tensor], list[object]]:
+    """As ``stage`` captures it."""
+    with torch.no_grad():
+        graph, _ = staging._capture(lambda *given: (function(*given),), inputs)
+    graph.run = rewrite(join_decoders(graph.module))
+    return lambda *given: graph(given, ())[0], [node.target for node in graph.module.graph.nodes]
+
+
+OPERATION = torch.ops.pyrovae.bernoulli_decoder.default
+
+
+@pytest.mark.parametrize(
+    ("activation", "joined"), [(nn.Tanh, 3), (nn.ReLU, 3), (nn.Softplus, 1)], ids=["tanh", "relu", "softplus"]
+)
+@pytest.mark.parametrize("x_shape", [(1, 784), (4, 784), (1, 4, 784), (200, 4, 784)])
+def test_a_captured_decoder_is_one_operation(activation: type[nn.Module], joined: int, x_shape: tuple[int, ...]) -> None:
+    decoder = Decoder([12, 100, 50, 784], activation)
+    z, x = torch.randn(200, 4, 12), torch.rand(x_shape).round()
+    run, found = targets(decoder, z, x)
+    assert found.count(OPERATION) == 1
+    assert found.count(torch.ops.aten.mm.default) == 3 - joined
+    with torch.no_grad():
+        assert torch.allclose(run(z, x), decoder(z, x), rtol=1e-5)
+
+
+def _written(decoder: Decoder, z: Tensor, x: Tensor) -> Tensor:
+    logits = decoder.logits(z)
+    terms = -functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+    return terms.view(*logits.shape[:-1], -1).sum(-1) + logits.mean(-1)
+
+
+@pytest.mark.parametrize(
+    ("function", "widths", "rows", "x_shape"),
+    [
+        (_written, [12, 784], 400, (4, 784)),  # the logits are wanted themselves
+        (Decoder.forward, [12, 784], 2, (4, 784)),  # too few to repay a call
+        (Decoder.forward, [kernels.DEEPEST + 8, 784], 400, (4, 784)),  # too deep
+        (Decoder.forward, [12, 784], 400, (400, 1, 784)),  # data that do not repeat from their end
+    ],
+    ids=["read", "few", "deep", "across"],
+)
+def test_other_decoders_stay(function: Callable[..., Tensor], widths: list[int], rows: int, x_shape: tuple[int, ...]) -> None:
+    decoder = Decoder(widths, nn.Tanh)
+    z, x = torch.randn(rows, 4, widths[0]), torch.rand(x_shape).round()
+    run, found = targets(lambda z, x: function(decoder, z, x), z, x)
+    assert OPERATION not in found
+    with torch.no_grad():
+        assert torch.allclose(run(z, x), function(decoder, z, x), rtol=1e-4)
+
+
+def test_decoders_in_float64_and_in_training_stay() -> None:
+    decoder = Decoder([12, 100, 784], nn.Tanh)
+    z, x = torch.randn(400, 1, 12), torch.rand(1, 784).round()
+    graph, _ = staging._capture(lambda z, x: torch.autograd.grad(decoder(z, x).sum(), list(decoder.parameters())), (z, x))
+    assert all(node.target is not OPERATION for node in join_decoders(graph.module).graph.nodes)
+    _, found = targets(decoder.double(), z.double(), x.double())
+    assert OPERATION not in found
+
+
+def threefry(counter: np.ndarray, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Threefry-2x32-20 of Salmon and others (2011), word for word."""
+    words = [counter & np.uint64(0xFFFFFFFF), counter >> np.uint64(32)]
+    first, second = (word.astype(np.uint32) for word in words)
+    keys = [np.uint32(key[0]), np.uint32(key[1]), np.uint32(0x1BD11BDA ^ key[0] ^ key[1])]
+    turns = [13, 15, 26, 6, 17, 29, 16, 24]
+    with np.errstate(over="ignore"):
+        first, second = first + keys[0], second + keys[1]
+        for round_ in range(20):
+            turn = np.uint32(turns[round_ % 8])
+            first = first + second
+            second = ((second << turn) | (second >> (np.uint32(32) - turn))) ^ first
+            if round_ % 4 == 3:
+                step = round_ // 4 + 1
+                first, second = first + keys[step % 3], second + keys[(step + 1) % 3] + np.uint32(step)
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "published"),
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+        ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_threefry_has_its_published_values(counter: tuple[int, int], key: tuple[int, int], published: tuple[int, int]) -> None:
+    words = (ctypes.c_uint32 * 2)(*counter)
+    library = kernels.compiled()
+    assert library is not None
+    library.threefry_block(words, ctypes.c_uint64(key[0] | key[1] << 32))
+    assert tuple(words) == published
+    found = threefry(np.array([counter[0] | counter[1] << 32], dtype=np.uint64), key)
+    assert tuple(int(word[0]) for word in found) == published
+
+
+def test_normals_are_box_and_muller_of_the_counter() -> None:
+    seed, size = 0x123456789ABCDEF0, 100_003
+    found = kernels.standard_normals((size,), seed).double().numpy()
+    first, second = threefry(np.arange(size, dtype=np.uint64), (seed & 0xFFFFFFFF, seed >> 32))
+    radius = np.sqrt(-2 * np.log((first >> 1) * 2.0**-31 + 2.0**-32))
+    angle = np.pi * second.view(np.int32) * 2.0**-31
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)])
+    # A vector of the first halves, then one of the second, as wide as this processor's.
+    widths = [width for width in (4, 8, 16) if np.allclose(found[: 2 * width], pairs[:, :width].ravel(), atol=1e-5)]
+    assert widths
+    whole = size // (2 * widths[-1]) * widths[-1]
+    wanted = pairs[:, :whole].reshape(2, -1, widths[-1]).transpose(1, 0, 2).ravel()
+    assert np.abs(found[: 2 * whole] - wanted).max() < 2e-6 * 6
+    rest = pairs[:, whole : whole + widths[-1]].ravel()[: size - 2 * whole]
+    assert np.allclose(found[2 * whole :], rest, atol=1e-5)
+
+
+def test_normals_are_normal_and_independent() -> None:
+    draws = kernels.standard_normals((1_000, 1_000), 7).double().numpy().ravel()
+    assert stats.kstest(draws, "norm").pvalue > 1e-3
+    assert stats.kstest(draws**2, "chi2", (1,)).pvalue > 1e-3
+    assert stats.kstest(draws.reshape(-1, 50).sum(1) / math.sqrt(50), "norm").pvalue > 1e-3
+    for lag in (1, 4, 8, 16, 32, 50, 1_000):
+        for power in (1, 2):
+            values = draws**power
+            assert abs(np.corrcoef(values[:-lag], values[lag:])[0, 1]) < 4 / math.sqrt(len(values))
+    beyond = np.abs(draws) > 4.5
+    assert stats.binomtest(int(beyond.sum()), len(draws), 2 * stats.norm.sf(4.5)).pvalue > 1e-3
+
+
+def test_normals_go_by_their_seed() -> None:
+    one = kernels.standard_normals((3, 5), 1)
+    assert one.shape == (3, 5)
+    assert one.dtype is torch.float32
+    assert torch.equal(one, kernels.standard_normals((3, 5), 1))
+    others = [kernels.standard_normals((1_000,), seed) for seed in (2, 3, 2**32, 2**63)]
+    table = np.corrcoef(torch.stack(others).double().numpy())
+    assert np.abs(table - np.eye(4)).max() < 0.15
+
+
+@pytest.fixture
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from torch._inductor.codecache import CppCodeCache
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no compiler\nat all")
+
+    kernels.compiled.cache_clear()
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    yield
+    kernels.compiled.cache_clear()
+
+
+def test_where_it_does_not_compile_graphs_stay_as_they_are(without_a_compiler: None) -> None:
+    decoder = Decoder([12, 100, 784], nn.Tanh)
+    z, x = torch.randn(200, 1, 12), torch.rand(1, 784).round()
+    with pytest.warns(RuntimeWarning, match=r"a little slower, since kernels.cpp does not compile here \(no compiler\)"):
+        run, found = targets(decoder, z, x)
+    assert OPERATION not in found
+    with torch.no_grad():
+        assert torch.allclose(run(z, x), decoder(z, x), rtol=1e-5)
+    draw = torch.ops.aten.randn.default
+    numbers = staging._seeded(staging.partial(draw, [staging.MANY], dtype=torch.float32))()
+    assert numbers.shape == (staging.MANY,)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "seeded"),
+    [([staging.MANY], torch.float32, True), ([staging.MANY - 1], torch.float32, False), ([staging.MANY], torch.float64, False)],
+)
+def test_many_normals_come_from_a_seed_of_the_stream(shape: list[int], dtype: torch.dtype, seeded: bool) -> None:
+    draw = staging.partial(torch.ops.aten.randn.default, shape, dtype=dtype)
+    torch.manual_seed(0)
+    numbers, other = staging._seeded(draw), staging._seeded(draw)
+    torch.manual_seed(0)
+    again = staging._seeded(draw)
+    torch.manual_seed(0)
+    own = draw()
+    first = numbers()
+    assert (first.shape, first.dtype) == (torch.Size(shape), dtype)
+    assert torch.equal(first, again())
+    assert not torch.equal(first, other())
+    assert torch.equal(first, own) != seeded
+
+
+def test_the_module_can_be_loaded_again() -> None:
+    importlib.reload(kernels)
+    product = torch.ops.pyrovae.mm(torch.eye(2), torch.ones(2, 2), False)
+    assert torch.equal(product, torch.ones(2, 2))
