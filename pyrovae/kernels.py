@@ -109,6 +109,8 @@ def _onednn_mm(left: Tensor, right: Tensor, flip: bool) -> Tensor:
 
 
 OPERATIONS = {
+    # What a compiler does not look into, and so computes once instead of wherever it is read.
+    "once(Tensor value) -> Tensor": (torch.clone, torch.empty_like),
     "mm(Tensor left, Tensor right, bool flip) -> Tensor": (
         _onednn_mm,
         lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]),

@@ -43,6 +43,8 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
             _split_sum(graph, node)
         elif node.target is aten.tanh.default and node.meta["val"].dtype is torch.float32:
             _rational_tanh(graph, node)
+        elif node.target is aten.log.default:
+            _log_of_repeated(graph, node)
         elif node.target is aten.sum.dim_IntList:
             _bernoulli_sum(graph, node)
         elif node.target is aten.normal_.default:
@@ -295,6 +297,24 @@ def _rational_tanh(graph: fx.Graph, node: fx.Node) -> None:
 TANH_REACH = 8.0
 TANH_ABOVE = (0.9999999935788794, 0.1344450501004544, 0.003571606367429252, 2.1894799482147274e-05, 1.523061009625666e-08)
 TANH_BELOW = (1.0, 0.46777832332818475, 0.026164474688748766, 0.00034113056644328934, 8.522524893850866e-07)
+
+
+def _log_of_repeated(graph: fx.Graph, node: fx.Node) -> None:
+    """The logarithm of few numbers, repeated, for that of the many that they are repeated to, as scales are over draws."""
+    repeated = node.args[0]
+    if not (isinstance(repeated, fx.Node) and repeated.target is aten.expand.default):
+        return
+    few, shape = repeated.args
+    assert isinstance(few, fx.Node)
+    if node.meta["val"].numel() < max(MANY_LOGARITHMS, 16 * few.meta["val"].numel()) or node.meta["val"].device.type != "cpu":
+        return
+    with graph.inserting_before(node):
+        log = graph.call_function(torch.ops.pyrovae.once.default, (graph.call_function(aten.log.default, (few,)),))
+        _replace(node, graph.call_function(aten.expand.default, (log, shape)))
+
+
+# So many take longer than a call through Python.
+MANY_LOGARITHMS = 2**16
 
 
 def _standard_normal(graph: fx.Graph, node: fx.Node) -> None:

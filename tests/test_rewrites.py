@@ -168,6 +168,20 @@ def test_bernoulli_sums_too_short_to_group_stay(size: int) -> None:
     assert (aten.binary_cross_entropy_with_logits.default in targets) == (size == 9)
 
 
+@pytest.mark.parametrize(("rows", "once"), [(2**16, True), (2**12, False)])
+def test_many_logarithms_of_repeated_numbers_are_taken_once(rows: int, once: bool) -> None:
+    scale = torch.rand(1, 3)
+    run, targets = rewritten(lambda scale: (scale.expand(rows, 1, 3).log() * 2.0).sum(0), scale)
+    assert (torch.ops.pyrovae.once.default in targets) == once
+    assert torch.allclose(run(scale), 2.0 * rows * scale.log())
+
+
+def test_logarithms_of_numbers_repeated_a_few_times_stay() -> None:
+    scale = torch.rand(2**15, 1)
+    _, targets = rewritten(lambda scale: scale.expand(2**15, 4).log(), scale)
+    assert torch.ops.pyrovae.once.default not in targets
+
+
 def test_standard_normals_are_drawn_without_a_copy() -> None:
     run, targets = rewritten(lambda x: torch.empty(x.shape).normal_() + x, torch.zeros(100, 3))
     assert aten.randn.default in targets
