@@ -486,8 +486,12 @@ def largest_value(function: Callable[..., Tensors], *inputs: Tensor) -> int | No
 
 def _computed(module: fx.GraphModule) -> list[Tensor]:
     """The values that take memory: not those that view another."""
-    nodes = [node for node in module.graph.nodes if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)]
-    return [node.meta["val"] for node in nodes if all(returned.alias_info is None for returned in node.target._schema.returns)]
+    values = []
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)  # which picking one of several values has not
+        if node.op == "call_function" and (schema is None or all(value.alias_info is None for value in schema.returns)):
+            values.append(node.meta.get("val"))
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 class _Graph:
