@@ -192,7 +192,7 @@ def log_marginal(
         # Graphs go by shape, so the number of samples travels as the length of an empty tensor.
         return (plain(batch, len(length)),)
 
-    one = arguments(model, next(iter(Batches(x, batch_size=1, dtype=dtype, device=device))))
+    one = tuple(array[:1] for array in arguments(model, next(iter(Batches(x, batch_size=1, dtype=dtype, device=device)))))
     if chunk_size is not None:
         chunk = positive_integer(chunk_size, "chunk_size")
     else:

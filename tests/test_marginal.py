@@ -21,7 +21,7 @@ from scipy.special import logsumexp
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae import staging
+from pyrovae import marginal, staging
 from pyrovae.evidence import pareto_smooth, tail_size
 from pyrovae.marginal import _looks, _parts, log_marginal
 from pyrovae.weights import log_weights
@@ -274,6 +274,31 @@ def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, threads: int, m
     assert {number for _, number in ran_on - {(threading.get_ident(), threads)}} == ({1} if threads > 1 else set())
     assert len(ran_on) == (1 if threads == 1 else threads + 1)  # the first calls are the caller's
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_chunks_grow_as_wide_values_go(loaded: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(staging, "_inductor", lambda module, inputs, rounded, apart: module)
+    monkeypatch.setattr(marginal, "COMPILED_CHUNK_NUMBERS", 300 * 40)
+    monkeypatch.setattr(marginal, "NARROWEST", 10)
+    captured = []
+    widest = marginal.largest_value
+    monkeypatch.setattr(marginal, "largest_value", lambda *args: captured.append(args) or widest(*args))
+    plain = marginal._parts
+    chunks = []
+    monkeypatch.setattr(
+        marginal, "_parts", lambda active, step, chunk, first: chunks.append(chunk) or plain(active, step, chunk, first)
+    )
+    vae = pv.make_vae(6, latent_dim=2, hidden=[40])
+    x = torch.bernoulli(torch.full((20, 6), 0.4))
+    data = torch.utils.data.DataLoader(x, batch_size=5) if loaded else x
+    vae.log_marginal(data, num_samples=50, seed=0, compile=True)
+    (_, length, one), *_ = captured
+    assert (len(length), one.shape) == (marginal.PROBED, (1, 6))
+    assert set(chunks) == {300}  # 40 hidden values a draw are the widest
+    vae.log_marginal(data, num_samples=50, seed=0, compile=True, chunk_size=7)
+    assert len(captured) == 1
+    assert chunks[-1] == 7
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True)
