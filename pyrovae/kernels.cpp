@@ -81,17 +81,18 @@ struct Tanh {
   }
 };
 
-// e^-a for a >= 0, within 1e-7 of 1 + e^-a: a power of two by the exponent's bits, times a polynomial for the rest of the power.
+// e^-a for a >= 0, log(1 + e^-a) within 1e-7: a power of two by the exponent's bits, times a polynomial for the rest of the power
+// (experiments/minimax.py).
 static inline Floats exp_of_minus(Floats a) {
   constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its last bits
   a = least(all(87.0f), a);
   Floats shifted = a * -1.4426950408889634f + SHIFT;
   Floats left = a * -1.4426950408889634f - (shifted - SHIFT);
-  Floats value = left * 0.0013276471868738234f + 0.00967554133346661f;
-  value = value * left + 0.055507132738809244f;
-  value = value * left + 0.24022119723864632f;
-  value = value * left + 0.6931469670645258f;
-  value = value * left + 1.000000071654676f;
+  Floats value = left * 0.001327647151901107f + 0.00967554133067915f;
+  value = value * left + 0.05550713274962918f;
+  value = value * left + 0.240221197239339f;
+  value = value * left + 0.6931469670638646f;
+  value = value * left + 1.0000000716546562f;
   return (Floats)((Ints)value + ((Ints)shifted << 23));
 }
 

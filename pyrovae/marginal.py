@@ -126,7 +126,7 @@ def log_marginal(
         max_memory: MiB that a chunk's temporaries may fill, by their estimated number.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
         compile: capture and compile the scoring of a chunk (:mod:`pyrovae.staging`), for proposals from guide and prior;
-            ``"auto"`` does so from a thousand chunks of the default size on, with a ``target_se`` as if it took a thousand
+            ``"auto"`` does so from three hundred chunks of 16 MB on, with a ``target_se`` as if it took a thousand
             draws. The draws are the same either way, for one ``chunk_size``; by default a compiled chunk is half of an
             eager one.
         precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; all else stays as it is.

@@ -293,7 +293,7 @@ def _rational_tanh(graph: fx.Graph, node: fx.Node) -> None:
 
 
 # Minimax in the relative error on [0, 8], beyond which a float32 tanh is 1 within two units in the last place
-# (experiments/tanh_coefficients.py).
+# (experiments/minimax.py).
 TANH_REACH = 8.0
 TANH_ABOVE = (0.9999999935788794, 0.1344450501004544, 0.003571606367429252, 2.1894799482147274e-05, 1.523061009625666e-08)
 TANH_BELOW = (1.0, 0.46777832332818475, 0.026164474688748766, 0.00034113056644328934, 8.522524893850866e-07)
