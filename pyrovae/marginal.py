@@ -121,14 +121,14 @@ def log_marginal(
             only where its share of the prior is a whole number of draws.
         proposal: a name from above, or what :func:`pyrovae.refine` returned for the same data in the same order.
         prior_share: :math:`\alpha`, the share of draws that ``"mixture"`` takes from the prior, rounded to whole draws.
-        chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations (8 MB where
-            compiled), or fewer where ``max_memory`` asks for it.
+        chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations, or where
+            compiled 8 MB of the widest value, or fewer where ``max_memory`` asks for it.
         max_memory: MiB that a chunk's temporaries may fill, by their estimated number.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
         compile: capture and compile the scoring of a chunk (:mod:`pyrovae.staging`), for proposals from guide and prior;
             ``"auto"`` does so from three hundred chunks of 16 MB on, with a ``target_se`` as if it took a thousand
-            draws. The draws are the same either way, for one ``chunk_size``; by default a compiled chunk is half of an
-            eager one.
+            draws. By default a compiled chunk is of another size than an eager one, and many normal numbers are not drawn
+            by torch but made from a seed that is, on each thread: the estimates differ within their errors.
         precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; all else stays as it is.
             It is an approximation of the model, whose error no standard error shows.
         seed: makes the estimate reproducible, by how many processes it is made and however often it was interrupted; the global

@@ -26,6 +26,7 @@ import pyro.infer
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import kernels
 from .rewrites import draws_as_inputs, fastest_products, join_decoders, rewrite, round_products
@@ -95,7 +96,7 @@ class Staged:
         key = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
         graph = self._graphs.get(key)
         if graph is None:
-            return self._first(key, inputs)
+            return self._first(key, inputs) if self._captures(key) else self.function(*inputs)
         inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
         if graph.run is None:
             self._compile(graph, inputs)
@@ -108,14 +109,27 @@ class Staged:
 
         Its random numbers, or the seed of them where they are many, are drawn now: they do not depend on what else runs.
         """
+        if self.backend == "eager":
+            value = self.function(*inputs)
+            return lambda: value
         key = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
+        if key not in self._graphs and not self._captures(key):
+            with _SeededNormals() if any(graph.draws for graph in self._graphs.values()) else contextlib.nullcontext():
+                value = self.function(*inputs)
+            return lambda: value
         graph = self._graphs.get(key)
-        if graph is None or graph.run is None or not graph.draws or self.backend == "eager":
-            value = self(*inputs)
+        if graph is None or graph.run is None:
+            # Captured and compiled aside, so that no number depends on what was computed before.
+            random = _random_state(inputs)
+            self(*inputs) if graph else self._first(key, inputs)
+            _set_random_state(random)
+            return self.later(*inputs)
+        inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
+        if not graph.draws:
+            value = graph(inputs, ())
             return lambda: value
         if self._pool is None:
             self._pool = _SideBySide(self.threads)
-        inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
         drawn = [_seeded(draw) for draw in graph.draws]
         return self._pool.submit(lambda: graph(inputs, tuple([numbers() for numbers in drawn]))).result
 
@@ -125,10 +139,12 @@ class Staged:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def _first(self, key: tuple, inputs: Tensors) -> Tensors:
+    def _captures(self, key: tuple) -> bool:
+        """Whether another call with such inputs is worth a graph."""
         uses = self._uses[key] = self._uses.get(key, 0) + 1
-        if self._graphs and (uses < USES_BEFORE_CAPTURE or len(self._graphs) == MOST_GRAPHS):
-            return self.function(*inputs)
+        return not self._graphs or (uses >= USES_BEFORE_CAPTURE and len(self._graphs) < MOST_GRAPHS)
+
+    def _first(self, key: tuple, inputs: Tensors) -> Tensors:
         random = _random_state(inputs)
         try:
             self._graphs[key], outputs = _capture(self.function, _distinct(inputs))
@@ -167,11 +183,33 @@ class Staged:
 def _seeded(draw: partial[Tensor]) -> Callable[[], Tensor]:
     """What gives a draw's numbers on another thread: they are drawn now, or made there from a seed that is."""
     shape = torch.Size(draw.args[0])
-    many = draw.func is torch.ops.aten.randn.default and draw.keywords.get("dtype") is torch.float32 and shape.numel() >= MANY
-    if many and kernels.compiled() is not None:
-        return partial(kernels.standard_normals, shape, int(torch.randint(2**63 - 1, ())))
+    if draw.func is torch.ops.aten.randn.default and _many(shape, draw.keywords.get("dtype")):
+        return partial(kernels.standard_normals, shape, _seed())
     numbers = draw()
     return lambda: numbers
+
+
+class _SeededNormals(TorchDispatchMode):
+    """The same for a function that runs as it is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.normal_.default and not kwargs and args[1:] in ((), (0,), (0, 1)):
+            if args[0].device.type == "cpu" and _many(args[0].shape, args[0].dtype):
+                return args[0].copy_(kernels.standard_normals(args[0].shape, _seed()))
+        elif func is torch.ops.aten.randn.default and "generator" not in kwargs:
+            device = kwargs.get("device") or torch.get_default_device()
+            if torch.device(device).type == "cpu" and _many(torch.Size(args[0]), kwargs.get("dtype")):
+                return kernels.standard_normals(args[0], _seed())
+        return func(*args, **kwargs)
+
+
+def _many(shape: torch.Size, dtype: torch.dtype | None) -> bool:
+    return (dtype or torch.get_default_dtype()) is torch.float32 and shape.numel() >= MANY and kernels.compiled() is not None
+
+
+def _seed() -> int:
+    return int(torch.randint(2**63 - 1, ()))
 
 
 def _distinct(inputs: Tensors) -> Tensors:

@@ -291,6 +291,39 @@ def test_many_normals_come_from_a_seed_of_the_stream(shape: list[int], dtype: to
     assert torch.equal(first, own) != seeded
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rows: torch.randn(rows, 8),
+        lambda rows: torch.empty(rows, 8).normal_(),
+        lambda rows: torch.randn(rows, 8) + torch.rand(rows, 1) + torch.randn(rows, 1),
+        lambda rows: torch.randn(rows, 8, dtype=torch.float64).float(),
+        lambda rows: torch.randn(rows, 8) + torch.poisson(torch.ones(rows, 1)),
+    ],
+    ids=["randn", "normal_", "others", "float64", "in turn"],
+)
+def test_no_number_depends_on_what_ran_before(draw: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_inductor", lambda module, *options: module)
+    monkeypatch.setattr(staging, "USES_BEFORE_CAPTURE", 3)
+
+    def numbers(rows: list[int]) -> list[Tensor]:
+        staged = staging.Staged(lambda length: (draw(len(length)),), threads=2)
+        found = []
+        for size in rows:
+            torch.manual_seed(size)
+            found.append(staged.later(torch.empty(size, 0)))
+        values = [value()[0] for value in found]
+        staged.close()
+        assert staged.reason is None
+        return values
+
+    large, ragged = 2**14, 2**13 + 5
+    several = numbers([large, large, large, ragged, ragged, ragged, ragged])
+    assert all(torch.equal(value, several[0]) for value in several[:3])
+    assert all(torch.equal(value, several[3]) for value in several[3:])
+    assert torch.equal(numbers([large, ragged])[1], several[3])
+
+
 def test_the_module_can_be_loaded_again() -> None:
     importlib.reload(kernels)
     product = torch.ops.pyrovae.mm(torch.eye(2), torch.ones(2, 2), False)
