@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # So deep a layer no longer has its weights in the first caches while rows pass by, and MKL is faster.
 DEEPEST = 512
+# So many normal numbers take torch's generator longer than it is worth.
+MANY = 2**16
 # Rounded as written, but for products that are added in one instruction.
 FLAGS = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-ffp-contract=fast")
 
@@ -96,6 +100,38 @@ def standard_normals(shape: Sequence[int], seed: int) -> Tensor:
     assert library is not None
     library.standard_normals(out.data_ptr(), out.numel(), seed)
     return out
+
+
+def seeded(draw: partial[Tensor]) -> Callable[[], Tensor]:
+    """What gives a draw's numbers on another thread: they are drawn now, or made there from a seed that is."""
+    shape = torch.Size(draw.args[0])
+    if draw.func is torch.ops.aten.randn.default and _many(shape, draw.keywords.get("dtype")):
+        return partial(standard_normals, shape, _seed())
+    numbers = draw()
+    return lambda: numbers
+
+
+class SeededNormals(TorchDispatchMode):
+    """The same for a function that runs as it is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.normal_.default and not kwargs and args[1:] in ((), (0,), (0, 1)):
+            if args[0].device.type == "cpu" and _many(args[0].shape, args[0].dtype):
+                return args[0].copy_(standard_normals(args[0].shape, _seed()))
+        elif func is torch.ops.aten.randn.default and "generator" not in kwargs:
+            device = kwargs.get("device") or torch.get_default_device()
+            if torch.device(device).type == "cpu" and _many(torch.Size(args[0]), kwargs.get("dtype")):
+                return standard_normals(args[0], _seed())
+        return func(*args, **kwargs)
+
+
+def _many(shape: torch.Size, dtype: torch.dtype | None) -> bool:
+    return (dtype or torch.get_default_dtype()) is torch.float32 and shape.numel() >= MANY and compiled() is not None
+
+
+def _seed() -> int:
+    return int(torch.randint(2**63 - 1, ()))
 
 
 ACTIVATIONS = (torch.ops.aten.tanh.default, torch.ops.aten.relu.default)

@@ -26,9 +26,8 @@ import pyro.infer
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import kernels
+from .kernels import SeededNormals, seeded
 from .rewrites import draws_as_inputs, fastest_products, join_decoders, rewrite, round_products
 
 Tensors = tuple[Tensor, ...]
@@ -37,8 +36,6 @@ Tensors = tuple[Tensor, ...]
 MOST_GRAPHS = 4
 # A second shape, such as a ragged last batch, repays its own graph only if it keeps coming.
 USES_BEFORE_CAPTURE = 50
-# So many normal numbers take torch's generator longer than it is worth.
-MANY = 2**16
 # Bytes of the largest value of a graph whose values share one allocation.
 MOST_POOLED = 2**22
 
@@ -114,7 +111,7 @@ class Staged:
             return lambda: value
         key = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
         if key not in self._graphs and not self._captures(key):
-            with _SeededNormals() if any(graph.draws for graph in self._graphs.values()) else contextlib.nullcontext():
+            with SeededNormals() if any(graph.draws for graph in self._graphs.values()) else contextlib.nullcontext():
                 value = self.function(*inputs)
             return lambda: value
         graph = self._graphs.get(key)
@@ -130,7 +127,7 @@ class Staged:
             return lambda: value
         if self._pool is None:
             self._pool = _SideBySide(self.threads)
-        drawn = [_seeded(draw) for draw in graph.draws]
+        drawn = [seeded(draw) for draw in graph.draws]
         return self._pool.submit(lambda: graph(inputs, tuple([numbers() for numbers in drawn]))).result
 
     def close(self) -> None:
@@ -178,38 +175,6 @@ class Staged:
         slower = "with Pyro's handlers at every step" if backend == "eager" else "captured, but not compiled"
         self.reason = f"This step runs {slower}, since {why}: pass compile=False to run it as it is."
         warnings.warn(self.reason, RuntimeWarning, stacklevel=5)
-
-
-def _seeded(draw: partial[Tensor]) -> Callable[[], Tensor]:
-    """What gives a draw's numbers on another thread: they are drawn now, or made there from a seed that is."""
-    shape = torch.Size(draw.args[0])
-    if draw.func is torch.ops.aten.randn.default and _many(shape, draw.keywords.get("dtype")):
-        return partial(kernels.standard_normals, shape, _seed())
-    numbers = draw()
-    return lambda: numbers
-
-
-class _SeededNormals(TorchDispatchMode):
-    """The same for a function that runs as it is."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.normal_.default and not kwargs and args[1:] in ((), (0,), (0, 1)):
-            if args[0].device.type == "cpu" and _many(args[0].shape, args[0].dtype):
-                return args[0].copy_(kernels.standard_normals(args[0].shape, _seed()))
-        elif func is torch.ops.aten.randn.default and "generator" not in kwargs:
-            device = kwargs.get("device") or torch.get_default_device()
-            if torch.device(device).type == "cpu" and _many(torch.Size(args[0]), kwargs.get("dtype")):
-                return kernels.standard_normals(args[0], _seed())
-        return func(*args, **kwargs)
-
-
-def _many(shape: torch.Size, dtype: torch.dtype | None) -> bool:
-    return (dtype or torch.get_default_dtype()) is torch.float32 and shape.numel() >= MANY and kernels.compiled() is not None
-
-
-def _seed() -> int:
-    return int(torch.randint(2**63 - 1, ()))
 
 
 def _distinct(inputs: Tensors) -> Tensors:

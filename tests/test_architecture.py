@@ -43,8 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "training": _TRACES | {"estimators"},
     **{leaf: set() for leaf in LEAVES},
     # Beyond the page: what is done to a graph between capture and compiler.
-    "rewrites": set(),
-    "staging": {"rewrites"},
+    "kernels": set(),
+    "rewrites": {"kernels"},
+    "staging": {"kernels", "rewrites"},
     "config": set(ROOMS) - {"report", "cli"},
     "report": set(ROOMS) - {"cli"},
     "cli": set(ROOMS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import itertools
 import math
@@ -278,20 +279,20 @@ def test_where_it_does_not_compile_graphs_stay_as_they_are(without_a_compiler: N
     with torch.no_grad():
         assert torch.allclose(run(z, x), decoder(z, x), rtol=1e-5)
     draw = torch.ops.aten.randn.default
-    numbers = staging._seeded(staging.partial(draw, [staging.MANY], dtype=torch.float32))()
-    assert numbers.shape == (staging.MANY,)
+    numbers = kernels.seeded(functools.partial(draw, [kernels.MANY], dtype=torch.float32))()
+    assert numbers.shape == (kernels.MANY,)
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "seeded"),
-    [([staging.MANY], torch.float32, True), ([staging.MANY - 1], torch.float32, False), ([staging.MANY], torch.float64, False)],
+    [([kernels.MANY], torch.float32, True), ([kernels.MANY - 1], torch.float32, False), ([kernels.MANY], torch.float64, False)],
 )
 def test_many_normals_come_from_a_seed_of_the_stream(shape: list[int], dtype: torch.dtype, seeded: bool) -> None:
-    draw = staging.partial(torch.ops.aten.randn.default, shape, dtype=dtype)
+    draw = functools.partial(torch.ops.aten.randn.default, shape, dtype=dtype)
     torch.manual_seed(0)
-    numbers, other = staging._seeded(draw), staging._seeded(draw)
+    numbers, other = kernels.seeded(draw), kernels.seeded(draw)
     torch.manual_seed(0)
-    again = staging._seeded(draw)
+    again = kernels.seeded(draw)
     torch.manual_seed(0)
     own = draw()
     first = numbers()
