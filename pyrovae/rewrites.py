@@ -387,7 +387,7 @@ def _activated(node: fx.Node) -> tuple[int, tuple[fx.Node, fx.Node, fx.Node]] | 
 
 def _under_views(node: fx.Node) -> fx.Node:
     """What lies under views that keep the last dimension and are each wanted for one use."""
-    while node.target in (aten.view.default, aten.expand.default) and len(node.users) == 1:
+    while node.target in (*VIEWS, aten.expand.default) and len(node.users) == 1:
         inner = node.args[0]
         if not isinstance(inner, fx.Node) or "val" not in inner.meta or "val" not in node.meta:
             break
@@ -396,6 +396,10 @@ def _under_views(node: fx.Node) -> fx.Node:
             break
         node = inner
     return node
+
+
+# A linear layer's value is under the second from torch 2.15 on.
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def _data(x: fx.Node, shape: list[int]) -> fx.Node | None:
@@ -417,8 +421,8 @@ def _summed_cross_entropy(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int]] |
         return None
     view = node.args[0]
     chain: list[fx.Node] = []
-    for target in (aten.view.default, aten.neg.default, aten.binary_cross_entropy_with_logits.default):
-        if not isinstance(view, fx.Node) or view.target is not target or len(view.users) != 1:
+    for targets in (VIEWS, (aten.neg.default,), (aten.binary_cross_entropy_with_logits.default,)):
+        if not isinstance(view, fx.Node) or view.target not in targets or len(view.users) != 1:
             return None
         chain.append(view)
         view = view.args[0]
