@@ -5,12 +5,20 @@
 // more than of anything else, are written nowhere, and hidden values no farther than the second-level cache. The weights are first
 // copied to panels of as many columns as a tile has, which stay in the first-level cache while a block of rows passes by.
 //
+// The factors of the products may be rounded to bfloat16, all else staying in float32; where the processor multiplies those, they
+// lie in pairs along the depth, as it adds two products at a time.
+//
 // Vectors are GCC's and Clang's own, so the same text serves any processor that either of them compiles for.
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -28,6 +36,7 @@ constexpr int MOST_FACTORS = 64;  // of 1 to 2, as many as a float32 multiplies 
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 static inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
@@ -47,6 +56,77 @@ class Room {
     return place;
   }
 };
+
+// The upper half of a float32, to the nearest and to even, as bfloat16 has it; NaN stays one.
+static inline Ints upper_half(Floats value) {
+  Ints bits = (Ints)value, near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (value == value ? near : 0x7fc0 + Ints{}) & 0xffff;
+}
+
+// How the factors of products lie in memory, in words of four bytes: one number to a word,
+template <bool rounded>
+struct Numbers {
+  static constexpr int EACH = 1;
+
+  static inline Floats everywhere(const float* word) { return all(*word); }
+  static inline Floats product(Floats left, Floats right, Floats sum) { return sum + left * right; }
+
+  static inline void put(float* row, int64_t column, Floats value, int64_t columns) {
+    if (rounded) value = (Floats)(upper_half(value) << 16);
+    if (column + LANES <= columns)
+      store(row + column, value);
+    else
+      std::memcpy(row + column, &value, (columns - column) * sizeof(float));
+  }
+
+  static inline void put_deep(float* word, int64_t, float value) {
+    *word = rounded ? ((Floats)(upper_half(all(value)) << 16))[0] : value;
+  }
+};
+
+// or, rounded, two that follow each other.
+struct Pairs {
+  static constexpr int EACH = 2;
+
+  static inline Floats everywhere(const float* word) {
+    int32_t bits;
+    std::memcpy(&bits, word, sizeof bits);
+    return (Floats)(bits + Ints{});  // not as a number, which a pair is not
+  }
+
+#if defined(__AVX512BF16__)
+  static inline Floats product(Floats left, Floats right, Floats sum) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+  }
+#endif
+
+  static inline void put(float* row, int64_t column, Floats value, int64_t columns) {
+    Halves halves = __builtin_convertvector(upper_half(value), Halves);
+    char* to = reinterpret_cast<char*>(row) + column * sizeof(uint16_t);
+    if (column + LANES <= columns) {
+      std::memcpy(to, &halves, sizeof halves);
+    } else {
+      // With what lies beyond the last of an odd number, whose weights are zero: no infinity of another row may stay there.
+      std::memcpy(to, &halves, (columns - column + 1) / 2 * sizeof(float));
+    }
+  }
+
+  static inline void put_deep(float* word, int64_t place, float value) {
+    uint16_t half = upper_half(all(value))[0];
+    std::memcpy(reinterpret_cast<char*>(word) + place * sizeof half, &half, sizeof half);
+  }
+};
+
+#if defined(__AVX512BF16__)
+typedef Pairs Rounded;
+#else
+typedef Numbers<true> Rounded;
+#endif
+
+template <class Factors>
+static inline int64_t words(int64_t numbers) {
+  return (numbers + Factors::EACH - 1) / Factors::EACH;
+}
 
 struct Relu {
   static inline void apply(Floats (&x)[VECTORS]) {
@@ -97,7 +177,7 @@ static inline Floats exp_of_minus(Floats a) {
 }
 
 // What becomes of a hidden layer's tile: `row` is counted within the block.
-template <class Activation>
+template <class Activation, class Factors>
 struct Hidden {
   float* out;
   int64_t columns;
@@ -109,12 +189,10 @@ struct Hidden {
       Floats value[VECTORS] = {};
       for (int v = 0; v < V; v++) value[v] = sum[r][v];
       Activation::apply(value);
-      float* to = out + (row + r) * columns + column;
+      float* to = out + (row + r) * words<Factors>(columns);
       for (int v = 0; v < V; v++) {
-        if (v < V - 1 || column + V * LANES <= columns)
-          store(to + v * LANES, value[v]);
-        else
-          std::memcpy(to + v * LANES, &value[v], (columns - column - v * LANES) * sizeof(float));
+        int64_t end = column + (v + 1) * LANES;
+        Factors::put(to, end - LANES, value[v], v < V - 1 ? end : columns);
       }
     }
   }
@@ -202,7 +280,9 @@ struct Layer {
   int64_t depth, columns, along_depth, along_columns, activation;
 };
 
-// The same by panels, with columns added up to a whole vector; what they compute is `padding`.
+// The same by panels, with columns added up to a whole vector: of a hidden layer the last one again, which is as finite as that
+// is, and of logits what has a log-likelihood of 0 at x = 0.
+template <class Factors>
 class Panels {
   Room room;
 
@@ -210,22 +290,22 @@ class Panels {
   int64_t width_at(int64_t first) const { return padded - first >= PANEL ? PANEL : LANES; }
 
   template <int R, int V, class Finish>
-  static inline void tile(const float* left, int64_t depth, const float* panel, const float* bias, Finish& finish, int64_t row,
+  static inline void tile(const float* left, int64_t deep, const float* panel, const float* bias, Finish& finish, int64_t row,
                           int64_t column) {
     Floats sum[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
       for (int v = 0; v < V; v++) sum[r][v] = load(bias + v * LANES);
-    for (int64_t k = 0; k < depth; k++) {
+    for (int64_t k = 0; k < deep; k++) {
       Floats right[V];
 #pragma GCC unroll 3
       for (int v = 0; v < V; v++) right[v] = load(panel + k * V * LANES + v * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        Floats one = all(left[r * depth + k]);
+        Floats one = Factors::everywhere(left + r * deep + k);
 #pragma GCC unroll 3
-        for (int v = 0; v < V; v++) sum[r][v] += one * right[v];
+        for (int v = 0; v < V; v++) sum[r][v] = Factors::product(one, right[v], sum[r][v]);
       }
     }
     finish.template take<R, V>(sum, row, column);
@@ -233,28 +313,34 @@ class Panels {
 
   template <int V, class Finish>
   void pass(const float* left, int64_t rows, int64_t first, Finish& finish) {
-    const float *panel = panels + first * layer.depth, *bias = biases + first;
+    const float *panel = panels + first * deep, *bias = biases + first;
     int64_t row = 0;
-    for (; row + ROWS <= rows; row += ROWS) tile<ROWS, V>(left + row * layer.depth, layer.depth, panel, bias, finish, row, first);
-    for (; row < rows; row++) tile<1, V>(left + row * layer.depth, layer.depth, panel, bias, finish, row, first);
+    for (; row + ROWS <= rows; row += ROWS) tile<ROWS, V>(left + row * deep, deep, panel, bias, finish, row, first);
+    for (; row < rows; row++) tile<1, V>(left + row * deep, deep, panel, bias, finish, row, first);
   }
 
  public:
   Layer layer;
-  int64_t padded;
+  int64_t padded, deep;  // columns and words of depth
   float *panels, *biases;
 
-  Panels(const Layer& layer, float padding)
-      : room((layer.columns + LANES) * (layer.depth + 1)), layer(layer), padded((layer.columns + LANES - 1) / LANES * LANES) {
+  Panels(const Layer& layer, bool hidden)
+      : room((layer.columns + LANES) * (layer.depth + 1)),
+        layer(layer),
+        padded((layer.columns + LANES - 1) / LANES * LANES),
+        deep(words<Factors>(layer.depth)) {
     panels = room.begin();
-    biases = panels + padded * layer.depth;
-    for (int64_t column = 0; column < padded; column++) biases[column] = column < layer.columns ? layer.bias[column] : padding;
+    biases = panels + padded * deep;
+    int64_t last = layer.columns - 1;
+    for (int64_t column = 0; column < padded; column++)
+      biases[column] = column <= last || hidden ? layer.bias[std::min(column, last)] : -1e4f;
     for (int64_t first = 0, width; first < padded; first += width) {
       width = width_at(first);
-      float* panel = panels + first * layer.depth;
-      for (int64_t c = 0; c < width && first + c < layer.columns; c++) {
-        const float* from = layer.weights + (first + c) * layer.along_columns;
-        for (int64_t k = 0; k < layer.depth; k++) panel[k * width + c] = from[k * layer.along_depth];
+      float* panel = panels + first * deep;
+      for (int64_t c = 0; c < width && (first + c <= last || hidden); c++) {
+        const float* from = layer.weights + std::min(first + c, last) * layer.along_columns;
+        for (int64_t k = 0; k < layer.depth; k++)
+          Factors::put_deep(panel + k / Factors::EACH * width + c, k % Factors::EACH, from[k * layer.along_depth]);
       }
     }
   }
@@ -272,16 +358,16 @@ class Panels {
   }
 };
 
-// log p(x | z) of each row, in nats: hidden layers with their activations (0 tanh, 1 relu), the last one's sums are the logits.
-extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x,
-                                  int64_t num_data, float* out, int64_t threads) {
-  constexpr float NEVER = -1e4f;  // a logit whose log-likelihood at x = 0 is 0
-  std::vector<Panels> panels;
+template <class Factors>
+static void decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x, int64_t num_data,
+                    float* out, int64_t threads) {
+  constexpr bool AS_GIVEN = std::is_same<Factors, Numbers<false>>::value;
+  std::vector<Panels<Factors>> panels;
   panels.reserve(num_layers);
-  int64_t widest = 0;
+  int64_t depth = layers[0].depth, widest = AS_GIVEN ? 0 : words<Factors>(depth);
   for (int64_t i = 0; i < num_layers; i++) {
-    panels.emplace_back(layers[i], i + 1 < num_layers ? 0.0f : NEVER);
-    if (i + 1 < num_layers) widest = std::max(widest, layers[i].columns);
+    panels.emplace_back(layers[i], i + 1 < num_layers);
+    if (i + 1 < num_layers) widest = std::max(widest, words<Factors>(layers[i].columns));
   }
   int64_t share = (rows + threads * ROWS - 1) / (threads * ROWS) * ROWS;  // few rows are spread over all threads
   int64_t block = std::min<int64_t>(BLOCK, share), blocks = (rows + block - 1) / block;
@@ -291,14 +377,24 @@ extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* 
 #pragma omp for
     for (int64_t b = 0; b < blocks; b++) {
       int64_t top = b * block, here = std::min(block, rows - top);
-      const float* now = left + top * layers[0].depth;
+      const float* now = left + top * depth;
       float *next = one.begin(), *free = other.begin();
+      if (!AS_GIVEN) {
+        for (int64_t row = 0; row < here; row++)
+          for (int64_t column = 0; column < depth; column += LANES) {
+            Floats value = {};
+            std::memcpy(&value, now + row * depth + column, std::min<int64_t>(LANES, depth - column) * sizeof(float));
+            Factors::put(next + row * words<Factors>(depth), column, value, depth);
+          }
+        now = next;
+        std::swap(next, free);
+      }
       for (int64_t i = 0; i + 1 < num_layers; i++) {
         if (layers[i].activation == 0) {
-          Hidden<Tanh> finish{next, layers[i].columns};
+          Hidden<Tanh, Factors> finish{next, layers[i].columns};
           panels[i].run(now, here, finish);
         } else {
-          Hidden<Relu> finish{next, layers[i].columns};
+          Hidden<Relu, Factors> finish{next, layers[i].columns};
           panels[i].run(now, here, finish);
         }
         now = next;
@@ -309,6 +405,13 @@ extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* 
       finish.write(out + top, here);
     }
   }
+}
+
+// log p(x | z) of each row, in nats: hidden layers with their activations (0 tanh, 1 relu), the last one's sums are the logits;
+// with `rounded`, of products whose factors are in bfloat16.
+extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x,
+                                  int64_t num_data, float* out, int64_t threads, bool rounded) {
+  (rounded ? decoder<Rounded> : decoder<Numbers<false>>)(left, rows, layers, num_layers, x, num_data, out, threads);
 }
 
 // Standard normals of a seed, by any thread: Threefry-2x32 with 20 rounds (Salmon and others, Parallel Random Numbers, 2011) on a

@@ -41,7 +41,7 @@ def compiled() -> ctypes.CDLL | None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.bernoulli_decoder.argtypes = [pointer, number, pointer, number, pointer, number, pointer, number]
+    library.bernoulli_decoder.argtypes = [pointer, number, pointer, number, pointer, number, pointer, number, ctypes.c_bool]
     library.standard_normals.argtypes = [pointer, number, ctypes.c_uint64]
     library.bernoulli_decoder.restype = library.standard_normals.restype = None
     return library
@@ -55,7 +55,9 @@ class _Layer(ctypes.Structure):
     ]
 
 
-def bernoulli_decoder(left: Tensor, weights: list[Tensor], biases: list[Tensor], activations: list[int], x: Tensor) -> Tensor:
+def bernoulli_decoder(
+    left: Tensor, weights: list[Tensor], biases: list[Tensor], activations: list[int], x: Tensor, rounded: bool = False
+) -> Tensor:
     r""":math:`\sum_d \log \mathrm{Bernoulli}(x_d \mid l_d)` of each row, of logits that are written nowhere.
 
     .. math:: h_0 = \text{left}, \quad h_i = a_i(h_{i-1} W_i + b_i), \quad l = h_{n-1} W_n + b_n
@@ -66,6 +68,7 @@ def bernoulli_decoder(left: Tensor, weights: list[Tensor], biases: list[Tensor],
         biases: of each layer, (columns,).
         activations: of each layer but the last, its place among ``ACTIVATIONS``.
         x: (number of data, columns of the last), contiguous; row i has datum i modulo their number.
+        rounded: whether the factors of products, inputs, weights and hidden values, are rounded to bfloat16.
 
     Returns:
         (rows,), in nats.
@@ -79,7 +82,7 @@ def bernoulli_decoder(left: Tensor, weights: list[Tensor], biases: list[Tensor],
         ]
     )
     library.bernoulli_decoder(
-        left.data_ptr(), len(left), layers, len(layers), x.data_ptr(), len(x), out.data_ptr(), torch.get_num_threads()
+        left.data_ptr(), len(left), layers, len(layers), x.data_ptr(), len(x), out.data_ptr(), torch.get_num_threads(), rounded
     )
     return out
 
@@ -151,9 +154,9 @@ OPERATIONS = {
         _onednn_mm,
         lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]),
     ),
-    "bernoulli_decoder(Tensor left, Tensor[] weights, Tensor[] biases, int[] activations, Tensor x) -> Tensor": (
+    "bernoulli_decoder(Tensor left, Tensor[] weights, Tensor[] biases, int[] activations, Tensor x, bool rounded) -> Tensor": (
         bernoulli_decoder,
-        lambda left, weights, biases, activations, x: left.new_empty(left.shape[0]),
+        lambda left, weights, biases, activations, x, rounded: left.new_empty(left.shape[0]),
     ),
 }
 

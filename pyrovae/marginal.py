@@ -197,7 +197,7 @@ def log_marginal(
         chunk = positive_integer(chunk_size, "chunk_size")
     else:
         usual = (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width
-        if compile and kind in ("guide", "prior") and precision == "float32" and device.type == "cpu":
+        if compile and kind in ("guide", "prior") and device.type == "cpu":
             with torch.no_grad(), evaluation_mode(model, guide), pyro.validation_enabled(False):
                 number = largest_value(drawn_at, torch.empty(PROBED, 0, device=device), *one)
             usual = COMPILED_CHUNK_NUMBERS // (width if number is None else max(number // PROBED, NARROWEST))

@@ -54,13 +54,14 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def join_decoders(module: fx.GraphModule) -> fx.GraphModule:
+def join_decoders(module: fx.GraphModule, rounded: bool = False) -> fx.GraphModule:
     """In place, one operation for a Bernoulli likelihood and the linear layers before it, where nothing else reads any of them.
 
-    Before :func:`rewrite`, which takes the same things apart where they are not joined.
+    Before :func:`rewrite` and :func:`round_products`, which take the same things apart where they are not joined.
 
     Args:
         module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape, strides and type.
+        rounded: whether their products are of factors in bfloat16, added up in float32.
 
     Returns:
         The module.
@@ -85,7 +86,7 @@ def join_decoders(module: fx.GraphModule) -> fx.GraphModule:
         _, weights, biases = zip(*layers, strict=True)
         with graph.inserting_before(node):
             rows = graph.call_function(aten.view.default, (data, [-1, shape[-1]]))
-            operands = (layers[0][0], list(weights), list(biases), activations, rows)
+            operands = (layers[0][0], list(weights), list(biases), activations, rows, rounded)
             joined = graph.call_function(torch.ops.pyrovae.bernoulli_decoder.default, operands)
             _replace(node, graph.call_function(aten.view.default, (joined, list(node.meta["val"].shape))))
     graph.eliminate_dead_code()
