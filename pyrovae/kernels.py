@@ -1,9 +1,9 @@
 """Operations of our own that a compiled graph may call: products by oneDNN, a decoder with its likelihood, many normals.
 
 A decoder's logits are cheap to compute from and dear to write, and scoring wants nothing of them but the sum of their Bernoulli
-terms. ``kernels.cpp`` takes that sum while they are in registers, and the whole costs what MKL's products alone do
-(``experiments/benchmarks/NOTES.md``). It is compiled once a machine, by the compiler that Inductor uses.
-:mod:`pyrovae.rewrites` puts these operations into graphs.
+terms. ``kernels.cpp`` takes that sum while they are in registers, and the whole costs what MKL's products alone do, or half of
+that where the processor multiplies in bfloat16 (``experiments/benchmarks/NOTES.md``). It is compiled once a machine, by the
+compiler that Inductor uses. :mod:`pyrovae.rewrites` puts these operations into graphs.
 """
 
 from __future__ import annotations
