@@ -14,10 +14,13 @@
 #include <immintrin.h>
 #endif
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -412,6 +415,166 @@ static void decoder(const float* left, int64_t rows, const Layer* layers, int64_
 extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x,
                                   int64_t num_data, float* out, int64_t threads, bool rounded) {
   (rounded ? decoder<Rounded> : decoder<Numbers<false>>)(left, rows, layers, num_layers, x, num_data, out, threads);
+}
+
+// The product of two matrices of any strides. The right one is copied to panels by all threads, which then take pairs of some rows
+// and a panel as they come; MKL gives each thread a fixed part, and clears the product before it adds to it.
+
+#if defined(__clang__)
+static inline bool transposed(const float*, int64_t, float*, int64_t) { return false; }
+#else
+template <int STEP>
+static inline void exchange(Floats (&x)[LANES]) {
+  Ints low, high;
+  for (int lane = 0; lane < LANES; lane++) {
+    low[lane] = lane & STEP ? LANES + lane - STEP : lane;
+    high[lane] = lane & STEP ? LANES + lane : lane + STEP;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++)
+    if (!(i & STEP)) {
+      Floats one = x[i], other = x[i + STEP];
+      x[i] = __builtin_shuffle(one, other, low);
+      x[i + STEP] = __builtin_shuffle(one, other, high);
+    }
+  if constexpr (2 * STEP < LANES) exchange<2 * STEP>(x);
+}
+
+// A block of as many rows and columns as a vector has lanes.
+static inline bool transposed(const float* from, int64_t along, float* to, int64_t width) {
+  Floats x[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) x[i] = load(from + i * along);
+  exchange<1>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) store(to + i * width, x[i]);
+  return true;
+}
+#endif
+
+struct Matrix {
+  const float* numbers;
+  int64_t rows, columns, along_rows, along_columns;
+};
+
+// A panel of `width` columns, of which the last may lie beyond the matrix.
+static void copy_panel(const Matrix& from, int64_t first, int64_t width, float* to) {
+  int64_t here = std::min(width, from.columns - first);
+  const float* numbers = from.numbers + first * from.along_columns;
+  if (from.along_columns == 1) {
+    for (int64_t k = 0; k < from.rows; k++) {
+      std::memcpy(to + k * width, numbers + k * from.along_rows, here * sizeof(float));
+      std::fill(to + k * width + here, to + (k + 1) * width, 0.0f);
+    }
+    return;
+  }
+  for (int64_t column = 0; column < width; column += LANES) {
+    int64_t k = 0;
+    if (column + LANES <= here && from.along_rows == 1)
+      while (k + LANES <= from.rows &&
+             transposed(numbers + column * from.along_columns + k, from.along_columns, to + k * width + column, width))
+        k += LANES;
+    for (; k < from.rows; k++)
+      for (int64_t c = column; c < column + LANES; c++)
+        to[k * width + c] = c < here ? numbers[c * from.along_columns + k * from.along_rows] : 0.0f;
+  }
+}
+
+template <int R, int V>
+static inline void product_tile(const Matrix& left, int64_t row, const float* panel, float* out, int64_t column, int64_t columns) {
+  Floats sum[R][V] = {};
+  const float* from = left.numbers + row * left.along_rows;
+  for (int64_t k = 0; k < left.columns; k++) {
+    Floats right[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; v++) right[v] = load(panel + (k * V + v) * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Floats one = all(from[r * left.along_rows + k * left.along_columns]);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; v++) sum[r][v] += one * right[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; v++) {
+      int64_t end = column + (v + 1) * LANES;
+      Numbers<false>::put(out + (row + r) * columns, end - LANES, sum[r][v], v < V - 1 ? end : columns);
+    }
+}
+
+template <int V>
+static void product_rows(const Matrix& left, int64_t row, int64_t end, const float* panel, float* out, int64_t column,
+                         int64_t columns) {
+  for (; row + ROWS <= end; row += ROWS) product_tile<ROWS, V>(left, row, panel, out, column, columns);
+  for (; row + ROWS / 2 <= end; row += ROWS / 2) product_tile<ROWS / 2, V>(left, row, panel, out, column, columns);
+  for (; row < end; row++) product_tile<1, V>(left, row, panel, out, column, columns);
+}
+
+extern "C" void product(const Matrix* left, const Matrix* right, float* out, int64_t threads) {
+  constexpr int64_t TALL = 5 * ROWS;  // rows that pass a panel while it is near
+  int64_t deep = left->columns, columns = right->columns, padded = (columns + LANES - 1) / LANES * LANES;
+  int64_t wide = padded / PANEL, panels = wide + (padded - wide * PANEL) / LANES, shares = (left->rows + TALL - 1) / TALL;
+  auto first_of = [=](int64_t panel) { return std::min(panel, wide) * PANEL + std::max<int64_t>(0, panel - wide) * LANES; };
+  thread_local std::vector<float> kept;  // from one step to the next
+  if (kept.size() < static_cast<size_t>(padded * deep + LANES)) kept.resize(padded * deep + LANES);
+  float* room = kept.data();
+  while (reinterpret_cast<uintptr_t>(room) % (4 * LANES)) room++;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels; panel++)
+      copy_panel(*right, first_of(panel), panel < wide ? PANEL : LANES, room + first_of(panel) * deep);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < shares * panels; task++) {
+      int64_t panel = task % panels, column = first_of(panel), row = task / panels * TALL, end = std::min(left->rows, row + TALL);
+      if (panel < wide)
+        product_rows<VECTORS>(*left, row, end, room + column * deep, out, column, columns);
+      else
+        product_rows<1>(*left, row, end, room + column * deep, out, column, columns);
+    }
+  }
+}
+
+// The same for torch's dispatcher, by torch's own stable functions, so that a compiled graph calls it without Python.
+
+typedef void* Handle;
+
+struct Torch {
+  int32_t (*data)(Handle, void**);
+  int32_t (*sizes)(Handle, int64_t**);
+  int32_t (*strides)(Handle, int64_t**);
+  int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
+  int32_t (*drop)(Handle);
+};
+
+static Torch torch_functions;
+
+extern "C" void use_torch(const Torch* functions) { torch_functions = *functions; }
+
+static Matrix matrix_of(Handle tensor) {
+  void* numbers;
+  int64_t *sizes, *strides;
+  const Torch& torch = torch_functions;
+  if (torch.data(tensor, &numbers) || torch.sizes(tensor, &sizes) || torch.strides(tensor, &strides))
+    throw std::runtime_error("torch does not say where a tensor lies");
+  return {static_cast<const float*>(numbers), sizes[0], sizes[1], strides[0], strides[1]};
+}
+
+// (left, right) -> their product; takes both handles over.
+extern "C" void product_of_tensors(uint64_t* stack, uint64_t, uint64_t) {
+  constexpr int32_t FLOAT32 = 6, CPU = 0;
+  Handle left = reinterpret_cast<Handle>(stack[0]), right = reinterpret_cast<Handle>(stack[1]), out;
+  Matrix a = matrix_of(left), b = matrix_of(right);
+  int64_t sizes[2] = {a.rows, b.columns}, strides[2] = {b.columns, 1};
+  if (torch_functions.empty(2, sizes, strides, FLOAT32, CPU, 0, &out)) throw std::runtime_error("no memory for a product");
+  void* numbers;
+  torch_functions.data(out, &numbers);
+  product(&a, &b, static_cast<float*>(numbers), omp_get_max_threads());
+  torch_functions.drop(left);
+  torch_functions.drop(right);
+  stack[0] = reinterpret_cast<uint64_t>(out);
 }
 
 // Standard normals of a seed, by any thread: Threefry-2x32 with 20 rounds (Salmon and others, Parallel Random Numbers, 2011) on a

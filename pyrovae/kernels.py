@@ -47,6 +47,32 @@ def compiled() -> ctypes.CDLL | None:
     return library
 
 
+@cache
+def products() -> bool:
+    """Whether graphs may call ``pyrovae.product``, which is registered here without Python in between.
+
+    Not where ``kernels.cpp`` does not compile, nor under a torch that has no stable functions for it, as before 2.7.
+    """
+    if torch._C._dispatch_has_kernel_for_dispatch_key("pyrovae::product", "CPU"):
+        return True  # from before the module was loaded again
+    library, torch_itself = compiled(), ctypes.CDLL(torch._C.__file__)
+    if library is None:
+        return False
+    try:
+        functions = [getattr(torch_itself, f"aoti_torch_{name}") for name in STABLE]
+        begin, add = torch_itself.aoti_torch_library_init_impl, torch_itself.aoti_torch_library_impl
+    except AttributeError:
+        return False
+    library.use_torch((ctypes.c_void_p * len(functions))(*[ctypes.cast(each, ctypes.c_void_p) for each in functions]))
+    handle = ctypes.c_void_p()
+    failed = begin(b"pyrovae", b"CPU", b"kernels.cpp", ctypes.c_uint32(0), ctypes.byref(handle))
+    return not failed and not add(handle, b"product", library.product_of_tensors)
+
+
+# ``struct Torch`` of ``kernels.cpp``, in its order.
+STABLE = ("get_data_ptr", "get_sizes", "get_strides", "empty_strided", "delete_tensor_object")
+
+
 class _Layer(ctypes.Structure):
     """``struct Layer`` of ``kernels.cpp``."""
 
@@ -154,6 +180,10 @@ OPERATIONS = {
         _onednn_mm,
         lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]),
     ),
+    "product(Tensor left, Tensor right) -> Tensor": (
+        None,  # :func:`products` gives it
+        lambda left, right: left.new_empty(left.shape[0], right.shape[1]),
+    ),
     "bernoulli_decoder(Tensor left, Tensor[] weights, Tensor[] biases, int[] activations, Tensor x, bool rounded) -> Tensor": (
         bernoulli_decoder,
         lambda left, weights, biases, activations, x, rounded: left.new_empty(left.shape[0]),
@@ -164,5 +194,6 @@ if "_LIBRARY" not in globals():  # as it is when the module is loaded again
     _LIBRARY = torch.library.Library("pyrovae", "DEF")
     for _schema, (_function, _shape) in OPERATIONS.items():
         _LIBRARY.define(_schema)
-        _LIBRARY.impl(_schema.partition("(")[0], _function, "CPU")
+        if _function is not None:
+            _LIBRARY.impl(_schema.partition("(")[0], _function, "CPU")
         _LIBRARY.impl(_schema.partition("(")[0], _shape, "Meta")

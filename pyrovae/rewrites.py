@@ -7,7 +7,8 @@ trades accuracy for speed, and is asked for by name: products in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from timeit import timeit
 
@@ -145,11 +146,11 @@ PRODUCTS = (aten.mm.default, aten.bmm.default, aten.convolution.default, aten.co
 
 
 def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
-    """In place, large float32 products by whichever of torch's libraries is faster at their shape on this processor.
+    """In place, float32 products by what is fastest on this processor: MKL, our own tiles, or oneDNN.
 
-    torch multiplies by MKL, which is slow on processors that Intel did not make; oneDNN, which torch has for bfloat16, is not.
-    Each kind of product is timed once in a process. MKL stays unless oneDNN is clearly faster, so that noise decides little:
-    where it does, another process gives the same numbers but for rounding.
+    torch multiplies by MKL, which is slow on processors that Intel did not make. What is tried is timed once in a process, and
+    MKL stays unless another is clearly faster, so that noise decides little: where it does, another process gives the same
+    numbers but for rounding.
 
     Args:
         module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape, strides and type.
@@ -163,11 +164,13 @@ def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
         if left is None or right is None or left.dtype is not torch.float32:
             continue  # rounded factors, which have no value noted, and other types
         (rows, depth), columns = left.shape, right.shape[1]
-        if rows * depth * columns < FEWEST_MULTIPLICATIONS:
-            continue
-        way = _faster_way(rows, depth, columns, (left.is_contiguous(), right.is_contiguous()), threads)
-        if way is not None:
-            node.target, node.args = torch.ops.pyrovae.mm.default, (*node.args, way == "flipped")
+        multiplications = rows * depth * columns
+        if multiplications >= FEWEST_FOR_TILES and depth <= DEEPEST_FOR_TILES and _tiles_are_faster(threads):
+            node.target = torch.ops.pyrovae.product.default
+        elif multiplications >= FEWEST_MULTIPLICATIONS:
+            way = _faster_way(rows, depth, columns, (left.is_contiguous(), right.is_contiguous()), threads)
+            if way is not None:
+                node.target, node.args = torch.ops.pyrovae.mm.default, (*node.args, way == "flipped")
     module.recompile()
     return module
 
@@ -176,6 +179,30 @@ def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
 FEWEST_MULTIPLICATIONS = 2_000_000
 # Of MKL's time: on Intel's processors oneDNN takes as long or longer, on others half, and noise is a tenth.
 CLEARLY_FASTER = 0.75
+# Our own are called without Python, and stay where a panel of so many rows no longer fits a second-level cache.
+FEWEST_FOR_TILES, DEEPEST_FOR_TILES = 20_000, 1024
+# Of MKL's time, in the mean over the products of small and large steps: on a Zen 4 they take 0.8.
+TILES_CLEARLY_FASTER = 0.9
+
+
+@cache
+def _tiles_are_faster(threads: int) -> bool:
+    """One answer for all shapes, so that few are chosen by noise: products forward, to the weights and to the input."""
+    if not kernels.products():
+        return False
+    ones = partial(torch.ones, dtype=torch.float32, device="cpu")
+    pairs = [(ones(rows, 784), ones(200, 784).t()) for rows in (20, 100, 1000)]
+    pairs += [(ones(rows, 784).t(), ones(rows, 200)) for rows in (20, 100, 1000)]
+    pairs += [(ones(rows, 784), ones(784, 200)) for rows in (20, 100, 1000)]
+    contenders: dict[str, Callable[[], Tensor]] = {
+        f"{way}{place}": partial(multiply, *pair)
+        for place, pair in enumerate(pairs)
+        for way, multiply in (("mkl", torch.mm), ("tiles", torch.ops.pyrovae.product))
+    }
+    with _on(threads):
+        seconds = _seconds(contenders, laps=12)
+    shares = [seconds[f"tiles{place}"] / seconds[f"mkl{place}"] for place in range(len(pairs))]
+    return sum(shares) / len(shares) <= TILES_CLEARLY_FASTER
 
 
 def _faster_way(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> str | None:
@@ -199,16 +226,23 @@ def _shares(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], 
     left = ones(rows, depth) if contiguous[0] else ones(depth, rows).t()
     right = ones(depth, columns) if contiguous[1] else ones(columns, depth).t()
     ways = {way: partial(torch.ops.pyrovae.mm, left, right, way == "flipped") for way in ("straight", "flipped")}
+    try:
+        with _on(threads):
+            seconds = _seconds({"mkl": partial(torch.mm, left, right), **ways})
+    except RuntimeError:  # a build whose oneDNN has no such product
+        return {}
+    return {way: seconds[way] / seconds["mkl"] for way in ways}
+
+
+@contextlib.contextmanager
+def _on(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.autocast("cpu", enabled=False):
-            seconds = _seconds({"mkl": partial(torch.mm, left, right), **ways})
-    except RuntimeError:  # a build whose oneDNN has no such product
-        return {}
+            yield
     finally:
         torch.set_num_threads(before)
-    return {way: seconds[way] / seconds["mkl"] for way in ways}
 
 
 def _seconds(contenders: dict[str, Callable[[], Tensor]], laps: int = 6) -> dict[str, float]:

@@ -16,8 +16,9 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrovae import kernels, staging
-from pyrovae.rewrites import join_decoders, rewrite
+import pyrovae as pv
+from pyrovae import kernels, rewrites, staging
+from pyrovae.rewrites import fastest_products, join_decoders, rewrite
 
 TANH, RELU = 0, 1
 pytestmark = pytest.mark.skipif(kernels.compiled() is None, reason="no C++ compiler")
@@ -249,6 +250,107 @@ def test_decoders_in_float64_and_in_training_stay() -> None:
     assert all(node.target is not OPERATION for node in join_decoders(graph.module).graph.nodes)
     _, found = targets(decoder.double(), z.double(), x.double())
     assert OPERATION not in found
+
+
+PRODUCTS = pytest.mark.skipif(not kernels.products(), reason="a torch without stable functions for operations")
+
+
+@PRODUCTS
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("across", list(itertools.product([False, True], repeat=2)), ids=str)
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"),
+    [
+        (1, 1, 1),
+        (20, 784, 200),
+        (200, 20, 784),
+        (7, 3, 5),
+        (33, 130, 17),
+        (41, 16, 96),
+        (100, 33, 51),
+        (0, 4, 3),
+        (4, 3, 0),
+        (4, 0, 3),
+    ],
+)
+def test_a_product_is_the_exact_one(threads: int, rows: int, depth: int, columns: int, across: tuple[bool, bool]) -> None:
+    generator = torch.Generator().manual_seed(rows + depth)
+    left, right = torch.randn(rows, depth, generator=generator), torch.randn(depth, columns, generator=generator)
+    left, right = (x.t().contiguous().t() if flip else x for x, flip in zip((left, right), across, strict=True))
+    found = torch.ops.pyrovae.product(left, right)
+    assert found.is_contiguous()
+    assert torch.allclose(found.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-6 * max(depth, 1))
+
+
+@PRODUCTS
+def test_a_product_of_parts_reads_only_those() -> None:
+    whole = torch.full((60, 120), math.nan)
+    left, right = whole[:40:2, 1:61:3], whole[40:, :110:2]
+    left.copy_(torch.randn(20, 20)), right.copy_(torch.randn(20, 55))
+    found = torch.ops.pyrovae.product(left, right)
+    assert torch.allclose(found.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5)
+    repeated = torch.randn(1, 55).expand(20, 55)
+    assert torch.allclose(torch.ops.pyrovae.product(left, repeated), left @ repeated, rtol=1e-4, atol=1e-5)
+
+
+@PRODUCTS
+def test_a_product_keeps_nan_and_infinity_where_they_belong() -> None:
+    left, right = torch.ones(9, 4), torch.ones(4, 50)
+    left[2, 1], right[3, 49] = math.nan, math.inf
+    found = torch.ops.pyrovae.product(left, right)
+    assert torch.equal(torch.isnan(found), (torch.arange(9) == 2)[:, None].expand(9, 50))
+    assert torch.equal(torch.isinf(found).nonzero()[:, 1].unique(), torch.tensor([49]))
+
+
+def _products(left: Tensor, right: Tensor) -> list[object]:
+    graph, _ = staging._capture(lambda left, right: (left @ right,), (left, right))
+    return [node.target for node in fastest_products(graph.module, threads=2).graph.nodes]
+
+
+@PRODUCTS
+def test_our_tiles_multiply_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large, deep = torch.ones(10, 10), torch.ones(100, 100), torch.ones(2_000, 2_000)
+    tiles = torch.ops.pyrovae.product.default
+    monkeypatch.setattr(rewrites, "_faster_way", lambda *shape: None)
+    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads: True)
+    assert tiles in _products(large, large)
+    for x in (small, deep, large.double()):
+        assert tiles not in _products(x, x)
+    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads: False)
+    assert tiles not in _products(large, large)
+
+
+@PRODUCTS
+@pytest.mark.parametrize(("share", "chosen"), [(0.7, True), (0.97, False)])
+def test_our_tiles_have_to_be_clearly_faster(share: float, chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(contenders: dict[str, Callable[[], Tensor]], laps: int) -> dict[str, float]:
+        return {name: share if name.startswith("tiles") else 1.0 for name in contenders}
+
+    monkeypatch.setattr(rewrites, "_seconds", seconds)
+    assert rewrites._tiles_are_faster.__wrapped__(2) is chosen
+
+
+@PRODUCTS
+def test_a_step_by_our_tiles_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads: True)
+    x, losses = torch.rand(30, 60).round(), []
+    for backend in ("inductor", "eager"):
+        torch.manual_seed(0)
+        vae = pv.make_vae(60, latent_dim=12, hidden=[70], activation="tanh")
+        adam = torch.optim.Adam(vae.parameters(), lr=1e-2, fused=True)
+        step = pv.stage(pv.estimators.IWAE(20), vae.model, vae.guide, adam, x, backend=backend)
+        torch.manual_seed(1)
+        losses.append([step(x).loss for _ in range(30)])
+        assert step.reason is None
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_without_torchs_stable_functions_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    monkeypatch.setattr(kernels, "STABLE", ("none_such",))
+    assert not kernels.products.__wrapped__()
+    monkeypatch.setattr(rewrites.kernels, "products", lambda: False)
+    assert not rewrites._tiles_are_faster.__wrapped__(1)
 
 
 def threefry(counter: np.ndarray, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
