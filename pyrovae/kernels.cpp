@@ -1,4 +1,5 @@
-// A decoder's linear layers and the Bernoulli log-likelihood of their logits in one pass over blocks of rows. See kernels.py.
+// A decoder's linear layers and the Bernoulli log-likelihood of their logits in one pass over blocks of rows; normal numbers; and
+// products of matrices. See kernels.py.
 //
 // A tile of eight rows and three vectors of columns is summed over a layer's depth in registers and finished there: a hidden
 // layer's by its activation, the logits' by adding their log-likelihood to running sums of the row. So logits, of which there are
@@ -13,8 +14,6 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
-
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -543,6 +542,8 @@ typedef void* Handle;
 
 struct Torch {
   int32_t (*data)(Handle, void**);
+  int32_t (*type)(Handle, int32_t*);
+  int32_t (*dimensions)(Handle, int64_t*);
   int32_t (*sizes)(Handle, int64_t**);
   int32_t (*strides)(Handle, int64_t**);
   int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
@@ -550,31 +551,56 @@ struct Torch {
 };
 
 static Torch torch_functions;
+constexpr int32_t FLOAT32 = 6, CPU = 0;  // as torch's own functions number them
 
 extern "C" void use_torch(const Torch* functions) { torch_functions = *functions; }
 
-static Matrix matrix_of(Handle tensor) {
-  void* numbers;
-  int64_t *sizes, *strides;
-  const Torch& torch = torch_functions;
-  if (torch.data(tensor, &numbers) || torch.sizes(tensor, &sizes) || torch.strides(tensor, &strides))
-    throw std::runtime_error("torch does not say where a tensor lies");
-  return {static_cast<const float*>(numbers), sizes[0], sizes[1], strides[0], strides[1]};
-}
+// A tensor that is dropped unless it is handed on.
+class Held {
+  Handle tensor = nullptr;
 
-// (left, right) -> their product; takes both handles over.
+ public:
+  explicit Held(uint64_t handle) : tensor(reinterpret_cast<Handle>(handle)) {}
+  Held(int64_t rows, int64_t columns) {
+    int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
+    if (torch_functions.empty(2, sizes, strides, FLOAT32, CPU, 0, &tensor)) throw std::runtime_error("no memory for a product");
+  }
+  Held(const Held&) = delete;
+  ~Held() {
+    if (tensor) torch_functions.drop(tensor);
+  }
+
+  float* numbers() const {
+    void* place;
+    if (torch_functions.data(tensor, &place)) throw std::runtime_error("torch does not say where a tensor lies");
+    return static_cast<float*>(place);
+  }
+
+  Matrix matrix() const {
+    int32_t type;
+    int64_t dimensions, *sizes, *strides;
+    const Torch& torch = torch_functions;
+    bool failed = torch.type(tensor, &type) || torch.dimensions(tensor, &dimensions) || torch.sizes(tensor, &sizes) ||
+                  torch.strides(tensor, &strides);
+    if (failed || type != FLOAT32 || dimensions != 2) throw std::runtime_error("pyrovae::product takes two float32 matrices");
+    return {numbers(), sizes[0], sizes[1], strides[0], strides[1]};
+  }
+
+  uint64_t hand_on() {
+    Handle given = tensor;
+    tensor = nullptr;
+    return reinterpret_cast<uint64_t>(given);
+  }
+};
+
+// (left, right, threads) -> their product, in the words of torch's dispatcher, which hands the tensors over.
 extern "C" void product_of_tensors(uint64_t* stack, uint64_t, uint64_t) {
-  constexpr int32_t FLOAT32 = 6, CPU = 0;
-  Handle left = reinterpret_cast<Handle>(stack[0]), right = reinterpret_cast<Handle>(stack[1]), out;
-  Matrix a = matrix_of(left), b = matrix_of(right);
-  int64_t sizes[2] = {a.rows, b.columns}, strides[2] = {b.columns, 1};
-  if (torch_functions.empty(2, sizes, strides, FLOAT32, CPU, 0, &out)) throw std::runtime_error("no memory for a product");
-  void* numbers;
-  torch_functions.data(out, &numbers);
-  product(&a, &b, static_cast<float*>(numbers), omp_get_max_threads());
-  torch_functions.drop(left);
-  torch_functions.drop(right);
-  stack[0] = reinterpret_cast<uint64_t>(out);
+  Held left(stack[0]), right(stack[1]);
+  Matrix a = left.matrix(), b = right.matrix();
+  if (a.columns != b.rows) throw std::runtime_error("pyrovae::product takes matrices of sizes (m, k) and (k, n)");
+  Held out(a.rows, b.columns);
+  product(&a, &b, out.numbers(), static_cast<int64_t>(stack[2]));
+  stack[0] = out.hand_on();
 }
 
 // Standard normals of a seed, by any thread: Threefry-2x32 with 20 rounds (Salmon and others, Parallel Random Numbers, 2011) on a

@@ -1,4 +1,4 @@
-"""Operations of our own that a compiled graph may call: products by oneDNN, a decoder with its likelihood, many normals.
+"""Operations of our own that a compiled graph may call: products, a decoder with its likelihood, many normals.
 
 A decoder's logits are cheap to compute from and dear to write, and scoring wants nothing of them but the sum of their Bernoulli
 terms. ``kernels.cpp`` takes that sum while they are in registers, and the whole costs what MKL's products alone do, or half of
@@ -32,12 +32,12 @@ def compiled() -> ctypes.CDLL | None:
     """The functions of ``kernels.cpp``; ``None`` where they cannot be compiled, with one warning that says why."""
     from torch._inductor.codecache import CppCodeCache
 
-    source = Path(__file__).with_name("kernels.cpp").read_text(encoding="utf-8")
+    source = Path(__file__).with_name("kernels.cpp").read_text(encoding="utf-8") + _processor()
     try:
         library = CppCodeCache.load(source, extra_flags=FLAGS)
     except Exception as error:  # whatever a compiler says, or its absence
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        message = f"Scoring runs a little slower, since kernels.cpp does not compile here ({reason[:200]})."
+        message = f"Compiled steps and scoring run a little slower, since kernels.cpp does not compile here ({reason[:200]})."
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -45,6 +45,13 @@ def compiled() -> ctypes.CDLL | None:
     library.standard_normals.argtypes = [pointer, number, ctypes.c_uint64]
     library.bernoulli_decoder.restype = library.standard_normals.restype = None
     return library
+
+
+def _processor() -> str:
+    """A comment that differs where instructions do: a folder of compiled code may be shared by several machines."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    return next((f"\n// {line}\n" for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
 @cache
@@ -70,7 +77,7 @@ def products() -> bool:
 
 
 # ``struct Torch`` of ``kernels.cpp``, in its order.
-STABLE = ("get_data_ptr", "get_sizes", "get_strides", "empty_strided", "delete_tensor_object")
+STABLE = ("get_data_ptr", "get_dtype", "get_dim", "get_sizes", "get_strides", "empty_strided", "delete_tensor_object")
 
 
 class _Layer(ctypes.Structure):
@@ -180,9 +187,9 @@ OPERATIONS = {
         _onednn_mm,
         lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]),
     ),
-    "product(Tensor left, Tensor right) -> Tensor": (
+    "product(Tensor left, Tensor right, int threads) -> Tensor": (
         None,  # :func:`products` gives it
-        lambda left, right: left.new_empty(left.shape[0], right.shape[1]),
+        lambda left, right, threads: left.new_empty(left.shape[0], right.shape[1]),
     ),
     "bernoulli_decoder(Tensor left, Tensor[] weights, Tensor[] biases, int[] activations, Tensor x, bool rounded) -> Tensor": (
         bernoulli_decoder,

@@ -146,10 +146,10 @@ PRODUCTS = (aten.mm.default, aten.bmm.default, aten.convolution.default, aten.co
 
 
 def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
-    """In place, float32 products by what is fastest on this processor: MKL, our own tiles, or oneDNN.
+    """In place, float32 products by our own tiles where these are clearly faster than MKL on this processor, else by oneDNN.
 
-    torch multiplies by MKL, which is slow on processors that Intel did not make. What is tried is timed once in a process, and
-    MKL stays unless another is clearly faster, so that noise decides little: where it does, another process gives the same
+    torch multiplies by MKL, which is slow on processors that Intel did not make. The others are timed once in a process, and
+    MKL stays unless they are clearly faster, so that noise decides little: where it does, another process gives the same
     numbers but for rounding.
 
     Args:
@@ -161,12 +161,13 @@ def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
     """
     for node in module.graph.find_nodes(op="call_function", target=aten.mm.default):
         left, right = (factor.meta.get("val") for factor in node.args)
-        if left is None or right is None or left.dtype is not torch.float32:
+        if left is None or right is None or left.dtype is not torch.float32 or left.device.type != "cpu":
             continue  # rounded factors, which have no value noted, and other types
         (rows, depth), columns = left.shape, right.shape[1]
         multiplications = rows * depth * columns
-        if multiplications >= FEWEST_FOR_TILES and depth <= DEEPEST_FOR_TILES and _tiles_are_faster(threads):
-            node.target = torch.ops.pyrovae.product.default
+        fits = min(rows, columns) >= THINNEST_FOR_TILES and depth <= DEEPEST_FOR_TILES and right.numel() <= LARGEST_FOR_TILES
+        if fits and _tiles_are_faster(threads):
+            node.target, node.args = torch.ops.pyrovae.product.default, (*node.args, threads)
         elif multiplications >= FEWEST_MULTIPLICATIONS:
             way = _faster_way(rows, depth, columns, (left.is_contiguous(), right.is_contiguous()), threads)
             if way is not None:
@@ -179,8 +180,9 @@ def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
 FEWEST_MULTIPLICATIONS = 2_000_000
 # Of MKL's time: on Intel's processors oneDNN takes as long or longer, on others half, and noise is a tenth.
 CLEARLY_FASTER = 0.75
-# Our own are called without Python, and stay where a panel of so many rows no longer fits a second-level cache.
-FEWEST_FOR_TILES, DEEPEST_FOR_TILES = 20_000, 1024
+# Fewer rows or columns do not repay a copy of the other factor; a panel of more rows no longer fits a second-level cache; and
+# the copy of a larger factor, which a thread keeps from step to step, would take more than 16 MB.
+THINNEST_FOR_TILES, DEEPEST_FOR_TILES, LARGEST_FOR_TILES = 16, 1024, 2**22
 # Of MKL's time, in the mean over the products of small and large steps: on a Zen 4 they take 0.8.
 TILES_CLEARLY_FASTER = 0.9
 
@@ -197,7 +199,7 @@ def _tiles_are_faster(threads: int) -> bool:
     contenders: dict[str, Callable[[], Tensor]] = {
         f"{way}{place}": partial(multiply, *pair)
         for place, pair in enumerate(pairs)
-        for way, multiply in (("mkl", torch.mm), ("tiles", torch.ops.pyrovae.product))
+        for way, multiply in (("mkl", torch.mm), ("tiles", partial(torch.ops.pyrovae.product, threads=threads)))
     }
     with _on(threads):
         seconds = _seconds(contenders, laps=12)

@@ -277,7 +277,7 @@ def test_a_product_is_the_exact_one(threads: int, rows: int, depth: int, columns
     generator = torch.Generator().manual_seed(rows + depth)
     left, right = torch.randn(rows, depth, generator=generator), torch.randn(depth, columns, generator=generator)
     left, right = (x.t().contiguous().t() if flip else x for x, flip in zip((left, right), across, strict=True))
-    found = torch.ops.pyrovae.product(left, right)
+    found = torch.ops.pyrovae.product(left, right, threads)
     assert found.is_contiguous()
     assert torch.allclose(found.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-6 * max(depth, 1))
 
@@ -287,19 +287,50 @@ def test_a_product_of_parts_reads_only_those() -> None:
     whole = torch.full((60, 120), math.nan)
     left, right = whole[:40:2, 1:61:3], whole[40:, :110:2]
     left.copy_(torch.randn(20, 20)), right.copy_(torch.randn(20, 55))
-    found = torch.ops.pyrovae.product(left, right)
+    found = torch.ops.pyrovae.product(left, right, 2)
     assert torch.allclose(found.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5)
     repeated = torch.randn(1, 55).expand(20, 55)
-    assert torch.allclose(torch.ops.pyrovae.product(left, repeated), left @ repeated, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(torch.ops.pyrovae.product(left, repeated, 1), left @ repeated, rtol=1e-4, atol=1e-5)
 
 
 @PRODUCTS
 def test_a_product_keeps_nan_and_infinity_where_they_belong() -> None:
     left, right = torch.ones(9, 4), torch.ones(4, 50)
     left[2, 1], right[3, 49] = math.nan, math.inf
-    found = torch.ops.pyrovae.product(left, right)
+    found = torch.ops.pyrovae.product(left, right, 2)
     assert torch.equal(torch.isnan(found), (torch.arange(9) == 2)[:, None].expand(9, 50))
     assert torch.equal(torch.isinf(found).nonzero()[:, 1].unique(), torch.tensor([49]))
+
+
+@PRODUCTS
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (torch.ones(3, 4), torch.ones(5, 6)),
+        (torch.ones(3, 4).double(), torch.ones(4, 6).double()),
+        (torch.ones(3, 4), torch.ones(4, 6).bfloat16()),
+        (torch.ones(4), torch.ones(4, 6)),
+    ],
+    ids=["sizes", "float64", "bfloat16", "one dimension"],
+)
+def test_a_product_of_anything_else_is_refused(left: Tensor, right: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="pyrovae::product takes"):
+        torch.ops.pyrovae.product(left, right, 1)
+
+
+@PRODUCTS
+def test_a_product_keeps_nothing_of_its_factors() -> None:
+    def uses(*tensors: Tensor) -> list[int]:
+        return [torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) for tensor in tensors]
+
+    left, right = torch.ones(30, 40), torch.ones(40, 50)
+    before = uses(left, right)
+    # Views, as each holds its storage until it is gone itself.
+    found = torch.ops.pyrovae.product(left[:], right[:], 1)
+    with pytest.raises(RuntimeError):
+        torch.ops.pyrovae.product(left[:], left[:], 1)
+    assert uses(left, right) == before
+    assert uses(found) == uses(torch.ones(1))
 
 
 def _products(left: Tensor, right: Tensor) -> list[object]:
@@ -309,13 +340,20 @@ def _products(left: Tensor, right: Tensor) -> list[object]:
 
 @PRODUCTS
 def test_our_tiles_multiply_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large, deep = torch.ones(10, 10), torch.ones(100, 100), torch.ones(2_000, 2_000)
+    large, deep, wide = torch.ones(100, 100), torch.ones(2_000, 2_000), torch.ones(1_000, 5_000)
     tiles = torch.ops.pyrovae.product.default
     monkeypatch.setattr(rewrites, "_faster_way", lambda *shape: None)
     monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads: True)
     assert tiles in _products(large, large)
-    for x in (small, deep, large.double()):
-        assert tiles not in _products(x, x)
+    thin = torch.ones(10, 100)
+    for left, right in (
+        (deep, deep),
+        (large.double(), large.double()),
+        (thin, large),
+        (large, thin.t()),
+        (wide.t()[:50], wide),
+    ):
+        assert tiles not in _products(left, right)
     monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads: False)
     assert tiles not in _products(large, large)
 
