@@ -125,6 +125,23 @@ typedef Pairs Rounded;
 typedef Numbers<true> Rounded;
 #endif
 
+// To the sums of a tile, the products of its rows and the panel's columns over the whole depth.
+template <class Factors, int R, int V>
+static inline void add_products(Floats (&sum)[R][V], const float* left, int64_t along_rows, int64_t along_depth, int64_t deep,
+                                const float* panel) {
+  for (int64_t k = 0; k < deep; k++) {
+    Floats right[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; v++) right[v] = load(panel + (k * V + v) * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Floats one = Factors::everywhere(left + r * along_rows + k * along_depth);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; v++) sum[r][v] = Factors::product(one, right[v], sum[r][v]);
+    }
+  }
+}
+
 template <class Factors>
 static inline int64_t words(int64_t numbers) {
   return (numbers + Factors::EACH - 1) / Factors::EACH;
@@ -299,17 +316,7 @@ class Panels {
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
       for (int v = 0; v < V; v++) sum[r][v] = load(bias + v * LANES);
-    for (int64_t k = 0; k < deep; k++) {
-      Floats right[V];
-#pragma GCC unroll 3
-      for (int v = 0; v < V; v++) right[v] = load(panel + k * V * LANES + v * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        Floats one = Factors::everywhere(left + r * deep + k);
-#pragma GCC unroll 3
-        for (int v = 0; v < V; v++) sum[r][v] = Factors::product(one, right[v], sum[r][v]);
-      }
-    }
+    add_products<Factors>(sum, left, deep, 1, deep, panel);
     finish.template take<R, V>(sum, row, column);
   }
 
@@ -483,17 +490,7 @@ template <int R, int V>
 static inline void product_tile(const Matrix& left, int64_t row, const float* panel, float* out, int64_t column, int64_t columns) {
   Floats sum[R][V] = {};
   const float* from = left.numbers + row * left.along_rows;
-  for (int64_t k = 0; k < left.columns; k++) {
-    Floats right[V];
-#pragma GCC unroll 3
-    for (int v = 0; v < V; v++) right[v] = load(panel + (k * V + v) * LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      Floats one = all(from[r * left.along_rows + k * left.along_columns]);
-#pragma GCC unroll 3
-      for (int v = 0; v < V; v++) sum[r][v] += one * right[v];
-    }
-  }
+  add_products<Numbers<false>>(sum, from, left.along_rows, left.along_columns, left.columns, panel);
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 3

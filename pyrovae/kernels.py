@@ -58,7 +58,7 @@ def _processor() -> str:
 def products() -> bool:
     """Whether graphs may call ``pyrovae.product``, which is registered here without Python in between.
 
-    Not where ``kernels.cpp`` does not compile, nor under a torch that has no stable functions for it, as before 2.7.
+    Not where ``kernels.cpp`` does not compile, nor under a torch too old to have stable functions for it.
     """
     if torch._C._dispatch_has_kernel_for_dispatch_key("pyrovae::product", "CPU"):
         return True  # from before the module was loaded again
