@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -128,11 +129,11 @@ typedef Numbers<true> Rounded;
 // To the sums of a tile, the products of its rows and the panel's columns over the whole depth.
 template <class Factors, int R, int V>
 static inline void add_products(Floats (&sum)[R][V], const float* left, int64_t along_rows, int64_t along_depth, int64_t deep,
-                                const float* panel) {
+                                const float* panel, int64_t along_panel = V * LANES) {
   for (int64_t k = 0; k < deep; k++) {
     Floats right[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < V; v++) right[v] = load(panel + (k * V + v) * LANES);
+    for (int v = 0; v < V; v++) right[v] = load(panel + k * along_panel + v * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       Floats one = Factors::everywhere(left + r * along_rows + k * along_depth);
@@ -423,27 +424,49 @@ extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* 
   (rounded ? decoder<Rounded> : decoder<Numbers<false>>)(left, rows, layers, num_layers, x, num_data, out, threads);
 }
 
-// The product of two matrices of any strides. The right one is copied to panels by all threads, which then take pairs of some rows
-// and a panel as they come; MKL gives each thread a fixed part, and clears the product before it adds to it.
+// The product of two matrices of any strides, by pairs of some rows and a panel of columns, which threads take as they come; MKL
+// gives each thread a fixed part, and clears the product before it adds to it. Where rows of the right factor lie together, panels
+// are read from where they are; else they are copied first, by all threads, if many rows will pass. For few rows both factors then
+// lie along the depth, and each number is a product of two vectors.
 
 #if defined(__clang__)
+constexpr bool SHUFFLES = false;
 static inline bool transposed(const float*, int64_t, float*, int64_t) { return false; }
-#else
 template <int STEP>
-static inline void exchange(Floats (&x)[LANES]) {
+static inline void add_lanes(Floats (&)[LANES]) {}
+#else
+constexpr bool SHUFFLES = true;
+
+// Every second run of STEP lanes of the one for every other of the other.
+template <int STEP>
+static inline void exchange_lanes(Floats& one, Floats& other) {
   Ints low, high;
   for (int lane = 0; lane < LANES; lane++) {
     low[lane] = lane & STEP ? LANES + lane - STEP : lane;
     high[lane] = lane & STEP ? LANES + lane : lane + STEP;
   }
+  Floats first = __builtin_shuffle(one, other, low);
+  other = __builtin_shuffle(one, other, high);
+  one = first;
+}
+
+template <int STEP>
+static inline void exchange(Floats (&x)[LANES]) {
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++)
-    if (!(i & STEP)) {
-      Floats one = x[i], other = x[i + STEP];
-      x[i] = __builtin_shuffle(one, other, low);
-      x[i + STEP] = __builtin_shuffle(one, other, high);
-    }
+    if (!(i & STEP)) exchange_lanes<STEP>(x[i], x[i + STEP]);
   if constexpr (2 * STEP < LANES) exchange<2 * STEP>(x);
+}
+
+// Into each lane of the first, the sum of a vector's lanes.
+template <int STEP>
+static inline void add_lanes(Floats (&x)[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i += 2 * STEP) {
+    exchange_lanes<STEP>(x[i], x[i + STEP]);
+    x[i] += x[i + STEP];
+  }
+  if constexpr (2 * STEP < LANES) add_lanes<2 * STEP>(x);
 }
 
 // A block of as many rows and columns as a vector has lanes.
@@ -486,51 +509,167 @@ static void copy_panel(const Matrix& from, int64_t first, int64_t width, float* 
   }
 }
 
+// Columns of the right factor as tiles read them, `along` from row to row; the first `skip` are another panel's too.
+struct Panel {
+  const float* numbers;
+  int64_t along, column, skip;
+};
+
+// All bits of the lanes from here on.
+static inline Ints lanes_from(int64_t first) {
+  Ints lanes;
+  for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
+  return lanes >= static_cast<int32_t>(first);
+}
+
 template <int R, int V>
-static inline void product_tile(const Matrix& left, int64_t row, const float* panel, float* out, int64_t column, int64_t columns) {
+static inline void product_tile(const Matrix& left, int64_t row, const Panel& panel, float* out, int64_t columns, Floats* squares) {
   Floats sum[R][V] = {};
   const float* from = left.numbers + row * left.along_rows;
-  add_products<Numbers<false>>(sum, from, left.along_rows, left.along_columns, left.columns, panel);
+  add_products<Numbers<false>>(sum, from, left.along_rows, left.along_columns, left.columns, panel.numbers, panel.along);
+  if (squares) {
+    Floats total = *squares;
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+      for (int v = 0; v < V; v++) {
+        Floats counted = V == 1 ? (Floats)((Ints)sum[r][v] & lanes_from(panel.skip)) : sum[r][v];
+        total += counted * counted;
+      }
+    *squares = total;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    float* to = out + (row + r) * columns;
+    if (V == 1 && panel.skip) {
+      const float* numbers = reinterpret_cast<const float*>(&sum[r][0]);
+      std::memcpy(to + panel.column + panel.skip, numbers + panel.skip, (LANES - panel.skip) * sizeof(float));
+      continue;
+    }
 #pragma GCC unroll 3
     for (int v = 0; v < V; v++) {
-      int64_t end = column + (v + 1) * LANES;
-      Numbers<false>::put(out + (row + r) * columns, end - LANES, sum[r][v], v < V - 1 ? end : columns);
+      int64_t end = panel.column + (v + 1) * LANES;
+      Numbers<false>::put(to, end - LANES, sum[r][v], v < V - 1 ? end : columns);
     }
+  }
 }
 
 template <int V>
-static void product_rows(const Matrix& left, int64_t row, int64_t end, const float* panel, float* out, int64_t column,
-                         int64_t columns) {
-  for (; row + ROWS <= end; row += ROWS) product_tile<ROWS, V>(left, row, panel, out, column, columns);
-  for (; row + ROWS / 2 <= end; row += ROWS / 2) product_tile<ROWS / 2, V>(left, row, panel, out, column, columns);
-  for (; row < end; row++) product_tile<1, V>(left, row, panel, out, column, columns);
+static void product_rows(const Matrix& left, int64_t row, int64_t end, const Panel& panel, float* out, int64_t columns,
+                         Floats* squares) {
+  for (; row + ROWS <= end; row += ROWS) product_tile<ROWS, V>(left, row, panel, out, columns, squares);
+  for (; row + ROWS / 2 <= end; row += ROWS / 2) product_tile<ROWS / 2, V>(left, row, panel, out, columns, squares);
+  for (; row < end; row++) product_tile<1, V>(left, row, panel, out, columns, squares);
 }
 
-extern "C" void product(const Matrix* left, const Matrix* right, float* out, int64_t threads) {
-  constexpr int64_t TALL = 5 * ROWS;  // rows that pass a panel while it is near
-  int64_t deep = left->columns, columns = right->columns, padded = (columns + LANES - 1) / LANES * LANES;
-  int64_t wide = padded / PANEL, panels = wide + (padded - wide * PANEL) / LANES, shares = (left->rows + TALL - 1) / TALL;
-  auto first_of = [=](int64_t panel) { return std::min(panel, wide) * PANEL + std::max<int64_t>(0, panel - wide) * LANES; };
+// A block of the product, by vectors of columns: panel after panel, which all rows pass while it is near. Returns the sum of its
+// squares, if asked.
+static double product_block(const Matrix& left, const Matrix& right, float* out, int64_t row, int64_t end, int64_t vector,
+                            int64_t last, bool squared) {
+  Floats squares = {};
+  Floats* sum = squared ? &squares : nullptr;
+  int64_t columns = right.columns, deep = right.rows;
+  // A copy is read faster where many rows pass a deep panel, whose rows may lie so that they crowd each other out of the caches.
+  bool in_place = right.along_columns == 1 && columns >= LANES && (deep <= 256 || end - row <= 128);
   thread_local std::vector<float> kept;  // from one step to the next
-  if (kept.size() < static_cast<size_t>(padded * deep + LANES)) kept.resize(padded * deep + LANES);
+  if (!in_place && kept.size() < static_cast<size_t>(PANEL * deep + LANES)) kept.resize(PANEL * deep + LANES);
   float* room = kept.data();
   while (reinterpret_cast<uintptr_t>(room) % (4 * LANES)) room++;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++)
-      copy_panel(*right, first_of(panel), panel < wide ? PANEL : LANES, room + first_of(panel) * deep);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < shares * panels; task++) {
-      int64_t panel = task % panels, column = first_of(panel), row = task / panels * TALL, end = std::min(left->rows, row + TALL);
-      if (panel < wide)
-        product_rows<VECTORS>(*left, row, end, room + column * deep, out, column, columns);
-      else
-        product_rows<1>(*left, row, end, room + column * deep, out, column, columns);
+  for (int64_t wide; vector < last; vector += wide) {
+    int64_t column = vector * LANES;
+    wide = vector + VECTORS <= last && column + PANEL <= columns ? VECTORS : 1;
+    Panel panel{room, wide * LANES, column, 0};
+    if (in_place) {  // the last of all lies farther left, so that it is whole
+      panel.skip = std::max<int64_t>(0, column + LANES - columns);
+      panel.column -= panel.skip;
+      panel.numbers = right.numbers + panel.column;
+      panel.along = right.along_rows;
+    } else {
+      copy_panel(right, column, wide * LANES, room);
     }
+    if (wide == VECTORS)
+      product_rows<VECTORS>(left, row, end, panel, out, columns, sum);
+    else
+      product_rows<1>(left, row, end, panel, out, columns, sum);
   }
+  double total = 0.0;
+  for (int lane = 0; lane < LANES; lane++) total += squares[lane];
+  return total;
+}
+
+constexpr int DOT_ROWS = 4, DOT_COLUMNS = LANES / DOT_ROWS;  // a vector of sums
+
+static inline void add_dots(Floats (&sum)[LANES], const float* const (&left)[DOT_ROWS], const float* const (&right)[DOT_COLUMNS],
+                            int64_t k, Ints kept) {
+  Floats other[DOT_COLUMNS];
+#pragma GCC unroll 4
+  for (int c = 0; c < DOT_COLUMNS; c++) other[c] = (Floats)((Ints)load(right[c] + k) & kept);
+#pragma GCC unroll 4
+  for (int r = 0; r < DOT_ROWS; r++) {
+    Floats one = (Floats)((Ints)load(left[r] + k) & kept);
+#pragma GCC unroll 4
+    for (int c = 0; c < DOT_COLUMNS; c++) sum[r * DOT_COLUMNS + c] += one * other[c];
+  }
+}
+
+// Some rows and columns, of which the last may lie beyond the matrices.
+static inline void dot_tile(const Matrix& left, const Matrix& right, float* out, int64_t row, int64_t column) {
+  Floats sum[LANES] = {};
+  const float *one[DOT_ROWS], *other[DOT_COLUMNS];
+#pragma GCC unroll 4
+  for (int r = 0; r < DOT_ROWS; r++) one[r] = left.numbers + std::min(row + r, left.rows - 1) * left.along_rows;
+#pragma GCC unroll 4
+  for (int c = 0; c < DOT_COLUMNS; c++) other[c] = right.numbers + std::min(column + c, right.columns - 1) * right.along_columns;
+  int64_t deep = left.columns, k = 0;
+  for (; k + LANES <= deep; k += LANES) add_dots(sum, one, other, k, ~Ints{});
+  // The last whole vector again, without the lanes that are counted already.
+  if (k < deep) add_dots(sum, one, other, deep - LANES, lanes_from(LANES + k - deep));
+  add_lanes<1>(sum);
+  Floats sums = sum[0];
+  float* to = out + row * right.columns + column;
+  if (row + DOT_ROWS <= left.rows && column + DOT_COLUMNS <= right.columns) {
+#pragma GCC unroll 4
+    for (int r = 0; r < DOT_ROWS; r++)
+      std::memcpy(to + r * right.columns, reinterpret_cast<const float*>(&sums) + r * DOT_COLUMNS, DOT_COLUMNS * sizeof(float));
+  } else {
+    for (int64_t r = 0; r < DOT_ROWS && row + r < left.rows; r++)
+      for (int64_t c = 0; c < DOT_COLUMNS && column + c < right.columns; c++) to[r * right.columns + c] = sums[r * DOT_COLUMNS + c];
+  }
+}
+
+// `squares`, unless it is null, becomes the sum of the product's squares.
+extern "C" void product(const Matrix* left, const Matrix* right, float* out, int64_t threads, float* squares) {
+  constexpr int64_t FEW = 48, DEEP = 96;        // fewer rows, of so deep a product, do not repay a copy of the other factor
+  constexpr int64_t TOO_FEW_TO_SHARE = 400000;  // multiplications: waking another thread takes longer
+  constexpr int64_t TALL = 5 * ROWS;            // rows that repay a part of their own
+  constexpr int64_t MANY = 256;                 // and of many, a copy too
+  int64_t rows = left->rows, deep = left->columns, columns = right->columns;
+  if (rows * deep * columns < TOO_FEW_TO_SHARE) threads = 1;
+  if (SHUFFLES && !squares && left->along_columns == 1 && right->along_rows == 1 && rows <= FEW && deep >= DEEP) {
+    int64_t tiles = (columns + DOT_COLUMNS - 1) / DOT_COLUMNS;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t tile = 0; tile < tiles; tile++)
+      for (int64_t row = 0; row < rows; row += DOT_ROWS) dot_tile(*left, *right, out, row, tile * DOT_COLUMNS);
+    return;
+  }
+  // A part for each thread: of the rows where the other factor is read in place, else of its columns, so that none is copied twice.
+  int64_t strips = (rows + ROWS - 1) / ROWS, vectors = (columns + LANES - 1) / LANES, down, across;
+  if (right->along_columns == 1 || rows >= MANY * threads) {
+    down = std::clamp<int64_t>(rows / TALL, 1, threads);
+    across = std::min(threads / down, vectors);
+  } else {
+    across = std::clamp<int64_t>(vectors / VECTORS, 1, threads);
+    down = std::min(threads / across, strips);
+  }
+  std::vector<double> of_parts(down * across);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t part = 0; part < down * across; part++) {
+    int64_t place = part / across, column = part % across;
+    of_parts[part] = product_block(*left, *right, out, strips * place / down * ROWS,
+                                   std::min(rows, strips * (place + 1) / down * ROWS), vectors * column / across,
+                                   vectors * (column + 1) / across, squares != nullptr);
+  }
+  if (squares) *squares = static_cast<float>(std::accumulate(of_parts.begin(), of_parts.end(), 0.0));
 }
 
 // The same for torch's dispatcher, by torch's own stable functions, so that a compiled graph calls it without Python.
@@ -558,9 +697,9 @@ class Held {
 
  public:
   explicit Held(uint64_t handle) : tensor(reinterpret_cast<Handle>(handle)) {}
-  Held(int64_t rows, int64_t columns) {
+  Held(int64_t dimensions, int64_t rows, int64_t columns) {
     int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
-    if (torch_functions.empty(2, sizes, strides, FLOAT32, CPU, 0, &tensor)) throw std::runtime_error("no memory for a product");
+    if (torch_functions.empty(dimensions, sizes, strides, FLOAT32, CPU, 0, &tensor)) throw std::runtime_error("no memory for a product");
   }
   Held(const Held&) = delete;
   ~Held() {
@@ -590,15 +729,20 @@ class Held {
   }
 };
 
-// (left, right, threads) -> their product, in the words of torch's dispatcher, which hands the tensors over.
-extern "C" void product_of_tensors(uint64_t* stack, uint64_t, uint64_t) {
+// (left, right, threads) -> their product, and the sum of its squares if asked, in the words of torch's dispatcher, which hands the
+// tensors over.
+static void product_of(uint64_t* stack, bool squared) {
   Held left(stack[0]), right(stack[1]);
   Matrix a = left.matrix(), b = right.matrix();
   if (a.columns != b.rows) throw std::runtime_error("pyrovae::product takes matrices of sizes (m, k) and (k, n)");
-  Held out(a.rows, b.columns);
-  product(&a, &b, out.numbers(), static_cast<int64_t>(stack[2]));
+  Held out(2, a.rows, b.columns), squares(0, 0, 0);
+  product(&a, &b, out.numbers(), static_cast<int64_t>(stack[2]), squared ? squares.numbers() : nullptr);
   stack[0] = out.hand_on();
+  if (squared) stack[1] = squares.hand_on();
 }
+
+extern "C" void product_of_tensors(uint64_t* stack, uint64_t, uint64_t) { product_of(stack, false); }
+extern "C" void product_and_squares_of_tensors(uint64_t* stack, uint64_t, uint64_t) { product_of(stack, true); }
 
 // Standard normals of a seed, by any thread: Threefry-2x32 with 20 rounds (Salmon and others, Parallel Random Numbers, 2011) on a
 // counter, then Box and Muller's transform, whose functions are those of Cephes.

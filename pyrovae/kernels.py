@@ -73,7 +73,11 @@ def products() -> bool:
     library.use_torch((ctypes.c_void_p * len(functions))(*[ctypes.cast(each, ctypes.c_void_p) for each in functions]))
     handle = ctypes.c_void_p()
     failed = begin(b"pyrovae", b"CPU", b"kernels.cpp", ctypes.c_uint32(0), ctypes.byref(handle))
-    return not failed and not add(handle, b"product", library.product_of_tensors)
+    return not (
+        failed
+        or add(handle, b"product", library.product_of_tensors)
+        or add(handle, b"product_and_squares", library.product_and_squares_of_tensors)
+    )
 
 
 # ``struct Torch`` of ``kernels.cpp``, in its order.
@@ -190,6 +194,10 @@ OPERATIONS = {
     "product(Tensor left, Tensor right, int threads) -> Tensor": (
         None,  # :func:`products` gives it
         lambda left, right, threads: left.new_empty(left.shape[0], right.shape[1]),
+    ),
+    "product_and_squares(Tensor left, Tensor right, int threads) -> (Tensor, Tensor)": (
+        None,
+        lambda left, right, threads: (left.new_empty(left.shape[0], right.shape[1]), left.new_empty(())),
     ),
     "bernoulli_decoder(Tensor left, Tensor[] weights, Tensor[] biases, int[] activations, Tensor x, bool rounded) -> Tensor": (
         bernoulli_decoder,

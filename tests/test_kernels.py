@@ -268,6 +268,10 @@ PRODUCTS = pytest.mark.skipif(not kernels.products(), reason="a torch without st
         (33, 130, 17),
         (41, 16, 96),
         (100, 33, 51),
+        (45, 130, 203),  # few rows
+        (47, 100, 7),
+        (300, 301, 101),  # deep
+        (530, 40, 53),  # many rows
         (0, 4, 3),
         (4, 3, 0),
         (4, 0, 3),
@@ -277,9 +281,13 @@ def test_a_product_is_the_exact_one(threads: int, rows: int, depth: int, columns
     generator = torch.Generator().manual_seed(rows + depth)
     left, right = torch.randn(rows, depth, generator=generator), torch.randn(depth, columns, generator=generator)
     left, right = (x.t().contiguous().t() if flip else x for x, flip in zip((left, right), across, strict=True))
-    found = torch.ops.pyrovae.product(left, right, threads)
+    found, exact = torch.ops.pyrovae.product(left, right, threads), left.double() @ right.double()
     assert found.is_contiguous()
-    assert torch.allclose(found.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-6 * max(depth, 1))
+    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-6 * max(depth, 1))
+    again, squares = torch.ops.pyrovae.product_and_squares(left, right, threads)
+    assert torch.allclose(again.double(), exact, rtol=1e-5, atol=1e-6 * max(depth, 1))
+    assert squares.shape == ()
+    assert squares.item() == pytest.approx(exact.square().sum().item(), rel=1e-5)
 
 
 @PRODUCTS
@@ -291,15 +299,24 @@ def test_a_product_of_parts_reads_only_those() -> None:
     assert torch.allclose(found.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5)
     repeated = torch.randn(1, 55).expand(20, 55)
     assert torch.allclose(torch.ops.pyrovae.product(left, repeated, 1), left @ repeated, rtol=1e-4, atol=1e-5)
+    among = torch.full((50, 300), math.nan)  # few rows and columns of another matrix, deep enough for vectors along it
+    left, right = among[:9, 3:120], among[10:40, 50:167].t()
+    left.copy_(torch.randn(9, 117)), right.copy_(torch.randn(117, 30))
+    found = torch.ops.pyrovae.product(left, right, 2)
+    assert torch.allclose(found.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5)
 
 
 @PRODUCTS
-def test_a_product_keeps_nan_and_infinity_where_they_belong() -> None:
-    left, right = torch.ones(9, 4), torch.ones(4, 50)
-    left[2, 1], right[3, 49] = math.nan, math.inf
-    found = torch.ops.pyrovae.product(left, right, 2)
-    assert torch.equal(torch.isnan(found), (torch.arange(9) == 2)[:, None].expand(9, 50))
-    assert torch.equal(torch.isinf(found).nonzero()[:, 1].unique(), torch.tensor([49]))
+@pytest.mark.parametrize("across", [False, True])
+def test_a_product_keeps_nan_and_infinity_where_they_belong(across: bool) -> None:
+    left, right = torch.ones(9, 100), torch.ones(50, 100).t() if across else torch.ones(100, 50)
+    left[2, 99], right[98, 49] = math.nan, math.inf
+    found, squares = torch.ops.pyrovae.product_and_squares(left, right, 2)
+    for each in (found, torch.ops.pyrovae.product(left, right, 2)):
+        assert torch.equal(torch.isnan(each), (torch.arange(9) == 2)[:, None].expand(9, 50))
+        assert torch.equal(torch.isinf(each).nonzero()[:, 1].unique(), torch.tensor([49]))
+    assert squares.isnan()
+    assert torch.ops.pyrovae.product_and_squares(left[:2], right, 2)[1].isinf()
 
 
 @PRODUCTS
@@ -340,18 +357,17 @@ def _products(left: Tensor, right: Tensor) -> list[object]:
 
 @PRODUCTS
 def test_our_tiles_multiply_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    large, deep, wide = torch.ones(100, 100), torch.ones(2_000, 2_000), torch.ones(1_000, 5_000)
+    large, deep = torch.ones(100, 100), torch.ones(100, 4_000)
     tiles = torch.ops.pyrovae.product.default
     monkeypatch.setattr(rewrites, "_faster_way", lambda *shape: None)
     monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads: True)
     assert tiles in _products(large, large)
     thin = torch.ones(10, 100)
     for left, right in (
-        (deep, deep),
+        (deep, deep.t()),
         (large.double(), large.double()),
         (thin, large),
         (large, thin.t()),
-        (wide.t()[:50], wide),
     ):
         assert tiles not in _products(left, right)
     monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads: False)
@@ -378,9 +394,29 @@ def test_a_step_by_our_tiles_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -
         adam = torch.optim.Adam(vae.parameters(), lr=1e-2, fused=True)
         step = pv.stage(pv.estimators.IWAE(20), vae.model, vae.guide, adam, x, backend=backend)
         torch.manual_seed(1)
-        losses.append([step(x).loss for _ in range(30)])
+        losses.append([number for _ in range(30) for number in step(x)])  # and norms of gradients
         assert step.reason is None
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@PRODUCTS
+def test_the_squares_of_a_gradient_come_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads: True)
+    left, right = torch.randn(30, 40), torch.randn(40, 50)
+
+    def gradient_and_norms(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        product = left @ right
+        gradient = product.t()
+        return gradient, gradient.square().sum(), gradient.pow(3).sum(), gradient.square().sum(0), product.square().sum()
+
+    graph, exact = staging._capture(gradient_and_norms, (left, right))
+    module = fastest_products(graph.module, threads=1)
+    targets = [node.target for node in module.graph.nodes]
+    assert torch.ops.pyrovae.product_and_squares.default in targets
+    assert torch.ops.pyrovae.product.default not in targets
+    assert targets.count(torch.ops.aten.pow.Tensor_Scalar) == 2  # the cube, and what is summed by columns
+    for have, want in zip(module(left, right), exact, strict=True):
+        assert torch.allclose(have, want, rtol=1e-4, atol=1e-4)
 
 
 def test_without_torchs_stable_functions_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
