@@ -85,6 +85,10 @@ struct Numbers {
   static inline void put_deep(float* word, int64_t, float value) {
     *word = rounded ? ((Floats)(upper_half(all(value)) << 16))[0] : value;
   }
+
+  // Words of numbers one beneath the other (here each its own), and of numbers one after the other.
+  static inline Floats beneath(Floats value, Floats) { return rounded ? (Floats)(upper_half(value) << 16) : value; }
+  static inline Floats after(const float* from) { return beneath(load(from), Floats{}); }
 };
 
 // or, rounded, two that follow each other.
@@ -118,6 +122,16 @@ struct Pairs {
     uint16_t half = upper_half(all(value))[0];
     std::memcpy(reinterpret_cast<char*>(word) + place * sizeof half, &half, sizeof half);
   }
+
+  static inline Floats beneath(Floats first, Floats second) { return (Floats)(upper_half(first) | upper_half(second) << 16); }
+
+  static inline Floats after(const float* from) {
+    Halves halves[2] = {__builtin_convertvector(upper_half(load(from)), Halves),
+                        __builtin_convertvector(upper_half(load(from + LANES)), Halves)};
+    Floats words;
+    std::memcpy(&words, halves, sizeof words);
+    return words;
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -125,6 +139,7 @@ typedef Pairs Rounded;
 #else
 typedef Numbers<true> Rounded;
 #endif
+typedef Numbers<false> Exact;
 
 // To the sums of a tile, the products of its rows and the panel's columns over the whole depth.
 template <class Factors, int R, int V>
@@ -371,7 +386,7 @@ class Panels {
 template <class Factors>
 static void decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x, int64_t num_data,
                     float* out, int64_t threads) {
-  constexpr bool AS_GIVEN = std::is_same<Factors, Numbers<false>>::value;
+  constexpr bool AS_GIVEN = std::is_same<Factors, Exact>::value;
   std::vector<Panels<Factors>> panels;
   panels.reserve(num_layers);
   int64_t depth = layers[0].depth, widest = AS_GIVEN ? 0 : words<Factors>(depth);
@@ -421,7 +436,7 @@ static void decoder(const float* left, int64_t rows, const Layer* layers, int64_
 // with `rounded`, of products whose factors are in bfloat16.
 extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x,
                                   int64_t num_data, float* out, int64_t threads, bool rounded) {
-  (rounded ? decoder<Rounded> : decoder<Numbers<false>>)(left, rows, layers, num_layers, x, num_data, out, threads);
+  (rounded ? decoder<Rounded> : decoder<Exact>)(left, rows, layers, num_layers, x, num_data, out, threads);
 }
 
 // The product of two matrices of any strides, by pairs of some rows and a panel of columns, which threads take as they come; MKL
@@ -431,7 +446,10 @@ extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* 
 
 #if defined(__clang__)
 constexpr bool SHUFFLES = false;
-static inline bool transposed(const float*, int64_t, float*, int64_t) { return false; }
+template <class Factors>
+static inline bool transposed(const float*, int64_t, float*, int64_t) {
+  return false;
+}
 template <int STEP>
 static inline void add_lanes(Floats (&)[LANES]) {}
 #else
@@ -469,11 +487,12 @@ static inline void add_lanes(Floats (&x)[LANES]) {
   if constexpr (2 * STEP < LANES) add_lanes<2 * STEP>(x);
 }
 
-// A block of as many rows and columns as a vector has lanes.
+// A block of as many rows and columns of words as a vector has lanes.
+template <class Factors>
 static inline bool transposed(const float* from, int64_t along, float* to, int64_t width) {
   Floats x[LANES];
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) x[i] = load(from + i * along);
+  for (int i = 0; i < LANES; i++) x[i] = Factors::after(from + i * along);
   exchange<1>(x);
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) store(to + i * width, x[i]);
@@ -486,26 +505,41 @@ struct Matrix {
   int64_t rows, columns, along_rows, along_columns;
 };
 
+// As many of the numbers as there are, and zeros.
+static inline Floats load_first(const float* from, int64_t number) {
+  if (number >= LANES) return load(from);
+  Floats value = {};
+  if (number > 0) std::memcpy(&value, from, number * sizeof(float));
+  return value;
+}
+
 // A panel of `width` columns, of which the last may lie beyond the matrix.
+template <class Factors>
 static void copy_panel(const Matrix& from, int64_t first, int64_t width, float* to) {
-  int64_t here = std::min(width, from.columns - first);
+  constexpr int64_t EACH = Factors::EACH;
+  int64_t here = std::min(width, from.columns - first), deep = from.rows;
   const float* numbers = from.numbers + first * from.along_columns;
   if (from.along_columns == 1) {
-    for (int64_t k = 0; k < from.rows; k++) {
-      std::memcpy(to + k * width, numbers + k * from.along_rows, here * sizeof(float));
-      std::fill(to + k * width + here, to + (k + 1) * width, 0.0f);
-    }
+    for (int64_t k = 0; k < deep; k += EACH, to += width)
+      for (int64_t column = 0; column < width; column += LANES) {
+        const float* at = numbers + k * from.along_rows + column;
+        Floats next = EACH == 2 && k + 1 < deep ? load_first(at + from.along_rows, here - column) : Floats{};
+        store(to + column, Factors::beneath(load_first(at, here - column), next));
+      }
     return;
   }
   for (int64_t column = 0; column < width; column += LANES) {
     int64_t k = 0;
     if (column + LANES <= here && from.along_rows == 1)
-      while (k + LANES <= from.rows &&
-             transposed(numbers + column * from.along_columns + k, from.along_columns, to + k * width + column, width))
-        k += LANES;
-    for (; k < from.rows; k++)
-      for (int64_t c = column; c < column + LANES; c++)
-        to[k * width + c] = c < here ? numbers[c * from.along_columns + k * from.along_rows] : 0.0f;
+      while (k + LANES * EACH <= deep && transposed<Factors>(numbers + column * from.along_columns + k, from.along_columns,
+                                                             to + k / EACH * width + column, width))
+        k += LANES * EACH;
+    for (; k < deep; k++)
+      for (int64_t c = column; c < column + LANES; c++) {
+        float* word = to + k / EACH * width + c;
+        if (k % EACH == 0) *word = 0.0f;
+        if (c < here) Factors::put_deep(word, k % EACH, numbers[c * from.along_columns + k * from.along_rows]);
+      }
   }
 }
 
@@ -522,11 +556,11 @@ static inline Ints lanes_from(int64_t first) {
   return lanes >= static_cast<int32_t>(first);
 }
 
-template <int R, int V>
+template <class Factors, int R, int V>
 static inline void product_tile(const Matrix& left, int64_t row, const Panel& panel, float* out, int64_t columns, Floats* squares) {
   Floats sum[R][V] = {};
   const float* from = left.numbers + row * left.along_rows;
-  add_products<Numbers<false>>(sum, from, left.along_rows, left.along_columns, left.columns, panel.numbers, panel.along);
+  add_products<Factors>(sum, from, left.along_rows, left.along_columns, left.columns, panel.numbers, panel.along);
   if (squares) {
     Floats total = *squares;
 #pragma GCC unroll 8
@@ -549,17 +583,23 @@ static inline void product_tile(const Matrix& left, int64_t row, const Panel& pa
 #pragma GCC unroll 3
     for (int v = 0; v < V; v++) {
       int64_t end = panel.column + (v + 1) * LANES;
-      Numbers<false>::put(to, end - LANES, sum[r][v], v < V - 1 ? end : columns);
+      Exact::put(to, end - LANES, sum[r][v], v < V - 1 ? end : columns);
     }
   }
 }
 
-template <int V>
+template <class Factors, int V>
 static void product_rows(const Matrix& left, int64_t row, int64_t end, const Panel& panel, float* out, int64_t columns,
                          Floats* squares) {
-  for (; row + ROWS <= end; row += ROWS) product_tile<ROWS, V>(left, row, panel, out, columns, squares);
-  for (; row + ROWS / 2 <= end; row += ROWS / 2) product_tile<ROWS / 2, V>(left, row, panel, out, columns, squares);
-  for (; row < end; row++) product_tile<1, V>(left, row, panel, out, columns, squares);
+  for (; row + ROWS <= end; row += ROWS) product_tile<Factors, ROWS, V>(left, row, panel, out, columns, squares);
+  for (; row + ROWS / 2 <= end; row += ROWS / 2) product_tile<Factors, ROWS / 2, V>(left, row, panel, out, columns, squares);
+  for (; row < end; row++) product_tile<Factors, 1, V>(left, row, panel, out, columns, squares);
+}
+
+static double total_of(Floats value) {
+  double total = 0.0;
+  for (int lane = 0; lane < LANES; lane++) total += value[lane];
+  return total;
 }
 
 // A block of the product, by vectors of columns: panel after panel, which all rows pass while it is near. Returns the sum of its
@@ -585,16 +625,49 @@ static double product_block(const Matrix& left, const Matrix& right, float* out,
       panel.numbers = right.numbers + panel.column;
       panel.along = right.along_rows;
     } else {
-      copy_panel(right, column, wide * LANES, room);
+      copy_panel<Exact>(right, column, wide * LANES, room);
     }
     if (wide == VECTORS)
-      product_rows<VECTORS>(left, row, end, panel, out, columns, sum);
+      product_rows<Exact, VECTORS>(left, row, end, panel, out, columns, sum);
     else
-      product_rows<1>(left, row, end, panel, out, columns, sum);
+      product_rows<Exact, 1>(left, row, end, panel, out, columns, sum);
   }
-  double total = 0.0;
-  for (int lane = 0; lane < LANES; lane++) total += squares[lane];
-  return total;
+  return total_of(squares);
+}
+
+// The same of rounded factors, which are copied both: panels as many as stay near, and then rows by as many as a vector has lanes.
+static double rounded_block(const Matrix& left, const Matrix& right, float* out, int64_t row, int64_t end, int64_t vector,
+                            int64_t last, bool squared) {
+  constexpr int64_t NEAR = 1 << 17;  // words
+  Floats squares = {};
+  Floats* sum = squared ? &squares : nullptr;
+  int64_t columns = right.columns, deep = words<Rounded>(right.rows), along = LANES * deep;
+  int64_t most = std::max<int64_t>(VECTORS, NEAR / std::max<int64_t>(1, along) / VECTORS * VECTORS);
+  Matrix flipped{left.numbers, left.columns, left.rows, left.along_columns, left.along_rows};
+  thread_local std::vector<float> kept;  // from one step to the next
+  size_t size = along * (std::min(most, last - vector) + VECTORS) + LANES;
+  if (kept.size() < size) kept.resize(size);
+  float* room = kept.data();
+  while (reinterpret_cast<uintptr_t>(room) % (4 * LANES)) room++;
+  float* panels = room + VECTORS * along;
+  auto width = [](int64_t from, int64_t to) { return from + VECTORS <= to ? VECTORS : 1; };
+  for (; vector < last; vector += most) {
+    int64_t to = std::min(last, vector + most);
+    for (int64_t v = vector; v < to; v += width(v, to))
+      copy_panel<Rounded>(right, v * LANES, width(v, to) * LANES, panels + (v - vector) * along);
+    for (int64_t top = row; top < end; top += PANEL) {
+      copy_panel<Rounded>(flipped, top, PANEL, room);
+      Matrix rows{room, std::min<int64_t>(PANEL, end - top), deep, 1, PANEL};
+      for (int64_t v = vector; v < to; v += width(v, to)) {
+        Panel panel{panels + (v - vector) * along, width(v, to) * LANES, v * LANES, 0};
+        if (width(v, to) == VECTORS)
+          product_rows<Rounded, VECTORS>(rows, 0, rows.rows, panel, out + top * columns, columns, sum);
+        else
+          product_rows<Rounded, 1>(rows, 0, rows.rows, panel, out + top * columns, columns, sum);
+      }
+    }
+  }
+  return total_of(squares);
 }
 
 constexpr int DOT_ROWS = 4, DOT_COLUMNS = LANES / DOT_ROWS;  // a vector of sums
@@ -637,15 +710,15 @@ static inline void dot_tile(const Matrix& left, const Matrix& right, float* out,
   }
 }
 
-// `squares`, unless it is null, becomes the sum of the product's squares.
-extern "C" void product(const Matrix* left, const Matrix* right, float* out, int64_t threads, float* squares) {
+// `squares`, unless it is null, becomes the sum of the product's squares; with `rounded`, factors are taken in bfloat16.
+extern "C" void product(const Matrix* left, const Matrix* right, float* out, int64_t threads, float* squares, bool rounded) {
   constexpr int64_t FEW = 48, DEEP = 96;        // fewer rows, of so deep a product, do not repay a copy of the other factor
   constexpr int64_t TOO_FEW_TO_SHARE = 400000;  // multiplications: waking another thread takes longer
   constexpr int64_t TALL = 5 * ROWS;            // rows that repay a part of their own
   constexpr int64_t MANY = 256;                 // and of many, a copy too
   int64_t rows = left->rows, deep = left->columns, columns = right->columns;
   if (rows * deep * columns < TOO_FEW_TO_SHARE) threads = 1;
-  if (SHUFFLES && !squares && left->along_columns == 1 && right->along_rows == 1 && rows <= FEW && deep >= DEEP) {
+  if (SHUFFLES && !squares && !rounded && left->along_columns == 1 && right->along_rows == 1 && rows <= FEW && deep >= DEEP) {
     int64_t tiles = (columns + DOT_COLUMNS - 1) / DOT_COLUMNS;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t tile = 0; tile < tiles; tile++)
@@ -665,9 +738,9 @@ extern "C" void product(const Matrix* left, const Matrix* right, float* out, int
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t part = 0; part < down * across; part++) {
     int64_t place = part / across, column = part % across;
-    of_parts[part] = product_block(*left, *right, out, strips * place / down * ROWS,
-                                   std::min(rows, strips * (place + 1) / down * ROWS), vectors * column / across,
-                                   vectors * (column + 1) / across, squares != nullptr);
+    of_parts[part] = (rounded ? rounded_block : product_block)(
+        *left, *right, out, strips * place / down * ROWS, std::min(rows, strips * (place + 1) / down * ROWS),
+        vectors * column / across, vectors * (column + 1) / across, squares != nullptr);
   }
   if (squares) *squares = static_cast<float>(std::accumulate(of_parts.begin(), of_parts.end(), 0.0));
 }
@@ -729,14 +802,14 @@ class Held {
   }
 };
 
-// (left, right, threads) -> their product, and the sum of its squares if asked, in the words of torch's dispatcher, which hands the
+// (left, right, threads, rounded) -> their product, and the sum of its squares if asked, in the words of torch's dispatcher, which hands the
 // tensors over.
 static void product_of(uint64_t* stack, bool squared) {
   Held left(stack[0]), right(stack[1]);
   Matrix a = left.matrix(), b = right.matrix();
   if (a.columns != b.rows) throw std::runtime_error("pyrovae::product takes matrices of sizes (m, k) and (k, n)");
   Held out(2, a.rows, b.columns), squares(0, 0, 0);
-  product(&a, &b, out.numbers(), static_cast<int64_t>(stack[2]), squared ? squares.numbers() : nullptr);
+  product(&a, &b, out.numbers(), static_cast<int64_t>(stack[2]), squared ? squares.numbers() : nullptr, stack[3]);
   stack[0] = out.hand_on();
   if (squared) stack[1] = squares.hand_on();
 }

@@ -191,13 +191,13 @@ OPERATIONS = {
         _onednn_mm,
         lambda left, right, flip: left.new_empty(left.shape[0], right.shape[1]),
     ),
-    "product(Tensor left, Tensor right, int threads) -> Tensor": (
-        None,  # :func:`products` gives it
-        lambda left, right, threads: left.new_empty(left.shape[0], right.shape[1]),
+    "product(Tensor left, Tensor right, int threads, bool rounded) -> Tensor": (
+        None,  # :func:`products` gives it, and the next
+        lambda left, right, threads, rounded: left.new_empty(left.shape[0], right.shape[1]),
     ),
-    "product_and_squares(Tensor left, Tensor right, int threads) -> (Tensor, Tensor)": (
+    "product_and_squares(Tensor left, Tensor right, int threads, bool rounded) -> (Tensor, Tensor)": (
         None,
-        lambda left, right, threads: (left.new_empty(left.shape[0], right.shape[1]), left.new_empty(())),
+        lambda left, right, threads, rounded: (left.new_empty(left.shape[0], right.shape[1]), left.new_empty(())),
     ),
     "bernoulli_decoder(Tensor left, Tensor[] weights, Tensor[] biases, int[] activations, Tensor x, bool rounded) -> Tensor": (
         bernoulli_decoder,

@@ -96,14 +96,16 @@ def join_decoders(module: fx.GraphModule, rounded: bool = False) -> fx.GraphModu
     return module
 
 
-def round_products(module: fx.GraphModule) -> fx.GraphModule:
+def round_products(module: fx.GraphModule, threads: int | None = None) -> fx.GraphModule:
     """In place, every float32 product and convolution, of its factors in bfloat16; all else stays in float32.
 
-    A processor's bfloat16 units multiply exactly and add up in float32, and round the sum once. A linear layer's bias is added
-    after that.
+    A processor's bfloat16 units multiply exactly and add up in float32. Libraries round the sum once more; our own tiles, where
+    they are clearly faster, leave it as it is, and of few rows the factors too, as rounding those takes longer than it saves. A
+    linear layer's bias is added after that.
 
     Args:
         module: what ``make_fx`` captured; each node's ``meta["val"]`` says its type.
+        threads: on how many of a CPU the products will run; without them all are a library's.
 
     Returns:
         The module.
@@ -136,6 +138,8 @@ def round_products(module: fx.GraphModule) -> fx.GraphModule:
         outputs = [user for user in node.users if "val" in user.meta] if isinstance(node.meta["val"], tuple) else [node]
         if any(output.meta["val"].dtype is not torch.float32 for output in outputs):
             continue
+        if threads is not None and node.target is aten.mm.default and _by_tiles(graph, node, threads, rounded=True):
+            continue
         node.args = tuple(factor(value) for value in node.args)
         for output in outputs:
             in_float32(output)
@@ -165,11 +169,9 @@ def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
         if left is None or right is None or left.dtype is not torch.float32 or left.device.type != "cpu":
             continue  # rounded factors, which have no value noted, and other types
         (rows, depth), columns = left.shape, right.shape[1]
-        multiplications = rows * depth * columns
-        if min(rows, columns) >= THINNEST_FOR_TILES and depth <= DEEPEST_FOR_TILES and _tiles_are_faster(threads):
-            node.target, node.args = torch.ops.pyrovae.product.default, (*node.args, threads)
-            _with_squares(module.graph, node)
-        elif multiplications >= FEWEST_MULTIPLICATIONS:
+        if _by_tiles(module.graph, node, threads, rounded=False):
+            continue
+        if rows * depth * columns >= FEWEST_MULTIPLICATIONS:
             way = _faster_way(rows, depth, columns, (left.is_contiguous(), right.is_contiguous()), threads)
             if way is not None:
                 node.target, node.args = torch.ops.pyrovae.mm.default, (*node.args, way == "flipped")
@@ -184,28 +186,52 @@ FEWEST_MULTIPLICATIONS = 2_000_000
 CLEARLY_FASTER = 0.75
 # Fewer rows or columns do not repay a copy of the other factor, and a panel of more rows no longer fits a second-level cache.
 THINNEST_FOR_TILES, DEEPEST_FOR_TILES = 16, 3072
+# Fewer take less time as they are.
+FEWEST_ROWS_TO_ROUND = 48
 # Of MKL's time, in the mean over the products of small and large steps: on a Zen 4 they take 0.7.
 TILES_CLEARLY_FASTER = 0.9
 
 
+def _by_tiles(graph: fx.Graph, node: fx.Node, threads: int, rounded: bool) -> bool:
+    """Make a product of float32 matrices our tiles', where they are faster; say whether."""
+    left, _ = node.args
+    assert isinstance(left, fx.Node)
+    (rows, depth), columns = left.meta["val"].shape, node.meta["val"].shape[1]
+    if min(rows, columns) < THINNEST_FOR_TILES or depth > DEEPEST_FOR_TILES or not _tiles_are_faster(threads, rounded):
+        return False
+    node.target = torch.ops.pyrovae.product.default
+    node.args = (*node.args, threads, rounded and rows >= FEWEST_ROWS_TO_ROUND)
+    _with_squares(graph, node)
+    return True
+
+
 @cache
-def _tiles_are_faster(threads: int) -> bool:
+def _tiles_are_faster(threads: int, rounded: bool) -> bool:
     """One answer for all shapes, so that few are chosen by noise: products forward, to the weights and to the input."""
     if not kernels.products():
         return False
     ones = partial(torch.ones, dtype=torch.float32, device="cpu")
-    pairs = [(ones(rows, 784), ones(200, 784).t()) for rows in (20, 100, 1000)]
-    pairs += [(ones(rows, 784).t(), ones(rows, 200)) for rows in (20, 100, 1000)]
-    pairs += [(ones(rows, 784), ones(784, 200)) for rows in (20, 100, 1000)]
+    several = (100, 1000) if rounded else (20, 100, 1000)
+    pairs = [(ones(rows, 784), ones(200, 784).t()) for rows in several]
+    pairs += [(ones(rows, 784).t(), ones(rows, 200)) for rows in several]
+    pairs += [(ones(rows, 784), ones(784, 200)) for rows in several]
+    library = _rounded_by_a_library if rounded else torch.mm
     contenders: dict[str, Callable[[], Tensor]] = {
         f"{way}{place}": partial(multiply, *pair)
         for place, pair in enumerate(pairs)
-        for way, multiply in (("mkl", torch.mm), ("tiles", partial(torch.ops.pyrovae.product, threads=threads)))
+        for way, multiply in (
+            ("library", library),
+            ("tiles", partial(torch.ops.pyrovae.product, threads=threads, rounded=rounded)),
+        )
     }
     with _on(threads):
         seconds = _seconds(contenders, laps=12)
-    shares = [seconds[f"tiles{place}"] / seconds[f"mkl{place}"] for place in range(len(pairs))]
+    shares = [seconds[f"tiles{place}"] / seconds[f"library{place}"] for place in range(len(pairs))]
     return sum(shares) / len(shares) <= TILES_CLEARLY_FASTER
+
+
+def _rounded_by_a_library(left: Tensor, right: Tensor) -> Tensor:
+    return (left.bfloat16() @ right.bfloat16()).float()
 
 
 def _faster_way(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> str | None:

@@ -596,10 +596,11 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
     options |= {"cpp.threads": 1} if apart else {}
     if not on_gpu:
         module = join_decoders(module, rounded)
+    threads = 1 if apart else torch.get_num_threads()
     if rounded:
-        module = round_products(module)
+        module = round_products(module, None if on_gpu else threads)
     if not on_gpu:
-        module = fastest_products(rewrite(module), threads=1 if apart else torch.get_num_threads())
+        module = fastest_products(rewrite(module), threads)
     # One allocation where there were fifty, as long as it stays below the 32 MB from which each is a fresh mapping.
     pooled = max((value.numel() * value.element_size() for value in _computed(module)), default=0) <= MOST_POOLED
     for node in module.graph.nodes:

@@ -276,7 +276,7 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="th
 def chosen(monkeypatch: pytest.MonkeyPatch, shares: Callable[..., dict[str, float]], *inputs: Tensor) -> list[object]:
     """The ways of the products x @ weight.T (1000 x 50 x 200, 2 threads) and 3 x 4 x 5 of which oneDNN has taken the first."""
     monkeypatch.setattr(rewrites, "_shares", shares)
-    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads: False)
+    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: False)
 
     def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return x @ weight.t(), a @ b
