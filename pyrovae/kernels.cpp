@@ -439,10 +439,10 @@ extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* 
   (rounded ? decoder<Rounded> : decoder<Exact>)(left, rows, layers, num_layers, x, num_data, out, threads);
 }
 
-// The product of two matrices of any strides, by pairs of some rows and a panel of columns, which threads take as they come; MKL
-// gives each thread a fixed part, and clears the product before it adds to it. Where rows of the right factor lie together, panels
-// are read from where they are; else they are copied first, by all threads, if many rows will pass. For few rows both factors then
-// lie along the depth, and each number is a product of two vectors.
+// The product of two matrices of any strides, by tiles of some rows and a panel of the right factor's columns; MKL clears the
+// product before it adds to it. Where rows of that factor lie together, panels are read from where they are; else each thread
+// copies those that it needs. Few rows do not repay that: each number is then the sum of a product of two vectors along the depth.
+// Rounded factors are copied both; a bfloat16 unit takes subnormal numbers for zero.
 
 #if defined(__clang__)
 constexpr bool SHUFFLES = false;
@@ -556,21 +556,43 @@ static inline Ints lanes_from(int64_t first) {
   return lanes >= static_cast<int32_t>(first);
 }
 
+// The sum of many squares: of few tiles in float32, of those in double.
+struct Squares {
+  Floats few = {};
+  int tiles = 0;
+  double total = 0.0;
+
+  void add(Floats of_tile) {
+    few += of_tile;
+    if (++tiles == 32) add_up();
+  }
+
+  double add_up() {
+    for (int lane = 0; lane < LANES; lane++) total += few[lane];
+    few = Floats{};
+    tiles = 0;
+    return total;
+  }
+};
+
 template <class Factors, int R, int V>
-static inline void product_tile(const Matrix& left, int64_t row, const Panel& panel, float* out, int64_t columns, Floats* squares) {
+static inline void product_tile(const Matrix& left, int64_t row, const Panel& panel, float* out, int64_t columns,
+                                Squares* squares) {
   Floats sum[R][V] = {};
   const float* from = left.numbers + row * left.along_rows;
   add_products<Factors>(sum, from, left.along_rows, left.along_columns, left.columns, panel.numbers, panel.along);
   if (squares) {
-    Floats total = *squares;
+    Floats total = {};
+    // Neither what is another panel's too nor what lies beyond the matrix, which an infinite row makes NaN.
+    Ints own = lanes_from(panel.skip), last = ~lanes_from(std::min<int64_t>(LANES, columns - panel.column - (V - 1) * LANES));
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
       for (int v = 0; v < V; v++) {
-        Floats counted = V == 1 ? (Floats)((Ints)sum[r][v] & lanes_from(panel.skip)) : sum[r][v];
+        Floats counted = v < V - 1 ? sum[r][v] : (Floats)((Ints)sum[r][v] & own & last);
         total += counted * counted;
       }
-    *squares = total;
+    squares->add(total);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
@@ -590,24 +612,17 @@ static inline void product_tile(const Matrix& left, int64_t row, const Panel& pa
 
 template <class Factors, int V>
 static void product_rows(const Matrix& left, int64_t row, int64_t end, const Panel& panel, float* out, int64_t columns,
-                         Floats* squares) {
+                         Squares* squares) {
   for (; row + ROWS <= end; row += ROWS) product_tile<Factors, ROWS, V>(left, row, panel, out, columns, squares);
   for (; row + ROWS / 2 <= end; row += ROWS / 2) product_tile<Factors, ROWS / 2, V>(left, row, panel, out, columns, squares);
   for (; row < end; row++) product_tile<Factors, 1, V>(left, row, panel, out, columns, squares);
-}
-
-static double total_of(Floats value) {
-  double total = 0.0;
-  for (int lane = 0; lane < LANES; lane++) total += value[lane];
-  return total;
 }
 
 // A block of the product, by vectors of columns: panel after panel, which all rows pass while it is near. Returns the sum of its
 // squares, if asked.
 static double product_block(const Matrix& left, const Matrix& right, float* out, int64_t row, int64_t end, int64_t vector,
                             int64_t last, bool squared) {
-  Floats squares = {};
-  Floats* sum = squared ? &squares : nullptr;
+  Squares squares, *sum = squared ? &squares : nullptr;
   int64_t columns = right.columns, deep = right.rows;
   // A copy is read faster where many rows pass a deep panel, whose rows may lie so that they crowd each other out of the caches.
   bool in_place = right.along_columns == 1 && columns >= LANES && (deep <= 256 || end - row <= 128);
@@ -632,15 +647,14 @@ static double product_block(const Matrix& left, const Matrix& right, float* out,
     else
       product_rows<Exact, 1>(left, row, end, panel, out, columns, sum);
   }
-  return total_of(squares);
+  return squares.add_up();
 }
 
 // The same of rounded factors, which are copied both: panels as many as stay near, and then rows by as many as a vector has lanes.
 static double rounded_block(const Matrix& left, const Matrix& right, float* out, int64_t row, int64_t end, int64_t vector,
                             int64_t last, bool squared) {
   constexpr int64_t NEAR = 1 << 17;  // words
-  Floats squares = {};
-  Floats* sum = squared ? &squares : nullptr;
+  Squares squares, *sum = squared ? &squares : nullptr;
   int64_t columns = right.columns, deep = words<Rounded>(right.rows), along = LANES * deep;
   int64_t most = std::max<int64_t>(VECTORS, NEAR / std::max<int64_t>(1, along) / VECTORS * VECTORS);
   Matrix flipped{left.numbers, left.columns, left.rows, left.along_columns, left.along_rows};
@@ -667,7 +681,7 @@ static double rounded_block(const Matrix& left, const Matrix& right, float* out,
       }
     }
   }
-  return total_of(squares);
+  return squares.add_up();
 }
 
 constexpr int DOT_ROWS = 4, DOT_COLUMNS = LANES / DOT_ROWS;  // a vector of sums
@@ -725,7 +739,8 @@ extern "C" void product(const Matrix* left, const Matrix* right, float* out, int
       for (int64_t row = 0; row < rows; row += DOT_ROWS) dot_tile(*left, *right, out, row, tile * DOT_COLUMNS);
     return;
   }
-  // A part for each thread: of the rows where the other factor is read in place, else of its columns, so that none is copied twice.
+  // A part for each thread: of the rows where the other factor is read in place, else of its columns, so that none of it is copied
+  // twice.
   int64_t strips = (rows + ROWS - 1) / ROWS, vectors = (columns + LANES - 1) / LANES, down, across;
   if (right->along_columns == 1 || rows >= MANY * threads) {
     down = std::clamp<int64_t>(rows / TALL, 1, threads);

@@ -270,7 +270,10 @@ def _with_squares(graph: fx.Graph, product: fx.Node) -> None:
         seen += [user for user in node.users if user.target in (aten.t.default, *VIEWS)]
     squared = [user for node in seen for user in node.users if user.target is aten.pow.Tensor_Scalar and user.args[1] == 2]
     sums = [user for node in squared for user in node.users if user.target is aten.sum.default and not user.kwargs]
-    if not sums:
+    # Between the two nothing may be written to, as it might be the product under another name.
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    last = max((order[node] for node in sums), default=-1)
+    if not sums or any(_writes(node) for node in list(order)[order[product] : last]):
         return
     with graph.inserting_before(product):
         both = graph.call_function(torch.ops.pyrovae.product_and_squares.default, product.args)
@@ -279,6 +282,11 @@ def _with_squares(graph: fx.Graph, product: fx.Node) -> None:
     for node in sums:
         _replace(node, found[0])
     _replace(product, found[1])
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 @contextlib.contextmanager

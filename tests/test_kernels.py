@@ -328,6 +328,9 @@ def test_a_product_keeps_nan_and_infinity_where_they_belong(across: bool, rounde
         assert torch.equal(torch.isinf(each).nonzero()[:, 1].unique(), torch.tensor([49]))
     assert squares.isnan()
     assert torch.ops.pyrovae.product_and_squares(left[:2], right, 2, rounded)[1].isinf()
+    left[:], right[:] = 1.0, 1.0
+    left[3, 20] = math.inf  # which is no number where it meets a zero beyond the last column
+    assert torch.ops.pyrovae.product_and_squares(left, right, 2, rounded)[1].isinf()
 
 
 @PRODUCTS
@@ -439,6 +442,29 @@ def test_rounded_products_are_our_tiles_where_they_are_faster(monkeypatch: pytes
     rounded, found, *_ = targets(100)
     assert not rounded
     assert torch.ops.aten.mm.default in found
+
+
+@PRODUCTS
+@pytest.mark.parametrize("rounded", [False, True])
+def test_many_squares_are_added_up_in_double(rounded: bool) -> None:
+    left, right = torch.full((2_000, 20), 0.75), torch.full((20, 3_000), 1.25)
+    _, squares = torch.ops.pyrovae.product_and_squares(left, right, 1, rounded)
+    assert squares.item() == pytest.approx(6e6 * 18.75**2, rel=1e-6)
+
+
+@PRODUCTS
+def test_squares_of_what_is_changed_in_between_are_not_taken_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: True)
+    left, right = torch.randn(30, 40), torch.randn(40, 50)
+
+    def changed(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        product = left @ right
+        product.view(-1).add_(1.0)
+        return (product.square().sum(),)
+
+    graph, exact = staging._capture(changed, (left, right))
+    (found,) = fastest_products(graph.module, threads=1)(left, right)
+    assert found.item() == pytest.approx(exact[0].item(), rel=1e-5)
 
 
 @PRODUCTS
