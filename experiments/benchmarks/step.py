@@ -1,7 +1,7 @@
 """What one training step costs: ours beside Pyro's, NumPyro's, pythae's and hand-written PyTorch, same weights and data.
 
 In every round each contender takes a block of consecutive steps, in an order drawn afresh; the ratio within a round counts,
-since the machine is noisy. A block takes ours 100 ms or more: an epoch is longer yet, and the first steps after another
+since the machine is noisy. A block takes ours about 100 ms: an epoch is longer yet, and the first steps after another
 contender find the caches full of what was its own and the threads asleep. The learning rate is 1e-12, so the weights stay
 where they are while the arithmetic is that of training: the losses of all contenders must then have one mean, and the run
 stops where they do not. The steps on which this is checked come before the timed ones, and take the compilers' time.
