@@ -16,6 +16,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -618,60 +619,81 @@ static void product_rows(const Matrix& left, int64_t row, int64_t end, const Pan
   for (; row < end; row++) product_tile<Factors, 1, V>(left, row, panel, out, columns, squares);
 }
 
-// A block of the product, by vectors of columns: panel after panel, which all rows pass while it is near. Returns the sum of its
-// squares, if asked.
-static double product_block(const Matrix& left, const Matrix& right, float* out, int64_t row, int64_t end, int64_t vector,
-                            int64_t last, bool squared) {
+// A thread's part of a product, some rows and vectors of columns, in pieces: a panel, and a block of rows that pass it while it is
+// near. A thread takes those of its own part, and then what is left of others', as another program may hold one up.
+struct Part {
+  static constexpr int64_t BLOCK = 128;
+
+  int64_t row, end, vector, last, wide, panels, blocks;  // `wide` panels are of as many columns as a tile has, the others of a vector
+  bool in_place;
+
+  Part(const Matrix& right, int64_t row, int64_t end, int64_t vector, int64_t last) : row(row), end(end), vector(vector), last(last) {
+    wide = (std::min(last, right.columns / LANES) - vector) / VECTORS;
+    panels = wide + last - vector - wide * VECTORS;
+    blocks = (end - row + BLOCK - 1) / BLOCK;
+    // A copy is read faster where many rows pass a deep panel, whose rows may lie so that they crowd each other out of the caches.
+    in_place = right.along_columns == 1 && right.columns >= LANES && (right.rows <= 256 || end - row <= 128);
+  }
+
+  int64_t pieces() const { return panels * blocks; }
+};
+
+// Which pieces of a part are taken, on a line of the cache of its own.
+class alignas(64) Taken {
+  std::atomic<int64_t> pieces{0};
+
+ public:
+  int64_t next() { return pieces.fetch_add(1, std::memory_order_relaxed); }
+};
+
+// Returns the sum of the piece's squares, if asked. The panel is copied unless this thread has just done so.
+static double product_piece(const Matrix& left, const Matrix& right, float* out, const Part& part, int64_t piece, bool copied,
+                            bool squared) {
   Squares squares, *sum = squared ? &squares : nullptr;
-  int64_t columns = right.columns, deep = right.rows;
-  // A copy is read faster where many rows pass a deep panel, whose rows may lie so that they crowd each other out of the caches.
-  bool in_place = right.along_columns == 1 && columns >= LANES && (deep <= 256 || end - row <= 128);
+  int64_t columns = right.columns, deep = right.rows, which = piece / part.blocks, row = part.row + piece % part.blocks * Part::BLOCK;
+  int64_t end = std::min(part.end, row + Part::BLOCK), wide = which < part.wide ? VECTORS : 1;
+  int64_t column = (part.vector + which + (VECTORS - 1) * std::min(which, part.wide)) * LANES;
   thread_local std::vector<float> kept;  // from one step to the next
-  if (!in_place && kept.size() < static_cast<size_t>(PANEL * deep + LANES)) kept.resize(PANEL * deep + LANES);
+  if (!part.in_place && kept.size() < static_cast<size_t>(PANEL * deep + LANES)) kept.resize(PANEL * deep + LANES);
   float* room = kept.data();
   while (reinterpret_cast<uintptr_t>(room) % (4 * LANES)) room++;
-  for (int64_t wide; vector < last; vector += wide) {
-    int64_t column = vector * LANES;
-    wide = vector + VECTORS <= last && column + PANEL <= columns ? VECTORS : 1;
-    Panel panel{room, wide * LANES, column, 0};
-    if (in_place) {  // the last of all lies farther left, so that it is whole
-      panel.skip = std::max<int64_t>(0, column + LANES - columns);
-      panel.column -= panel.skip;
-      panel.numbers = right.numbers + panel.column;
-      panel.along = right.along_rows;
-    } else {
-      copy_panel<Exact>(right, column, wide * LANES, room);
-    }
-    if (wide == VECTORS)
-      product_rows<Exact, VECTORS>(left, row, end, panel, out, columns, sum);
-    else
-      product_rows<Exact, 1>(left, row, end, panel, out, columns, sum);
+  Panel panel{room, wide * LANES, column, 0};
+  if (part.in_place) {  // the last of all lies farther left, so that it is whole
+    panel.skip = std::max<int64_t>(0, column + LANES - columns);
+    panel.column -= panel.skip;
+    panel.numbers = right.numbers + panel.column;
+    panel.along = right.along_rows;
+  } else if (!copied) {
+    copy_panel<Exact>(right, column, wide * LANES, room);
   }
+  if (wide == VECTORS)
+    product_rows<Exact, VECTORS>(left, row, end, panel, out, columns, sum);
+  else
+    product_rows<Exact, 1>(left, row, end, panel, out, columns, sum);
   return squares.add_up();
 }
 
 // The same of rounded factors, which are copied both: panels as many as stay near, and then rows by as many as a vector has lanes.
-static double rounded_block(const Matrix& left, const Matrix& right, float* out, int64_t row, int64_t end, int64_t vector,
-                            int64_t last, bool squared) {
+static double rounded_part(const Matrix& left, const Matrix& right, float* out, const Part& part, bool squared) {
   constexpr int64_t NEAR = 1 << 17;  // words
   Squares squares, *sum = squared ? &squares : nullptr;
   int64_t columns = right.columns, deep = words<Rounded>(right.rows), along = LANES * deep;
   int64_t most = std::max<int64_t>(VECTORS, NEAR / std::max<int64_t>(1, along) / VECTORS * VECTORS);
   Matrix flipped{left.numbers, left.columns, left.rows, left.along_columns, left.along_rows};
   thread_local std::vector<float> kept;  // from one step to the next
-  size_t size = along * (std::min(most, last - vector) + VECTORS) + LANES;
+  size_t size = along * (std::min(most, part.last - part.vector) + VECTORS) + LANES;
   if (kept.size() < size) kept.resize(size);
   float* room = kept.data();
   while (reinterpret_cast<uintptr_t>(room) % (4 * LANES)) room++;
   float* panels = room + VECTORS * along;
   auto width = [](int64_t from, int64_t to) { return from + VECTORS <= to ? VECTORS : 1; };
-  for (; vector < last; vector += most) {
-    int64_t to = std::min(last, vector + most);
+  for (int64_t vector = part.vector; vector < part.last; vector += most) {
+    int64_t to = std::min(part.last, vector + most);
     for (int64_t v = vector; v < to; v += width(v, to))
       copy_panel<Rounded>(right, v * LANES, width(v, to) * LANES, panels + (v - vector) * along);
-    for (int64_t top = row; top < end; top += PANEL) {
+    for (int64_t top = part.row; top < part.end; top += PANEL) {
       copy_panel<Rounded>(flipped, top, PANEL, room);
-      Matrix rows{room, std::min<int64_t>(PANEL, end - top), deep, 1, PANEL};
+      Matrix rows{room, std::min<int64_t>(PANEL, part.end - top), deep, 1, PANEL};
       for (int64_t v = vector; v < to; v += width(v, to)) {
         Panel panel{panels + (v - vector) * along, width(v, to) * LANES, v * LANES, 0};
         if (width(v, to) == VECTORS)
@@ -749,15 +771,32 @@ extern "C" void product(const Matrix* left, const Matrix* right, float* out, int
     across = std::clamp<int64_t>(vectors / VECTORS, 1, threads);
     down = std::min(threads / across, strips);
   }
-  std::vector<double> of_parts(down * across);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t part = 0; part < down * across; part++) {
-    int64_t place = part / across, column = part % across;
-    of_parts[part] = (rounded ? rounded_block : product_block)(
-        *left, *right, out, strips * place / down * ROWS, std::min(rows, strips * (place + 1) / down * ROWS),
-        vectors * column / across, vectors * (column + 1) / across, squares != nullptr);
+  int64_t number = down * across;
+  std::vector<Part> parts;
+  std::vector<int64_t> before = {0};  // pieces of other parts
+  for (int64_t i = 0; i < number; i++) {
+    int64_t place = i / across, column = i % across;
+    parts.emplace_back(*right, strips * place / down * ROWS, std::min(rows, strips * (place + 1) / down * ROWS),
+                       vectors * column / across, vectors * (column + 1) / across);
+    before.push_back(before[i] + (rounded ? 1 : parts[i].pieces()));
   }
-  if (squares) *squares = static_cast<float>(std::accumulate(of_parts.begin(), of_parts.end(), 0.0));
+  std::vector<double> of_pieces(before[number]);
+  std::vector<Taken> taken(number);
+#pragma omp parallel for num_threads(std::max<int64_t>(1, number)) schedule(static) if (number > 1)
+  for (int64_t thread = 0; thread < number; thread++) {
+    if (rounded) {
+      of_pieces[before[thread]] = rounded_part(*left, *right, out, parts[thread], squares != nullptr);
+      continue;
+    }
+    for (int64_t turn = thread; turn < thread + number; turn++) {
+      int64_t i = turn % number, panel = -1;
+      const Part& part = parts[i];
+      for (int64_t piece; (piece = taken[i].next()) < part.pieces(); panel = piece / part.blocks)
+        of_pieces[before[i] + piece] =
+            product_piece(*left, *right, out, part, piece, piece / part.blocks == panel, squares != nullptr);
+    }
+  }
+  if (squares) *squares = static_cast<float>(std::accumulate(of_pieces.begin(), of_pieces.end(), 0.0));
 }
 
 // The same for torch's dispatcher, by torch's own stable functions, so that a compiled graph calls it without Python.

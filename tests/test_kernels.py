@@ -298,6 +298,17 @@ def test_a_product_is_the_exact_one(
 
 
 @PRODUCTS
+@pytest.mark.parametrize("across", [False, True])
+def test_whoever_takes_a_piece_the_product_is_the_same(across: bool) -> None:
+    left, right = torch.randn(530, 300), torch.randn(400, 300).t() if across else torch.randn(300, 400)
+    alone = torch.ops.pyrovae.product(left, right, 1, False)
+    assert torch.allclose(alone.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-4)
+    # More threads than processors: some wait for one, and others take their pieces.
+    runs = [torch.ops.pyrovae.product_and_squares(left, right, 9, False) for _ in range(30)]
+    assert all(torch.equal(product, alone) and torch.equal(squares, runs[0][1]) for product, squares in runs)
+
+
+@PRODUCTS
 def test_a_product_of_parts_reads_only_those() -> None:
     whole = torch.full((60, 120), math.nan)
     left, right = whole[:40:2, 1:61:3], whole[40:, :110:2]
