@@ -818,11 +818,27 @@ constexpr int32_t FLOAT32 = 6, CPU = 0;  // as torch's own functions number them
 
 extern "C" void use_torch(const Torch* functions) { torch_functions = *functions; }
 
+static float* numbers_of(Handle tensor) {
+  void* place;
+  if (torch_functions.data(tensor, &place)) throw std::runtime_error("torch does not say where a tensor lies");
+  return static_cast<float*>(place);
+}
+
+static Matrix matrix_of(Handle tensor) {
+  int32_t type;
+  int64_t dimensions, *sizes, *strides;
+  const Torch& torch = torch_functions;
+  bool failed = torch.type(tensor, &type) || torch.dimensions(tensor, &dimensions) || torch.sizes(tensor, &sizes) ||
+                torch.strides(tensor, &strides);
+  if (failed || type != FLOAT32 || dimensions != 2) throw std::runtime_error("pyrovae::product takes two float32 matrices");
+  return {numbers_of(tensor), sizes[0], sizes[1], strides[0], strides[1]};
+}
+
 // A tensor that is dropped unless it is handed on.
 class Held {
+ public:
   Handle tensor = nullptr;
 
- public:
   explicit Held(uint64_t handle) : tensor(reinterpret_cast<Handle>(handle)) {}
   Held(int64_t dimensions, int64_t rows, int64_t columns) {
     int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
@@ -833,43 +849,49 @@ class Held {
     if (tensor) torch_functions.drop(tensor);
   }
 
-  float* numbers() const {
-    void* place;
-    if (torch_functions.data(tensor, &place)) throw std::runtime_error("torch does not say where a tensor lies");
-    return static_cast<float*>(place);
-  }
-
-  Matrix matrix() const {
-    int32_t type;
-    int64_t dimensions, *sizes, *strides;
-    const Torch& torch = torch_functions;
-    bool failed = torch.type(tensor, &type) || torch.dimensions(tensor, &dimensions) || torch.sizes(tensor, &sizes) ||
-                  torch.strides(tensor, &strides);
-    if (failed || type != FLOAT32 || dimensions != 2) throw std::runtime_error("pyrovae::product takes two float32 matrices");
-    return {numbers(), sizes[0], sizes[1], strides[0], strides[1]};
-  }
-
-  uint64_t hand_on() {
+  Handle hand_on() {
     Handle given = tensor;
     tensor = nullptr;
-    return reinterpret_cast<uint64_t>(given);
+    return given;
   }
 };
 
-// (left, right, threads, rounded) -> their product, and the sum of its squares if asked, in the words of torch's dispatcher, which hands the
-// tensors over.
-static void product_of(uint64_t* stack, bool squared) {
-  Held left(stack[0]), right(stack[1]);
-  Matrix a = left.matrix(), b = right.matrix();
+// The product of tensors that stay their owner's, and the sum of its squares if asked.
+static void product_of(Handle left, Handle right, int64_t threads, bool rounded, Handle* product_to, Handle* squares_to) {
+  Matrix a = matrix_of(left), b = matrix_of(right);
   if (a.columns != b.rows) throw std::runtime_error("pyrovae::product takes matrices of sizes (m, k) and (k, n)");
   Held out(2, a.rows, b.columns), squares(0, 0, 0);
-  product(&a, &b, out.numbers(), static_cast<int64_t>(stack[2]), squared ? squares.numbers() : nullptr, stack[3]);
-  stack[0] = out.hand_on();
-  if (squared) stack[1] = squares.hand_on();
+  product(&a, &b, numbers_of(out.tensor), threads, squares_to ? numbers_of(squares.tensor) : nullptr, rounded);
+  *product_to = out.hand_on();
+  if (squares_to) *squares_to = squares.hand_on();
+}
+
+// (left, right, threads, rounded) in the words of torch's dispatcher, which hands the tensors over.
+static void product_of(uint64_t* stack, bool squared) {
+  Held left(stack[0]), right(stack[1]);
+  Handle found[2];
+  product_of(left.tensor, right.tensor, static_cast<int64_t>(stack[2]), stack[3], &found[0], squared ? &found[1] : nullptr);
+  stack[0] = reinterpret_cast<uint64_t>(found[0]);
+  if (squared) stack[1] = reinterpret_cast<uint64_t>(found[1]);
 }
 
 extern "C" void product_of_tensors(uint64_t* stack, uint64_t, uint64_t) { product_of(stack, false); }
 extern "C" void product_and_squares_of_tensors(uint64_t* stack, uint64_t, uint64_t) { product_of(stack, true); }
+
+// The same past the dispatcher, under the names by which a compiled graph calls them; 0 where all went well.
+extern "C" int32_t aoti_torch_cpu_product_and_squares(Handle left, Handle right, int64_t threads, int32_t rounded, Handle* out,
+                                                      Handle* squares) {
+  try {
+    product_of(left, right, threads, rounded, out, squares);
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+extern "C" int32_t aoti_torch_cpu_product(Handle left, Handle right, int64_t threads, int32_t rounded, Handle* out) {
+  return aoti_torch_cpu_product_and_squares(left, right, threads, rounded, out, nullptr);
+}
 
 // Standard normals of a seed, by any thread: Threefry-2x32 with 20 rounds (Salmon and others, Parallel Random Numbers, 2011) on a
 // counter, then Box and Muller's transform, whose functions are those of Cephes.

@@ -70,6 +70,7 @@ def products() -> bool:
         begin, add = torch_itself.aoti_torch_library_init_impl, torch_itself.aoti_torch_library_impl
     except AttributeError:
         return False
+    ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # so that compiled graphs find what SHIMS names
     library.use_torch((ctypes.c_void_p * len(functions))(*[ctypes.cast(each, ctypes.c_void_p) for each in functions]))
     handle = ctypes.c_void_p()
     failed = begin(b"pyrovae", b"CPU", b"kernels.cpp", ctypes.c_uint32(0), ctypes.byref(handle))
@@ -82,6 +83,23 @@ def products() -> bool:
 
 # ``struct Torch`` of ``kernels.cpp``, in its order.
 STABLE = ("get_data_ptr", "get_dtype", "get_dim", "get_sizes", "get_strides", "empty_strided", "delete_tensor_object")
+
+
+class _ByName(dict[str, list[str]]):
+    """Of operations, by their names: Inductor keeps on disk only what was made by options that can be pickled."""
+
+    def __contains__(self, operation: object) -> bool:
+        return super().__contains__(str(operation))
+
+
+_TAKES = "AtenTensorHandle, AtenTensorHandle, int64_t, int32_t, AtenTensorHandle*"
+# What a compiled graph may call past torch's dispatcher, which takes longer than a small product itself.
+SHIMS = _ByName(
+    {
+        f"pyrovae.{name}.default": [f"AOTITorchError aoti_torch_cpu_{name}({takes})"]
+        for name, takes in [("product", _TAKES), ("product_and_squares", f"{_TAKES}, AtenTensorHandle*")]
+    }
+)
 
 
 class _Layer(ctypes.Structure):

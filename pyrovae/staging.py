@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .kernels import SeededNormals, seeded
+from .kernels import SHIMS, SeededNormals, seeded
 from .rewrites import draws_as_inputs, fastest_products, join_decoders, rewrite, round_products
 
 Tensors = tuple[Tensor, ...]
@@ -619,8 +619,16 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
             # Kernels that call each other in C++ save a tenth of a small step; some operations have no such form.
             with contextlib.suppress(Exception):
                 pools = {"memory_planning": True, "memory_pool": "outputs"} if pooled else {}
-                return _unwrapped(compiled({"cpp_wrapper": True} | pools))
+                return _unwrapped(compiled({"cpp_wrapper": True} | pools | _past_the_dispatcher(module)))
         return compiled({})
+
+
+def _past_the_dispatcher(module: fx.GraphModule) -> dict[str, Any]:
+    """The option by which a graph calls our products straight, where it has any and this torch knows how."""
+    from torch._inductor import config
+
+    known = hasattr(config.aot_inductor, "custom_ops_to_c_shims") and any(node.target in SHIMS for node in module.graph.nodes)
+    return {"aot_inductor.custom_ops_to_c_shims": SHIMS} if known else {}
 
 
 def _unwrapped(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
 import pyrovae as pv
@@ -428,6 +429,27 @@ def test_a_step_by_our_tiles_is_the_eager_one(precision: str, monkeypatch: pytes
         assert step.reason is None
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "float32" else 0.05)
     assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == (precision == "float32")
+
+
+@PRODUCTS
+@pytest.mark.skipif(
+    not hasattr(torch._inductor.config.aot_inductor, "custom_ops_to_c_shims"),
+    reason="a torch whose graphs dispatch all",
+)
+def test_a_compiled_graph_calls_products_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: True)
+    counters["inductor"].clear()
+    weight = torch.randn(60, 40, requires_grad=True)
+    gradient = staging.Staged(lambda x: torch.autograd.grad((x @ weight).tanh().sum(), weight))
+    x = torch.randn(50, 60)
+    gradient(x), gradient(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        (found,) = gradient(x)
+        torch.ops.pyrovae.product(x, weight.detach(), 1, False)
+    assert [event.name for event in profile.events()].count("pyrovae::product") == 1
+    torch.testing.assert_close(found, torch.autograd.grad((x @ weight).tanh().sum(), weight)[0], rtol=1e-5, atol=1e-5)
+    # What was compiled is there for the next process: the options can be written down.
+    assert not any(name.startswith("fxgraph_cache_bypass") for name in counters["inductor"])
 
 
 @PRODUCTS
