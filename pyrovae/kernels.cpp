@@ -19,7 +19,9 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <type_traits>
@@ -34,6 +36,10 @@ constexpr int LANES = 4, ROWS = 8;
 #else
 constexpr int LANES = 4, ROWS = 4;
 #endif
+
+// Compiled graphs look for some of these functions among all of the process: no name may be another library's.
+namespace pyrovae {
+
 constexpr int VECTORS = 3, PANEL = LANES * VECTORS;
 constexpr int BLOCK = 120;        // rows that pass all layers together: their hidden values stay in the second-level cache
 constexpr int MOST_FACTORS = 64;  // of 1 to 2, as many as a float32 multiplies without overflow, and adds terms without drift
@@ -435,7 +441,7 @@ static void decoder(const float* left, int64_t rows, const Layer* layers, int64_
 
 // log p(x | z) of each row, in nats: hidden layers with their activations (0 tanh, 1 relu), the last one's sums are the logits;
 // with `rounded`, of products whose factors are in bfloat16.
-extern "C" void bernoulli_decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x,
+extern "C" void pyrovae_bernoulli_decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x,
                                   int64_t num_data, float* out, int64_t threads, bool rounded) {
   (rounded ? decoder<Rounded> : decoder<Exact>)(left, rows, layers, num_layers, x, num_data, out, threads);
 }
@@ -746,8 +752,7 @@ static inline void dot_tile(const Matrix& left, const Matrix& right, float* out,
   }
 }
 
-// `squares`, unless it is null, becomes the sum of the product's squares; with `rounded`, factors are taken in bfloat16.
-extern "C" void product(const Matrix* left, const Matrix* right, float* out, int64_t threads, float* squares, bool rounded) {
+static void whole_product(const Matrix* left, const Matrix* right, float* out, int64_t threads, float* squares, bool rounded) {
   constexpr int64_t FEW = 48, DEEP = 96;        // fewer rows, of so deep a product, do not repay a copy of the other factor
   constexpr int64_t TOO_FEW_TO_SHARE = 400000;  // multiplications: waking another thread takes longer
   constexpr int64_t TALL = 5 * ROWS;            // rows that repay a part of their own
@@ -782,10 +787,11 @@ extern "C" void product(const Matrix* left, const Matrix* right, float* out, int
   }
   std::vector<double> of_pieces(before[number]);
   std::vector<Taken> taken(number);
-#pragma omp parallel for num_threads(std::max<int64_t>(1, number)) schedule(static) if (number > 1)
-  for (int64_t thread = 0; thread < number; thread++) {
+  // As many threads as everywhere: where they are fewer for once, OpenMP ends the others.
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t thread = 0; thread < threads; thread++) {
     if (rounded) {
-      of_pieces[before[thread]] = rounded_part(*left, *right, out, parts[thread], squares != nullptr);
+      if (thread < number) of_pieces[before[thread]] = rounded_part(*left, *right, out, parts[thread], squares != nullptr);
       continue;
     }
     for (int64_t turn = thread; turn < thread + number; turn++) {
@@ -797,6 +803,74 @@ extern "C" void product(const Matrix* left, const Matrix* right, float* out, int
     }
   }
   if (squares) *squares = static_cast<float>(std::accumulate(of_pieces.begin(), of_pieces.end(), 0.0));
+}
+
+static bool is_zero(const float* row, int64_t size) {
+  Ints seen = {};
+  for (int64_t k = 0; k < size; k += LANES) {
+    seen |= (Ints)load_first(row + k, size - k) & 0x7fffffff;
+    if (k > 0 && k + LANES < size) continue;  // most other rows show it at once
+    for (int lane = 0; lane < LANES; lane++)
+      if (seen[lane]) return false;
+  }
+  return true;
+}
+
+// Whether there are many rows of zeros, which some tell of all; if so, the others.
+static bool has_many_zeros(const float* rows, int64_t number, int64_t along, int64_t size, int64_t threads,
+                           std::vector<int64_t>& others) {
+  constexpr int64_t MANY = 256, SEEN = 32, ONE_OF = 8;
+  int64_t zeros = 0;
+  if (number < MANY) return false;
+  for (int64_t i = 0; i < SEEN; i++) zeros += is_zero(rows + i * number / SEEN * along, size);
+  if (zeros * ONE_OF < SEEN) return false;
+  std::vector<char> zero(number);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < number; row++) zero[row] = is_zero(rows + row * along, size);
+  for (int64_t row = 0; row < number; row++)
+    if (!zero[row]) others.push_back(row);
+  return true;
+}
+
+static void copy_rows(const float* from, int64_t along, int64_t size, const std::vector<int64_t>& rows, float* to,
+                      int64_t threads) {
+  int64_t number = rows.size();
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < number; row++) std::memcpy(to + row * size, from + rows[row] * along, size * sizeof(float));
+}
+
+// `squares`, unless it is null, becomes the sum of the product's squares; with `rounded`, factors are taken in bfloat16.
+//
+// The gradients of particles that weigh next to nothing are rows of zeros, a third and more of them early in training. Where they
+// are many they are left out, be they rows of the product or along its depth: zero times infinity counts as zero then.
+static void product(const Matrix* left, const Matrix* right, float* out, int64_t threads, float* squares, bool rounded) {
+  constexpr int64_t FEW = 4000000;  // multiplications that do not repay a look
+  int64_t rows = left->rows, deep = left->columns, columns = right->columns;
+  std::vector<int64_t> others;
+  if (rows * deep * columns < FEW) {
+    whole_product(left, right, out, threads, squares, rounded);
+  } else if (left->along_columns == 1 && has_many_zeros(left->numbers, rows, left->along_rows, deep, threads, others)) {
+    int64_t number = others.size();
+    std::unique_ptr<float[]> room(new float[number * (deep + columns)]);
+    float *some = room.get(), *of_some = some + number * deep;
+    copy_rows(left->numbers, left->along_rows, deep, others, some, threads);
+    Matrix a{some, number, deep, deep, 1};
+    whole_product(&a, right, of_some, threads, squares, rounded);
+    std::fill(out, out + rows * columns, 0.0f);
+    for (int64_t row = 0; row < number; row++)
+      std::memcpy(out + others[row] * columns, of_some + row * columns, columns * sizeof(float));
+  } else if (left->along_rows == 1 && right->along_columns == 1 &&
+             has_many_zeros(left->numbers, deep, left->along_columns, rows, threads, others)) {
+    int64_t number = others.size();
+    std::unique_ptr<float[]> room(new float[number * (rows + columns)]);
+    float *some = room.get(), *of_right = some + number * rows;
+    copy_rows(left->numbers, left->along_columns, rows, others, some, threads);
+    copy_rows(right->numbers, right->along_rows, columns, others, of_right, threads);
+    Matrix a{some, rows, number, 1, rows}, b{of_right, number, columns, columns, 1};
+    whole_product(&a, &b, out, threads, squares, rounded);
+  } else {
+    whole_product(left, right, out, threads, squares, rounded);
+  }
 }
 
 // The same for torch's dispatcher, by torch's own stable functions, so that a compiled graph calls it without Python.
@@ -816,7 +890,7 @@ struct Torch {
 static Torch torch_functions;
 constexpr int32_t FLOAT32 = 6, CPU = 0;  // as torch's own functions number them
 
-extern "C" void use_torch(const Torch* functions) { torch_functions = *functions; }
+extern "C" void pyrovae_use_torch(const Torch* functions) { torch_functions = *functions; }
 
 static float* numbers_of(Handle tensor) {
   void* place;
@@ -875,8 +949,8 @@ static void product_of(uint64_t* stack, bool squared) {
   if (squared) stack[1] = reinterpret_cast<uint64_t>(found[1]);
 }
 
-extern "C" void product_of_tensors(uint64_t* stack, uint64_t, uint64_t) { product_of(stack, false); }
-extern "C" void product_and_squares_of_tensors(uint64_t* stack, uint64_t, uint64_t) { product_of(stack, true); }
+extern "C" void pyrovae_product_of_tensors(uint64_t* stack, uint64_t, uint64_t) { product_of(stack, false); }
+extern "C" void pyrovae_product_and_squares_of_tensors(uint64_t* stack, uint64_t, uint64_t) { product_of(stack, true); }
 
 // The same past the dispatcher, under the names by which a compiled graph calls them; 0 where all went well.
 extern "C" int32_t aoti_torch_cpu_product_and_squares(Handle left, Handle right, int64_t threads, int32_t rounded, Handle* out,
@@ -884,7 +958,8 @@ extern "C" int32_t aoti_torch_cpu_product_and_squares(Handle left, Handle right,
   try {
     product_of(left, right, threads, rounded, out, squares);
     return 0;
-  } catch (const std::exception&) {
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());  // the caller raises, but knows no reason
     return 1;
   }
 }
@@ -951,7 +1026,7 @@ static inline void on_circle(Floats t, Floats& cosine, Floats& sine) {
   sine = (Floats)(b ^ ((quarter & 2) << 30));
 }
 
-extern "C" void standard_normals(float* out, int64_t size, uint64_t seed) {
+extern "C" void pyrovae_standard_normals(float* out, int64_t size, uint64_t seed) {
   uint32_t key[3] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), 0};
   key[2] = 0x1BD11BDA ^ key[0] ^ key[1];
   Words lanes;
@@ -976,7 +1051,7 @@ extern "C" void standard_normals(float* out, int64_t size, uint64_t seed) {
 }
 
 // One block of Threefry, for its published values.
-extern "C" void threefry_block(uint32_t* words, uint64_t seed) {
+extern "C" void pyrovae_threefry_block(uint32_t* words, uint64_t seed) {
   uint32_t key[3] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), 0};
   key[2] = 0x1BD11BDA ^ key[0] ^ key[1];
   Words first = Words{} + words[0], second = Words{} + words[1];
@@ -984,3 +1059,5 @@ extern "C" void threefry_block(uint32_t* words, uint64_t seed) {
   words[0] = first[0];
   words[1] = second[LANES - 1];
 }
+
+}  // namespace pyrovae

@@ -41,9 +41,9 @@ def compiled() -> ctypes.CDLL | None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.bernoulli_decoder.argtypes = [pointer, number, pointer, number, pointer, number, pointer, number, ctypes.c_bool]
-    library.standard_normals.argtypes = [pointer, number, ctypes.c_uint64]
-    library.bernoulli_decoder.restype = library.standard_normals.restype = None
+    library.pyrovae_bernoulli_decoder.argtypes = [*[pointer, number] * 4, ctypes.c_bool]
+    library.pyrovae_standard_normals.argtypes = [pointer, number, ctypes.c_uint64]
+    library.pyrovae_bernoulli_decoder.restype = library.pyrovae_standard_normals.restype = None
     return library
 
 
@@ -71,13 +71,13 @@ def products() -> bool:
     except AttributeError:
         return False
     ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # so that compiled graphs find what SHIMS names
-    library.use_torch((ctypes.c_void_p * len(functions))(*[ctypes.cast(each, ctypes.c_void_p) for each in functions]))
+    library.pyrovae_use_torch((ctypes.c_void_p * len(functions))(*[ctypes.cast(each, ctypes.c_void_p) for each in functions]))
     handle = ctypes.c_void_p()
     failed = begin(b"pyrovae", b"CPU", b"kernels.cpp", ctypes.c_uint32(0), ctypes.byref(handle))
     return not (
         failed
-        or add(handle, b"product", library.product_of_tensors)
-        or add(handle, b"product_and_squares", library.product_and_squares_of_tensors)
+        or add(handle, b"product", library.pyrovae_product_of_tensors)
+        or add(handle, b"product_and_squares", library.pyrovae_product_and_squares_of_tensors)
     )
 
 
@@ -136,7 +136,7 @@ def bernoulli_decoder(
             for weight, bias, activation in zip(weights, biases, [*activations, 0], strict=True)
         ]
     )
-    library.bernoulli_decoder(
+    library.pyrovae_bernoulli_decoder(
         left.data_ptr(), len(left), layers, len(layers), x.data_ptr(), len(x), out.data_ptr(), torch.get_num_threads(), rounded
     )
     return out
@@ -156,7 +156,7 @@ def standard_normals(shape: Sequence[int], seed: int) -> Tensor:
     """
     library, out = compiled(), torch.empty(*shape, dtype=torch.float32)
     assert library is not None
-    library.standard_normals(out.data_ptr(), out.numel(), seed)
+    library.pyrovae_standard_normals(out.data_ptr(), out.numel(), seed)
     return out
 
 

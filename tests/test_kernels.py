@@ -7,6 +7,9 @@ import functools
 import importlib
 import itertools
 import math
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -310,6 +313,29 @@ def test_whoever_takes_a_piece_the_product_is_the_same(across: bool) -> None:
 
 
 @PRODUCTS
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.4, 0.97, 1.0])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_of_zeros_are_left_out_of_large_products(share: float, threads: int, rounded: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    gradients, values = torch.randn(700, 150, generator=generator), torch.randn(700, 60, generator=generator)
+    weights, zero = torch.randn(150, 60, generator=generator), torch.rand(700, generator=generator) < share
+    gradients[zero] = -0.0
+    gradients[~zero, :40] = 0.0  # as far as the first vectors, others may look like them
+    for left, right in ((gradients, weights), (gradients.t(), values)):
+        found, squares = torch.ops.pyrovae.product_and_squares(left, right, threads, rounded)
+        if rounded:
+            left, right = left.bfloat16(), right.bfloat16()
+        exact = left.double() @ right.double()
+        assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-4)
+        assert squares.item() == pytest.approx(exact.square().sum().item(), rel=1e-5)
+    # That they are: infinity times such a zero counts as zero.
+    values[zero] = math.inf
+    found = torch.ops.pyrovae.product(gradients.t(), values, threads, rounded)
+    assert found.isfinite().all() == (share != 0.05)  # too few
+
+
+@PRODUCTS
 def test_a_product_of_parts_reads_only_those() -> None:
     whole = torch.full((60, 120), math.nan)
     left, right = whole[:40:2, 1:61:3], whole[40:, :110:2]
@@ -453,6 +479,18 @@ def test_a_compiled_graph_calls_products_past_the_dispatcher(monkeypatch: pytest
 
 
 @PRODUCTS
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nothing here lists a library's names")
+def test_other_libraries_find_none_of_their_names_in_ours() -> None:
+    library = kernels.compiled()
+    assert library is not None
+    listed = subprocess.run(["nm", "-D", "--defined-only", library._name], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1] for line in listed.splitlines()]
+    assert "pyrovae_standard_normals" in names
+    own = re.compile(r"pyrovae_|aoti_torch_cpu_product|_Z.*7pyrovae|_ZN?K?S[at]|_ZGVZ?N?7pyrovae")
+    assert [name for name in names if not own.match(name)] == []
+
+
+@PRODUCTS
 def test_rounded_products_are_our_tiles_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles, faster = torch.ops.pyrovae.product.default, True
     monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: faster and rounded)
@@ -558,7 +596,7 @@ def test_threefry_has_its_published_values(counter: tuple[int, int], key: tuple[
     words = (ctypes.c_uint32 * 2)(*counter)
     library = kernels.compiled()
     assert library is not None
-    library.threefry_block(words, ctypes.c_uint64(key[0] | key[1] << 32))
+    library.pyrovae_threefry_block(words, ctypes.c_uint64(key[0] | key[1] << 32))
     assert tuple(words) == published
     found = threefry(np.array([counter[0] | counter[1] << 32], dtype=np.uint64), key)
     assert tuple(int(word[0]) for word in found) == published
