@@ -59,8 +59,8 @@ Block = Callable[[], Any]  # takes one step on each batch; returns their losses,
 class Cell:
     """A network, a batch size, a number of particles, the steps of a block, and a factor of the decoder's last weights.
 
-    A network at its start gives weights that hardly spread. With a larger factor they do as in training, and gradients weighted
-    by :math:`e^{-90}` would be subnormal numbers, which take many times as long.
+    A network at its start gives weights that hardly spread. With a larger factor they do as in training and more (cleared.py
+    counts), and gradients weighted by :math:`e^{-90}` would be subnormal numbers, which take many times as long.
     """
 
     kind: str
