@@ -441,8 +441,8 @@ static void decoder(const float* left, int64_t rows, const Layer* layers, int64_
 
 // log p(x | z) of each row, in nats: hidden layers with their activations (0 tanh, 1 relu), the last one's sums are the logits;
 // with `rounded`, of products whose factors are in bfloat16.
-extern "C" void pyrovae_bernoulli_decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers, const float* x,
-                                  int64_t num_data, float* out, int64_t threads, bool rounded) {
+extern "C" void pyrovae_bernoulli_decoder(const float* left, int64_t rows, const Layer* layers, int64_t num_layers,
+                                          const float* x, int64_t num_data, float* out, int64_t threads, bool rounded) {
   (rounded ? decoder<Rounded> : decoder<Exact>)(left, rows, layers, num_layers, x, num_data, out, threads);
 }
 
@@ -630,10 +630,12 @@ static void product_rows(const Matrix& left, int64_t row, int64_t end, const Pan
 struct Part {
   static constexpr int64_t BLOCK = 128;
 
-  int64_t row, end, vector, last, wide, panels, blocks;  // `wide` panels are of as many columns as a tile has, the others of a vector
+  int64_t row, end, vector, last;
+  int64_t wide, panels, blocks;  // `wide` panels are of as many columns as a tile has, the others of a vector
   bool in_place;
 
-  Part(const Matrix& right, int64_t row, int64_t end, int64_t vector, int64_t last) : row(row), end(end), vector(vector), last(last) {
+  Part(const Matrix& right, int64_t row, int64_t end, int64_t vector, int64_t last)
+      : row(row), end(end), vector(vector), last(last) {
     wide = (std::min(last, right.columns / LANES) - vector) / VECTORS;
     panels = wide + last - vector - wide * VECTORS;
     blocks = (end - row + BLOCK - 1) / BLOCK;
@@ -816,6 +818,21 @@ static bool is_zero(const float* row, int64_t size) {
   return true;
 }
 
+// Of a factor whose rows or columns lie together; zero times infinity is no number, which leaving out the zero would hide.
+static bool is_finite(const Matrix& matrix, int64_t threads) {
+  bool by_rows = matrix.along_columns == 1, finite = by_rows || matrix.along_rows == 1;
+  int64_t number = finite ? by_rows ? matrix.rows : matrix.columns : 0, size = by_rows ? matrix.columns : matrix.rows;
+  int64_t along = by_rows ? matrix.along_rows : matrix.along_columns;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : finite) if (threads > 1)
+  for (int64_t row = 0; row < number; row++) {
+    Ints odd = {};
+    for (int64_t k = 0; k < size; k += LANES)
+      odd |= ((Ints)load_first(matrix.numbers + row * along + k, size - k) & 0x7f800000) == 0x7f800000;
+    for (int lane = 0; lane < LANES; lane++) finite = finite && !odd[lane];
+  }
+  return finite;
+}
+
 // Whether there are many rows of zeros, which some tell of all; if so, the others.
 static bool has_many_zeros(const float* rows, int64_t number, int64_t along, int64_t size, int64_t threads,
                            std::vector<int64_t>& others) {
@@ -842,14 +859,15 @@ static void copy_rows(const float* from, int64_t along, int64_t size, const std:
 // `squares`, unless it is null, becomes the sum of the product's squares; with `rounded`, factors are taken in bfloat16.
 //
 // The gradients of particles that weigh next to nothing are rows of zeros, a third and more of them early in training. Where they
-// are many they are left out, be they rows of the product or along its depth: zero times infinity counts as zero then.
+// are many they are left out, be they rows of the product or along its depth.
 static void product(const Matrix* left, const Matrix* right, float* out, int64_t threads, float* squares, bool rounded) {
   constexpr int64_t FEW = 4000000;  // multiplications that do not repay a look
   int64_t rows = left->rows, deep = left->columns, columns = right->columns;
   std::vector<int64_t> others;
   if (rows * deep * columns < FEW) {
     whole_product(left, right, out, threads, squares, rounded);
-  } else if (left->along_columns == 1 && has_many_zeros(left->numbers, rows, left->along_rows, deep, threads, others)) {
+  } else if (left->along_columns == 1 && has_many_zeros(left->numbers, rows, left->along_rows, deep, threads, others) &&
+             is_finite(*right, threads)) {
     int64_t number = others.size();
     std::unique_ptr<float[]> room(new float[number * (deep + columns)]);
     float *some = room.get(), *of_some = some + number * deep;
@@ -860,7 +878,7 @@ static void product(const Matrix* left, const Matrix* right, float* out, int64_t
     for (int64_t row = 0; row < number; row++)
       std::memcpy(out + others[row] * columns, of_some + row * columns, columns * sizeof(float));
   } else if (left->along_rows == 1 && right->along_columns == 1 &&
-             has_many_zeros(left->numbers, deep, left->along_columns, rows, threads, others)) {
+             has_many_zeros(left->numbers, deep, left->along_columns, rows, threads, others) && is_finite(*right, threads)) {
     int64_t number = others.size();
     std::unique_ptr<float[]> room(new float[number * (rows + columns)]);
     float *some = room.get(), *of_right = some + number * rows;

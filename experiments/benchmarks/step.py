@@ -113,8 +113,7 @@ def time_cell(name: str, cell: Cell, rounds: int) -> dict[str, Any]:
     torch._dynamo.reset()  # the cells share code, whose cache of compiled shapes would overflow
     pyro.clear_param_store()
     net = Network(cell.kind, cell.components)
-    with torch.no_grad():
-        [*net.decoder.parameters()][-2].mul_(cell.sharp)
+    sharpen(net, cell)
     batches = list(common.binary_images(cell.batch * cell.steps, SEED).split(cell.batch))
     blocks: dict[str, Block] = {}
     left_out: dict[str, str] = {}
@@ -144,6 +143,11 @@ def time_cell(name: str, cell: Cell, rounds: int) -> dict[str, Any]:
         "loss_per_datum": losses,
         "left_out": left_out,
     }
+
+
+@torch.no_grad()
+def sharpen(net: Network, cell: Cell) -> None:
+    [*net.decoder.parameters()][-2].mul_(cell.sharp)
 
 
 def check(name: str, cell: Cell, net: Network, batches: list[Tensor], blocks: dict[str, Block]) -> dict[str, list[float]]:
