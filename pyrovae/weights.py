@@ -159,15 +159,21 @@ class LogWeights:
 
 
 def without_specks(coefficient: Tensor) -> Tensor:
-    """Coefficients (K, B) in which those that rounding hides beside the datum's largest are zero.
+    r"""Coefficients (K, B) in which those that rounding hides beside the datum's largest are zero.
 
-    Weights spread over hundreds of nats. The gradients of those near :math:`e^{-90}` would be subnormal numbers, on which a
-    processor's products take many times as long.
+    .. math:: c_k = 0 \quad \text{where} \quad \sum_{j : |c_j| \le |c_k|} |c_j| < \varepsilon \max_j |c_j|
+
+    All of them together are less than the rounding of the largest. Weights spread over hundreds of nats: the gradients of
+    those near :math:`e^{-90}` would be subnormal numbers, on which a processor's products take many times as long, and
+    gradients of zero are left out of large products.
     """
     if len(coefficient) == 1:
         return coefficient
     size = coefficient.abs()
-    return torch.where(size < torch.finfo(size.dtype).eps ** 2 * size.amax(0), 0.0, coefficient)
+    ranked = size.sort(0).values
+    hidden = ranked.cumsum(0) < torch.finfo(size.dtype).eps * ranked[-1]
+    least_kept = torch.where(hidden, torch.inf, ranked).amin(0)
+    return torch.where(size < least_kept, 0.0, coefficient)
 
 
 def log_weights(

@@ -27,7 +27,7 @@ from torch import distributions as td
 
 from pyrovae.pairs import find_parameters, inspect_pair
 from pyrovae.vae import make_vae
-from pyrovae.weights import LogWeights, log_weights
+from pyrovae.weights import LogWeights, log_weights, without_specks
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -642,3 +642,27 @@ def test_data_of_the_wrong_shape_keep_their_own_sentence() -> None:
     vae = make_vae(3, latent_dim=2, hidden=[4])
     with pytest.raises(ValueError, match=r"^The data have shape \(5, 4\), but the model takes \(N, 3\)[^\n]*$"):
         log_weights(vae.model, vae.guide, torch.zeros(B, 4), num_particles=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_cleared_is_less_than_the_rounding_of_the_largest(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    coefficient = (torch.softmax(12 * torch.randn(50, 200), 0) * torch.randn(50, 200).sign()).to(dtype)
+    kept = without_specks(coefficient)
+    cleared = kept == 0
+    assert torch.equal(kept[~cleared], coefficient[~cleared])
+    limit = torch.finfo(dtype).eps * coefficient.abs().amax(0).double()
+    size = coefficient.abs().double()
+    hidden = size.where(cleared, torch.tensor(0.0)).sum(0)
+    assert (hidden < limit).all()
+    assert cleared.any(0).float().mean() > 0.5
+    # No more could go: with the least of those that are kept they would be as much as that rounding.
+    assert (hidden + size.where(~cleared, torch.tensor(torch.inf)).amin(0) > limit * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    "column", [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [torch.nan, 1e-30, 1.0], [1.0, 1e-8, 1e-8], [-1.0, 0.5, 1e-3]]
+)
+def test_what_no_rounding_hides_is_kept(column: list[float]) -> None:
+    coefficient = torch.tensor(column)[:, None]
+    assert torch.equal(torch.nan_to_num(without_specks(coefficient), 7.0), torch.nan_to_num(coefficient, 7.0))

@@ -3,7 +3,7 @@
 Importance weights spread: of those that rounding hides beside the datum's largest the coefficients are cleared
 (``pyrovae.weights.without_specks``). The network is 784-200-200-50 with tanh, trained on MNIST by the importance-weighted bound
 with 50 particles (Adam at 1e-3, batches of 20, pixels binarised afresh). After so many steps the share is that of 500
-training images. Beside it, the share in the cell of step.py whose weights spread.
+training images. Beside it, the shares in two cells of step.py.
 
     python experiments/benchmarks/cleared.py --root ../shared/data     # 3 minutes; writes results/cleared.json
 """
@@ -14,21 +14,21 @@ import argparse
 
 import common
 import torch
-from common import Network
-from step import CELLS, sharpen
+from step import CELLS, start
 from torch import Tensor
 
 import pyrovae as pv
 from pyrovae.weights import without_specks
 
 AT, PARTICLES, BATCH, SEED = (0, 10, 100, 1_000, 3_000, 6_000, 15_000), 50, 20, 0
-SHARP = "tanh-20-k50-sharp"
+TIMED = ("tanh-20-k50", "tanh-20-k50-mnist")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="../shared/data", help="the folder that holds MNIST/raw")
-    images = pv.data.load("mnist", root=parser.parse_args().root, binarize="dynamic").train.flatten(1)
+    root = parser.parse_args().root
+    images = pv.data.load("mnist", root=root, binarize="dynamic").train.flatten(1)
     torch.manual_seed(SEED)
 
     def batch(number: int) -> Tensor:
@@ -44,11 +44,11 @@ def main() -> None:
             found.append({"steps": number, **cleared(log_w)})
             print(found[-1])
         step(batch(BATCH))
-    torch.manual_seed(SEED)
-    net = Network("tanh")
-    sharpen(net, CELLS[SHARP])
-    cell = cleared(net.log_weights(common.binary_images(500, SEED), PARTICLES))
-    common.write("cleared", {"seed": SEED, "batch": BATCH, "particles": PARTICLES, "after": found, SHARP: cell})
+    for name in TIMED:
+        net, batches = start(CELLS[name], root)
+        found.append({"cell": name, **cleared(net.log_weights(torch.cat(batches), PARTICLES))})
+        print(found[-1])
+    common.write("cleared", {"seed": SEED, "batch": BATCH, "particles": PARTICLES, "found": found})
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -57,10 +57,10 @@ Block = Callable[[], Any]  # takes one step on each batch; returns their losses,
 
 @dataclass(frozen=True)
 class Cell:
-    """A network, a batch size, a number of particles, the steps of a block, and a factor of the decoder's last weights.
+    """A network, a batch size, a number of particles, the steps of a block, and those of training before.
 
-    A network at its start gives weights that hardly spread. With a larger factor they do as in training and more (cleared.py
-    counts), and gradients weighted by :math:`e^{-90}` would be subnormal numbers, which take many times as long.
+    A network at its start and random images give weights that hardly spread. After some steps on MNIST they do, and most
+    gradients are then zero beside the datum's largest, or subnormal numbers, which take many times as long (cleared.py counts).
     """
 
     kind: str
@@ -68,7 +68,7 @@ class Cell:
     particles: int = 1
     components: int = 0
     steps: int = 20
-    sharp: float = 1.0
+    trained: int = 0
 
 
 CELLS = {
@@ -78,7 +78,7 @@ CELLS = {
     "tanh-20-k5": Cell("tanh", 20, particles=5, steps=100),
     "tanh-100-k5": Cell("tanh", 100, particles=5),
     "tanh-20-k50": Cell("tanh", 20, particles=50),
-    "tanh-20-k50-sharp": Cell("tanh", 20, particles=50, sharp=8.0),
+    "tanh-20-k50-mnist": Cell("tanh", 20, particles=50, trained=1_000),
     "gated-100": Cell("gated", 100),
     "conv-100": Cell("conv", 100, steps=5),
     "vamp-100": Cell("gated", 100, components=500, steps=5),
@@ -98,7 +98,11 @@ def main() -> None:
         return
     setting = {"seed": SEED, "learning_rate": LR}
     for name in [name for name in options.cells if name in CELLS]:
-        measured = time_cell(name, CELLS[name], options.rounds)
+        try:
+            measured = time_cell(name, CELLS[name], options.rounds, options.root)
+        except LeftOut as reason:
+            print(f"\n{name}: left out, {reason}")
+            continue
         kept = json.loads(STEPS.read_text())["cells"] if STEPS.exists() else {}
         cells = {each: measured if each == name else kept[each] for each in CELLS if each == name or each in kept}
         common.write("step", {**setting, "cells": cells})  # after each, so that a later failure loses nothing
@@ -108,13 +112,10 @@ def main() -> None:
         common.write("memory", memory())
 
 
-def time_cell(name: str, cell: Cell, rounds: int) -> dict[str, Any]:
-    torch.manual_seed(SEED)
+def time_cell(name: str, cell: Cell, rounds: int, root: str) -> dict[str, Any]:
     torch._dynamo.reset()  # the cells share code, whose cache of compiled shapes would overflow
     pyro.clear_param_store()
-    net = Network(cell.kind, cell.components)
-    sharpen(net, cell)
-    batches = list(common.binary_images(cell.batch * cell.steps, SEED).split(cell.batch))
+    net, batches = start(cell, root)
     blocks: dict[str, Block] = {}
     left_out: dict[str, str] = {}
     for contender, build in CONTENDERS.items():
@@ -145,9 +146,24 @@ def time_cell(name: str, cell: Cell, rounds: int) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def sharpen(net: Network, cell: Cell) -> None:
-    [*net.decoder.parameters()][-2].mul_(cell.sharp)
+def start(cell: Cell, root: str) -> tuple[Network, list[Tensor]]:
+    """The network and the batches of a block: of random images, or of MNIST, as many steps into training."""
+    torch.manual_seed(SEED)
+    net = Network(cell.kind, cell.components)
+    if not cell.trained:
+        return net, list(common.binary_images(cell.batch * cell.steps, SEED).split(cell.batch))
+    images = mnist(root).train.flatten(1)
+    drawn = images[torch.randint(len(images), (cell.batch * (cell.trained + cell.steps),))]
+    batches = torch.bernoulli(drawn).split(cell.batch)
+    by_hand(cell, net, batches[: cell.trained], compiled=False, lr=1e-3)()
+    return net, list(batches[cell.trained :])
+
+
+def mnist(root: str) -> pv.data.Split:
+    try:
+        return pv.data.load("mnist", root=root, binarize="dynamic")
+    except (FileNotFoundError, ValueError) as error:
+        raise LeftOut(str(error)) from error
 
 
 def check(name: str, cell: Cell, net: Network, batches: list[Tensor], blocks: dict[str, Block]) -> dict[str, list[float]]:
@@ -200,8 +216,8 @@ def pyros(cell: Cell, net: Network, batches: list[Tensor], elbo: type, validatio
     return block
 
 
-def by_hand(cell: Cell, net: Network, batches: list[Tensor], compiled: bool) -> Block:
-    optimizer = torch.optim.Adam(net.parameters(), lr=LR, fused=True if compiled else None)
+def by_hand(cell: Cell, net: Network, batches: Sequence[Tensor], compiled: bool, lr: float = LR) -> Block:
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True if compiled else None)
 
     def loss_of(x: Tensor) -> Tensor:
         log_w = net.log_weights(x, cell.particles)
@@ -313,10 +329,10 @@ CONTENDERS: dict[str, Callable[[Cell, Network, list[Tensor]], Block]] = {
 def time_epoch(root: str, rounds: int) -> dict[str, Any]:
     """An epoch of MNIST through ``fit``, each followed by as many bare staged steps."""
     try:
-        split = pv.data.load("mnist", root=root, binarize="dynamic")
-    except (FileNotFoundError, ValueError) as error:
-        print(f"\nepoch: left out, {error}")
-        return {"left_out": str(error)}
+        split = mnist(root)
+    except LeftOut as reason:
+        print(f"\nepoch: left out, {reason}")
+        return {"left_out": str(reason)}
     torch.manual_seed(SEED)
     cell, images = CELLS["tanh-100"], split.train.flatten(1)
     net = Network(cell.kind)
