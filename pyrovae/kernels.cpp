@@ -512,6 +512,19 @@ struct Matrix {
   int64_t rows, columns, along_rows, along_columns;
 };
 
+// Where a product is written: its rows one after the other, or each at a place of its own.
+struct Product {
+  float* numbers;
+  int64_t columns;
+  const int64_t* places;
+
+  float* row(int64_t row) const { return numbers + (places ? places[row] : row) * columns; }
+  Product from(int64_t row) const {
+    if (places) return {numbers, columns, places + row};
+    return {numbers + row * columns, columns, nullptr};
+  }
+};
+
 // As many of the numbers as there are, and zeros.
 static inline Floats load_first(const float* from, int64_t number) {
   if (number >= LANES) return load(from);
@@ -583,9 +596,9 @@ struct Squares {
 };
 
 template <class Factors, int R, int V>
-static inline void product_tile(const Matrix& left, int64_t row, const Panel& panel, float* out, int64_t columns,
-                                Squares* squares) {
+static inline void product_tile(const Matrix& left, int64_t row, const Panel& panel, const Product& out, Squares* squares) {
   Floats sum[R][V] = {};
+  int64_t columns = out.columns;
   const float* from = left.numbers + row * left.along_rows;
   add_products<Factors>(sum, from, left.along_rows, left.along_columns, left.columns, panel.numbers, panel.along);
   if (squares) {
@@ -603,7 +616,7 @@ static inline void product_tile(const Matrix& left, int64_t row, const Panel& pa
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
-    float* to = out + (row + r) * columns;
+    float* to = out.row(row + r);
     if (V == 1 && panel.skip) {
       const float* numbers = reinterpret_cast<const float*>(&sum[r][0]);
       std::memcpy(to + panel.column + panel.skip, numbers + panel.skip, (LANES - panel.skip) * sizeof(float));
@@ -618,11 +631,10 @@ static inline void product_tile(const Matrix& left, int64_t row, const Panel& pa
 }
 
 template <class Factors, int V>
-static void product_rows(const Matrix& left, int64_t row, int64_t end, const Panel& panel, float* out, int64_t columns,
-                         Squares* squares) {
-  for (; row + ROWS <= end; row += ROWS) product_tile<Factors, ROWS, V>(left, row, panel, out, columns, squares);
-  for (; row + ROWS / 2 <= end; row += ROWS / 2) product_tile<Factors, ROWS / 2, V>(left, row, panel, out, columns, squares);
-  for (; row < end; row++) product_tile<Factors, 1, V>(left, row, panel, out, columns, squares);
+static void product_rows(const Matrix& left, int64_t row, int64_t end, const Panel& panel, const Product& out, Squares* squares) {
+  for (; row + ROWS <= end; row += ROWS) product_tile<Factors, ROWS, V>(left, row, panel, out, squares);
+  for (; row + ROWS / 2 <= end; row += ROWS / 2) product_tile<Factors, ROWS / 2, V>(left, row, panel, out, squares);
+  for (; row < end; row++) product_tile<Factors, 1, V>(left, row, panel, out, squares);
 }
 
 // A thread's part of a product, some rows and vectors of columns, in pieces: a panel, and a block of rows that pass it while it is
@@ -655,7 +667,7 @@ class alignas(64) Taken {
 };
 
 // Returns the sum of the piece's squares, if asked. The panel is copied unless this thread has just done so.
-static double product_piece(const Matrix& left, const Matrix& right, float* out, const Part& part, int64_t piece, bool copied,
+static double product_piece(const Matrix& left, const Matrix& right, const Product& out, const Part& part, int64_t piece, bool copied,
                             bool squared) {
   Squares squares, *sum = squared ? &squares : nullptr;
   int64_t columns = right.columns, deep = right.rows, which = piece / part.blocks, row = part.row + piece % part.blocks * Part::BLOCK;
@@ -675,17 +687,17 @@ static double product_piece(const Matrix& left, const Matrix& right, float* out,
     copy_panel<Exact>(right, column, wide * LANES, room);
   }
   if (wide == VECTORS)
-    product_rows<Exact, VECTORS>(left, row, end, panel, out, columns, sum);
+    product_rows<Exact, VECTORS>(left, row, end, panel, out, sum);
   else
-    product_rows<Exact, 1>(left, row, end, panel, out, columns, sum);
+    product_rows<Exact, 1>(left, row, end, panel, out, sum);
   return squares.add_up();
 }
 
 // The same of rounded factors, which are copied both: panels as many as stay near, and then rows by as many as a vector has lanes.
-static double rounded_part(const Matrix& left, const Matrix& right, float* out, const Part& part, bool squared) {
+static double rounded_part(const Matrix& left, const Matrix& right, const Product& out, const Part& part, bool squared) {
   constexpr int64_t NEAR = 1 << 17;  // words
   Squares squares, *sum = squared ? &squares : nullptr;
-  int64_t columns = right.columns, deep = words<Rounded>(right.rows), along = LANES * deep;
+  int64_t deep = words<Rounded>(right.rows), along = LANES * deep;
   int64_t most = std::max<int64_t>(VECTORS, NEAR / std::max<int64_t>(1, along) / VECTORS * VECTORS);
   Matrix flipped{left.numbers, left.columns, left.rows, left.along_columns, left.along_rows};
   thread_local std::vector<float> kept;  // from one step to the next
@@ -705,9 +717,9 @@ static double rounded_part(const Matrix& left, const Matrix& right, float* out, 
       for (int64_t v = vector; v < to; v += width(v, to)) {
         Panel panel{panels + (v - vector) * along, width(v, to) * LANES, v * LANES, 0};
         if (width(v, to) == VECTORS)
-          product_rows<Rounded, VECTORS>(rows, 0, rows.rows, panel, out + top * columns, columns, sum);
+          product_rows<Rounded, VECTORS>(rows, 0, rows.rows, panel, out.from(top), sum);
         else
-          product_rows<Rounded, 1>(rows, 0, rows.rows, panel, out + top * columns, columns, sum);
+          product_rows<Rounded, 1>(rows, 0, rows.rows, panel, out.from(top), sum);
       }
     }
   }
@@ -730,7 +742,7 @@ static inline void add_dots(Floats (&sum)[LANES], const float* const (&left)[DOT
 }
 
 // Some rows and columns, of which the last may lie beyond the matrices.
-static inline void dot_tile(const Matrix& left, const Matrix& right, float* out, int64_t row, int64_t column) {
+static inline void dot_tile(const Matrix& left, const Matrix& right, const Product& out, int64_t row, int64_t column) {
   Floats sum[LANES] = {};
   const float *one[DOT_ROWS], *other[DOT_COLUMNS];
 #pragma GCC unroll 4
@@ -743,18 +755,18 @@ static inline void dot_tile(const Matrix& left, const Matrix& right, float* out,
   if (k < deep) add_dots(sum, one, other, deep - LANES, lanes_from(LANES + k - deep));
   add_lanes<1>(sum);
   Floats sums = sum[0];
-  float* to = out + row * right.columns + column;
   if (row + DOT_ROWS <= left.rows && column + DOT_COLUMNS <= right.columns) {
 #pragma GCC unroll 4
     for (int r = 0; r < DOT_ROWS; r++)
-      std::memcpy(to + r * right.columns, reinterpret_cast<const float*>(&sums) + r * DOT_COLUMNS, DOT_COLUMNS * sizeof(float));
+      std::memcpy(out.row(row + r) + column, reinterpret_cast<const float*>(&sums) + r * DOT_COLUMNS, DOT_COLUMNS * sizeof(float));
   } else {
     for (int64_t r = 0; r < DOT_ROWS && row + r < left.rows; r++)
-      for (int64_t c = 0; c < DOT_COLUMNS && column + c < right.columns; c++) to[r * right.columns + c] = sums[r * DOT_COLUMNS + c];
+      for (int64_t c = 0; c < DOT_COLUMNS && column + c < right.columns; c++) out.row(row + r)[column + c] = sums[r * DOT_COLUMNS + c];
   }
 }
 
-static void whole_product(const Matrix* left, const Matrix* right, float* out, int64_t threads, float* squares, bool rounded) {
+static void whole_product(const Matrix* left, const Matrix* right, const Product& out, int64_t threads, float* squares,
+                          bool rounded) {
   constexpr int64_t FEW = 48, DEEP = 96;        // fewer rows, of so deep a product, do not repay a copy of the other factor
   constexpr int64_t TOO_FEW_TO_SHARE = 400000;  // multiplications: waking another thread takes longer
   constexpr int64_t TALL = 5 * ROWS;            // rows that repay a part of their own
@@ -833,9 +845,9 @@ static bool is_finite(const Matrix& matrix, int64_t threads) {
   return finite;
 }
 
-// Whether there are many rows of zeros, which some tell of all; if so, the others.
+// Whether there are many rows of zeros, which some tell of all; if so, the others, and a product's rows of zeros are written.
 static bool has_many_zeros(const float* rows, int64_t number, int64_t along, int64_t size, int64_t threads,
-                           std::vector<int64_t>& others) {
+                           std::vector<int64_t>& others, const Product* out = nullptr) {
   constexpr int64_t MANY = 256, SEEN = 32, ONE_OF = 8;
   int64_t zeros = 0;
   if (number < MANY) return false;
@@ -843,7 +855,10 @@ static bool has_many_zeros(const float* rows, int64_t number, int64_t along, int
   if (zeros * ONE_OF < SEEN) return false;
   std::vector<char> zero(number);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < number; row++) zero[row] = is_zero(rows + row * along, size);
+  for (int64_t row = 0; row < number; row++) {
+    zero[row] = is_zero(rows + row * along, size);
+    if (zero[row] && out) std::fill_n(out->row(row), out->columns, 0.0f);
+  }
   for (int64_t row = 0; row < number; row++)
     if (!zero[row]) others.push_back(row);
   return true;
@@ -860,23 +875,20 @@ static void copy_rows(const float* from, int64_t along, int64_t size, const std:
 //
 // The gradients of particles that weigh next to nothing are rows of zeros, a third and more of them early in training. Where they
 // are many they are left out, be they rows of the product or along its depth.
-static void product(const Matrix* left, const Matrix* right, float* out, int64_t threads, float* squares, bool rounded) {
+static void product(const Matrix* left, const Matrix* right, float* numbers, int64_t threads, float* squares, bool rounded) {
   constexpr int64_t FEW = 4000000;  // multiplications that do not repay a look
   int64_t rows = left->rows, deep = left->columns, columns = right->columns;
+  Product out{numbers, columns, nullptr};
   std::vector<int64_t> others;
   if (rows * deep * columns < FEW) {
     whole_product(left, right, out, threads, squares, rounded);
-  } else if (left->along_columns == 1 && has_many_zeros(left->numbers, rows, left->along_rows, deep, threads, others) &&
+  } else if (left->along_columns == 1 && has_many_zeros(left->numbers, rows, left->along_rows, deep, threads, others, &out) &&
              is_finite(*right, threads)) {
     int64_t number = others.size();
-    std::unique_ptr<float[]> room(new float[number * (deep + columns)]);
-    float *some = room.get(), *of_some = some + number * deep;
-    copy_rows(left->numbers, left->along_rows, deep, others, some, threads);
-    Matrix a{some, number, deep, deep, 1};
-    whole_product(&a, right, of_some, threads, squares, rounded);
-    std::fill(out, out + rows * columns, 0.0f);
-    for (int64_t row = 0; row < number; row++)
-      std::memcpy(out + others[row] * columns, of_some + row * columns, columns * sizeof(float));
+    std::unique_ptr<float[]> some(new float[number * deep]);
+    copy_rows(left->numbers, left->along_rows, deep, others, some.get(), threads);
+    Matrix a{some.get(), number, deep, deep, 1};
+    whole_product(&a, right, {numbers, columns, others.data()}, threads, squares, rounded);
   } else if (left->along_rows == 1 && right->along_columns == 1 &&
              has_many_zeros(left->numbers, deep, left->along_columns, rows, threads, others) && is_finite(*right, threads)) {
     int64_t number = others.size();

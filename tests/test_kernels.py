@@ -319,15 +319,17 @@ def test_whoever_takes_a_piece_the_product_is_the_same(across: bool) -> None:
 def test_rows_of_zeros_are_left_out_of_large_products(share: float, threads: int, rounded: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     gradients, values = torch.randn(700, 150, generator=generator), torch.randn(700, 60, generator=generator)
-    weights, zero = torch.randn(150, 60, generator=generator), torch.rand(700, generator=generator) < share
+    weights, zero = torch.randn(150, 61, generator=generator), torch.rand(700, generator=generator) < share
     gradients[zero] = -0.0
     gradients[~zero, :40] = 0.0  # as far as the first vectors, others may look like them
-    for left, right in ((gradients, weights), (gradients.t(), values)):
+    for left, right in ((gradients, weights), (gradients, weights.t().contiguous().t()), (gradients.t(), values)):
         found, squares = torch.ops.pyrovae.product_and_squares(left, right, threads, rounded)
+        alone = torch.ops.pyrovae.product(left, right, threads, rounded)  # in another order where few rows are left
         if rounded:
             left, right = left.bfloat16(), right.bfloat16()
         exact = left.double() @ right.double()
-        assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-4)
+        for each in (found, alone):
+            assert torch.allclose(each.double(), exact, rtol=1e-5, atol=1e-4)
         assert squares.item() == pytest.approx(exact.square().sum().item(), rel=1e-5)
     # But not where one meets an infinity, as that is no number.
     values[zero.nonzero()[:1], 59], weights[149, 59] = math.inf, -math.inf

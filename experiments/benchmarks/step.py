@@ -78,7 +78,7 @@ CELLS = {
     "tanh-20-k5": Cell("tanh", 20, particles=5, steps=100),
     "tanh-100-k5": Cell("tanh", 100, particles=5),
     "tanh-20-k50": Cell("tanh", 20, particles=50),
-    "tanh-20-k50-mnist": Cell("tanh", 20, particles=50, trained=1_000),
+    "tanh-20-k50-mnist": Cell("tanh", 20, particles=50, trained=6_000),
     "gated-100": Cell("gated", 100),
     "conv-100": Cell("conv", 100, steps=5),
     "vamp-100": Cell("gated", 100, components=500, steps=5),
@@ -155,7 +155,7 @@ def start(cell: Cell, root: str) -> tuple[Network, list[Tensor]]:
     images = mnist(root).train.flatten(1)
     drawn = images[torch.randint(len(images), (cell.batch * (cell.trained + cell.steps),))]
     batches = torch.bernoulli(drawn).split(cell.batch)
-    by_hand(cell, net, batches[: cell.trained], compiled=False, lr=1e-3)()
+    by_hand(cell, net, batches[: cell.trained], compiled=True, lr=1e-3)()
     return net, list(batches[cell.trained :])
 
 
