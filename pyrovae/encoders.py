@@ -56,7 +56,9 @@ class Encoder(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """The body's output for data ``x``, shape ``[..., num_features]``."""
-        return self.body(x * self.in_scale).flatten(-len(self.feature_shape))
+        if self.in_scale != 1.0:  # a copy of the data is a hundredth of a small step
+            x = x * self.in_scale
+        return self.body(x).flatten(-len(self.feature_shape))
 
     def forward(self, x: Tensor) -> dist.Distribution:
         """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""

@@ -135,7 +135,8 @@ class LogWeights:
             path: b.
             score: c.
         """
-        model, path, score = (without_specks(coefficient) for coefficient in (model, path, score))
+        apart = len(self.not_reparameterized) > 0
+        model = without_specks(model, apart)
         log_joint = self.log_likelihood + self.log_prior
         dead = (log_joint - self.log_guide).detach() == -torch.inf
         lost = dead.all(0)
@@ -146,9 +147,11 @@ class LogWeights:
 
         if self.gradients == "total":
             return times(model, log_joint - self.log_guide, dead)
+        score = without_specks(score, apart)
         if self.gradients == "score":
             return times(model, log_joint, dead) - times(score, self.log_guide, lost)
         assert self.log_guide_score is not None
+        path = without_specks(path, apart)
         # The path's gradient is the model's times a factor, so the model needs a coefficient where the path has one.
         model = torch.maximum(model, torch.finfo(model.dtype).eps * path)
         factor = torch.where(dead | (model == 0), 0.0, path / model)
@@ -158,22 +161,27 @@ class LogWeights:
         return times(model, log_joint, dead) - pathwise - times(score, self.log_guide_score, lost)
 
 
-def without_specks(coefficient: Tensor) -> Tensor:
+def without_specks(coefficient: Tensor, apart: bool = False) -> Tensor:
     r"""Coefficients (K, B) in which those that rounding hides beside the datum's largest are zero.
 
-    .. math:: c_k = 0 \quad \text{where} \quad \sum_{j : |c_j| \le |c_k|} |c_j| < \varepsilon \max_j |c_j|
+    .. math:: \sum_{k \, \text{cleared}} |c_k| < \varepsilon \max_j |c_j|
 
-    All of them together are less than the rounding of the largest. Weights spread over hundreds of nats: the gradients of
-    those near :math:`e^{-90}` would be subnormal numbers, on which a processor's products take many times as long, and
-    gradients of zero are left out of large products.
+    They are those below :math:`\varepsilon / K` of the largest, or below :math:`\varepsilon / 4` where these too add up to so
+    little. Weights spread over hundreds of nats: the gradients of those near :math:`e^{-90}` would be subnormal numbers, on
+    which a processor's products take many times as long, and gradients of zero are left out of large products.
+
+    Args:
+        coefficient: of each particle's gradient.
+        apart: whether particles may reach parameters that no other does, as the values of a discrete latent do, which
+            nothing would then hide: in place of :math:`\varepsilon` its square.
     """
     if len(coefficient) == 1:
         return coefficient
     size = coefficient.abs()
-    ranked = size.sort(0).values
-    hidden = ranked.cumsum(0) < torch.finfo(size.dtype).eps * ranked[-1]
-    least_kept = torch.where(hidden, torch.inf, ranked).amin(0)
-    return torch.where(size < least_kept, 0.0, coefficient)
+    rounding = torch.finfo(size.dtype).eps ** (2 if apart else 1) * size.amax(0)
+    small = size < rounding / 4
+    few = torch.where(small, size, 0.0).sum(0) < rounding
+    return torch.where(small & few | (size < rounding / len(size)), 0.0, coefficient)
 
 
 def log_weights(
