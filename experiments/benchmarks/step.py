@@ -59,8 +59,9 @@ Block = Callable[[], Any]  # takes one step on each batch; returns their losses,
 class Cell:
     """A network, a batch size, a number of particles, the steps of a block, and those of training before.
 
-    A network at its start and random images give weights that hardly spread. After some steps on MNIST they do, and most
-    gradients are then zero beside the datum's largest, or subnormal numbers, which take many times as long (cleared.py counts).
+    A network at its start, on random images, gives weights that spread by ten nats or less. In training on MNIST they spread
+    farther, and most gradients are then nothing beside the datum's largest: ours are zero, which spares a part of the
+    products, others' subnormal numbers, which take an Intel many times as long (cleared.py counts).
     """
 
     kind: str
