@@ -873,8 +873,8 @@ static void copy_rows(const float* from, int64_t along, int64_t size, const std:
 
 // `squares`, unless it is null, becomes the sum of the product's squares; with `rounded`, factors are taken in bfloat16.
 //
-// The gradients of particles that weigh next to nothing are rows of zeros, a third and more of them early in training. Where they
-// are many they are left out, be they rows of the product or along its depth.
+// The gradients of particles that weigh next to nothing are rows of zeros, in training often half of them. Where they are many they
+// are left out, be they rows of the product or along its depth.
 static void product(const Matrix* left, const Matrix* right, float* numbers, int64_t threads, float* squares, bool rounded) {
   constexpr int64_t FEW = 4000000;  // multiplications that do not repay a look
   int64_t rows = left->rows, deep = left->columns, columns = right->columns;

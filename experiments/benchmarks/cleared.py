@@ -1,11 +1,11 @@
 """How many particles' gradients are rows of zeros in training, which large products leave out.
 
-Importance weights spread: of those that rounding hides beside the datum's largest the coefficients are cleared
+Importance weights spread: the coefficients of those that together are below the rounding of the datum's largest are cleared
 (``pyrovae.weights.without_specks``). The network is 784-200-200-50 with tanh, trained on MNIST by the importance-weighted bound
 with 50 particles (Adam at 1e-3, batches of 20, pixels binarised afresh). After so many steps the share is that of 500
 training images. Beside it, the shares in two cells of step.py.
 
-    python experiments/benchmarks/cleared.py --root ../shared/data     # 3 minutes; writes results/cleared.json
+    python experiments/benchmarks/cleared.py --root ../shared/data     # 4 minutes; writes results/cleared.json
 """
 
 from __future__ import annotations

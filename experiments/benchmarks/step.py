@@ -10,7 +10,7 @@ Each is at its best: NumPyro hands its state on without a copy (donated) and wai
 batches in place of its loader, and TraceMeanField_ELBO and pythae have the closed form of the KL. For K > 1 all follow IWAE.
 All compute in float32 but for one of ours, whose products are of factors in bfloat16.
 
-    python experiments/benchmarks/step.py --root ../shared/data      # 25 minutes on two cores
+    python experiments/benchmarks/step.py --root ../shared/data      # 20 minutes on two cores
     python experiments/benchmarks/step.py --cells tanh-100 epoch --rounds 10
 
 What it finds goes to ../results: the cells to step.json, where those that are not asked for stay as they were, an epoch of
