@@ -832,6 +832,16 @@ class Columns(dist.TorchDistribution):
         discrete = all(support.is_discrete for support in supports)
         return _EachColumn(list(zip(supports, self.columns, strict=True)), self.order, discrete)
 
+    @property
+    def conditional_on(self) -> tuple[str, ...]:
+        """What of the datum the laws of the groups condition on."""
+        return tuple(what for law in self.laws for what in getattr(law, "conditional_on", ()))
+
+    @property
+    def fraction_discrete(self) -> float:
+        """The fraction of columns that have a probability and no density."""
+        return sum(law.batch_shape[-1] for law in self.laws if law.support.is_discrete) / len(self.order)
+
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Columns:
         """The same law over a larger batch."""
         leading = tuple(batch_shape)[:-1]

@@ -70,13 +70,16 @@ def test_draws_exactly_that_many_samples_per_datum(num_samples: int, chunk_size:
 
     x = pair.sample(2)
     log_marginal(pair.model, guide, x, num_samples=num_samples, chunk_size=chunk_size)
-    # Besides: one run to find parameters and one to inspect on the first datum, and one inspection of the group.
+    # Besides: one run to find parameters and one to inspect on the first datum, one inspection of the group, and the prior's.
     parts = math.ceil(2 / max(1, chunk_size // num_samples))
-    assert sum(drawn) == 3 + parts * num_samples
+    probes = marginal._num_probes(num_samples, None)
+    assert probes == {1: 0, 7: 0, 1000: 16, 5000: 78}[num_samples]
+    assert sum(drawn) == 3 + parts * num_samples + math.ceil(2 / max(1, chunk_size // max(probes, 1))) * probes
 
 
 @pytest.mark.usefixtures("float64")
-def test_streaming_equals_the_formulas_on_the_same_weights():
+def test_streaming_equals_the_formulas_on_the_same_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(marginal, "_num_probes", lambda *_: 0)
     pair = LinearGaussian(spread=1.5)
     x = pair.sample(3)
     torch.manual_seed(5)
@@ -241,7 +244,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path):
     _equal(whole, resumed)
     done = len(runs)
     _equal(whole, log_marginal(vae.model, guide, x, num_samples=30, resume=file))
-    assert len(runs) - done == 2  # nothing is scored again: one run finds the parameters, one inspects
+    assert len(runs) - done == 3  # nothing is scored again: one run finds the parameters, one inspects, one tells the pair
     with pytest.raises(ValueError, match="keeps another evaluation"):
         log_marginal(vae.model, vae.guide, x, num_samples=31, resume=file)
     with pytest.raises(ValueError, match="keeps an evaluation of other data"):
@@ -380,11 +383,15 @@ def test_a_target_error_is_met_without_more_bias_than_said(proposal: str, target
     scored = log_marginal(pair.model, pair.guide, x, num_samples=20_000, target_se=target, proposal=proposal, seed=0)
     assert scored.drawn is not None
     assert set(scored.drawn) <= {250, 500, 1000, 2000, 4000}
-    assert (scored.se <= target).all()
-    # Twice what it needed at most: half of it was not enough, but for chance.
+    # The pilot decides, not the draws that count, so the target may be missed by chance; it is not undercut by much.
+    assert (scored.se <= target).mean() > 0.8
+    assert scored.se.max() < 1.5 * target
     assert np.median(scored.se[scored.drawn > 250]) > target / 2
+    assert set(scored.pilot) <= {63, 126, 252, 504, 1008}
+    assert (scored.drawn <= 4 * scored.pilot).all()
+    assert (scored.pilot.mean() / scored.drawn.mean()) < 0.6
     error = scored.log_px - pair.log_px(x)
-    assert abs(error.mean()) < 3 * scored.mean_se + 3 * target**2
+    assert abs(error.mean()) < 3 * scored.mean_se
     assert (np.abs(error) < 4 * scored.se).mean() > 0.99
     assert (scored.ess <= scored.drawn).all()
     assert scored.reliable.mean() > 0.99
@@ -399,7 +406,8 @@ def test_a_target_error_out_of_reach_takes_the_most_and_says_so():
     assert free.drawn is None
     assert capped.drawn.tolist() == [1100] * 9
     assert (np.abs(free.log_px - capped.log_px) < 5 * np.hypot(free.se, capped.se)).all()
-    assert "9 of 9 data took all 1,100 samples and still miss the target error 0.0001" in capped.summary()
+    assert capped.pilot.tolist() == [63] * 9  # which sees that nothing within reach is enough
+    assert "9 of 9 data miss the target error 0.0001, 9 of them with all 1,100 samples" in capped.summary()
     few = log_marginal(pair.model, pair.guide, x, num_samples=40, target_se=10.0, seed=0)
     assert few.drawn.tolist() == [40] * 9
     # Constant weights have no error, and one look shows it.
@@ -408,10 +416,11 @@ def test_a_target_error_out_of_reach_takes_the_most_and_says_so():
 
 
 @pytest.mark.usefixtures("float64")
-def test_sums_over_several_looks_are_those_of_all_the_draws():
-    # Weights that depend on the datum alone and on how many came before: hard data go on, easy ones stop.
+def test_a_pilot_decides_and_the_estimate_is_from_fresh_draws(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(marginal, "_num_probes", lambda *_: 0)
+    # Weights that depend on the datum alone and on how many came before: hard data take more of them.
     random = np.random.default_rng(0)
-    log_w = random.normal(size=(3, 1000)) * np.array([[0.1], [0.4], [3.0]])
+    log_w = random.normal(size=(3, 1400)) * np.array([[0.1], [0.4], [3.0]])
     taken = [0, 0, 0]
 
     def model(x: torch.Tensor) -> None:
@@ -431,17 +440,22 @@ def test_sums_over_several_looks_are_those_of_all_the_draws():
 
     loader = DataLoader(TensorDataset(torch.arange(3.0)), batch_size=3)
     scored = log_marginal(model, guide, loader, num_samples=1000, target_se=0.02, chunk_size=600)
-    assert scored.drawn.tolist() == taken == [250, 500, 1000]
-    for datum, count in enumerate(taken):
-        w = np.exp(log_w[datum, :count])
+    assert scored.drawn.tolist() == [250, 500, 1000]
+    assert scored.pilot.tolist() == [63, 126, 63]  # the last is far out of reach, and no pilot need say how far
+    assert (scored.drawn + scored.pilot).tolist() == taken
+    assert "63 to decide" not in scored.summary()
+    assert ", and 84 to decide on that number" in scored.summary()
+    for datum, (count, pilot) in enumerate(zip(scored.drawn, scored.pilot, strict=True)):
+        fresh = log_w[datum, pilot : pilot + count]
+        w = np.exp(fresh)
         assert scored.log_px[datum] == pytest.approx(math.log(w.mean()), rel=1e-12)
         assert scored.se[datum] == pytest.approx(w.std(ddof=1) / w.mean() / math.sqrt(count), rel=1e-9)
-        assert scored.elbo[datum] == pytest.approx(log_w[datum, :count].mean(), rel=1e-12)
-        khat, smoothed = pareto_smooth(np.sort(log_w[datum, :count])[None, -tail_size(count) :], scored.log_px[[datum]], count)
+        assert scored.elbo[datum] == pytest.approx(fresh.mean(), rel=1e-12)
+        khat, smoothed = pareto_smooth(np.sort(fresh)[None, -tail_size(count) :], scored.log_px[[datum]], count)
         assert (scored.khat[datum], scored.log_px_psis[datum]) == pytest.approx((khat[0], smoothed[0]), rel=1e-9)
         # The curve goes on level from where a datum stopped.
         for row, size in enumerate(scored.curve.num_samples):
-            first = log_w[datum, : min(size, count)]
+            first = fresh[: min(size, count)]
             assert scored.curve.log_px[row, datum] == pytest.approx(logsumexp(first) - math.log(len(first)), rel=1e-12)
 
 
@@ -523,11 +537,14 @@ def test_two_processes_give_the_answer_of_one(tmp_path: Path):
         _equal(alone, pv.Evidence.load(tmp_path / f"evidence{rank}"), rtol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("spread", "low", "high"), [(1.5, -1, 1), (0.8, -6, -2), (0.7, -16, -8)])
-def test_the_bias_of_stopping_at_a_target_is_as_documented(spread: float, low: float, high: float):
-    pair = LinearGaussian(latent_dim=2 if spread > 1 else 3, data_dim=4, spread=spread)
-    x = pair.sample(1).expand(6000, -1)
-    scored = log_marginal(pair.model, pair.guide, x, num_samples=64_000, target_se=0.05, seed=0)
-    assert low < (scored.log_px - pair.log_px(x)).mean() / 0.05**2 < high
+@pytest.mark.parametrize(("latent_dim", "spread", "target"), [(2, 0.8, 0.1), (20, 0.9, 0.1), (3, 1.5, 0.06)])
+def test_a_target_leaves_the_estimate_of_p_unbiased(latent_dim: int, spread: float, target: float):
+    # Stopped at the error of the same draws, p(x) came out low by several times the target squared: here 0.01 and more.
+    pair = LinearGaussian(latent_dim=latent_dim, data_dim=4, spread=spread)
+    x = pair.sample(1).expand(2048, -1)
+    scored = log_marginal(pair.model, pair.guide, x, num_samples=16_000, target_se=target, seed=0)
+    assert len(set(scored.drawn)) > 1
+    ratio = np.exp(scored.log_px - pair.log_px(x))
+    assert abs(ratio.mean() - 1) < 3 * ratio.std() / math.sqrt(len(ratio))
+    assert ratio.std() / math.sqrt(len(ratio)) < 0.003
