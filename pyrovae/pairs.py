@@ -150,11 +150,12 @@ def _conditions(site: dict) -> tuple[str, ...]:
 
 def scored_data(info: PairInfo, batch: Batch) -> dict[str, np.ndarray]:
     """What :func:`evidence_fields` needs of one batch, as arrays over its data."""
-    size, rounding = len(batch[0]), info.rounding
+    size, rounding = info.num_data, info.rounding
     counts = {"observed": info.num_observed, "density": info.num_densities, "mass": info.num_probabilities}
     arrays = {name: np.full(size, number / size) for name, number in counts.items()}
     arrays["rounding"] = np.zeros(size) if rounding is None else rounding.cpu().numpy()
-    return arrays | {"fingerprint": fingerprints(batch)}
+    # Data along another dimension than the first have no rows to tell apart.
+    return arrays | {"fingerprint": fingerprints(batch) if len(batch[0]) == size else np.zeros(size, np.int64)}
 
 
 SCORED_DATA = ("observed", "density", "mass", "rounding", "fingerprint")
@@ -164,8 +165,13 @@ def evidence_fields(parts: list[dict[str, np.ndarray]], given: tuple[str, ...]) 
     """What evidence says of the data that it is of, from :func:`scored_data` of consecutive batches."""
     whole = {name: np.concatenate([part[name] for part in parts]) for name in SCORED_DATA}
     num_dims, density, mass = (_whole(float(whole[name].mean())) for name in ("observed", "density", "mass"))
-    known = {name: whole[name] for name in ("rounding", "fingerprint")}
-    return known | {"num_dims": num_dims, "measure": Measure(density, mass, given)}
+    known = whole["fingerprint"] if whole["fingerprint"].any() else None
+    return {
+        "num_dims": num_dims,
+        "measure": Measure(density, mass, given),
+        "rounding": whole["rounding"],
+        "fingerprint": known,
+    }
 
 
 def _whole(number: float) -> float:
