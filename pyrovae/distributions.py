@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -795,6 +796,29 @@ class _EachColumn(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         checked = [constraint.check(value[..., columns]) for constraint, columns in self.parts]
         return torch.cat(checked, -1)[..., self.order]
+
+
+def conditioned(law: Any, *given: str) -> Any:
+    """The same law, which says as ``conditional_on`` what of the datum it conditions on, also when it has been expanded.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> from pyrovae.distributions import conditioned
+        >>> conditioned(dist.Poisson(torch.ones(3)), "the total").expand((2, 3)).conditional_on
+        ('the total',)
+    """
+    inner = law
+    while isinstance(inner, torch.distributions.Independent):
+        inner = inner.base_dist
+    # An attribute of the class, as expand makes another instance and knows nothing of those of this one.
+    family: Any = type(inner)
+    inner.__class__ = _conditioned_class(family, given)
+    return law
+
+
+@cache
+def _conditioned_class(family: Any, given: tuple[str, ...]) -> Any:
+    return type(family)(family.__name__, (family,), {"conditional_on": given, "__doc__": family.__doc__})
 
 
 class Columns(dist.TorchDistribution):

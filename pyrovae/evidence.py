@@ -253,12 +253,12 @@ class Evidence:
     @property
     def khat_threshold(self) -> float:
         """The k below which S samples are enough: min(1 - 1/log10 S, 0.7) (Vehtari et al. 2024)."""
-        return _threshold(self.num_samples)
+        return khat_limit(self.num_samples)
 
     @property
     def khat_thresholds(self) -> Array:
         """The k below which the samples of each datum are enough, shape (N,); lower where it drew fewer."""
-        return np.array([_threshold(int(size)) for size in self._drawn()])
+        return np.array([khat_limit(int(size)) for size in self._drawn()])
 
     @property
     def reliable(self) -> Array:
@@ -522,7 +522,8 @@ class Evidence:
         return np.full(len(self), self.num_samples) if self.drawn is None else self.drawn
 
 
-def _threshold(num_samples: int) -> float:
+def khat_limit(num_samples: int) -> float:
+    """The k below which S samples are enough: min(1 - 1/log10 S, 0.7), and none with fewer than 25."""
     return min(1 - 1 / math.log10(num_samples), 0.7) if num_samples >= FEWEST_SAMPLES else -math.inf
 
 
@@ -735,7 +736,7 @@ def _check_same_data(evidence: Mapping[str, Evidence]) -> None:
         if np.array_equal(np.sort(prints), np.sort(expected)):
             what = "the same data in another order"
         else:
-            what = f"other data, {len(differ)} of {len(prints)} of them"
+            what = f"other data ({len(differ)} of {len(prints)})"
         raise ValueError(
             f"{name!r} was scored on {what} than {first!r} (first at row {differ[0]}): score both on the same array, or by a "
             f"DataLoader with shuffle=False."

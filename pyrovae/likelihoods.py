@@ -596,9 +596,7 @@ class _Counts(_Choosing):
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
         """p(x|z), with the library size read off the datum where it is its total."""
         law = self.law(z, x, mask)
-        if self.library == "total":
-            law.base_dist.conditional_on = ("the total",)
-        return law
+        return distributions.conditioned(law, "the total") if self.library == "total" else law
 
     def law(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
         """The distribution, for a datum if there is one."""

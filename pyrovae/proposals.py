@@ -428,8 +428,9 @@ def missed_nats(probe: Probe, largest: Tensor, log_px: Tensor, margin: float = 0
     .. math:: \log \left( 1 + \frac{1}{M \hat p(x)} \sum_m p(x \mid z_m) \, 1\{ w(z_m) > \max_s w(z_s) \} \right),
         \qquad z_m \sim p(z)
 
-    The largest term of the sum is left out, since one draw alone may be a rare one that stands for little. A proposal that
-    covers the posterior leaves next to nothing beyond its largest weight.
+    The largest term of those with a finite weight is left out, since one draw alone may be a rare one that stands for little;
+    an infinite weight stands for what the proposal cannot draw at all. A proposal that covers the posterior leaves next to
+    nothing beyond its largest weight.
 
     Args:
         probe: M draws of the prior.
@@ -438,8 +439,9 @@ def missed_nats(probe: Probe, largest: Tensor, log_px: Tensor, margin: float = 0
         margin: nats by which equal log-weights may differ.
     """
     # NaN counts as beyond: it is neither above nor below.
-    beyond = ~(probe.log_weights <= largest + margin)
-    found = torch.where(beyond, probe.log_likelihood, -math.inf).sort(0, descending=True).values[1:]
+    beyond, never = ~(probe.log_weights <= largest + margin), probe.log_weights == math.inf
+    rare = torch.where(beyond & ~never, probe.log_likelihood, -math.inf).sort(0, descending=True).values[1:]
+    found = torch.cat([rare, torch.where(never, probe.log_likelihood, -math.inf)])
     log_missed = torch.logsumexp(found, 0) - math.log(len(probe.log_weights))
     return torch.logaddexp(log_missed - log_px, torch.zeros_like(log_px))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -502,6 +503,279 @@ def test_the_shapes_of_a_target_are_few():
     assert _looks(5000, None, 1) == [5000]
     # Chunks smaller than a look are kept to.
     assert [most for _, most in _parts(torch.arange(2), 250, 20, 250)] == [20, 20]
+
+
+def _base(x: torch.Tensor, more: Callable[[torch.Tensor], None] = lambda x: None) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        more(x)
+
+
+def _narrow(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5) / 2))
+
+
+def _constant_factor(x: torch.Tensor) -> None:
+    pyro.factor("o", torch.full((len(x),), -1e6))
+
+
+def _factors_that_cancel(x: torch.Tensor) -> None:
+    pyro.factor("up", torch.full((len(x),), 3e6))
+    pyro.factor("down", torch.full((len(x),), -3e6))
+
+
+def _outlier_beside(x: torch.Tensor) -> None:
+    pyro.sample("y", dist.Normal(torch.zeros(len(x)), 1e-4), obs=torch.full((len(x),), 0.2))
+
+
+LARGE_TERMS = [_constant_factor, _factors_that_cancel, _outlier_beside]
+
+
+@pytest.mark.parametrize("more", LARGE_TERMS)
+def test_a_large_common_term_hides_no_spread_and_is_not_called_exact(more: Callable[..., None]):
+    x = torch.linspace(-2, 2, 20)
+    plain = log_marginal(_base, _narrow, x, num_samples=5000, seed=0)
+    assert plain.khat.mean() == pytest.approx(0.75, abs=0.1)
+    scored = log_marginal(functools.partial(_base, more=more), _narrow, x, num_samples=5000, seed=0)
+    np.testing.assert_allclose(scored.khat, plain.khat, atol=0.25)
+    assert not scored.reliable.any()
+    assert (scored.rounding > 0.05).all()
+    assert "score in float64" in scored.summary()
+    assert "exact" not in scored.summary()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("more", LARGE_TERMS)
+def test_in_float64_a_large_common_term_changes_nothing(more: Callable[..., None]):
+    def wide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+    x = torch.linspace(-2, 2, 20)
+    for guide, good in ((_narrow, None), (wide, True)):
+        plain = log_marginal(_base, guide, x, num_samples=2000, seed=0)
+        scored = log_marginal(functools.partial(_base, more=more), guide, x, num_samples=2000, seed=0)
+        np.testing.assert_allclose(scored.khat, plain.khat, atol=1e-4)
+        np.testing.assert_array_equal(scored.reliable, plain.reliable)
+        assert good is None or scored.reliable.all()
+        np.testing.assert_allclose(scored.log_px - scored.log_px[0], plain.log_px - plain.log_px[0], atol=1e-6)
+
+
+def test_a_spread_that_float32_loses_altogether_is_not_called_exact():
+    model = functools.partial(_base, more=lambda x: pyro.factor("o", torch.full((len(x),), -1e10)))
+    scored = log_marginal(model, _narrow, torch.linspace(-2, 2, 20), num_samples=1000, seed=0)
+    assert not scored.reliable.any()
+    assert "score in float64" in scored.summary()
+    assert "can be believed" not in scored.summary()
+
+
+def _coin(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(3 * z, 1.0), obs=x)
+
+
+def _sure(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=torch.full((len(x),), -5.5)))
+
+
+def test_discrete_latents_are_not_stopped_at_zero_spread():
+    x = torch.full((100,), 3.0)
+    scored = log_marginal(_coin, _sure, x, num_samples=20_000, target_se=0.05, seed=0)
+    truth = pv.exact(_coin, _sure, x).log_px
+    assert truth[0] == pytest.approx(-1.601, abs=5e-4)
+    assert (np.abs(scored.log_px - truth) < 5 * scored.se).all()
+    assert set(scored.drawn) == {20_000}
+    assert abs(scored.mean - truth[0]) < 5 * scored.mean_se
+
+    # A guide that is the posterior takes all it may, and says that it need not have.
+    def posterior(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=3 * x - 4.5))
+
+    exact = log_marginal(_coin, posterior, x, num_samples=600, target_se=0.05, seed=0)
+    assert exact.drawn.tolist() == [600] * 100
+    assert exact.reliable.all()
+
+
+def test_constant_weights_of_draws_that_all_fell_on_one_value_are_not_called_exact():
+    x = torch.full((300,), 3.0)
+    truth = math.log(0.5 * math.exp(-4.5) + 0.5) - math.log(2 * math.pi) / 2
+    scored = log_marginal(_coin, _sure, x, num_samples=200, seed=0)
+    blind = np.isneginf(scored.khat)
+    assert 0.3 < blind.mean() < 0.6  # no draw of them found the value that matters
+    np.testing.assert_allclose(scored.log_px[blind], truth - math.log1p(math.exp(4.5)), atol=1e-2)
+    assert not scored.reliable[blind].any()
+    np.testing.assert_allclose(np.median(scored.missed[blind]), truth - scored.log_px[blind].mean(), atol=0.3)
+    assert 'proposal="mixture", which also draws from the prior' in scored.summary()
+    assert "exact" not in scored.summary()
+
+
+def _ten_classes(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.ones(10)))
+        pyro.sample("x", dist.Poisson(1.0 + 4.0 * k), obs=x)
+
+
+def _always_the_first(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("k", dist.Categorical(torch.tensor([1.0] + [1e-6] * 9).expand(len(x), 10)))
+
+
+def _two_modes(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 2.0))
+        pyro.sample("x", dist.Normal(z.abs(), 0.3), obs=x)
+
+
+def _one_mode(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x, 0.4))
+
+
+def _switch(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        on = pyro.sample("on", dist.Bernoulli(0.3))
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z + 4 * on, 0.5), obs=x)
+
+
+def _always_off(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("on", dist.Bernoulli(torch.full((len(x),), 1e-7)))
+        pyro.sample("z", dist.Normal(x / 1.25, 0.5))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("model", "guide", "x"),
+    [(_ten_classes, _always_the_first, 25.0), (_two_modes, _one_mode, 2.5), (_switch, _always_off, 3.0)],
+)
+def test_what_the_guide_never_draws_is_found_by_the_prior(model: Callable[..., None], guide: Callable[..., None], x: float):
+    data = torch.full((40,), x)
+    scored = log_marginal(model, guide, data, num_samples=2000, seed=0)
+    mixture = log_marginal(model, guide, data, num_samples=20_000, proposal="mixture", seed=1)
+    assert mixture.missed is None
+    short = mixture.mean - scored.log_px
+    assert (short > 0.5).all()
+    assert scored._consistent.mean() > 0.9, "no weight shows it"
+    # Draws of the prior are few, but more than one datum in ten is never believed.
+    assert scored.reliable.mean() < 0.1
+    assert np.median(scored.missed) == pytest.approx(np.median(short), abs=0.4)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("latent_dim", "spread"), [(1, 1.0), (1, 1.3), (2, 1.1), (8, 1.05)])
+def test_a_guide_that_covers_the_posterior_is_not_said_to_miss_anything(latent_dim: int, spread: float):
+    pair = LinearGaussian(latent_dim=latent_dim, data_dim=3, spread=spread)
+    scored = log_marginal(pair.model, pair.guide, pair.sample(400), num_samples=1000, seed=0)
+    assert scored.missed is not None
+    assert not scored._blind.any()
+    assert scored.missed.mean() < 0.002
+
+
+def test_a_guide_without_a_density_at_other_draws_is_said_not_to_be_checked():
+    class OneWay(torch.distributions.transforms.AffineTransform):
+        def _inverse(self, y: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(len(x)), 1.0)
+            pyro.sample("z", dist.TransformedDistribution(base, [OneWay(x / 2, 0.8, cache_size=1)]))
+
+    scored = log_marginal(_base, guide, torch.linspace(-2, 2, 5), num_samples=500, seed=0)
+    assert scored.missed is None
+    assert "cannot be inverted" in scored.notes["prior_not_asked"]
+    assert scored.reliable.all()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("prior_share", "sizes"), [(1 / 3, {252}), (0.4, {250}), (0.37, {300})])
+def test_a_mixture_draws_whole_shares_whatever_the_target(prior_share: float, sizes: set[int]):
+    # Prior and guide share no point, so a draw of the prior weighs 1 / share and one of the guide nothing: the estimate is
+    # the fraction drawn from the prior over the share, exactly one only where the share is a whole number of draws.
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(0.0, 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(torch.full((len(x),), 2.0), 3.0, validate_args=False))
+
+    x = torch.linspace(-1, 1, 3)
+    scored = log_marginal(model, guide, x, num_samples=3000, proposal="mixture", prior_share=prior_share, target_se=0.2)
+    assert set(scored.drawn) == sizes
+    np.testing.assert_allclose(scored.log_px, dist.Normal(0.0, 1.0).log_prob(x).numpy(), atol=1e-12)
+
+
+def _resumable(scale: float = 1.0) -> tuple[torch.nn.Module, Callable[..., None], Callable[..., None]]:
+    """Free functions over a module with a buffer."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).eval()
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 3), scale).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(network(x)[:, 0], 1.0))
+
+    return network, model, guide
+
+
+def test_a_file_is_refused_where_anything_has_changed(tmp_path: Path):
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    network, model, guide = _resumable()
+    options = {"num_samples": 30, "resume": tmp_path / "scored"}
+    first = log_marginal(model, guide, x, **options, seed=3)
+    _equal(first, log_marginal(model, guide, x, **options))
+    _equal(first, log_marginal(model, guide, x, **options, seed=3))
+    with pytest.raises(ValueError, match="seed was 3, not 4"):
+        log_marginal(model, guide, x, **options, seed=4)
+    with pytest.raises(ValueError, match="num_samples was 30, not 40"):
+        log_marginal(model, guide, x, **options | {"num_samples": 40})
+    swapped = x[torch.tensor([0, 2, 1, *range(3, 300)])]  # the sums are the same
+    with pytest.raises(ValueError, match="the same in another order"):
+        log_marginal(model, guide, swapped, **options)
+    with pytest.raises(ValueError, match="evaluation of more data"):
+        log_marginal(model, guide, x[:256], **options)
+    with pytest.raises(ValueError, match="another pair, or of other parameters"):
+        log_marginal(_resumable(scale=1.5)[1], guide, x, **options)
+    with torch.no_grad():
+        network[1].running_mean += 0.5
+    with pytest.raises(ValueError, match="another pair, or of other parameters"):
+        log_marginal(model, guide, x, **options)
+    with torch.no_grad():
+        network[1].running_mean -= 0.5
+        network[3].bias += 1e-6  # a little more training
+    with pytest.raises(ValueError, match="another pair, or of other parameters"):
+        log_marginal(model, guide, x, **options)
+
+
+def test_a_file_of_a_vae_is_refused_after_training_or_with_another_likelihood(tmp_path: Path):
+    torch.manual_seed(0)
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8], likelihood={"kind": "normal", "scale": 1.0})
+    x, options = torch.randn(20, 6), {"num_samples": 30, "resume": tmp_path / "scored"}
+    vae.log_marginal(x, **options)
+    other = pv.VAE(vae.prior, pv.likelihoods.Laplace(vae.likelihood.decoder, scale=1.0), vae.encoder)
+    with pytest.raises(ValueError, match="another pair"):
+        other.log_marginal(x, **options)
+    vae.fit(x, epochs=1, compile=False, progress=False)
+    with pytest.raises(ValueError, match="of other parameters"):
+        vae.log_marginal(x, **options)
+    refinement = [pv.refine(vae.model, vae.guide, x, steps=3, seed=seed) for seed in (0, 1)]
+    refined = {"num_samples": 30, "resume": tmp_path / "refined"}
+    vae.log_marginal(x, **refined, proposal=refinement[0])
+    with pytest.raises(ValueError, match="refinement was"):
+        vae.log_marginal(x, **refined, proposal=refinement[1])
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, math.inf, math.nan, "small"])
