@@ -145,8 +145,8 @@ def log_marginal(
         precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; all else stays as it is.
             It is an approximation of the model, whose error no standard error shows.
         seed: makes the estimate reproducible, by how many processes it is made and however often it was interrupted; the global
-            random stream is left alone. Without one, a seed is drawn from that stream. Other numbers of threads may round, and
-            a compiled chunk draws, otherwise.
+            random stream is left alone. Without one, a seed is drawn from that stream. Eager numbers are the same to rounding
+            on any number of threads; compiled ones differ with that number, within their errors.
         resume: a file that keeps what has been scored; an interrupted call goes on from it when made again. It holds hashes of
             the parameters, buffers and data, and what the pair gave for one draw, and is refused where they differ.
         progress: show a bar with the running mean.
@@ -363,6 +363,9 @@ def log_marginal(
     drawn, pilot, _ = (scored.pop(name) for name in ("drawn", "pilot", "largest"))
     curve = curve_of(scored.pop("curve_sum").T, scored.pop("curve_square").T, scored["elbo"], num_samples, drawn)
     fields = evidence_fields([{name: scored.pop(name) for name in SCORED_DATA}], info.given)
+    if info.discrete and set(info.discrete) == set(info.latents):
+        # Weights of finitely many values have no Pareto tail to smooth.
+        scored["log_px_psis"] = scored["log_px"].copy()
     missed = scored.pop("missed", None)
     if missed is not None and info.discrete:
         # A value that no draw fell on leaves no trace in the weights, and nothing else was asked.
