@@ -7,6 +7,7 @@ not do is refused here, in a sentence that says what to write.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import ComposeTransform
 
 Program = Callable[..., Any]
 Gradients = Literal["total", "split", "score", "leaf"]
@@ -500,7 +502,7 @@ class FlatPair:
             if site["is_observed"]:
                 continue
             name, sizes = site["name"], plate_sizes(site, self.nesting)
-            if site["mask"] is not None:
+            if has_masked_latents(site):
                 raise ValueError(
                     f"The latent site {name!r} is masked, so its density does not integrate to one over unconstrained numbers: "
                     f"mask the observed sites only."
@@ -634,8 +636,29 @@ def plate_sizes(site: dict, nesting: int) -> list[int]:
     return [size.get(dim, 1) for dim in range(-nesting, 0)]
 
 
+_ONE_TURN = constraints.interval(-math.pi, math.pi)
+_CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
+
+
 def support_of(law: Any) -> Any:
-    """A distribution's support; of a flow of zuko, which declares none, what its transform takes."""
+    """The set over which a distribution's density integrates to one.
+
+    It differs from what the distribution declares for angles, whose density repeats with every turn; for mixtures, which may
+    lie where any component does; and for a flow of zuko, which declares none: what its transform takes.
+    """
+    kind = type(law).__name__
+    if kind == "Independent":
+        return constraints.independent(support_of(law.base_dist), law.reinterpreted_batch_ndims)
+    if kind in ("MaskedDistribution", "ExpandedDistribution"):
+        return support_of(law.base_dist)
+    if kind in _CIRCULAR:
+        return constraints.independent(_ONE_TURN, law.event_dim) if law.event_dim else _ONE_TURN
+    if isinstance(law, torch.distributions.MixtureSameFamily):
+        component = support_of(law.component_distribution)
+        return _Union(component) if isinstance(law_of({"fn": law.component_distribution}), _Uniform) else component
+    if isinstance(law, torch.distributions.TransformedDistribution):
+        if type(law_of({"fn": law.base_dist})).__name__ in _CIRCULAR:
+            return _Image(support_of(law.base_dist), law.transforms)
     try:
         return law.support
     except NotImplementedError:
@@ -643,6 +666,63 @@ def support_of(law: Any) -> Any:
         if transform is None:
             raise
         return transform.domain
+
+
+_Uniform = torch.distributions.Uniform  # the one distribution whose density is zero, and not wrong, outside its bounds
+
+
+class _Union(constraints.Constraint):
+    """What lies in the support of any component, where these stand along the last batch dimension."""
+
+    def __init__(self, component: Any):
+        self.component = component
+        super().__init__()
+
+    @property
+    def event_dim(self) -> int:  # type: ignore[override]
+        return self.component.event_dim
+
+    def check(self, value: Tensor) -> Tensor:
+        return self.component.check(value.unsqueeze(-1 - self.event_dim)).any(-1)
+
+
+@biject_to.register(_Union)
+def _over_all_components(union: _Union) -> Any:
+    """Onto the interval that spans those of the components."""
+    interval, axis = union.component, -1 - union.event_dim
+    while isinstance(interval, constraints.independent):
+        interval = interval.base_constraint
+    span = constraints.interval(interval.lower_bound.amin(axis), interval.upper_bound.amax(axis))
+    return biject_to(constraints.independent(span, union.event_dim) if union.event_dim else span)
+
+
+class _Image(constraints.Constraint):
+    """What transforms make of a support."""
+
+    def __init__(self, base: Any, transforms: list[Any]):
+        self.base, self.transform = base, ComposeTransform(transforms)
+        super().__init__()
+
+    @property
+    def event_dim(self) -> int:  # type: ignore[override]
+        return self.base.event_dim
+
+    def check(self, value: Tensor) -> Tensor:
+        return self.base.check(self.transform.inv(value))
+
+
+@biject_to.register(_Image)
+def _onto_image(image: _Image) -> Any:
+    return ComposeTransform([biject_to(image.base), image.transform])
+
+
+def has_masked_latents(site: dict) -> bool:
+    """Whether a mask, of a handler or inside the distribution, takes away some of a site's log-probability."""
+    masks, law = [site["mask"]], site["fn"]
+    while hasattr(law, "base_dist"):
+        masks.append(getattr(law, "_mask", None))
+        law = law.base_dist
+    return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
 
 
 def _unconstrained_shape(site: dict) -> torch.Size:
@@ -655,7 +735,10 @@ def _unconstrained_shape(site: dict) -> torch.Size:
                 f"The latent site {name!r} ({law}) is discrete, and this needs continuous latents: use "
                 f'log_marginal, or pyrovae.exact(..., method="enumerate") where all are discrete.'
             )
-        return biject_to(support).inverse_shape(site["fn"].event_shape)
+        transform = biject_to(support)
+        # By a value and not by inverse_shape, which takes bounds that differ between data for dimensions of the draw.
+        batch_dim = site["value"].dim() - site["fn"].event_dim
+        return transform.inv(site["value"]).shape[batch_dim:]
     except NotImplementedError as error:
         raise ValueError(
             f"No bijection from unconstrained numbers is known for the support of the latent site {name!r} ({law}): register "
