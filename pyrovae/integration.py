@@ -296,7 +296,7 @@ def _residuals(pair: FlatPair, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for site in sites_of(pair.model_trace(flat)[0]):
             law, value = law_of(site), site["value"].double()
             loc, eps = law.loc.double(), torch.finfo(law.loc.dtype).eps
-            gap, size = value - loc, eps * (value.abs() + loc.abs())
+            gap, size = value - loc, eps / 2 * (value.abs() + loc.abs())
             if isinstance(law, torch.distributions.Normal):
                 gap, size, log_scale = gap / law.scale, size / law.scale, law.scale.double().log()
             else:

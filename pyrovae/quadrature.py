@@ -19,9 +19,14 @@ FIRST_EDGES = {
     1: np.concatenate([np.arange(0, 5, 1 / 16), np.arange(5, 10, 0.25), np.arange(10, 41, 1.0)]),
     2: np.concatenate([np.arange(0, 4, 0.5), np.arange(4, 17, 1.0)]),
 }
-# A cell is resolved where its mass is no further below the bound on it than this, in nats; a Gaussian's is at six deviations.
+# A cell is resolved where its mass is no further below the bound on it than this, in nats.
 RESOLVED = 3.0
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(5)
+# Nats below the highest point from which no peak is looked for between points: it would be a millionth of a cell wide.
+HOPELESS = 1e12
+# Of the Lobatto rule, exact to degree seven; since its first and last points are the cell's edges, where the function falls
+# from an edge on, that edge bounds it.
+_NODES = np.array([-1, -math.sqrt(3 / 7), 0, math.sqrt(3 / 7), 1])
+_WEIGHTS = np.array([1 / 10, 49 / 90, 32 / 45, 49 / 90, 1 / 10])
 
 
 class Integral(NamedTuple):
@@ -40,7 +45,7 @@ class _Cells(NamedTuple):
 
     middle: Tensor  # (C, B, L)
     half: Tensor  # (C, B, L), half their widths
-    log_mass: Tensor  # (C, B), by the product Gauss rule
+    log_mass: Tensor  # (C, B), by the product Lobatto rule
     log_bound: Tensor  # (C, B), above the mass, if the log of the function is concave within the cell
     jumps: Tensor  # (C, B), whether the function is zero at some points and not at others
     axis: Tensor  # (C, B), along which the function changes most
@@ -76,7 +81,8 @@ def integrate(log_f: LogFunction, centre: Tensor, factor: Tensor, tolerance: Ten
     points, checked = len(middle) * each, (0, math.inf)
     while True:
         total = torch.logsumexp(cells.log_mass, 0)
-        error = torch.nan_to_num((torch.logsumexp(doubt, 0) - total).exp(), nan=math.inf)
+        doubt = torch.where(cells.peak < cells.peak.amax(0) - HOPELESS, -math.inf, doubt)
+        error = torch.nan_to_num((torch.logsumexp(doubt, 0) - total).exp(), nan=math.inf, posinf=math.inf)
         error = torch.where(total == -math.inf, 0.0, error)
         worst = float(error.max())
         if bool((error <= tolerance).all()) or points >= MOST_POINTS:
@@ -106,7 +112,7 @@ def _first_cells(centre: Tensor, shift: float) -> tuple[Tensor, Tensor]:
 
 
 def _measure(log_f: LogFunction, middle: Tensor, half: Tensor) -> _Cells:
-    """Look at each cell at the points of the product Gauss rule."""
+    """Look at each cell at the points of the product Lobatto rule."""
     num, num_data, dims = middle.shape
     nodes, weights = (torch.as_tensor(part, device=middle.device) for part in (_NODES, _WEIGHTS))
     grid = torch.cartesian_prod(*[nodes] * dims).reshape(-1, dims)
@@ -136,13 +142,11 @@ def _along(values: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
     steps = values.diff(dim=-1)
     steps = torch.where(steps.isfinite(), steps, 0.0)
     slope, gap = steps / nodes.diff(), nodes.diff()
-    # Between two points a concave function lies below the secants from either side, carried on; before the first one too.
+    # Between two points a concave function lies below the secants from either side, carried on.
     from_left = values[..., 1:4] + slope[..., :3].clamp(min=0) * gap[1:]
     from_right = values[..., 1:4] + (-slope[..., 1:]).clamp(min=0) * gap[:3]
     between = torch.minimum(from_left[..., :2], from_right[..., 1:])
-    first = values[..., :1] + (-slope[..., :1]).clamp(min=0) * (nodes[0] + 1)
-    last = values[..., -1:] + slope[..., -1:].clamp(min=0) * (1 - nodes[-1])
-    reach = torch.cat([between, from_left[..., 2:], from_right[..., :1], first, last], -1).amax(-1)
+    reach = torch.cat([between, from_left[..., 2:], from_right[..., :1]], -1).amax(-1)
     change = steps.abs().amax(-1)
     inner = tuple(range(1, reach.dim() - 1))
     return (reach.amax(inner), change.amax(inner)) if inner else (reach, change)
