@@ -183,7 +183,8 @@ def _log_difference(one: Tensor, other: Tensor) -> Tensor:
 
 def _moments(cells: _Cells, centre: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The highest point, and the mean and covariance of what was integrated, in u, from the cells' highest points."""
-    rows = cells.peak.argmax(0)[None, :, None].expand(1, -1, centre.shape[-1])
+    heights = cells.peak - cells.peak_at.cosh().log().sum(-1)  # of the function of u, not of s
+    rows = heights.argmax(0)[None, :, None].expand(1, -1, centre.shape[-1])
     mode = _to_u(cells.peak_at.gather(0, rows)[0], centre, factor)
     weights = torch.softmax(torch.nan_to_num(cells.log_mass, neginf=-1e300), 0)[..., None]
     u = _to_u(cells.peak_at, centre, factor)
