@@ -449,8 +449,13 @@ def _quadrature(pair: FlatPair, tolerance: float, most: int) -> _Answer:
     target = rounding.clamp(min=tolerance)
     low, middle, high = torch.quantile(prior, torch.tensor([0.25, 0.5, 0.75], dtype=prior.dtype, device=prior.device), 0)
     before = integrate(log_f, middle, torch.diag_embed(((high - low) / 1.35).clamp(min=1e-6)), target / 2)
+    slanted = torch.zeros_like(target, dtype=torch.bool)
     for shift in SHIFTS:
-        last = integrate(log_f, before.mean, _factor(before.covariance), target / 2, shift=shift)
+        # Along the axes, as the tails of latents mostly lie; where such cells did not resolve it, in its own directions.
+        slanted = slanted | (before.error > target)
+        along = torch.diag_embed(before.covariance.diagonal(dim1=-2, dim2=-1))
+        factor = _factor(torch.where(slanted[:, None, None], before.covariance, along))
+        last = integrate(log_f, before.mean, factor, target / 2, shift=shift)
         apart = torch.where(last.log_value == before.log_value, 0.0, (last.log_value - before.log_value).abs())
         error = torch.maximum(apart, last.error)
         if bool((error <= target).all()):

@@ -275,10 +275,12 @@ MANY_TERMS = 2**16
 
 def log_prob_of(site: dict) -> Tensor:
     """A site's log-probability, masked but not scaled, in nats; in float64 where it sums very many terms."""
-    law, inner = site["fn"], 0
+    law, value, inner = site["fn"], site["value"], 0
     if type(law).__name__ == "Independent" and law.event_shape.numel() >= MANY_TERMS:
         law, inner = law.base_dist, law.reinterpreted_batch_ndims
-    value = law.log_prob(site["value"], *site["args"], **site["kwargs"])
+        if isinstance(getattr(law, "loc", None), Tensor):  # then constants, rounded alike in every term, are float64 too
+            value = value.double()
+    value = law.log_prob(value, *site["args"], **site["kwargs"])
     return scale_and_mask(_summed(value, tuple(range(-inner, 0))), 1.0, site["mask"])
 
 
