@@ -16,7 +16,7 @@ MOST_POINTS = 2**18  # per datum
 # Edges of the first cells along an axis in s, where sinh s is in units of the scale that the caller gives: sinh 40 is 10^17,
 # and sinh 16 four million.
 FIRST_EDGES = {
-    1: np.concatenate([np.arange(0, 5, 1 / 16), np.arange(5, 10, 0.25), np.arange(10, 41, 1.0)]),
+    1: np.concatenate([np.arange(0, 4, 1 / 64), np.arange(4, 10, 1 / 8), np.arange(10, 41, 1.0)]),
     2: np.concatenate([np.arange(0, 4, 0.5), np.arange(4, 17, 1.0)]),
 }
 # A cell is resolved where its mass is no further below the bound on it than this, in nats.
