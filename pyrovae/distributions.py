@@ -576,8 +576,8 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile at ``value``."""
-        # At -|l| the exponential stays below one; the other sign is its mirror image.
-        size = self.logits.abs()
+        # At -|l| the exponential stays below one; the other sign is its mirror image. abs() has no gradient at zero.
+        size = torch.where(self.logits > 0, self.logits, -self.logits)
         safe = torch.where(size < 1e-4, 1.0, size)
         level = torch.where(self.logits > 0, 1 - value, value)
         exact = torch.log1p(level * torch.expm1(-safe)) / -safe

@@ -585,7 +585,7 @@ def _resample(prior: Any, value: Tensor) -> Tensor | None:
     if isinstance(prior, torch.distributions.MultivariateNormal):
         centred = (value - prior.loc).detach().unsqueeze(-1)
         noise = torch.linalg.solve_triangular(prior.scale_tril.detach(), centred, upper=False)
-        return prior.loc + (prior.scale_tril @ noise).squeeze(-1)
+        return prior.loc + (prior.scale_tril.tril() @ noise).squeeze(-1)
     if isinstance(prior, _LOC_SCALE) and not getattr(prior, "df", prior.loc.detach()).requires_grad:
         return prior.loc + prior.scale * ((value - prior.loc) / prior.scale).detach()
     return None

@@ -380,6 +380,17 @@ def test_stacking_weights_are_the_best_mixture_however_far_down():
     assert np.isnan(compare({"one": made(one), "other": made(broken, elbo=one)}).stacking).all()
 
 
+def test_stacking_weights_are_the_best_mixture_where_levels_differ_by_datum():
+    """Each datum has a level of its own, thousands of nats apart, which is no part of the mixture's weights."""
+    random = np.random.default_rng(1)
+    one, other = random.normal(0, 1, size=(2, 300))
+    level = random.uniform(-4000, 4000, size=300)
+    best = minimize_scalar(lambda w: -np.log(w * np.exp(one) + (1 - w) * np.exp(other)).mean(), bounds=(0, 1), method="bounded")
+    result = compare({"one": made(one + level), "other": made(other + level)})
+    assert dict(zip(result.names, result.stacking, strict=True))["one"] == pytest.approx(best.x, abs=2e-3)
+    assert 0.05 < best.x < 0.95
+
+
 @pytest.mark.filterwarnings("ignore")  # 0.23 uses what pandas and matplotlib deprecate
 def test_arviz_compare_gives_our_differences_and_errors():
     random = np.random.default_rng(0)
