@@ -470,9 +470,7 @@ def test_a_vamp_prior_on_top_is_the_aggregate_posterior_of_its_pseudo_inputs(
 ) -> None:
     x = torch.bernoulli(torch.full((7, 9), 0.4)) if likelihood == "bernoulli" else torch.randint(0, 21, (7, 9)).float()
     prior = {"kind": "vamp", "components": 7}
-    vae = pv.make_hierarchical_vae(
-        9, latent_dims=[3, 2], hidden=[[8], [6]], guide=guide, prior=prior, likelihood=likelihood
-    )
+    vae = pv.make_hierarchical_vae(9, latent_dims=[3, 2], hidden=[[8], [6]], guide=guide, prior=prior, likelihood=likelihood)
     vae.prior.from_data(x)
     z = torch.randn(4, 2)
     trace = poutine.trace(vae.guide).get_trace(x)
