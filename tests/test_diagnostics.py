@@ -137,6 +137,7 @@ def test_every_number_of_a_comparison_is_its_formula():
         assert result.bias_p[0, group] == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 999) + 0.001)
         assert 0.02 < p < 0.3
     np.testing.assert_allclose(result.snr_per_second, result.snr / np.sqrt(result.seconds)[:, None])
+    assert 0 < result.seconds[0] < 1
 
 
 @pytest.mark.usefixtures("float64")
@@ -321,6 +322,7 @@ def test_every_line_of_a_decomposition_has_its_standard_error():
     for name, mean, error, _ in parts.rows():
         assert (mean, error) == pytest.approx(expected[name], rel=1e-12, nan_ok=True), name
     assert parts.active_units == {"z": 4}
+    assert parts.rows()[0][3] == "estimate, 200 samples"
 
 
 @pytest.mark.usefixtures("float64")
@@ -366,6 +368,26 @@ def test_chains_and_nested_plates_decompose(vectorize: bool):
     exact = (log_q.diagonal(dim1=1, dim2=2) - log_q.logsumexp(-1)).mean().item() + math.log(10)
     assert parts.mutual_information == pytest.approx(exact, abs=0.1 if vectorize else 0.2)
     np.testing.assert_allclose(parts.mean_variances["u"], (0.8 * x).var(0).numpy(), rtol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_programs_that_take_no_particles_on_the_left_run_one_by_one():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            assert z.dim() == 2
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.5 * x, 0.5**0.5).to_event(1))
+            assert z.dim() == 2
+
+    x = torch.randn(5, 2)
+    options = {"num_draws": 4, "vectorize_particles": False, "seed": 0}
+    parts = decompose(model, guide, x, num_samples=6, mixture_draws=2, **options)
+    np.testing.assert_allclose(parts.evidence.log_px, dist.Normal(0.0, 2**0.5).log_prob(x).sum(-1), rtol=1e-12)
+    assert posterior_draws(model, guide, x, num_samples=6, **options).posterior["z"].shape == (4, 5, 2)
 
 
 def test_units_that_are_switched_off_are_not_counted():
