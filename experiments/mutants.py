@@ -6,15 +6,14 @@ fast ones first, in a fork of a process that has imported torch already. Run fro
 
     python experiments/mutants.py --number 80 --seed 0
 
-``results/mutants.json`` lists every mutant with what became of it. Those that survive are changes that do not matter (a chunk's
-size, say) or ask for a test.
+``results/mutants.json`` lists every mutant with what became of it; another run adds new ones, and ``--again`` tries the survivors
+once more. Those that survive are changes that do not matter (a chunk's size, say) or ask for a test.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import copy
 import json
 import os
 import random
@@ -48,6 +47,8 @@ class Mutant(NamedTuple):
 
     module: str
     line: int
+    end: int
+    inside: bool  # in a function, not run on import
     old: str
     new: str
     source: str  # of the whole module
@@ -91,17 +92,20 @@ def expressions(node: ast.AST) -> Iterator[ast.AST]:
 def mutants(module: str) -> list[Mutant]:
     """All single changes to a module."""
     source = (ROOT / "pyrovae" / f"{module}.py").read_text()
-    lines = source.splitlines(keepends=True)
+    text, starts = source.encode(), [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line.encode()))  # ast counts columns in bytes
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     found = []
-    for node in expressions(ast.parse(source)):
+    for node in expressions(tree):
         for new in variants(node):
-            # ast counts columns in bytes; what is replaced spans whole tokens.
-            start = sum(len(text.encode()) for text in lines[: node.lineno - 1]) + node.col_offset  # type: ignore[attr-defined]
-            end = sum(len(text.encode()) for text in lines[: node.end_lineno - 1]) + node.end_col_offset  # type: ignore[attr-defined]
-            text = source.encode()
-            replaced = text[:start] + f"({ast.unparse(copy.deepcopy(new))})".encode() + text[end:]
-            old = " ".join(text[start:end].decode().split())
-            found.append(Mutant(module, node.lineno, old, ast.unparse(new), replaced.decode()))  # type: ignore[attr-defined]
+            line, end = node.lineno, node.end_lineno  # type: ignore[attr-defined]
+            start, stop = starts[line - 1] + node.col_offset, starts[end - 1] + node.end_col_offset  # type: ignore[attr-defined]
+            replaced = text[:start] + f"({ast.unparse(new)})".encode() + text[stop:]
+            old = " ".join(text[start:stop].decode().split())
+            inside = any(function.lineno <= line <= (function.end_lineno or 0) for function in functions)
+            found.append(Mutant(module, line, end, inside, old, ast.unparse(new), replaced.decode()))
     return found
 
 
@@ -176,7 +180,9 @@ def prepare(folder: Path) -> None:
     for name in ("pyrovae", "tests", "experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", folder)
-    sys.path[:] = [str(folder)] + [path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "experiments")]
+    sys.path[:] = [str(folder)] + [
+        path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "experiments")
+    ]
     sys.dont_write_bytecode = True
     import arviz_stats  # noqa: F401
     import pyro.infer  # noqa: F401
@@ -191,57 +197,71 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modules", nargs="*", default=MODULES)
+    parser.add_argument("--again", action="store_true", help="try those that survived, not new ones")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for each mutant")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so long")
     options = parser.parse_args()
     began = time.monotonic()
     every = [mutant for module in options.modules for mutant in mutants(module)]
-    chosen = random.Random(options.seed).sample(every, min(options.number, len(every)))
+    results = json.loads(RESULTS.read_text())["mutants"] if RESULTS.exists() else []
+    known = {(result["at"].split(".")[0], result["old"], result["new"]): result["outcome"] for result in results}
+    if options.again:
+        results = [result for result in results if result["outcome"] == "killed"]
+        chosen = [mutant for mutant in every if known.get((mutant.module, mutant.old, mutant.new)) == "survived"]
+    else:
+        new = [mutant for mutant in every if (mutant.module, mutant.old, mutant.new) not in known]
+        chosen = random.Random(options.seed).sample(new, min(options.number, len(new)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         prepare(folder)
-        files = [f"tests/test_{test}.py" for test in TESTS]
-        first = run(folder, files, Touched(folder / "pyrovae"), lines_of, 1800)
+        first = run(folder, [f"tests/test_{test}.py" for test in TESTS], Touched(folder / "pyrovae"), lines_of, 1800)
         if first is None or "code" in first:
             sys.exit(f"The tests must pass before anything is changed: {first}")
-        print(f"{len(first['seconds'])} tests, {time.monotonic() - began:.0f} s; {len(chosen)} of {len(every)} mutants", flush=True)
-        touching: dict[tuple[str, int], list[str]] = {}
-        for test, seen in first["lines"].items():
-            for module, line in seen:
-                touching.setdefault((module, line), []).append(test)
-        results = []
+        print(f"{len(first['seconds'])} tests, {len(chosen)} of {len(every)} mutants", flush=True)
         for mutant in chosen:
             if time.monotonic() - began > 60 * options.minutes:
                 break
-            results.append(judge(folder, mutant, touching, first["seconds"], options.budget))
+            results.append(judge(folder, mutant, first, options.budget))
             print(results[-1], flush=True)
-            summary = {"seed": options.seed, "all": len(every), "tried": len(results)}
-            summary["survived"] = sum(result["outcome"] == "survived" for result in results)
-            RESULTS.write_text(json.dumps({**summary, "mutants": results}, indent=1) + "\n")
+    survived = [result for result in results if result["outcome"] == "survived"]
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import record
+
+    record.write("mutants", {"possible": len(every), "tried": len(results), "survived": len(survived), "mutants": results})
 
 
-def judge(folder: Path, mutant: Mutant, touching: dict, seconds: dict[str, float], budget: float) -> dict[str, Any]:
-    """Run the tests that pass through a mutant's line, the fast ones first, until one fails."""
-    tests = sorted(touching.get((mutant.module, mutant.line), []), key=seconds.__getitem__)
-    some, total = [], 0.0
-    for test in tests:
+def judge(folder: Path, mutant: Mutant, first: dict[str, Any], budget: float) -> dict[str, Any]:
+    """Run the tests that pass through a mutant's lines, the fast ones first, until one fails."""
+    seconds, some, total = first["seconds"], [], 0.0
+    for test in sorted(touching(mutant, first["lines"]), key=seconds.__getitem__):
         total += seconds[test]
         if some and total > budget:
             break
         some.append(test)
     result: dict[str, Any] = {"at": f"{mutant.module}.py:{mutant.line}", "old": mutant.old, "new": mutant.new}
     if not some:
-        return result | {"outcome": "survived", "tests": 0, "why": "no test of these files runs the line"}
+        return result | {"outcome": "survived", "tests": 0}
     path = folder / "pyrovae" / f"{mutant.module}.py"
     kept = path.read_text()
     path.write_text(mutant.source)
     try:
-        failed = run(folder, some, Outcome(), lambda plugin, code: plugin.failed or ("" if code == 0 else f"exit {code}"), 60 + 3 * budget)
+        failed = run(folder, some, Outcome(), failure_of, 30 + 3 * min(total, budget))
     finally:
         path.write_text(kept)
-    if failed is None:
-        return result | {"outcome": "killed", "by": "timeout or crash"}
-    return result | ({"outcome": "killed", "by": failed} if failed else {"outcome": "survived", "tests": len(some), "of": len(tests)})
+    if failed == "":
+        return result | {"outcome": "survived", "tests": len(some)}
+    return result | {"outcome": "killed", "by": failed or "timeout or crash"}
+
+
+def touching(mutant: Mutant, lines: dict[str, list[list[Any]]]) -> list[str]:
+    """The tests that run the mutant's lines; all of them for what is computed on import."""
+    own = range(mutant.line, mutant.end + 1)
+    found = [test for test, seen in lines.items() if any(module == mutant.module and line in own for module, line in seen)]
+    return found if mutant.inside else list(lines)
+
+
+def failure_of(plugin: Outcome, code: int) -> str:
+    return plugin.failed or ("" if code == 0 else f"exit {code}")
 
 
 if __name__ == "__main__":

@@ -257,6 +257,12 @@ def test_decomposition_is_the_closed_forms_of_a_linear_gaussian_pair():
     norm_a = float(pair.a @ pair.a)
     distortion = 1.5 * math.log(2 * math.pi * pair.noise**2) + (residual + norm_a * sd**2) / (2 * pair.noise**2)
     assert (np.abs(parts.distortion - distortion) < 5 * parts.distortion_se).all()
+    # In the draw's noise the distortion is a parabola, whose variance is that of its line and of its square.
+    along = (x - pair.b - torch.as_tensor(centre)[:, None] * pair.a).numpy() @ pair.a.numpy()
+    variance = (along * sd / pair.noise**2) ** 2 + 2 * (norm_a * sd**2 / (2 * pair.noise**2)) ** 2
+    np.testing.assert_allclose(parts.distortion_se, np.sqrt(variance / 400), rtol=0.3)
+    assert parts.distortion_se.mean() == pytest.approx(np.sqrt(variance / 400).mean(), rel=0.04)
+    np.testing.assert_allclose(parts.elbo_se, parts.distortion_se, rtol=1e-9)
     np.testing.assert_allclose(parts.elbo, -parts.rate - parts.distortion)
     np.testing.assert_allclose(parts.elbo + parts.gap, parts.evidence.log_px, rtol=1e-12)
     exact_elbo = -rate - distortion
@@ -449,6 +455,10 @@ def test_posterior_draws_have_the_posteriors_moments(numbers: int | None, monkey
     assert prior_noise.std() == pytest.approx(pair.noise, rel=0.02)
     assert draws.prior["z"].std() == pytest.approx(1, rel=0.02)
     again = posterior_draws(pair.model, pair.guide, x, num_draws=10, num_samples=30, seed=3)
+    if numbers is None:  # drawn at once, so from the stream's first numbers
+        torch.manual_seed(3)
+        w = pv.log_weights(pair.model, pair.guide, x, num_particles=30, max_plate_nesting=1).log_weights.exp().numpy()
+        np.testing.assert_allclose(again.ess, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-9)
     np.testing.assert_array_equal(
         again.posterior["z"], posterior_draws(pair.model, pair.guide, x, num_draws=10, num_samples=30, seed=3).posterior["z"]
     )
