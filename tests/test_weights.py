@@ -563,11 +563,14 @@ def _unobserved_model(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
 
-def _scaled_model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        with poutine.scale(scale=0.5):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+def _scaled(scale: float) -> Callable:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=scale):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return model
 
 
 def _inner_subsample_model(x: Tensor) -> None:
@@ -606,7 +609,8 @@ def _two_plates(program: Callable) -> Callable:
         (_normal_model, _extra_latent_guide, (B,), "guide's site 'extra' is not in the model: give both programs the same"),
         (_normal_model, _guide_of_x, (B,), "guide's site 'x' is observed in the model: give both programs the same"),
         (_unobserved_model, _normal_guide, (B,), "The model observes nothing: give its data site obs=x"),
-        (_scaled_model, _normal_guide, (B,), r"Site 'z' is scaled apart from the data plate 'data'.*remove the scale"),
+        (_scaled(0.5), _normal_guide, (B,), r"Site 'z' is scaled apart from the data plate 'data'.*remove the scale"),
+        (_scaled(1.001), _normal_guide, (B,), r"Site 'z' is scaled apart from the data plate 'data'.*remove the scale"),
         (_inner_subsample_model, _inner_guide, (B, 8), r"Site 'x' is scaled apart.*subsampling inside a datum"),
         (_two_plates(_normal_model), _two_plates(_normal_guide), (5, 3), r"\['columns', 'rows'\].*call the one over data"),
     ],
@@ -681,6 +685,26 @@ def test_data_outside_the_support(likelihood: object, value: float, message: str
         inspect_pair(vae.model, vae.guide, x)
     assert "in 1 of the 5 " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_mask_hides_need_not_lie_in_the_support() -> None:
+    """Where Pyro itself does not check; what the mask shows does."""
+    x, mask = torch.tensor([0.0, 2.0, 1.0, 3.0]), torch.tensor([True, False, True, False])
+
+    def model(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=mask):
+                pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+    def guide(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pyro.validation_enabled(False):
+        assert inspect_pair(model, guide, x, mask).num_observed == 2
+        with pytest.raises(ValueError, match="outside the support of Bernoulli at site 'x', in 1 of the 4"):
+            inspect_pair(model, guide, x, mask | torch.tensor([False, True, False, False]))
 
 
 def test_data_of_the_wrong_shape_keep_their_own_sentence() -> None:
