@@ -6,7 +6,7 @@ fast ones first, in a fork of a process that has imported torch already. Run fro
 
     python experiments/mutants.py --number 80 --seed 0
 
-``results/mutants.json`` lists every mutant with what became of it; another run adds new ones, and ``--again`` tries the survivors
+``results/mutants.json`` lists every mutant with what became of it; another run adds new ones, ``--again`` tries the survivors
 once more. Those that survive are changes that do not matter (a chunk's size, say) or ask for a test.
 """
 
