@@ -971,6 +971,52 @@ def test_one_datum_of_weight_zero_does_not_touch_the_others(name: str) -> None:
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("kind", ["vimco", "ovis", "rws", "tvo"])
+def test_a_particle_of_weight_zero_teaches_the_guide_to_stay_away(kind: str) -> None:
+    """Draw by draw, what the papers' formulas say of the score of z = 2, which the model rules out."""
+    K, x = 4, torch.tensor([0.3, -0.8, 1.5])
+    theta, phi = torch.tensor([0.2, -0.4, 0.9]), torch.tensor([0.5, 0.1, 0.3], requires_grad=True)
+    seen: dict[str, Tensor] = {}
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=theta))
+            pyro.factor("cut", torch.where(z == 2, -torch.inf, 0.0))
+            pyro.sample("x", dist.Normal(z.double(), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            seen["z"] = pyro.sample("z", dist.Categorical(logits=phi))
+
+    estimator = est.make_estimator({"kind": kind, "num_particles": K})
+    pyro.set_rng_seed(4)
+    (ours,) = torch.autograd.grad(-estimator.differentiable_loss(model, guide, x), phi)
+    z = seen["z"]
+    dead = z == 2
+    assert (dead.sum(0) <= K - 2).all()
+    assert dead.any(0).sum() >= 2
+    log_q = torch.log_softmax(phi, 0)[z]
+    log_w = torch.log_softmax(theta, 0)[z] + normal_log(x, z.double(), 1.0) - log_q.detach()
+    w = torch.where(dead, 0.0, log_w.exp())
+    share, bound = w / w.sum(0), w.mean(0).log()
+    signal = torch.zeros(K, 3)
+    for k in range(K):
+        others = [j for j in range(K) if j != k]
+        if kind == "vimco":  # the geometric mean of the others is zero where one of them is
+            signal[k] = bound - share[k] - ((w[others].sum(0) + w[others].prod(0) ** (1 / (K - 1))) / K).log()
+        elif kind == "ovis":
+            signal[k] = bound - share[k] - w[others].mean(0).log() - math.log(1 - 1 / K)
+        elif kind == "rws":
+            signal[k] = share[k]
+    if kind == "tvo":
+        for low, high in itertools.pairwise(estimator.points):
+            v = torch.where(dead, 0.0, w**low)
+            v, of_w = v / v.sum(0), torch.where(dead, 0.0, log_w)
+            signal += (high - low) * v * ((1 - low) * (of_w - (v * of_w).sum(0)) - 1)
+    (exact,) = torch.autograd.grad((signal * log_q).sum(), phi)
+    assert ours.numpy() == pytest.approx(exact.numpy(), rel=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["dreg", "gdreg", "piwae"])
 def test_a_particle_of_weight_zero_and_infinite_slope_adds_nothing(kind: str) -> None:
     """p(x, z) is N(z; m, 1) N(x; z, 1) z for z > 0: below, log 0 sends 0 x inf back."""
