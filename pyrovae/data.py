@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from .matching import MASK, Batch, match
 from .registry import positive_integer, unknown
-
-Batch = tuple[Tensor, ...]
+from .streams import Stream, in_order, is_one_pass
 
 # Data that share the random bits which few of their pixels need.
 SHARING = 16
@@ -28,18 +27,22 @@ class Batches:
     """Minibatches of any data, each a tuple of tensors for the arguments of model and guide.
 
     Arrays live on the device as whole tensors, so a batch is one gather. A ``Dataset`` goes through a ``DataLoader``; a
-    ``DataLoader`` is taken as it is, with its own batch size and order.
+    ``DataLoader`` is taken as it is, with its own batch size and order. A masked array becomes two arrays: its values, zero
+    where they are hidden, and a mask that is true where they are not.
 
     Args:
-        data: an array, a tensor, a tuple of them (one for each argument), a ``Dataset`` or a ``DataLoader``.
+        data: an array, a tensor, a masked array, a tuple of them (one for each argument), a ``Dataset`` or a ``DataLoader``.
         batch_size: data per batch; the last one may be smaller.
         shuffle: a new order on each pass, from torch's random stream.
         dtype: floating arrays are brought to it; integers stay, since they may be labels or indices.
         device: where the batches go.
         transform: applied to the first tensor of every batch, such as :func:`binarize`.
+        program: give the arrays that this program takes, as :func:`arguments` does; by default all.
+        ordered: give all data in the order of the data set, also where a ``DataLoader`` shuffles or drops its last batch.
 
     Raises:
-        ValueError: the data are empty, ragged, of mixed length, hold NaN or infinity, or are no numbers.
+        ValueError: the data are empty, ragged, of mixed length, hold NaN or infinity, or are no numbers; the program does not
+            take what they hold; or a sampler draws them at random, and they must be in order.
 
     Example:
         >>> import numpy as np
@@ -57,25 +60,39 @@ class Batches:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
+        program: Callable[..., Any] | None = None,
+        ordered: bool = False,
     ):
         self.batch_size, self.shuffle, self.transform = positive_integer(batch_size, "batch_size"), shuffle, transform
-        self.dtype, self.device = dtype, device
-        self.loader: DataLoader[Any] | None = None
+        self.dtype, self.device, self.program = dtype, device, program
+        self.floating: tuple[int, ...] = ()
+        self.source: Dataset[Any] | DataLoader[Any] | None = None
         self.arrays: Batch = ()
-        if isinstance(data, TensorDataset):
-            data = data.tensors
+        self._found_any = False
         if isinstance(data, DataLoader):
-            self.loader = data
-        elif isinstance(data, Dataset):
-            iterable = isinstance(data, IterableDataset)
-            self.loader = DataLoader(data, batch_size=batch_size, shuffle=shuffle and not iterable)
+            self.source = in_order(data) if ordered else data
+            self._stream = Stream(self.source)
+        elif isinstance(data, IterableDataset):
+            self.source = self._stream = Stream(data)
+        elif isinstance(data, Dataset) and not isinstance(data, TensorDataset):
+            self.source = data
         else:
-            self.arrays = tuple(array.contiguous() for array in as_arrays(data, dtype, device))
+            labelled = isinstance(data, TensorDataset)
+            self.arrays = self._taken(data.tensors if labelled else data, strict=not labelled)
+            self.arrays = tuple(array.contiguous() for array in self.arrays)
 
-    def to(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Bring floating arrays to a type, and everything to a device, now and in later batches."""
-        self.dtype, self.device = dtype, device
-        self.arrays = tuple(_as_tensor(array, dtype, device) for array in self.arrays)
+    @property
+    def loader(self) -> DataLoader[Any] | None:
+        """What reads the data, or ``None`` where they are in memory."""
+        if self.source is None or isinstance(self.source, DataLoader):
+            return self.source
+        iterable = isinstance(self.source, IterableDataset)
+        return DataLoader(self.source, batch_size=self.batch_size, shuffle=self.shuffle and not iterable)
+
+    def to(self, dtype: torch.dtype, device: torch.device, floating: tuple[int, ...] = ()) -> None:
+        """Bring floating arrays and those named to a type, and everything to a device, now and in later batches."""
+        self.dtype, self.device, self.floating = dtype, device, floating
+        self.arrays = self._moved(self.arrays)
 
     @property
     def num_data(self) -> int | None:
@@ -97,19 +114,47 @@ class Batches:
         except TypeError:  # an iterable dataset without a length
             return None
 
+    def check_passes(self, passes: int) -> None:
+        """Refuse several passes over a stream that gives its data once.
+
+        Raises:
+            ValueError: the data are such a stream.
+        """
+        # Processes that read it have their own copy in each pass.
+        copied = isinstance(self.source, DataLoader) and self.source.num_workers > 0
+        if passes > 1 and not copied and is_one_pass(getattr(self.source, "dataset", None)):
+            raise ValueError(
+                f"The data are a stream that can be read only once, so epochs must be 1, got {passes}: pass epochs=1, or a "
+                f"dataset whose __iter__ starts anew."
+            )
+
     def __iter__(self) -> Iterator[Batch]:
         """One pass over the data."""
         return (self.load(*inputs) for inputs in self.inputs())
 
+    def peek(self) -> Batch:
+        """The first batch; the next pass over a stream gives it again."""
+        if isinstance(self.source, DataLoader):
+            found = self._stream.take(1)
+        elif isinstance(self.source, Stream):
+            rows = self._stream.take(self.batch_size)
+            found = [default_collate(rows)] if rows else []
+        else:
+            return next(iter(self))
+        if not found:
+            self._refuse_empty()
+        return self.load(*self._taken(found[0]))
+
     def inputs(self) -> Iterator[Batch]:
         """One pass, as what :meth:`load` makes batches of: rows and the whole arrays, or a part of the data as it is."""
-        if self.loader is not None:
+        loader = self.loader
+        if loader is not None:
             empty = True
-            for item in self.loader:
-                empty = False
-                yield as_arrays(tuple(item) if isinstance(item, list | tuple) else item, self.dtype, self.device)
+            for item in self._stream if loader is self.source else loader:
+                empty, self._found_any = False, True
+                yield self._taken(item)
             if empty:
-                raise ValueError("The data loader gave no batch: the data are empty.")
+                self._refuse_empty()
             return
         size, step = len(self.arrays[0]), self.batch_size
         if self.shuffle:
@@ -123,19 +168,58 @@ class Batches:
     def load(self, *inputs: Tensor) -> Batch:
         """A batch, gathered and transformed by nothing but tensor operations, so that a compiled step can do it."""
         batch = inputs
-        if self.loader is None and self.shuffle:
+        if self.source is None and self.shuffle:
             rows, *arrays = inputs
             batch = tuple(array.index_select(0, rows) for array in arrays)
         return batch if self.transform is None else (self.transform(batch[0]), *batch[1:])
 
+    def _taken(self, item: Any, *, strict: bool = False) -> Batch:
+        """The arrays of the data, or of a part of them, that the program takes."""
+        item = tuple(item) if self.source is not None and isinstance(item, list) else item
+        return self._moved(as_arrays(item, self.dtype, self.device, program=self.program, strict=strict))
 
-def as_arrays(data: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Batch:
-    """Arrays or tensors as a tuple of tensors, checked.
+    def _moved(self, arrays: Batch) -> Batch:
+        moved = [_as_tensor(array, self.dtype, self.device) for array in arrays]
+        for index in self.floating:
+            moved[index] = moved[index].to(self.dtype)
+        return tuple(moved)
+
+    def _refuse_empty(self) -> None:
+        if self._found_any:
+            raise ValueError(
+                "The data loader gave no batch in a second pass, since its dataset can be read only once; what the first pass "
+                "trained is kept: pass epochs=1, or a dataset whose __iter__ starts anew."
+            )
+        raise ValueError("The data loader gave no batch: the data are empty, or a stream that has been read already.")
+
+
+def as_arrays(
+    data: Any,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    program: Callable[..., Any] | None = None,
+    strict: bool = True,
+) -> Batch:
+    """Arrays or tensors as a tuple of tensors, checked; a masked array as its values and, last, a mask of what it shows.
+
+    Args:
+        data: an array, a tensor, a masked array, or a tuple of them.
+        dtype: floating arrays are brought to it.
+        device: where they go.
+        program: give only the arrays that this program takes, in its order.
+        strict: refuse arrays beside labels that the program does not take.
 
     Raises:
-        ValueError: empty, ragged, of mixed length, NaN or infinite, or no numbers.
+        ValueError: empty, ragged, of mixed length, NaN or infinite, or no numbers; or not what the program takes.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyrovae.data import as_arrays
+        >>> as_arrays(np.ma.masked_array([1.0, 1e3], mask=[False, True]))
+        (tensor([1., 0.], dtype=torch.float64), tensor([ True, False]))
     """
-    items = data if isinstance(data, tuple) else (data,)
+    items, names = _unmasked(data if isinstance(data, tuple) else (data,))
     arrays = tuple(_as_tensor(item, dtype, device) for item in items)
     if not arrays or any(array.dim() == 0 or array.numel() == 0 for array in arrays):
         raise ValueError("The data are empty: give at least one datum, with data along the first dimension.")
@@ -149,14 +233,17 @@ def as_arrays(data: Any, dtype: torch.dtype | None = None, device: torch.device 
                 f"The data hold NaN or infinite values in {int(bad.sum())} of {len(bad)} rows, first row "
                 f"{int(bad.nonzero()[0])}: drop or repair them; where values are missing, pass a mask beside zeros."
             )
-    return arrays
+    return arrays if program is None else match(program, arrays, names, strict=strict)
 
 
 def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
-    """As many tensors of a batch as a program takes; labels that it does not ask for are left out.
+    """The tensors of a batch that a program takes; labels that it does not ask for are left out.
+
+    Required parameters are filled in order. A parameter whose default is ``None`` takes one of the tensors that are left, one
+    with "mask" in its name a mask only; any other default, such as ``temperature=1.0``, stays.
 
     Raises:
-        ValueError: the program needs more arguments than the batch has.
+        ValueError: the program needs more arguments than the batch has, or takes no mask where the batch has one.
 
     Example:
         >>> import torch
@@ -164,18 +251,7 @@ def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
         >>> len(arguments(lambda x: None, (torch.zeros(3, 2), torch.zeros(3))))
         1
     """
-    # A module's own signature is that of __call__, which takes anything.
-    called = program.forward if isinstance(program, torch.nn.Module) else program
-    parameters = inspect.signature(called).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return batch
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = [p.name for p in positional if p.default is p.empty]
-    if len(needed) > len(batch):
-        raise ValueError(
-            f"The model takes {', '.join(needed)}, but the data give {len(batch)} array(s): pass a tuple with one for each."
-        )
-    return batch[: len(positional)]
+    return match(program, batch)
 
 
 def binarize(x: Tensor) -> Tensor:
@@ -415,6 +491,19 @@ def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str 
     if tensor.is_complex():
         raise ValueError("The data are complex: give real numbers, for example real and imaginary parts side by side.")
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]]:
+    """A masked array as its values, zero where they are hidden, and at the end a mask of what it shows; and the mask's name."""
+    masked = [item for item in items if isinstance(item, np.ma.MaskedArray)]
+    if len(masked) > 1:
+        raise ValueError(
+            f"The data hold {len(masked)} masked arrays, and a mask beside the data belongs to one: pass the others filled, "
+            f"with their masks as arrays."
+        )
+    plain = tuple(item.filled(0) if isinstance(item, np.ma.MaskedArray) else item for item in items)
+    shown = tuple(~np.ma.getmaskarray(item) for item in masked)
+    return (*plain, *shown), [*[None] * len(plain), *[MASK] * len(shown)]
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
