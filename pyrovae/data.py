@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from .matching import MASK, Batch, match
 from .registry import positive_integer, unknown
 from .streams import Stream, in_order, is_one_pass
+from .support import choose_likelihood, is_whole
 
+# Likelihoods that a file of plain matrices is given where these are images.
+_OF_IMAGES = ("discretized_logistic", "continuous_bernoulli", "dequantized")
 # Data that share the random bits which few of their pixels need.
 SHARING = 16
 
@@ -308,6 +311,7 @@ class Split:
         likelihood: the likelihood that fits these numbers, as a registry table.
         transform: applied to every training batch, or ``None``.
         note: one sentence on where the data come from and what was done to them.
+        reason: why that likelihood fits.
     """
 
     name: str
@@ -317,11 +321,17 @@ class Split:
     likelihood: dict[str, Any]
     transform: Callable[[Tensor], Tensor] | None
     note: str
+    reason: str = ""
 
     @property
     def data_shape(self) -> tuple[int, ...]:
         """The shape of one datum."""
         return tuple(self.train.shape[1:])
+
+    @property
+    def unit(self) -> str:
+        """What to call one datum."""
+        return "image" if len(self.data_shape) == 3 or self.likelihood["kind"] in _OF_IMAGES else "datum"
 
 
 def load(
@@ -329,7 +339,7 @@ def load(
     *,
     path: str | None = None,
     root: str = "data",
-    binarize: str = "dynamic",
+    binarize: str | None = None,
     download: bool = False,
     test_fraction: float = 0.2,
 ) -> Split:
@@ -337,11 +347,13 @@ def load(
 
     Args:
         name: ``"digits"`` (scikit-learn's 1,797 images of 8 x 8 counts 0..16, which ship with it) or ``"mnist"``.
-        path: a ``.npy`` file of shape (N, ...) instead; its rows are split by a fixed permutation.
+        path: a ``.npy`` file of shape (N, ...) instead; its rows are split by a fixed permutation, and the likelihood is one
+            whose support holds its values (:func:`pyrovae.support.choose_likelihood`).
         root: the folder that torchvision keeps MNIST in.
-        binarize: for MNIST, ``"dynamic"`` draws training pixels afresh at each batch, ``"static"`` draws them once,
-            ``"none"`` keeps grey values in [0, 1], ``"levels"`` keeps the levels 0..255, and ``"dequantized"`` adds uniform
-            noise to those, afresh at each batch. The test set is drawn once in all cases, from a fixed seed.
+        binarize: for MNIST, and for files of 8-bit levels or of grey values in [0, 1]: ``"dynamic"`` draws training pixels
+            afresh at each batch, ``"static"`` draws them once, ``"none"`` keeps grey values in [0, 1], ``"levels"`` keeps the
+            levels 0..255, and ``"dequantized"`` adds uniform noise to those, afresh at each batch. The test set is drawn once
+            in all cases, from a fixed seed. By default MNIST is ``"dynamic"``, and a file stays as it is.
         download: let torchvision fetch MNIST; never without this.
         test_fraction: the held-out part of a ``.npy`` file.
 
@@ -355,11 +367,15 @@ def load(
         >>> len(split.train), len(split.test), split.data_shape
         (1437, 360, (1, 8, 8))
     """
+    if binarize is not None and binarize not in WAYS:
+        raise ValueError(unknown("binarisation", binarize, WAYS))
     if path is not None:
-        return _from_file(Path(path), test_fraction)
-    loaders = {"digits": _digits, "mnist": lambda: _mnist(root, binarize, download)}
+        return _from_file(Path(path), test_fraction, binarize)
+    loaders = {"digits": _digits, "mnist": lambda: _mnist(root, binarize or "dynamic", download)}
     if name not in loaders:
         raise ValueError(unknown("data set", name, loaders))
+    if name == "digits" and binarize is not None:
+        raise ValueError(f"binarize={binarize!r} is for MNIST and for files, and the digits are counts 0..16: leave it out.")
     return loaders[name]()
 
 
@@ -378,13 +394,25 @@ def _digits() -> Split:
         likelihood={"kind": "binomial", "total_count": 16},
         transform=None,
         note="scikit-learn's handwritten digits, 8 x 8 counts 0..16; 1,437 train, 360 test, by a fixed permutation",
+        reason="the pixels are counts 0..16",
     )
 
 
+WAYS = {
+    "dynamic": "training pixels binarised afresh at each batch, test pixels once",
+    "static": "all pixels binarised once",
+    "none": "grey values in [0, 1]",
+    "levels": "grey levels 0..255",
+    "dequantized": "grey levels 0..255 plus uniform noise, in training afresh at each batch, in the test set once",
+}
+_FITTING: dict[str, dict[str, Any]] = {
+    "none": {"kind": "continuous_bernoulli"},
+    "levels": {"kind": "discretized_logistic"},
+    "dequantized": {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
+}
+
+
 def _mnist(root: str, how: str, download: bool) -> Split:
-    ways = ("dynamic", "static", "none", "levels", "dequantized")
-    if how not in ways:
-        raise ValueError(unknown("binarisation", how, ways))
     datasets = _torchvision_datasets()
     try:
         parts = [datasets.MNIST(root, train=train, download=download) for train in (True, False)]
@@ -392,8 +420,22 @@ def _mnist(root: str, how: str, download: bool) -> Split:
         raise FileNotFoundError(
             f"MNIST is not under {root!r}: point --data.root at the folder that holds MNIST/raw, or pass --data.download."
         ) from error
-    unit = 1 if how in ("levels", "dequantized") else 255
-    train, test = ((part.data[:, None] / unit).to(torch.get_default_dtype()) for part in parts)
+    split = Split(
+        name="mnist",
+        train=parts[0].data[:, None],
+        test=parts[1].data[:, None],
+        test_labels=parts[1].targets,
+        likelihood={},
+        transform=None,
+        note="MNIST, 60,000 train and 10,000 test images of 28 x 28",
+    )
+    return _treated(split, how, 255)
+
+
+def _treated(split: Split, how: str, largest: int) -> Split:
+    """Images of grey values from zero to ``largest``, binarised or not, and what fits them."""
+    unit = 1 if how in ("levels", "dequantized") else largest
+    train, test = ((part / unit).to(torch.get_default_dtype()) for part in (split.train, split.test))
     generator = torch.Generator().manual_seed(0)
     if how in ("dynamic", "static"):
         test = torch.bernoulli(test, generator=generator)
@@ -403,30 +445,18 @@ def _mnist(root: str, how: str, download: bool) -> Split:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             test = dequantize(test)
-    done = {
-        "dynamic": "training pixels binarised afresh at each batch, test pixels once",
-        "static": "all pixels binarised once",
-        "none": "grey values in [0, 1]",
-        "levels": "grey levels 0..255",
-        "dequantized": "grey levels 0..255 plus uniform noise, in training afresh at each batch, in the test set once",
-    }
-    fitting: dict[str, dict[str, Any]] = {
-        "none": {"kind": "continuous_bernoulli"},
-        "levels": {"kind": "discretized_logistic"},
-        "dequantized": {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
-    }
-    return Split(
-        name="mnist",
+    return replace(
+        split,
         train=train,
         test=test,
-        test_labels=parts[1].targets,
-        likelihood=fitting.get(how, {"kind": "bernoulli"}),
+        likelihood=_FITTING.get(how, {"kind": "bernoulli"}),
         transform={"dynamic": binarize, "dequantized": dequantize}.get(how),
-        note=f"MNIST, 60,000 train and 10,000 test images of 28 x 28; {done[how]}",
+        note=f"{split.note}; {WAYS[how]}",
+        reason="the pixels are binarised" if how in ("dynamic", "static") else f"the pixels are {WAYS[how]}",
     )
 
 
-def _from_file(path: Path, test_fraction: float) -> Split:
+def _from_file(path: Path, test_fraction: float, how: str | None) -> Split:
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}: give the path of a .npy array.")
     if not 0 < test_fraction < 1:
@@ -443,14 +473,31 @@ def _from_file(path: Path, test_fraction: float) -> Split:
     held_out = round(len(data) * test_fraction)
     if not 0 < held_out < len(data):
         raise ValueError(f"{len(data)} data cannot be split with test_fraction {test_fraction}: give more data.")
-    return Split(
+    likelihood, reason = choose_likelihood(array)
+    split = Split(
         name=path.stem,
         train=data[order[:-held_out]],
         test=data[order[-held_out:]],
         test_labels=None,
-        likelihood={"kind": "normal", "scale": "shared"},
+        likelihood=likelihood,
         transform=None,
-        note=f"{path}, {len(data) - held_out} train and {held_out} test rows, by a fixed permutation",
+        note=f"{path}, {len(data) - held_out:,} train and {held_out:,} test rows, by a fixed permutation",
+        reason=reason,
+    )
+    return split if how is None else _treated(split, how, _largest(path, array, how))
+
+
+def _largest(path: Path, array: np.ndarray, how: str) -> int:
+    """White in a file of grey values: 255 of 8-bit levels, or 1."""
+    low, high = array.min(), array.max()
+    if low >= 0 and high <= 255 and is_whole(array) and (high > 1 or how in ("levels", "dequantized")):
+        return 255
+    if low >= 0 and high <= 1 and how not in ("levels", "dequantized"):
+        return 1
+    wanted = "" if how in ("levels", "dequantized") else ", or grey values in [0, 1]"
+    raise ValueError(
+        f"binarize={how!r} must be given 8-bit levels 0..255{wanted}, and {path} holds values from {low:g} to {high:g}: leave "
+        f"binarize out."
     )
 
 

@@ -45,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     # What the data door is made of: which array goes where, and what comes from torch's loaders.
     "matching": set(),
     "streams": set(),
-    "data": {"matching", "streams"},
+    "support": set(),
+    "data": {"matching", "streams", "support"},
     # Beyond the page: what is done to a graph between capture and compiler.
     "kernels": set(),
     "rewrites": {"kernels"},
