@@ -72,9 +72,12 @@ class Batches:
         self.source: Dataset[Any] | DataLoader[Any] | None = None
         self.arrays: Batch = ()
         self._found_any = False
+        self._stream: Stream | None = None
         if isinstance(data, DataLoader):
             self.source = in_order(data) if ordered else data
-            self._stream = Stream(self.source)
+            # Processes that read a data set have their own copy of it in each pass.
+            if isinstance(data.dataset, IterableDataset) and not data.num_workers:
+                self._stream = Stream(self.source)
         elif isinstance(data, IterableDataset):
             self.source = self._stream = Stream(data)
         elif isinstance(data, Dataset) and not isinstance(data, TensorDataset):
@@ -95,7 +98,8 @@ class Batches:
     def to(self, dtype: torch.dtype, device: torch.device, floating: tuple[int, ...] = ()) -> None:
         """Bring floating arrays and those named to a type, and everything to a device, now and in later batches."""
         self.dtype, self.device, self.floating = dtype, device, floating
-        self.arrays = self._moved(self.arrays)
+        if self.arrays:
+            self.arrays = self._moved(self.arrays)
 
     @property
     def num_data(self) -> int | None:
@@ -123,9 +127,7 @@ class Batches:
         Raises:
             ValueError: the data are such a stream.
         """
-        # Processes that read it have their own copy in each pass.
-        copied = isinstance(self.source, DataLoader) and self.source.num_workers > 0
-        if passes > 1 and not copied and is_one_pass(getattr(self.source, "dataset", None)):
+        if passes > 1 and self._stream is not None and is_one_pass(self.source.dataset):  # type: ignore[union-attr]
             raise ValueError(
                 f"The data are a stream that can be read only once, so epochs must be 1, got {passes}: pass epochs=1, or a "
                 f"dataset whose __iter__ starts anew."
@@ -137,23 +139,20 @@ class Batches:
 
     def peek(self) -> Batch:
         """The first batch; the next pass over a stream gives it again."""
-        if isinstance(self.source, DataLoader):
-            found = self._stream.take(1)
-        elif isinstance(self.source, Stream):
-            rows = self._stream.take(self.batch_size)
-            found = [default_collate(rows)] if rows else []
-        else:
+        if self._stream is None:
             return next(iter(self))
+        by_rows = self._stream is self.source
+        found = self._stream.take(self.batch_size if by_rows else 1)
         if not found:
             self._refuse_empty()
-        return self.load(*self._taken(found[0]))
+        return self.load(*self._taken(default_collate(found) if by_rows else found[0]))
 
     def inputs(self) -> Iterator[Batch]:
         """One pass, as what :meth:`load` makes batches of: rows and the whole arrays, or a part of the data as it is."""
         loader = self.loader
         if loader is not None:
             empty = True
-            for item in self._stream if loader is self.source else loader:
+            for item in loader if self._stream in (None, self.source) else self._stream:
                 empty, self._found_any = False, True
                 yield self._taken(item)
             if empty:
@@ -331,7 +330,8 @@ class Split:
     @property
     def unit(self) -> str:
         """What to call one datum."""
-        return "image" if len(self.data_shape) == 3 or self.likelihood["kind"] in _OF_IMAGES else "datum"
+        matrix_of_pixels = len(self.data_shape) == 2 and self.likelihood["kind"] in _OF_IMAGES
+        return "image" if len(self.data_shape) == 3 or matrix_of_pixels else "datum"
 
 
 def load(

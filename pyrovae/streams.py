@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -43,9 +42,19 @@ class Stream(IterableDataset):
     def take(self, count: int) -> list[Any]:
         """The first items, at most ``count``."""
         items = iter(self)
-        taken = list(itertools.islice(items, count))
-        self._items = itertools.chain(taken, items)
+        taken = [item for _, item in zip(range(count), items, strict=False)]
+        self._items = _after(taken, items)
         return taken
+
+
+def _after(taken: list[Any], items: Iterator[Any]) -> Iterator[Any]:
+    """Items taken from an iterator, and those that are left; ``iter`` would start one anew that is a data set itself."""
+    yield from taken
+    while True:
+        try:
+            yield next(items)
+        except StopIteration:
+            return
 
 
 def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
