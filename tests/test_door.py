@@ -281,6 +281,11 @@ def test_loaders_that_shuffle_or_drop_are_read_in_order(loader: DataLoader) -> N
     assert torch.equal(batches.peek()[0], X[:6])
 
 
+def test_batches_that_come_as_they_are_ready_are_read_in_order() -> None:
+    loader = DataLoader(ROWS, batch_size=6, num_workers=2, in_order=False)
+    assert in_order(loader).in_order
+
+
 def test_a_fixed_sampler_keeps_its_order() -> None:
     loader = DataLoader(ROWS, batch_size=4, sampler=Even(), drop_last=True)
     assert torch.equal(torch.cat([x for (x,) in in_order(loader)]), X[::2])
@@ -438,6 +443,15 @@ def test_a_stream_that_hides_its_generator_ends_after_one_epoch_with_what_it_lea
     assert len(records) == 1
     with pytest.raises(ValueError, match="empty, or a stream that has been read already"):
         pv.log_marginal(model, guide, Hidden(), num_samples=5)
+
+
+def test_a_dataset_that_was_read_before_starts_anew_all_the_same() -> None:
+    for data in (Again(), Renewed()):
+        assert len(list(data)) == 100
+        assert not is_one_pass(data)
+    for data in (Once(), OnceInTurn()):
+        next(iter(data))
+        assert is_one_pass(data)
 
 
 def test_validation_streams_too() -> None:

@@ -174,8 +174,10 @@ def test_every_activation_is_elementwise_and_named_as_in_torch(name: str) -> Non
     assert torch.equal(activation_module(name)(x), getattr(nn.functional, name)(x))
 
 
-ONE_CHANNEL = "A convolutional body takes images (channels, height, width), not shape (28, 20): write "
-    "(1, 28, 20) for images of one channel."
+ONE_CHANNEL = (
+    "A convolutional body takes images (channels, height, width), not shape (28, 20): "
+    "write (1, 28, 20) for images of one channel."
+)
 NO_IMAGE = "A convolutional body takes images (channels, height, width), not shape (784,): use an MLP."
 
 
