@@ -99,7 +99,9 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
-    numbers = [(num_observed_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in observed]
+    # A label that is no dimension of the data is a part of their probability all the same.
+    counted = [site | {"infer": {}} for site in observed]
+    numbers = [(num_observed_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
     return PairInfo(
         max_plate_nesting=plate_nesting(model_trace, guide_trace),
         num_data=weights.num_data,
