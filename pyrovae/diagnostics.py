@@ -326,7 +326,7 @@ def _gradients(
 ) -> tuple[float, list[Array]]:
     """One draw: the bound per datum, and the gradient per datum of each group as one vector (of the bound, upwards)."""
     torch.manual_seed(seed)
-    size = len(batch[0]) * start.info.scale
+    size = start.info.count(batch)
     _clear(start.parameters)
     loss = loss_and_grads(estimator, model, guide, *batch)
     vectors = [

@@ -49,6 +49,11 @@ class PairInfo:
     enumerated: tuple[str, ...] = ()
     num_observed: int = 0
 
+    def count(self, batch: tuple) -> float:
+        """How many data the loss of a batch of such a pair is a sum over."""
+        # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
+        return len(batch[0]) if self.scale == 1.0 else self.num_data * self.scale
+
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
     """Run a pair once, without touching the random stream, and say what it is made of.

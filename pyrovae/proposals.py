@@ -267,7 +267,7 @@ def _fit(pair: FlatPair, options: Options) -> tuple[Tensor, Tensor]:
     Returns means (B, M, L) and factors (B, M, L, L); within, components lead.
     """
     start, prior = (
-        torch.cat([pair.draw(size, law) for size in _split(MOMENT_DRAWS, options.num_particles)]).double()
+        torch.cat([pair.draw(size, law, inside=True) for size in _split(MOMENT_DRAWS, options.num_particles)]).double()
         for law in ("guide", "prior")
     )
     prior_scale = prior.std(0).clamp(min=1e-3)  # a point mass has no scale to start from

@@ -198,7 +198,7 @@ def fit(
         optimize,
         example,
         clip_norm=clip_norm,
-        count=partial(_count, info=start.info),
+        count=start.info.count,
         load=train.load if inside else None,
         backend="inductor" if compile else "eager",
         precision=precision,
@@ -232,7 +232,7 @@ def fit(
                 if scheduler is not None:
                     scheduler.step()
                 step += 1
-                seen += _count(inputs, start.info)
+                seen += start.info.count(inputs)
                 bar.update()
                 if not take_step.asynchronous or step % LOOK_EVERY == 0:
                     total += look()
@@ -304,17 +304,12 @@ def _check_data(model: Program, guide: Program, batches: Batches) -> None:
         batches.shuffle = order
 
 
-def _count(batch: tuple, info: PairInfo) -> float:
-    # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
-    return len(batch[0]) if info.scale == 1.0 else info.num_data * info.scale
-
-
 @torch.no_grad()
 def _bound(elbo: Any, model: Program, guide: Program, batches: Batches, info: PairInfo) -> float:
     with evaluation_mode(model, guide):
         total, seen = 0.0, 0.0
         for batch in batches:
-            total, seen = total - elbo.loss(model, guide, *batch), seen + _count(batch, info)
+            total, seen = total - elbo.loss(model, guide, *batch), seen + info.count(batch)
     return total / seen
 
 

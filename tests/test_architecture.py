@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     # Beyond the page: what importance sampling draws from, and what needs no sampling, have rooms of their own.
     "proposals": _TRACES,
     "marginal": _TRACES | {"proposals"},
-    "integration": _TRACES,
+    "integration": _TRACES | {"quadrature"},
+    "quadrature": set(),
     "annealing": _TRACES,
     # Beyond the page's arrow from weights: a comparison trains and scores, with estimators found by name.
     "diagnostics": _TRACES | {"estimators", "marginal", "training"},
