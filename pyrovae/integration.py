@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from .data import Batch, Batches, arguments
+from .data import Batch, Batches
 from .evidence import Evidence
 from .pairs import first_run, inspect_pair
 from .quadrature import integrate
@@ -114,8 +114,10 @@ def exact(
         raise ValueError(unknown("method", method, ["auto", *METHODS]))
     if not tolerance > 0:
         raise ValueError(f"tolerance is a positive number of nats, not {tolerance!r}.")
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
-    data = Batches(x, batch_size=16, dtype=first.dtype, device=first.device)
+    data = Batches(x, batch_size=1, program=model, ordered=True)
+    first = first_run(model, guide, *data.peek())
+    data.to(first.dtype, first.device, first.floating)
+    data.batch_size = 16
     dims, nesting = max(first.info.num_dims, 256), first.info.max_plate_nesting
     parts: list[_Answer] = []
     devices = [first.device] if first.device.type == "cuda" else []
@@ -128,7 +130,6 @@ def exact(
         if seed is not None:
             torch.manual_seed(seed)
         for batch in bar:
-            batch = arguments(model, batch)
             inspect_pair(model, guide, *batch)
             # The data and the pair have been checked, and a grid reaches to where values round to the edge of a support.
             with pyro.validation_enabled(False), torch.no_grad():

@@ -308,8 +308,8 @@ def per_datum(site: dict, log_prob: Tensor, data: Any, num_particles: int, nesti
 
 
 def num_dims_of(site: dict, data: Any) -> int:
-    """How many numbers a site observes of one datum."""
-    if type(site["fn"]).__name__ == "Unit":  # pyro.factor observes nothing
+    """How many numbers a site observes of one datum; none at a site of ``infer={"num_dims": 0}``, such as a label's."""
+    if type(site["fn"]).__name__ == "Unit" or site["infer"].get("num_dims") == 0:  # pyro.factor observes nothing
         return 0
     event = site["fn"].event_shape.numel()
     for frame in plates_of(site):
@@ -319,6 +319,8 @@ def num_dims_of(site: dict, data: Any) -> int:
 
 def num_observed_of(site: dict, data: Any) -> int:
     """How many numbers a site observes of all data together, without what a mask leaves out; read eagerly."""
+    if not num_dims_of(site, data):
+        return 0
     law = site["fn"]
     while hasattr(law, "base_dist") and not isinstance(law, pyro.distributions.MaskedDistribution):
         law = law.base_dist

@@ -43,6 +43,11 @@ ALLOWED: dict[str, set[str]] = {
     "diagnostics": _TRACES | {"estimators", "marginal", "training"},
     "training": _TRACES | {"estimators"},
     **{leaf: set() for leaf in LEAVES},
+    # What the data door is made of: which array goes where, and what comes from torch's loaders.
+    "matching": set(),
+    "streams": set(),
+    "support": set(),
+    "data": {"matching", "streams", "support"},
     # Beyond the page: what is done to a graph between capture and compiler.
     "kernels": set(),
     "rewrites": {"kernels"},
