@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modules", nargs="*", default=MODULES)
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="test files")
     parser.add_argument("--again", action="store_true", help="try those that survived, not new ones")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for each mutant")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so long")
@@ -206,7 +207,6 @@ def main() -> None:
     results = json.loads(RESULTS.read_text())["mutants"] if RESULTS.exists() else []
     known = {(result["at"].split(".")[0], result["old"], result["new"]): result["outcome"] for result in results}
     if options.again:
-        results = [result for result in results if result["outcome"] == "killed"]
         chosen = [mutant for mutant in every if known.get((mutant.module, mutant.old, mutant.new)) == "survived"]
     else:
         new = [mutant for mutant in every if (mutant.module, mutant.old, mutant.new) not in known]
@@ -214,15 +214,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         prepare(folder)
-        first = run(folder, [f"tests/test_{test}.py" for test in TESTS], Touched(folder / "pyrovae"), lines_of, 1800)
+        first = run(folder, [f"tests/test_{test}.py" for test in options.tests], Touched(folder / "pyrovae"), lines_of, 1800)
         if first is None or "code" in first:
             sys.exit(f"The tests must pass before anything is changed: {first}")
         print(f"{len(first['seconds'])} tests, {len(chosen)} of {len(every)} mutants", flush=True)
         for mutant in chosen:
             if time.monotonic() - began > 60 * options.minutes:
                 break
-            results.append(judge(folder, mutant, first, options.budget))
-            print(results[-1], flush=True)
+            found = judge(folder, mutant, first, options.budget)
+            key = (mutant.module, mutant.old, mutant.new)
+            results = [r for r in results if (r["at"].split(".")[0], r["old"], r["new"]) != key] + [found]
+            print(found, flush=True)
     survived = [result for result in results if result["outcome"] == "survived"]
     sys.path.insert(0, str(ROOT / "experiments"))
     import record
