@@ -235,11 +235,14 @@ def test_exact_answers_are_called_exact(tmp_path: Path):
     grids = made(log_px, **fields | {"se": np.array([0, 2e-7, 0])}, num_samples=66049, method="exact, by quadrature")
     assert grids.reliable.all()
     assert "up to 66,049 grid points each" in grids.summary()
-    assert "the last two grids differ by at most 2.0e-07 nats. It is exact to that." in grids.summary()
+    assert "two quadratures and rounding leave at most 2.0e-07 nats in doubt." in grids.summary()
     # A kink may leave the finest grid too coarse, and a model may rule a datum out.
     rough = made(log_px, **fields | {"se": np.array([0, 0.3, 0])}, num_samples=66049, method="exact, by quadrature")
     assert rough.reliable.tolist() == [True, False, True]
-    assert "Datum 1 has not settled at the finest grid" in rough.summary()
+    assert "Datum 1 has more than 0.01 nats in doubt: check by annealing (pv.ais)." in rough.summary()
+    coarse = made(log_px, **fields | {"se": np.array([0, 0.3, 0])}, num_samples=1, method="exact, linear-Gaussian")
+    assert coarse.reliable.tolist() == [True, False, True]
+    assert "Datum 1 has more than 0.01 nats in doubt: score in float64." in coarse.summary()
     ruled_out = made([-8.0, -math.inf], num_samples=1, method="exact, linear-Gaussian", se=zero[:2], elbo=zero[:2])
     assert ruled_out.reliable.tolist() == [True, False]
     assert "Datum 1 has no finite answer" in ruled_out.summary()
