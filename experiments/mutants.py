@@ -30,7 +30,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results/mutants.json"
-MODULES = "traces weights pairs estimators evidence marginal diagnostics annealing proposals integration".split()
+MODULES = (
+    "traces weights pairs support estimators evidence marginal diagnostics annealing proposals integration quadrature".split()
+)
 TESTS = "weights estimators evidence marginal diagnostics annealing proposals integration".split()
 SWAPPED: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
@@ -49,6 +51,7 @@ class Mutant(NamedTuple):
     line: int
     end: int
     inside: bool  # in a function, not run on import
+    text: str  # the line as it is, by which the change is known again when lines have moved
     old: str
     new: str
     source: str  # of the whole module
@@ -105,7 +108,8 @@ def mutants(module: str) -> list[Mutant]:
             replaced = text[:start] + f"({ast.unparse(new)})".encode() + text[stop:]
             old = " ".join(text[start:stop].decode().split())
             inside = any(function.lineno <= line <= (function.end_lineno or 0) for function in functions)
-            found.append(Mutant(module, line, end, inside, old, ast.unparse(new), replaced.decode()))
+            shown = source.splitlines()[line - 1].strip()
+            found.append(Mutant(module, line, end, inside, shown, old, ast.unparse(new), replaced.decode()))
     return found
 
 
@@ -205,11 +209,11 @@ def main() -> None:
     began = time.monotonic()
     every = [mutant for module in options.modules for mutant in mutants(module)]
     results = json.loads(RESULTS.read_text())["mutants"] if RESULTS.exists() else []
-    known = {(result["at"].split(".")[0], result["old"], result["new"]): result["outcome"] for result in results}
+    known = {(result["in"], result["old"], result["new"]): result["outcome"] for result in results}
     if options.again:
-        chosen = [mutant for mutant in every if known.get((mutant.module, mutant.old, mutant.new)) == "survived"]
+        chosen = [mutant for mutant in every if known.get((mutant.text, mutant.old, mutant.new)) == "survived"]
     else:
-        new = [mutant for mutant in every if (mutant.module, mutant.old, mutant.new) not in known]
+        new = [mutant for mutant in every if (mutant.text, mutant.old, mutant.new) not in known]
         chosen = random.Random(options.seed).sample(new, min(options.number, len(new)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
@@ -222,8 +226,8 @@ def main() -> None:
             if time.monotonic() - began > 60 * options.minutes:
                 break
             found = judge(folder, mutant, first, options.budget)
-            key = (mutant.module, mutant.old, mutant.new)
-            results = [r for r in results if (r["at"].split(".")[0], r["old"], r["new"]) != key] + [found]
+            key = (mutant.text, mutant.old, mutant.new)
+            results = [r for r in results if (r["in"], r["old"], r["new"]) != key] + [found]
             print(found, flush=True)
     survived = [result for result in results if result["outcome"] == "survived"]
     sys.path.insert(0, str(ROOT / "experiments"))
@@ -240,7 +244,12 @@ def judge(folder: Path, mutant: Mutant, first: dict[str, Any], budget: float) ->
         if some and total > budget:
             break
         some.append(test)
-    result: dict[str, Any] = {"at": f"{mutant.module}.py:{mutant.line}", "old": mutant.old, "new": mutant.new}
+    result: dict[str, Any] = {
+        "at": f"{mutant.module}.py:{mutant.line}",
+        "in": mutant.text,
+        "old": mutant.old,
+        "new": mutant.new,
+    }
     if not some:
         return result | {"outcome": "survived", "tests": 0}
     path = folder / "pyrovae" / f"{mutant.module}.py"
