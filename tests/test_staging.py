@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -286,24 +287,47 @@ def test_a_state_kept_in_python_is_found_out() -> None:
 
     staged = Staged(counting, "aten")
     assert staged(torch.ones(2))[0].tolist() == [1.0, 1.0]
-    with pytest.warns(RuntimeWarning, match="gives other numbers"):
+    with pytest.warns(RuntimeWarning, match=r"keeps a state in Python, which a graph does not: calls\.0"):
         second = staged(torch.ones(2))[0]
-    assert second[0] == calls[0] > 1
+    assert second[0] == calls[0] == 2, "counted as without a graph"
     assert not staged.captured
 
 
-def test_a_value_that_was_frozen_is_found_out() -> None:
-    weight = nn.Parameter(torch.tensor(2.0))
+READERS: dict[str, Callable[[Tensor], Any]] = {
+    "numpy": lambda tensor: float(tensor.detach().numpy().mean()),
+    "tolist": lambda tensor: sum(tensor.tolist()) / len(tensor),
+    "item": lambda tensor: tensor.mean().item(),
+    "__array__": lambda tensor: float(np.mean(np.asarray(tensor.detach()))),
+    "__float__": lambda tensor: sum(map(float, tensor)),
+    "rows": lambda tensor: torch.tensor([2 * value for value in tensor.tolist()]),
+}
 
-    def frozen(x: Tensor) -> tuple[Tensor]:
-        return (x * float(weight.data.numpy()),)
 
-    staged = Staged(frozen, "aten")
-    used = Staged(lambda x: (frozen(x)[0] + 0 * weight.detach(),), "aten")
-    used(torch.ones(2))
-    del staged
-    with pytest.warns(RuntimeWarning, match="gives other numbers"):
-        used(torch.ones(2))
+@pytest.mark.parametrize("what", ["input", "parameter", "data of a parameter"])
+@pytest.mark.parametrize("read", READERS)
+def test_values_read_into_python_are_never_frozen(read: str, what: str) -> None:
+    weight = nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def reading(x: Tensor) -> tuple[Tensor]:
+        read_from = {"input": x, "parameter": weight, "data of a parameter": weight.data}[what]
+        return (x * READERS[read](read_from) + 0 * weight.detach(),)
+
+    staged = Staged(reading, "aten")
+    with pytest.warns(RuntimeWarning, match=r"cannot be captured \(.*(into Python, by|get value out of a tracing tensor)"):
+        staged(torch.ones(2))
+    x = torch.tensor([4.0, 5.0])
+    weight.data.add_(1.0)
+    assert torch.equal(staged(x)[0], reading(x)[0])
+    assert not staged.captured
+
+
+def test_a_constant_may_be_read() -> None:
+    shift = torch.tensor([1.0, 2.0])
+    staged = Staged(lambda x: (x + sum(shift.tolist()),), "aten")
+    for _ in range(3):
+        assert staged(torch.ones(2))[0].tolist() == [4.0, 4.0]
+    assert staged.captured
+    assert staged.reason is None
 
 
 def test_torchs_wrappers_are_left_out_only_where_they_do_nothing() -> None:
