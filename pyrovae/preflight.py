@@ -274,7 +274,7 @@ def rehearse(elbo: Any, model: Program, guide: Program, args: Batch, parameters:
             UserWarning,
             stacklevel=3,
         )
-    return float(loss)
+    return float(torch.as_tensor(loss).detach())
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

@@ -7,10 +7,11 @@ finds that state, so that a change of it is noticed, and the networks that a pro
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def _parts(value: Any) -> Iterable[tuple[str, Any]]:
         return _of_module(value)
     if isinstance(value, Tensor | np.ndarray | ModuleType):
         return []
-    if _is_library(type(value)) and not isinstance(value, pyro.infer.ELBO):
+    if _is_library(type(value)) and not isinstance(value, SimpleNamespace | Namespace | pyro.infer.ELBO):
         return []
     slots = [name for name in getattr(type(value), "__slots__", ()) if hasattr(value, name)]
     return [*getattr(value, "__dict__", {}).items(), *((name, getattr(value, name)) for name in slots), ("", type(value))]
