@@ -309,7 +309,9 @@ def _listed(tensors: list[Tensor], *programs: Program) -> str:
     """Tensors by name where the programs or Pyro's store have one, else by shape; a few of many."""
     names = {id(value): name for name, value in reachable(*programs) if isinstance(value, Tensor)}
     names |= {id(value): name for name, value in pyro.get_param_store().named_parameters()}
-    words = [f"{names.get(id(each), 'a tensor')} {tuple(each.shape)}" for each in tensors]
+    places = {key: place for place, key in enumerate(names)}
+    ordered = sorted(tensors, key=lambda each: places.get(id(each), len(places)))
+    words = [f"{names.get(id(each), 'a tensor')} {tuple(each.shape)}" for each in ordered]
     return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 

@@ -671,6 +671,43 @@ def test_clipping_bounds_the_step() -> None:
         assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aten"])
+def test_clipping_leaves_short_gradients_as_they_are(backend: str) -> None:
+    moved = []
+    for clip_norm in (None, 1e6):
+        vae = a_vae()
+        optimizer = torch.optim.SGD(vae.parameters(), lr=0.1)
+        step = Step(pv.estimators.ELBO(), vae.model, vae.guide, optimizer, clip_norm=clip_norm, backend=backend)
+        torch.manual_seed(1)
+        assert all(step(X).norm < 1e3 for _ in range(3))
+        moved.append([each.detach().clone() for each in vae.parameters()])
+    assert all(map(torch.equal, *moved))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nothing_moves_where_the_gradient_is_infinite_and_the_loss_is_not(optimizer: str, ahead: bool) -> None:
+    root, shift = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("root", root).sqrt(), 1.0))
+            pyro.sample("x", dist.Normal(z + pyro.param("shift", shift), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    adam = OPTIMIZERS[optimizer]([root, shift])
+    step = Step(pv.estimators.ELBO(), model, guide, adam, backend="eager")
+    step.asynchronous = ahead
+    for _ in range(2):
+        step.ahead(torch.ones(4))
+    outcomes = step.outcomes()
+    assert all(math.isfinite(loss) and norm == math.inf for loss, norm in outcomes)
+    assert (root.item(), shift.item()) == (0.0, 1.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "binarize", "own"])
 def test_fit_compiled_is_fit_eager(how: str) -> None:
