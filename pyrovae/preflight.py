@@ -264,7 +264,10 @@ def rehearse(elbo: Any, model: Program, guide: Program, args: Batch, parameters:
     with same_random_stream(args), evaluation_mode(model, guide), pyro.validation_enabled(False):
         if hasattr(elbo, "differentiable_loss"):
             loss = elbo.differentiable_loss(model, guide, *args)
-            missed = [leaf for leaf in _leaves(loss) if id(leaf) not in known]
+            # Some estimators make leaves of their samples, which no program holds.
+            held = {id(value) for _, value in reachable(model, guide) if isinstance(value, Tensor)}
+            leaves = [leaf for leaf in _leaves(loss) if isinstance(leaf, nn.Parameter) or id(leaf) in held]
+            missed = [leaf for leaf in leaves if id(leaf) not in known]
         else:
             loss, missed = _loss_and_missed(elbo, model, guide, args, known)
     if missed:

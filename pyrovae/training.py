@@ -127,19 +127,23 @@ def fit(
             one of :mod:`pyrovae.estimators`, or any ``pyro.infer.ELBO``.
         epochs: passes over the data, at most.
         batch_size: data per step.
-        shuffle: a new order in each epoch; ``False`` for a guide that keeps a parameter for each datum in its place, such as
-            an autoguide, with all data in one batch.
+        shuffle: a new order in each epoch; must be ``False`` for a guide that keeps a parameter for each datum in its place,
+            such as an autoguide, with all data in one batch.
         lr: the learning rate.
         optimizer: ``"adam"``, another name, or a callable ``(parameters, lr=...)`` such as a torch optimizer class.
         schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), or a callable that makes a torch scheduler, which is
             stepped after every optimizer step.
         clip_norm: the largest norm that the gradient of all parameters together may have.
         validation: a fraction of the data to hold out, or data of their own; scored by the same estimator each epoch.
-        patience: stop after this many epochs without a better validation bound, and go back to the best parameters.
+        patience: stop after this many epochs without a better validation bound, and go back to the best parameters and
+            buffers, such as the statistics of batch normalisation.
         max_seconds: stop after the step that crosses this time, counted from the first step.
         compile: capture the step as one graph and compile it (:mod:`pyrovae.staging`); ``"auto"`` does so for runs of 3,000
             steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
-            to rounding. A pair that cannot be captured trains as it is, and a warning says why.
+            to rounding. A pair that cannot be captured trains as it is, and a warning says why: one that reads values of
+            tensors into Python, or keeps a count there. The graph is compared with the pair in the second step, after an
+            ``on_epoch`` that changed an object which the pair can reach, and at the start of an epoch once 500 steps (on a GPU
+            2,000) have been taken since; where they differ, training goes on without the graph and a warning says since when.
         precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; parameters, sums and
             log-weights stay in float32. It is for processors with units for it; the README has what it does to the numbers.
         transform: applied to the first tensor of each training batch, such as :func:`pyrovae.data.binarize`.
@@ -151,7 +155,9 @@ def fit(
         The history of the bound.
 
     Raises:
-        ValueError: bad data or options, or a pair or estimator that do not fit; nothing has been trained then.
+        ValueError: bad data or options, or a pair or estimator that do not fit; nothing has been trained then. Batches that
+            only show as they pass, of a loader, a transform of your own, or values that the model computes, are refused when
+            they come, with their number; the steps before them stand.
         FloatingPointError: the loss became NaN, or a gradient NaN or infinite; the last parameters before it are kept.
 
     Example:
