@@ -301,7 +301,11 @@ def _loss_and_missed(elbo: Any, model: Program, guide: Program, args: Batch, kno
     before = [each.grad for each in others]
     for each in others:
         each.grad = None
+    store = pyro.get_param_store()
+    kept = set(store.keys())
     loss = elbo.loss_and_grads(model, guide, *args)
+    for name in set(store.keys()) - kept:  # a running mean that is some estimator's baseline
+        del store[name]
     missed = [each for each in others if each.grad is not None]
     for each, gradient in zip(others, before, strict=True):
         each.grad = gradient

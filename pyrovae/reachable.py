@@ -36,14 +36,14 @@ def reachable(*programs: Any) -> Iterator[tuple[str, Any]]:
         >>> [name for name, value in reachable(program(nn.Linear(1, 2), 0.5)) if isinstance(value, float | nn.Parameter)]
         ['beta', 'net.weight', 'net.bias']
     """
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # kept alive, so that no other object takes an id
     waiting: deque[tuple[str, Any]] = deque(("", program) for program in programs)
     while waiting and len(seen) < MOST_OBJECTS:
         name, value = waiting.popleft()
         if isinstance(value, SCALARS):
             yield name, value
         elif id(value) not in seen:
-            seen.add(id(value))
+            seen[id(value)] = value
             yield name, value
             waiting.extend((f"{name}.{part}".strip(".") if part else name, each) for part, each in _parts(value))
 

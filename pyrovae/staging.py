@@ -108,6 +108,11 @@ class Staged:
         inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
         return self._checked(graph, inputs) if graph.due else graph(inputs, graph.drawn())
 
+    @property
+    def due(self) -> bool:
+        """Whether the next call runs as it is, beside its graph."""
+        return any(graph.due for graph in self._graphs.values())
+
     def recheck(self, when: str) -> None:
         """Let the next call run as it is, beside its graph: where they differ, every later call runs as it is.
 

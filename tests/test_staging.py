@@ -393,6 +393,14 @@ def test_python_state_is_as_in_eager_mode(kind: str) -> None:
     torch.testing.assert_close(staged[1], eager[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["attribute", "mode"])
+def test_python_state_is_as_in_eager_mode_when_compiled(kind: str) -> None:
+    with pytest.warns(RuntimeWarning, match=STATE_OF[kind]):
+        staged = fitted(kind, compile=True)
+    assert staged[0] == pytest.approx(fitted(kind, compile=False)[0], rel=1e-5)
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_what_does_not_change_stays_captured() -> None:
     with warnings.catch_warnings():
