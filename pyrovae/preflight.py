@@ -170,7 +170,7 @@ def check_other_batches(
     if total is None or not 0 < left < size:
         return
     fewer = tuple(arg[:left] for arg in args)
-    error = _failure(model, guide, fewer) or (_failure_in_training(elbo, model, guide, fewer) if left == 1 else None)
+    error = _failure(model, guide, fewer) or (_failure_in_training(elbo, model, guide, args, fewer) if left == 1 else None)
     if error is None:
         return
     cure = f"choose a batch_size that divides {total}"
@@ -196,21 +196,24 @@ def _smallest_batch(train: Batches) -> int:
 
 
 def _failure(model: Program, guide: Program, args: Batch) -> Exception | None:
-    """What a pair says of a batch on which it does not run."""
+    """What a pair says of a batch on which it does not run, with batch normalisation at rest."""
     try:
-        inspect_pair(model, guide, *args)
+        with _in_mode(_normalising(model, guide), training=False):
+            inspect_pair(model, guide, *args)
     except Exception as error:  # whatever a program raises where its shapes do not fit
         return error
     return None
 
 
-def _failure_in_training(elbo: Any, model: Program, guide: Program, args: Batch) -> Exception | None:
-    """The same where batch normalisation is in training, as it will be; its statistics stay."""
-    layers = [each for _, each in reachable(model, guide) if isinstance(each, _BatchNorm) and each.training]
+def _failure_in_training(elbo: Any, model: Program, guide: Program, whole: Batch, args: Batch) -> Exception | None:
+    """The same where batch normalisation is in training, as it will be after whole batches; its statistics stay."""
+    layers, elbo = _normalising(model, guide), copy.copy(elbo)
     kept = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
     try:
-        with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), _training(layers):
-            copy.copy(elbo).loss(model, guide, *args)
+        with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide):
+            for batch, training in ((whole, False), (args, True)):  # of the first batch an estimator keeps the plates
+                with _in_mode(layers, training=training):
+                    elbo.loss(model, guide, *batch)
     except ValueError as error:  # what torch raises of one value per channel
         return error
     finally:
@@ -220,12 +223,16 @@ def _failure_in_training(elbo: Any, model: Program, guide: Program, args: Batch)
     return None
 
 
+def _normalising(model: Program, guide: Program) -> list[_BatchNorm]:
+    return [each for _, each in reachable(model, guide) if isinstance(each, _BatchNorm) and each.training]
+
+
 @contextmanager
-def _training(layers: Sequence[nn.Module]) -> Iterator[None]:
+def _in_mode(layers: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
     before = [layer.training for layer in layers]
     try:
         for layer in layers:
-            layer.training = True
+            layer.training = training
         yield
     finally:
         for layer, mode in zip(layers, before, strict=True):

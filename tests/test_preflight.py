@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyrovae as pv
+from pyrovae.data import Batches
 from pyrovae.pairs import find_parameters
-from pyrovae.preflight import SupportCheck
+from pyrovae.preflight import SupportCheck, check_other_batches
 
 
 class Pair(nn.Module):
@@ -125,6 +126,16 @@ def test_a_loader_whose_data_change_is_checked_in_each_epoch() -> None:
     with pytest.raises(ValueError, match=r"In batch 1 of epoch 3, row 0"):
         pv.fit(pair.model, pair.guide, data, epochs=5, batch_size=3, progress=False,
                on_epoch=lambda record: setattr(data, "epoch", record["epoch"]))  # fmt: skip
+
+
+def test_a_bad_batch_of_a_validation_loader_is_refused_too() -> None:
+    good, pair = torch.ones(4, 3), Pair(bernoulli)
+    loader = DataLoader(TensorDataset(torch.cat([good, good / 2])), batch_size=4)
+    with pytest.raises(ValueError, match=r"In batch 2 of the validation data, row 0 .*outside the support of Bernoulli"):
+        pv.fit(pair.model, pair.guide, good, epochs=1, progress=False, validation=loader)
+    held_out = torch.cat([good, good, good / 2])
+    with pytest.raises(ValueError, match=r"In the data, row 8 .*outside the support of Bernoulli"):
+        pv.fit(pair.model, pair.guide, good, epochs=1, batch_size=4, progress=False, validation=held_out)
 
 
 def test_what_a_transform_makes_is_checked() -> None:
@@ -350,6 +361,34 @@ def test_a_last_batch_of_one_under_batch_norm_is_refused_before_the_first_step(l
     wide = Normalised()
     wide.encoder.eval()
     pv.fit(wide.model, wide.guide, x, epochs=1, batch_size=10, progress=False)
+
+
+def test_several_particles_of_a_last_datum_are_enough_and_leave_no_trace() -> None:
+    """Batch normalisation of the decoder sees as many values as there are particles."""
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Linear(2, 4), nn.Flatten(0, -2), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    encoder = nn.Linear(3, 2)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z).reshape(*z.shape[:-1], 3), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    x = torch.randn(11, 3)
+    train = Batches(x, 5, shuffle=True)
+    parameters = find_parameters(model, guide, x[:5])
+    decoder.train()
+    before = {name: each.clone() for name, each in decoder.state_dict().items()}
+    check_other_batches(pv.estimators.IWAE(4), model, guide, (x[:5],), parameters, train)
+    with pytest.raises(ValueError, match=r"holds 1 of the 11 data, where .*such as 4"):
+        check_other_batches(pv.estimators.IWAE(1), model, guide, (x[:5],), parameters, train)
+    assert all(torch.equal(before[name], each) for name, each in decoder.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["Beta", "Gamma", "Dirichlet"])
