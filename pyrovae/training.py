@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -227,7 +228,7 @@ def fit(
     )
     history = History(type(elbo).__name__, elbo.num_particles)
     best, best_epoch, best_state = -math.inf, 0, None
-    modules = modules_of(model, guide).values()
+    modules, infinite = modules_of(model, guide).values(), list[int]()
     began, step, compared = time.perf_counter(), 0, 0
 
     def batch_of(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -244,6 +245,11 @@ def fit(
                 cure = f"lower the learning rate ({lr:g}), or {'set clip_norm' if clip_norm is None else 'clip_norm'}."
                 cause = cause_in_data(model, guide, batch_of(inputs))
                 raise FloatingPointError(f"The {what} became {value} in epoch {epoch}, step {at}: {cause or cure}")
+            if math.isinf(loss) and not infinite:
+                infinite.append(at)
+                cause = cause_in_data(model, guide, batch_of(inputs))
+                if cause is not None:
+                    warnings.warn(f"The loss is infinite in epoch {epoch}, step {at}: {cause}", stacklevel=3)
         return -sum(loss for loss, _ in outcomes)
 
     def out_of_time() -> bool:

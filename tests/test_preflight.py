@@ -415,6 +415,15 @@ def test_a_zero_in_a_later_batch_is_named_when_it_comes() -> None:
         pv.fit(pair.model, pair.guide, x, epochs=1, batch_size=10, shuffle=False, progress=False)
 
 
+def test_a_later_datum_of_density_zero_is_named_once_and_left_out() -> None:
+    x = torch.full((40, 3), 0.4)
+    x[30:, 1] = 0.0
+    pair = Pair(lambda logits: dist.Gamma(2.0 + 0 * logits, logits.exp()))
+    with pytest.warns(UserWarning, match=r"infinite in epoch 1, step 4: Gamma at site 'x' .* at 0, which 10 of") as caught:
+        pv.fit(pair.model, pair.guide, x, epochs=2, batch_size=10, shuffle=False, progress=False)
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 def test_pixels_under_a_normal_are_told_their_scale(clip_norm: float | None) -> None:
     x = torch.randint(0, 256, (40, 3), generator=torch.Generator().manual_seed(0)).float()
