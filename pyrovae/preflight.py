@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .data import Batch, Batches, arguments, binarize, dequantize
+from .data import Batch, Batches, binarize, dequantize
 from .pairs import inspect_pair
 from .reachable import reachable
 from .traces import Program, check_finite, check_support, evaluation_mode, law_of, same_random_stream, sites_of, trace_pair
@@ -116,7 +116,7 @@ class SupportCheck:
             if batches.transform is not None:
                 with same_random_stream(rows):
                     rows = (batches.transform(rows[0]), *rows[1:])
-            self(arguments(self.model, rows), "the data", start)
+            self(rows, "the data", start)
         return True
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import Batches, arguments, binarize, dequantize
+from .data import Batches, binarize, dequantize
 from .estimators import check_estimator, make_estimator
 from .pairs import PairInfo, first_run, inspect_pair
 from .preflight import (
@@ -181,23 +181,27 @@ def fit(
     if seed is not None:
         torch.manual_seed(seed)
     elbo = make_estimator(estimator)
-    train, held_out = _split(data, validation, batch_size, shuffle, transform)
-    start = first_run(model, guide, *arguments(model, next(iter(train))))
+    train, held_out = _split(model, data, validation, batch_size, shuffle, transform)
+    for batches in (train, held_out):
+        if batches is not None:
+            batches.check_passes(epochs)
+    start = first_run(model, guide, *train.peek())
     if not start.parameters:
         raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
-    train.to(start.dtype, start.device)
+    train.to(start.dtype, start.device, start.floating)
     check_estimator(elbo, start.info)
     with torch.random.fork_rng():
-        example = arguments(model, next(iter(train)))
+        example = train.peek()
     check_batch = SupportCheck(model, guide, example)
     checked, check_held = check_batch.check_early(train), None
     if held_out is not None:
-        held_out.to(start.dtype, start.device)
-        inspect_pair(model, guide, *arguments(model, next(iter(held_out))))
+        held_out.to(start.dtype, start.device, start.floating)
+        with torch.random.fork_rng():
+            inspect_pair(model, guide, *held_out.peek())
         check_held = None if check_batch.check_early(held_out) else check_batch
     check_other_batches(elbo, model, guide, example, start.parameters, train)
     loss = rehearse(elbo, model, guide, example, start.parameters)
-    check_first_loss(loss / _count(example, start.info), start.info.num_dims, model, guide, example)
+    check_first_loss(loss / start.info.count(example), start.info.num_dims, model, guide, example)
 
     batches_each = train.num_batches
     # Gradients that another loop, or a run that failed, left behind would enter the first step.
@@ -221,8 +225,8 @@ def fit(
         optimize,
         example,
         clip_norm=clip_norm,
-        count=partial(_count, info=start.info),
-        load=(lambda *inputs: train.load(*inputs)[: len(example)]) if inside else None,
+        count=start.info.count,
+        load=train.load if inside else None,
         backend="inductor" if compile else "eager",
         precision=precision,
     )
@@ -233,7 +237,7 @@ def fit(
 
     def batch_of(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with same_random_stream(inputs):
-            return (train.load(*inputs) if inside else inputs)[: len(example)]
+            return train.load(*inputs) if inside else inputs
 
     def look() -> float:
         """The bounds of the steps since the last look, summed."""
@@ -266,11 +270,11 @@ def fit(
                 # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
                 if not checked and (epoch == 1 or (check_batch.direct and train.loader is not None)):
                     check_batch(batch_of(inputs), f"batch {number} of epoch {epoch}")
-                take_step.ahead(*(inputs if inside else inputs[: len(example)]))
+                take_step.ahead(*inputs)
                 if scheduler is not None:
                     scheduler.step()
                 step += 1
-                seen += _count(inputs, start.info)
+                seen += start.info.count(inputs)
                 bar.update()
                 if not take_step.asynchronous or step % LOOK_EVERY == 0:
                     total += look()
@@ -311,13 +315,13 @@ def fit(
 
 
 def _split(
-    data: Any, validation: Any, batch_size: int, shuffle: bool, transform: Callable[[Tensor], Tensor] | None
+    model: Program, data: Any, validation: Any, batch_size: int, shuffle: bool, transform: Callable[[Tensor], Tensor] | None
 ) -> tuple[Batches, Batches | None]:
-    train = Batches(data, batch_size, shuffle=shuffle, transform=transform)
+    train = Batches(data, batch_size, shuffle=shuffle, transform=transform, program=model)
     if validation is None:
         return train, None
     if not isinstance(validation, numbers.Real):
-        return train, Batches(validation, batch_size)
+        return train, Batches(validation, batch_size, program=model)
     fraction = float(validation)
     if not 0 < fraction < 1:
         raise ValueError(f"validation is a fraction between 0 and 1, or data, not {validation!r}.")
@@ -348,11 +352,6 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _count(batch: tuple, info: PairInfo) -> float:
-    # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
-    return len(batch[0]) if info.scale == 1.0 else info.num_data * info.scale
-
-
 @torch.no_grad()
 def _bound(
     elbo: Any, model: Program, guide: Program, batches: Batches, info: PairInfo, check: SupportCheck | None = None
@@ -360,10 +359,9 @@ def _bound(
     with evaluation_mode(model, guide):
         total, seen = 0.0, 0.0
         for number, batch in enumerate(batches, 1):
-            batch = arguments(model, batch)
             if check is not None:
                 check(batch, f"batch {number} of the validation data")
-            total, seen = total - elbo.loss(model, guide, *batch), seen + _count(batch, info)
+            total, seen = total - elbo.loss(model, guide, *batch), seen + info.count(batch)
     return total / seen
 
 
