@@ -234,7 +234,7 @@ def log_marginal(
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")
     backend, eps = "inductor" if compile else "eager", torch.finfo(dtype).eps
-    staged = Staged(drawn_at, backend, precision, threads)
+    staged = Staged(drawn_at, backend, precision, threads, programs=(model, guide))
 
     def draw_staged(batch: Batch, size: int) -> Callable[[], Tensor]:
         value = staged.later(torch.empty(size, 0, device=device), *batch)
@@ -352,6 +352,8 @@ def log_marginal(
             if store.wants(start, batch):
                 described = scored_data(inspect_pair(model, guide, *batch), batch)
                 torch.manual_seed(store.seed_of(start))
+                if (start // GROUP).bit_count() == 1:  # other data than it was captured on, in groups 1, 2, 4, ...
+                    staged.recheck(f"from datum {start} on")
                 with pyro.validation_enabled(False):
                     fitted = refinement_of(batch, start)
                     arrays = score(batch, fitted, bar)
