@@ -128,7 +128,9 @@ def log_marginal(
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
-        x: an array or tensor (N, ...), a tuple of them for programs of several arguments, a Dataset or a DataLoader.
+        x: an array or tensor (N, ...), a tuple of them for programs of several arguments, a masked array for those with a
+            parameter ``mask``, a Dataset or a DataLoader. All data are scored in the order of the data set, also where a
+            DataLoader shuffles or drops its last batch.
         num_samples: S, drawn for every datum, no more and no fewer; with a ``target_se`` the most that an estimate is from.
         target_se: the standard error to aim at for each datum's estimate, in nats; ``None`` draws all S. A mixture takes only
             numbers of draws of which its share of the prior is a whole number.
@@ -232,7 +234,7 @@ def log_marginal(
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")
     backend, eps = "inductor" if compile else "eager", torch.finfo(dtype).eps
-    staged = Staged(drawn_at, backend, precision, threads)
+    staged = Staged(drawn_at, backend, precision, threads, programs=(model, guide))
 
     def draw_staged(batch: Batch, size: int) -> Callable[[], Tensor]:
         value = staged.later(torch.empty(size, 0, device=device), *batch)
@@ -350,6 +352,8 @@ def log_marginal(
             if store.wants(start, batch):
                 described = scored_data(inspect_pair(model, guide, *batch), batch)
                 torch.manual_seed(store.seed_of(start))
+                if (start // GROUP).bit_count() == 1:  # other data than it was captured on, in groups 1, 2, 4, ...
+                    staged.recheck(f"from datum {start} on")
                 with pyro.validation_enabled(False):
                     fitted = refinement_of(batch, start)
                     arrays = score(batch, fitted, bar)
