@@ -25,11 +25,13 @@ from .estimators import check_estimator, loss_and_grads, make_estimator
 from .evidence import Comparison, Draws, Evidence, compare
 from .marginal import CHUNK_NUMBERS, log_marginal
 from .pairs import FirstRun, first_run, inspect_pair
+from .sites import is_factor
 from .traces import (
     PARTICLES,
     Program,
     data_plate,
     evaluation_mode,
+    latents_of,
     log_prob_of,
     per_datum,
     plates_of,
@@ -795,7 +797,7 @@ class _Pair:
                     spread = value.unsqueeze(1).expand(size, len(batch[0]), *value.shape[1:])
                     trace.add_node(name, **{**like.sites[name], "value": self.value_of(like.sites[name], spread, like.data)})
                 scored = self.run(poutine.replay, self.guide, batch, size, trace)
-                sites = list(sites_of(scored))
+                sites = latents_of(scored)
                 plate = data_plate(sites)
                 log_q = torch.stack([per_datum(site, log_prob_of(site), plate, size, self.nesting) for site in sites]).sum(0)
                 log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_q.double(), 1))
@@ -838,7 +840,7 @@ class _Pair:
             for site in sites_of(traces.model):
                 if site["is_observed"]:
                     scores[site["name"]] = per_datum(site, log_prob_of(site), data, size, self.nesting)
-                    if type(site["fn"]).__name__ != "Unit":
+                    if not is_factor(site):
                         observed[site["name"]] = self.rows_of(site, site["value"], data, 1)[0]
             for group, found in (("posterior", values), ("log_likelihood", scores)):
                 for name, value in found.items():
@@ -865,7 +867,7 @@ class _Pair:
                 drawn = self.run(poutine.replay, poutine.uncondition(self.model), batch, size, trace)
                 for site in sites_of(drawn):
                     seen = "was_observed" in site["infer"]
-                    if type(site["fn"]).__name__ == "Unit" or (after and not seen):
+                    if is_factor(site) or (after and not seen):
                         continue
                     group = "posterior_predictive" if after else "prior_predictive" if seen else "prior"
                     value = self.rows_of(site, site["value"], data, size)

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from .checks import check_sites, points_of
 from .traces import (
     Program,
     check_finite,
@@ -33,6 +34,8 @@ class PairInfo:
         num_data: data in the batch.
         scale: N/B of a subsampled data plate, else 1.0.
         num_dims: numbers per datum, observed or masked.
+        common_scale: what one poutine.scale around all sites says, else 1.0.
+        points: guide sites that leave q(z|x) without a density; see :func:`pyrovae.checks.points_of`.
         num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
@@ -47,6 +50,8 @@ class PairInfo:
     not_reparameterized: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
     num_observed: int = 0
+    common_scale: float = 1.0
+    points: tuple[str, ...] = ()
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
@@ -69,7 +74,9 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         )
         for name in enumerated:
             model_trace.remove_node(name)
+        check_sites(traces)
         weights = read_weights(traces, 1)
+        points = points_of(traces, lambda: trace_pair(model, guide, args, kwargs, 1, None))
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latents = tuple(site["name"] for site in sites_of(guide_trace) if not site["is_observed"])
@@ -82,6 +89,8 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         not_reparameterized=weights.not_reparameterized,
         enumerated=enumerated,
         num_observed=sum(num_observed_of(site, data) for site in observed),
+        common_scale=weights.common_scale,
+        points=points,
     )
 
 
