@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .checks import refuse_no_weights
 from .data import Batch, Batches, arguments
 from .evidence import Evidence, pareto_khat, tail_size
 from .pairs import FirstRun, first_run, inspect_pair
@@ -106,6 +107,8 @@ def ais(
     path = _Path(start, _betas(schedule, num_temperatures), leapfrog_steps, step_size, target_acceptance)
     path.check(num_chains, compile)
     first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+    if start == "guide":
+        refuse_no_weights(first.info.no_weights)
     size = _rows(chunk_size, num_chains, first)
     data = Batches(x, batch_size=size, dtype=first.dtype, device=first.device)
     gradient = _Gradient(path.backend(compile, data.num_batches, ways=1))
@@ -260,6 +263,8 @@ def bdmc(
     if int(num_data) != num_data or num_data < 1:
         raise ValueError(f"num_data is a positive integer, not {num_data!r}.")
     first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+    if start == "guide":
+        refuse_no_weights(first.info.no_weights)
     like = _rows_of(model, Batches(x, batch_size=num_data, dtype=first.dtype, device=first.device), num_data)
     forward, backward = [], []
     simulated: list[Batch] = []

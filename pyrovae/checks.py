@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .sites import Measure, is_factor, is_point, law_of, measure_of, same_mask
+from .sites import Measure, is_factor, is_masked_anywhere, is_point, law_of, mask_of, measure_of, same_mask
 from .traces import (
     Program,
     Traces,
@@ -16,6 +15,7 @@ from .traces import (
     check_same_latents,
     data_plate,
     evaluation_mode,
+    log_prob_of,
     plate_nesting,
     plate_sizes,
     plates_of,
@@ -35,7 +35,7 @@ def look_at(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
     with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
         traces = trace_pair(model, guide, args, kwargs, 1, None)
         check_sites(traces)
-        refuse_points(points_of(traces, lambda: trace_pair(model, guide, args, kwargs, 1, None)))
+        refuse_no_weights(why_no_weights(model, guide, args, kwargs, traces))
     return plate_nesting(traces.model, traces.guide)
 
 
@@ -119,18 +119,60 @@ def _check_observed(site: dict) -> None:
             )
 
 
-def points_of(traces: Traces, run: Callable[[], Traces]) -> tuple[str, ...]:
-    """The guide's sites that leave q(z|x) without a density, seen from this run and, where there is a ``Delta``, another one.
+def why_no_weights(model: Program, guide: Program, args: tuple, kwargs: dict, traces: Traces) -> str | None:
+    """Why p(x, z) / q(z|x) is no importance weight of a pair, from this run of it and others; ``None`` where it is one.
+
+    Such a pair may be trained all the same, as to a point (MAP).
+    """
+    latents = list(sites_of(traces.guide))
+    auxiliary = [site for site in latents if site["infer"].get("is_auxiliary")]
+    masked = [site for site in latents if is_masked_anywhere(site)]
+    if not auxiliary and not masked and not any(is_point(site) for site in latents):
+        return None
+    again = trace_pair(model, guide, args, kwargs, 1, None).guide
+    points = _points(traces, auxiliary, again)
+    if points:
+        return (
+            f"The guide has no density q(z|x), since {', '.join(map(repr, points))} is a Delta that no auxiliary site of the "
+            f"same dimension feeds (or such an auxiliary site), so a weight p(x, z) / q(z|x) means nothing: train with it "
+            f"where a point is meant (MAP), and score with a guide that has a density, or with pyrovae.exact or pyrovae.ais."
+        )
+    if masked and not _model_ignores(masked, model, args, kwargs, traces, again):
+        return (
+            f"The latent site {masked[0]['name']!r} is masked where the model's other sites depend on it, so the answer would "
+            f"be another one for each guide: mask what depends on it too, or leave out the mask."
+        )
+    return None
+
+
+def refuse_no_weights(why: str | None) -> None:
+    """Refuse to weigh draws of the guide, for the reason that :func:`why_no_weights` found."""
+    if why is not None:
+        raise ValueError(why)
+
+
+def _model_ignores(masked: list[dict], model: Program, args: tuple, kwargs: dict, traces: Traces, again: Trace) -> bool:
+    """Whether other values in the masked places leave every log-probability of the model as it is."""
+    other = traces.guide.copy()
+    for site in masked:
+        kept = torch.as_tensor(mask_of(site), device=site["value"].device)
+        value = torch.where(kept, site["value"], again.nodes[site["name"]]["value"])
+        other.nodes[site["name"]] = {**site, "value": value}
+    moved = poutine.trace(poutine.replay(model, trace=other)).get_trace(*args, **kwargs)
+    return all(
+        torch.allclose(log_prob_of(site), log_prob_of(moved.nodes[site["name"]]), rtol=1e-4, equal_nan=True)
+        for site in sites_of(traces.model)
+    )
+
+
+def _points(traces: Traces, auxiliary: list[dict], again: Trace) -> tuple[str, ...]:
+    """The guide's sites that leave q(z|x) without a density.
 
     They are each ``Delta`` that no auxiliary site feeds, since it is the same in both runs, and all of them, auxiliary sites
     too, where these are of another dimension than the latents that they feed.
     """
     priors = {site["name"]: site for site in sites_of(traces.model) if not site["is_observed"]}
     deltas = [site for site in sites_of(traces.guide) if is_point(site) and not _is_a_point_in_both(site, priors)]
-    auxiliary = [site for site in sites_of(traces.guide) if site["infer"].get("is_auxiliary")]
-    if not deltas and not auxiliary:
-        return ()
-    again = run().guide if deltas else traces.guide
     fixed = tuple(site["name"] for site in deltas if torch.equal(site["value"], again.nodes[site["name"]]["value"]))
     if fixed:
         return fixed
@@ -151,13 +193,3 @@ def _free_numbers(site: dict) -> int | None:
         return None
     each = measure.dims if measure.kind == "density" else site["fn"].event_shape.numel()
     return None if each is None else each * site["fn"].batch_shape.numel()
-
-
-def refuse_points(points: tuple[str, ...]) -> None:
-    """Refuse to weigh draws of a guide that has no density."""
-    if points:
-        raise ValueError(
-            f"The guide has no density q(z|x), since {', '.join(map(repr, points))} is a Delta that no auxiliary site of the "
-            f"same dimension feeds (or such an auxiliary site), so a weight p(x, z) / q(z|x) means nothing: train with it "
-            f"where a point is meant (MAP), and score with a guide that has a density, or with pyrovae.exact or pyrovae.ais."
-        )

@@ -20,6 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm import tqdm
 
+from .checks import refuse_no_weights
 from .data import Batches, arguments, as_arrays
 from .estimators import check_estimator, loss_and_grads, make_estimator
 from .evidence import Comparison, Draws, Evidence, compare
@@ -326,7 +327,7 @@ def _gradients(
 ) -> tuple[float, list[Array]]:
     """One draw: the bound per datum, and the gradient per datum of each group as one vector (of the bound, upwards)."""
     torch.manual_seed(seed)
-    size = len(batch[0]) * start.info.scale
+    size = start.info.counted(len(batch[0]))
     _clear(start.parameters)
     loss = loss_and_grads(estimator, model, guide, *batch)
     vectors = [
@@ -735,7 +736,7 @@ class _Pair:
     def batches(self, num_samples: int, progress: bool) -> Iterator[tuple]:
         data = Batches(self.arrays, batch_size=max(1, self.chunk // num_samples), dtype=self.dtype, device=self.device)
         for batch in tqdm(data, total=data.num_batches, unit="batch", disable=not progress):
-            inspect_pair(self.model, self.guide, *batch)
+            refuse_no_weights(inspect_pair(self.model, self.guide, *batch).no_weights)
             yield batch
 
     def sizes(self, total: int, num_data: int) -> Iterator[int]:

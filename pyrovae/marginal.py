@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
+from .checks import refuse_no_weights
 from .data import Batch, Batches, arguments
 from .evidence import Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
 from .pairs import first_run, inspect_pair
@@ -289,7 +290,10 @@ def log_marginal(
         for batch in data:
             batch = arguments(model, batch)
             if store.wants(start, batch):
-                observed = inspect_pair(model, guide, *batch).num_observed
+                seen = inspect_pair(model, guide, *batch)
+                if kind in ("guide", "mixture"):
+                    refuse_no_weights(seen.no_weights)
+                observed = seen.num_observed
                 torch.manual_seed(store.seed_of(start))
                 with pyro.validation_enabled(False):
                     arrays = score(batch, start, bar)

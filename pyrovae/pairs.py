@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from .checks import check_sites, points_of
+from .checks import check_sites, why_no_weights
 from .traces import (
     Program,
     check_finite,
@@ -35,7 +35,7 @@ class PairInfo:
         scale: N/B of a subsampled data plate, else 1.0.
         num_dims: numbers per datum, observed or masked.
         common_scale: what one poutine.scale around all sites says, else 1.0.
-        points: guide sites that leave q(z|x) without a density; see :func:`pyrovae.checks.points_of`.
+        no_weights: why p(x, z) / q(z|x) is no importance weight, where it is none; see :func:`pyrovae.checks.why_no_weights`.
         num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
@@ -51,7 +51,14 @@ class PairInfo:
     enumerated: tuple[str, ...] = ()
     num_observed: int = 0
     common_scale: float = 1.0
-    points: tuple[str, ...] = ()
+    no_weights: str | None = None
+
+    def counted(self, num_rows: int) -> float:
+        """How many data a loss over a batch of so many rows stands for: what divides it to give a mean per datum.
+
+        A subsampled plate scales it by N/B, so it stands for all N data whatever the batch.
+        """
+        return (num_rows if self.scale == 1.0 else self.num_data * self.scale) * self.common_scale
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
@@ -76,7 +83,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
             model_trace.remove_node(name)
         check_sites(traces)
         weights = read_weights(traces, 1)
-        points = points_of(traces, lambda: trace_pair(model, guide, args, kwargs, 1, None))
+        no_weights = why_no_weights(model, guide, args, kwargs, traces)
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latents = tuple(site["name"] for site in sites_of(guide_trace) if not site["is_observed"])
@@ -90,7 +97,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         enumerated=enumerated,
         num_observed=sum(num_observed_of(site, data) for site in observed),
         common_scale=weights.common_scale,
-        points=points,
+        no_weights=no_weights,
     )
 
 

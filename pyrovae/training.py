@@ -303,8 +303,7 @@ def _check_data(model: Program, guide: Program, batches: Batches) -> None:
 
 
 def _count(batch: tuple, info: PairInfo) -> float:
-    # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
-    return len(batch[0]) if info.scale == 1.0 else info.num_data * info.scale
+    return info.counted(len(batch[0]))
 
 
 @torch.no_grad()
