@@ -51,13 +51,14 @@ def check_sites(traces: Traces) -> None:
     check_same_latents(model_sites, guide_sites)
     data_plate(model_sites + guide_sites)
     nesting = plate_nesting(traces.model, traces.guide)
-    for site in model_sites + guide_sites:
-        check_batch(site, site["fn"].batch_shape, plate_sizes(site, nesting))
     in_guide = {site["name"]: site for site in guide_sites}
     for site in model_sites:
         if not site["is_observed"]:
             _check_latent(site, in_guide[site["name"]], nesting)
-        elif not is_factor(site) and isinstance(site["value"], Tensor):
+    for site in model_sites + guide_sites:
+        check_batch(site, site["fn"].batch_shape, plate_sizes(site, nesting))
+    for site in model_sites:
+        if site["is_observed"] and not is_factor(site) and isinstance(site["value"], Tensor):
             _check_observed(site)
 
 
