@@ -115,7 +115,8 @@ def fit(
         epochs: passes over the data, at most.
         batch_size: data per step.
         shuffle: a new order in each epoch; ``False`` for a guide that keeps a parameter for each datum in its place, such as
-            an autoguide, with all data in one batch.
+            ``AutoNormal``, ``AutoDelta`` or ``AutoNormalMessenger``, with all data in one batch. Autoguides that draw one
+            vector for all data, such as ``AutoMultivariateNormal``, have no factor for each datum and are refused.
         lr: the learning rate.
         optimizer: ``"adam"``, another name, or a callable ``(parameters, lr=...)`` such as a torch optimizer class.
         schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), or a callable that makes a torch scheduler, which is

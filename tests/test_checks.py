@@ -116,6 +116,14 @@ def _auxiliary_without_a_place() -> tuple[Program, Program]:
     return model, _in_data(mixture)
 
 
+def _auxiliary_that_feeds_nothing() -> tuple[Program, Program]:
+    def idle(x: Tensor) -> None:
+        pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(x / 2))
+
+    return model, _in_data(idle)
+
+
 @pytest.mark.parametrize(
     "pair",
     [
@@ -123,8 +131,9 @@ def _auxiliary_without_a_place() -> tuple[Program, Program]:
         _delta_in_an_event(),
         _delta_beside_a_fed_one(),
         _auxiliary_without_a_place(),
+        _auxiliary_that_feeds_nothing(),
     ],
-    ids=["delta", "event", "fed once", "auxiliary"],
+    ids=["delta", "event", "fed once", "auxiliary", "idle"],
 )
 def test_a_guide_without_a_density_does_not_weigh(pair: tuple[Program, Program]) -> None:
     _assert_refused(*pair, r"no density q\(z\|x\).*MAP.*pyrovae\.exact")
@@ -835,7 +844,7 @@ def test_one_scale_around_everything_scales_the_objective_only(scale: Any) -> No
         assert history.bound[-1] == pytest.approx(_exact(_x()).mean(), abs=0.1)  # per datum, whatever the scale
         assert pyro.param("gain").item() == pytest.approx(0.5, abs=0.1)
     with pytest.raises(ValueError, match="RenyiELBO puts the scale of all sites"):
-        pv.fit(*pair, _x(), estimator="renyi_elbo", epochs=1, progress=False)
+        pv.fit(pair[0], drawn, _x(), estimator="renyi_elbo", epochs=1, progress=False)
 
 
 def test_a_scale_on_some_sites_only_is_refused() -> None:
