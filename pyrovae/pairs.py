@@ -101,6 +101,17 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     )
 
 
+def check_steady_scale(model: Program, guide: Program, args: tuple[Tensor, ...], info: PairInfo) -> None:
+    """Refuse one poutine.scale around all sites that depends on the size of the batch, where batches are of several sizes."""
+    fewer = inspect_pair(model, guide, *(arg[:-1] for arg in args)) if info.common_scale != 1.0 else info
+    if abs(fewer.common_scale - info.common_scale) > 1e-6 * abs(info.common_scale):
+        raise ValueError(
+            f"The scale around all sites is {info.common_scale:g} for {len(args[0])} data and {fewer.common_scale:g} for one "
+            f"less, so the last and smaller batch would weigh otherwise: leave the scale out, since each step follows the mean "
+            f"per datum."
+        )
+
+
 def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
     """The unconstrained leaf parameters of a pair, as Pyro's SVI finds them, each once.
 

@@ -74,6 +74,8 @@ def is_masked_anywhere(site: dict) -> bool:
 
 def same_mask(site: dict, other: dict) -> bool:
     """Whether the same numbers of a latent count in both programs; read eagerly."""
+    if not masks_of(site) and not masks_of(other):
+        return True
     masks = [torch.as_tensor(mask_of(each), device=each["value"].device) for each in (site, other)]
     shape = torch.broadcast_shapes(*(mask.shape for mask in masks))
     return torch.equal(masks[0].expand(shape), masks[1].expand(shape))
@@ -104,14 +106,21 @@ def measure_of(site: dict, support: Any) -> Measure:
 
 def bare(support: Any) -> Any:
     """A support's constraint on one value, without independent dimensions and without torch's wrapper for mixtures."""
+    return list(_constraints_of(support))[-1]
+
+
+def _constraints_of(support: Any) -> Iterator[Any]:
+    yield support
     while type(support).__name__ in ("_IndependentConstraint", "MixtureSameFamilyConstraint"):
         support = support.base_constraint
-    return support
+        yield support
 
 
 def free_numbers(support: Any, event_shape: torch.Size) -> int | None:
     """The dimension of the manifold that a support is; ``None`` where torch knows no bijection to it."""
     constraint = bare(support)
+    if constraint.event_dim == 0:
+        return event_shape.numel()
     cut = len(event_shape) - constraint.event_dim
     if type(constraint).__name__ == "_Sphere":
         return event_shape[:cut].numel() * (event_shape[cut:].numel() - 1)
@@ -139,17 +148,37 @@ def reaches_beyond(inner: Any, outer: Any) -> bool:
     (low, high), (least, most) = bounds_of(inner), bounds_of(outer)
     if type(inner) is not type(outer) or any(isinstance(bound, Tensor) for bound in (low, high, least, most)):
         return True
-    return low < least or high > most
+    return low < least or high > most or (least, most) == (-math.inf, math.inf)
+
+
+def within(support: Any, value: Tensor) -> Tensor:
+    """Which values lie in a support; of a mixture in that of one of its components, where torch asks for all of them."""
+    kind = type(support).__name__
+    if kind == "_IndependentConstraint":
+        inside = within(support.base_constraint, value)
+        return inside.flatten(-support.reinterpreted_batch_ndims).all(-1) if support.reinterpreted_batch_ndims else inside
+    if kind == "MixtureSameFamilyConstraint":
+        return within(support.base_constraint, value.unsqueeze(-1 - support.event_dim)).any(-1)
+    return support.check(value)
+
+
+def accept_any_component(law: Any) -> None:
+    """Have a mixture score values that only some of its components allow, which torch's validation refuses."""
+    for mixture in layers_of(law):
+        if isinstance(mixture, torch.distributions.MixtureSameFamily):
+            for part in (mixture, *layers_of(mixture.component_distribution)):
+                part._validate_args = False
 
 
 def inside_of(support: Any, value: Tensor) -> Tensor | None:
     """Numbers well inside a support, of the shape of ``value``; ``None`` where its bounds are not known."""
     constraint = bare(support)
     low, high = bounds_of(constraint)
-    if any(isinstance(bound, Tensor) for bound in (low, high)):
-        if "MixtureSameFamily" in repr(support):  # the bounds of its components, of another shape
-            return None
-    elif (low, high) == (-math.inf, math.inf):
+    if any(
+        type(each).__name__ == "MixtureSameFamilyConstraint" for each in _constraints_of(support)
+    ):  # the last dimension of its bounds is that of its components
+        low, high = (bound[..., 0] if isinstance(bound, Tensor) and bound.dim() else bound for bound in (low, high))
+    if not any(isinstance(bound, Tensor) for bound in (low, high)) and (low, high) == (-math.inf, math.inf):
         return None
     low, high = (torch.as_tensor(bound, dtype=value.dtype, device=value.device) for bound in (low, high))
     if constraint.is_discrete:

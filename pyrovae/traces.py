@@ -22,7 +22,17 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from .sites import inside_of, is_factor, is_masked_anywhere, is_point, law_of, mask_of, reaches_beyond
+from .sites import (
+    accept_any_component,
+    inside_of,
+    is_factor,
+    is_masked_anywhere,
+    is_point,
+    law_of,
+    mask_of,
+    reaches_beyond,
+    within,
+)
 
 Program = Callable[..., Any]
 Gradients = Literal["total", "split", "score", "leaf"]
@@ -251,7 +261,8 @@ class _Inside(Messenger):
         if not beyond or not isinstance(msg["value"], Tensor):
             return
         value = msg["value"]
-        outside = ~support.check(value)
+        outside = ~within(support, value)
+        accept_any_component(msg["fn"])
         safe = inside_of(support, value)
         if safe is not None:
             msg["value"] = torch.where(outside[(..., *[None] * support.event_dim)], safe, value)
@@ -338,7 +349,7 @@ def data_plate(sites: list[dict]) -> Any:
 
 def _outside(site: dict, plate: str, write: str) -> str:
     """Why a site outside the data plate cannot be read."""
-    if site["infer"].get("is_auxiliary"):
+    if site["infer"].get("is_auxiliary") and not is_factor(site):
         return (
             f"The guide's auxiliary site {site['name']!r} lies outside the data plate {plate!r}, as in autoguides that draw "
             f"the latents of all data as one vector, so q has no factor for each datum: use pyro.infer.autoguide.AutoNormal, "

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .data import Batches, arguments, binarize, dequantize
 from .estimators import check_estimator, make_estimator
-from .pairs import PairInfo, first_run, inspect_pair
+from .pairs import PairInfo, check_steady_scale, first_run, inspect_pair
 from .registry import positive_integer, unknown
 from .staging import stage
 from .traces import Program, evaluation_mode
@@ -172,6 +172,8 @@ def fit(
     check_estimator(elbo, start.info)
     with torch.random.fork_rng():
         example = arguments(model, next(iter(train)))
+    if train.num_data is None or train.num_data % len(example[0]):
+        check_steady_scale(model, guide, example, start.info)
 
     batches_each = train.num_batches
     # Gradients that another loop, or a run that failed, left behind would enter the first step.

@@ -27,7 +27,7 @@ from torch.distributions import kl_divergence
 
 from .checks import look_at
 from .registry import positive_integer
-from .sites import is_factor, is_point, is_reparameterized, masks_of
+from .sites import is_factor, is_point, is_reparameterized, masks_of, reaches_beyond, within
 from .traces import (
     Gate,
     Gradients,
@@ -293,7 +293,10 @@ def prior_weights(
             layout = Layout(together, weights.num_data, plate_nesting(traces.model, traces.guide), data_plate(sites).dim)
             for site in sites_of(traces.guide):
                 with suppress(NotImplementedError):  # torch's word for a distribution that declares no support
-                    beyond = ~support_of(site["fn"]).check(site["value"])
+                    support = support_of(site["fn"])
+                    if not reaches_beyond(support_of(traces.model.nodes[site["name"]]["fn"]), support):
+                        continue
+                    beyond = ~within(support, site["value"])
                     outside = outside | (layout.gather(beyond.to(weights.log_guide.dtype), 0) > 0)
         return replace(weights, log_guide=torch.where(outside, -torch.inf, weights.log_guide))
 

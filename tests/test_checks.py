@@ -216,6 +216,20 @@ def _observing(*, aux: bool = False, factor: bool = False, both: bool = False) -
     return _in_data(body)
 
 
+def test_a_factor_of_no_datum_is_refused() -> None:
+    def regular(x: Tensor) -> None:
+        pyro.factor("penalty", torch.tensor(0.3), has_rsample=False)
+        guide(x)
+
+    _assert_refused(model, regular, "Site 'penalty' lies outside the data plate 'data', so it belongs to no datum")
+
+    def outside(x: Tensor) -> None:
+        pyro.sample("aux", dist.Normal(0.0, 1.0), obs=torch.tensor(0.3))
+        guide(x)
+
+    assert_allclose(_score(model, outside, _x()).log_px, _exact(_x()), atol=1e-9)
+
+
 @pytest.mark.parametrize("what", ["aux", "factor", "both"])
 @pytest.mark.parametrize("proposal", ["guide", "mixture", "refined"])
 def test_what_the_guide_observes_is_no_part_of_q(what: str, proposal: Any) -> None:
@@ -329,7 +343,7 @@ def _drawn(law: Callable[[Tensor], Any]) -> Program:
     return _in_data(lambda x: pyro.sample("z", law(x)))
 
 
-_half, _ones = torch.tensor(0.5), torch.ones(3)
+_half, _ones, _two = torch.tensor(0.5), torch.ones(3), torch.tensor([1.0, 2.0])
 
 
 @pytest.mark.parametrize(
@@ -392,6 +406,14 @@ def test_a_density_never_divides_a_mass(program: Program, law: Any, match: str) 
         (_number(lambda: dist.Gamma(2.0, 1.0)), lambda x: dist.LogNormal(0.3, 0.8)),
         (_number(lambda: dist.Beta(2.0, 1.0)), lambda x: dist.Uniform(0.0, 1.0)),
         (_number(lambda: dist.HalfNormal(1.0)), lambda x: dist.Exponential(1.0)),
+        (
+            _one_hot(lambda: dist.Normal(_ones, 1).to_event(1)),
+            lambda x: dist.Uniform(x[:, None] - _ones, x[:, None] + 9).to_event(1),
+        ),
+        (
+            _number(lambda: dist.MixtureSameFamily(dist.Categorical(_ones), dist.Uniform(torch.arange(3.0), 4.0))),
+            lambda x: dist.Uniform(0.0, 4.0),
+        ),
         (_one_hot(lambda: dist.Dirichlet(torch.ones(3))), lambda x: dist.Dirichlet(torch.ones(3) * 2)),
         (
             _one_hot(lambda: dist.MultivariateNormal(torch.zeros(3), torch.eye(3))),
@@ -430,6 +452,11 @@ def _positive(prior: Callable[[], Any]) -> Program:
             stats.uniform(0, 3).pdf,
         ),
         (lambda: dist.Exponential(1.0), lambda x: dist.Normal(0.5, 2.0), stats.expon.pdf),
+        (
+            lambda: dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Uniform(0 * _two, _two)),
+            lambda x: dist.Uniform(-1.0, 3.0),
+            lambda z: np.where(z < 1, 0.75, np.where(z < 2, 0.25, 0.0)),
+        ),
     ],
 )
 def test_a_draw_outside_the_prior_weighs_nothing(prior: Any, law: Any, density: Any) -> None:
@@ -845,6 +872,18 @@ def test_one_scale_around_everything_scales_the_objective_only(scale: Any) -> No
         assert pyro.param("gain").item() == pytest.approx(0.5, abs=0.1)
     with pytest.raises(ValueError, match="RenyiELBO puts the scale of all sites"):
         pv.fit(pair[0], drawn, _x(), estimator="renyi_elbo", epochs=1, progress=False)
+
+
+def test_a_scale_that_depends_on_the_batch_is_steady_or_refused() -> None:
+    def whole(program: Program) -> Program:
+        return lambda x: _scaled(program, 1000 / len(x))(x)
+
+    drawn = _drawn(lambda x: dist.Normal(pyro.param("gain", torch.tensor(0.3)) * x, 0.8))
+    history = pv.fit(whole(model), whole(drawn), _x(), epochs=2, batch_size=5, lr=1e-9, shuffle=False, progress=False, seed=0)
+    plain = pv.fit(model, drawn, _x(), epochs=2, batch_size=5, lr=1e-9, shuffle=False, progress=False, seed=0)
+    assert_allclose(history.bound, plain.bound, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"scale around all sites is 125 for 8 data and 142\.857 for one less"):
+        pv.fit(whole(model), whole(drawn), _x(), epochs=1, batch_size=8, progress=False)
 
 
 def test_a_scale_on_some_sites_only_is_refused() -> None:
