@@ -194,7 +194,7 @@ class Estimator(pyro.infer.ELBO):
 
         Raises:
             ValueError: a site is not reparameterised, or its density is masked, and the estimator needs it; the message names
-                the site.
+                the site. Or the guide has a ``pyro.factor``, and the estimator follows scores.
         """
         if self.gradients != "score":
             _refuse_unreparameterized(self, weights.not_reparameterized)

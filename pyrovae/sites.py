@@ -174,9 +174,8 @@ def inside_of(support: Any, value: Tensor) -> Tensor | None:
     """Numbers well inside a support, of the shape of ``value``; ``None`` where its bounds are not known."""
     constraint = bare(support)
     low, high = bounds_of(constraint)
-    if any(
-        type(each).__name__ == "MixtureSameFamilyConstraint" for each in _constraints_of(support)
-    ):  # the last dimension of its bounds is that of its components
+    if "MixtureSameFamilyConstraint" in [type(each).__name__ for each in _constraints_of(support)]:
+        # The last dimension of its bounds is that of its components.
         low, high = (bound[..., 0] if isinstance(bound, Tensor) and bound.dim() else bound for bound in (low, high))
     if not any(isinstance(bound, Tensor) for bound in (low, high)) and (low, high) == (-math.inf, math.inf):
         return None
