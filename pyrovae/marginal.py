@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .checks import refuse_no_weights
-from .data import Batch, Batches, arguments
+from .data import Batch, Batches
 from .evidence import Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
 from .pairs import first_run, inspect_pair
 from .proposals import (
@@ -116,7 +116,9 @@ def log_marginal(
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
-        x: an array or tensor (N, ...), a tuple of them for programs of several arguments, a Dataset or a DataLoader.
+        x: an array or tensor (N, ...), a tuple of them for programs of several arguments, a masked array for those with a
+            parameter ``mask``, a Dataset or a DataLoader. All data are scored in the order of the data set, also where a
+            DataLoader shuffles or drops its last batch.
         num_samples: S, drawn for every datum, no more and no fewer; with a ``target_se`` the most that one gets.
         target_se: the standard error of each datum's estimate at which to stop, in nats; ``None`` draws all S. A mixture stops
             only where its share of the prior is a whole number of draws.
@@ -170,14 +172,16 @@ def log_marginal(
         raise ValueError("A mixture takes at least two samples, one of the prior and one of the guide.")
     if precision != "float32" and kind in ("mixture", "refined"):
         raise ValueError(f"Only draws from guide and prior are compiled: leave precision out for proposal={kind!r}.")
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+    data = Batches(x, batch_size=1, program=model, ordered=True)
+    first = first_run(model, guide, *data.peek())
     info, dtype, device = first.info, first.dtype, first.device
     nesting = info.max_plate_nesting
     if info.scale != 1.0:
         raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
     width = max(info.num_dims, 256)
     affordable = int(max_memory * 2**20 / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
-    data = Batches(x, batch_size=GROUP, dtype=dtype, device=device)
+    data.to(dtype, device, first.floating)
+    data.batch_size = GROUP
     if compile == "auto":
         usually = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
         compile = precision != "float32" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
@@ -193,7 +197,7 @@ def log_marginal(
         # Graphs go by shape, so the number of samples travels as the length of an empty tensor.
         return (plain(batch, len(length)),)
 
-    one = tuple(array[:1] for array in arguments(model, next(iter(Batches(x, batch_size=1, dtype=dtype, device=device)))))
+    one = tuple(array[:1] for array in data.peek())
     if chunk_size is not None:
         chunk = positive_integer(chunk_size, "chunk_size")
     else:
@@ -288,7 +292,6 @@ def log_marginal(
     ):
         start = 0
         for batch in data:
-            batch = arguments(model, batch)
             if store.wants(start, batch):
                 seen = inspect_pair(model, guide, *batch)
                 if kind in ("guide", "mixture"):

@@ -105,15 +105,18 @@ def measure_of(site: dict, support: Any) -> Measure:
 
 
 def bare(support: Any) -> Any:
-    """A support's constraint on one value, without independent dimensions and without torch's wrapper for mixtures."""
+    """A support's constraint on one value, without independent dimensions and without what wraps those of mixtures."""
     return list(_constraints_of(support))[-1]
 
 
 def _constraints_of(support: Any) -> Iterator[Any]:
     yield support
-    while type(support).__name__ in ("_IndependentConstraint", "MixtureSameFamilyConstraint"):
-        support = support.base_constraint
+    while type(support).__name__ in ("_IndependentConstraint", *_MIXTURES):
+        support = getattr(support, "base_constraint", None) or support.component
         yield support
+
+
+_MIXTURES = ("MixtureSameFamilyConstraint", "_Union")  # torch's, and that of :func:`pyrovae.traces.support_of`
 
 
 def free_numbers(support: Any, event_shape: torch.Size) -> int | None:
@@ -151,17 +154,6 @@ def reaches_beyond(inner: Any, outer: Any) -> bool:
     return low < least or high > most or (least, most) == (-math.inf, math.inf)
 
 
-def within(support: Any, value: Tensor) -> Tensor:
-    """Which values lie in a support; of a mixture in that of one of its components, where torch asks for all of them."""
-    kind = type(support).__name__
-    if kind == "_IndependentConstraint":
-        inside = within(support.base_constraint, value)
-        return inside.flatten(-support.reinterpreted_batch_ndims).all(-1) if support.reinterpreted_batch_ndims else inside
-    if kind == "MixtureSameFamilyConstraint":
-        return within(support.base_constraint, value.unsqueeze(-1 - support.event_dim)).any(-1)
-    return support.check(value)
-
-
 def accept_any_component(law: Any) -> None:
     """Have a mixture score values that only some of its components allow, which torch's validation refuses."""
     for mixture in layers_of(law):
@@ -174,7 +166,7 @@ def inside_of(support: Any, value: Tensor) -> Tensor | None:
     """Numbers well inside a support, of the shape of ``value``; ``None`` where its bounds are not known."""
     constraint = bare(support)
     low, high = bounds_of(constraint)
-    if "MixtureSameFamilyConstraint" in [type(each).__name__ for each in _constraints_of(support)]:
+    if any(type(each).__name__ in _MIXTURES for each in _constraints_of(support)):
         # The last dimension of its bounds is that of its components.
         low, high = (bound[..., 0] if isinstance(bound, Tensor) and bound.dim() else bound for bound in (low, high))
     if not any(isinstance(bound, Tensor) for bound in (low, high)) and (low, high) == (-math.inf, math.inf):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Batches, arguments, binarize, dequantize
+from .data import Batches, binarize, dequantize
 from .estimators import check_estimator, make_estimator
 from .pairs import PairInfo, check_steady_scale, first_run, inspect_pair
 from .registry import positive_integer, unknown
@@ -108,8 +108,9 @@ def fit(
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
-        data: an array or tensor (N, ...), a tuple of them for programs of several arguments, a Dataset or a DataLoader (which
-            keeps its own batch size and order).
+        data: an array or tensor (N, ...), a tuple of them for programs of several arguments, a masked array for those with a
+            parameter ``mask``, a Dataset or a DataLoader (which keeps its own batch size and order). A stream that can be read
+            only once takes ``epochs=1``.
         estimator: a name (``"elbo"``, ``"iwae"``, ``"trace_elbo"``, ...), a table ``{"kind": "iwae", "num_particles": 50}``,
             one of :mod:`pyrovae.estimators`, or any ``pyro.infer.ELBO``.
         epochs: passes over the data, at most.
@@ -161,17 +162,20 @@ def fit(
     if seed is not None:
         torch.manual_seed(seed)
     elbo = make_estimator(estimator)
-    train, held_out = _split(data, validation, batch_size, shuffle, transform)
-    start = first_run(model, guide, *arguments(model, next(iter(train))))
+    train, held_out = _split(model, data, validation, batch_size, shuffle, transform)
+    for batches in (train, held_out):
+        if batches is not None:
+            batches.check_passes(epochs)
+    start = first_run(model, guide, *train.peek())
     if not start.parameters:
         raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
     for batches in (train, held_out):
         if batches is not None:
-            batches.to(start.dtype, start.device)
+            batches.to(start.dtype, start.device, start.floating)
             _check_data(model, guide, batches)
     check_estimator(elbo, start.info)
     with torch.random.fork_rng():
-        example = arguments(model, next(iter(train)))
+        example = train.peek()
     if train.num_data is None or train.num_data % len(example[0]):
         check_steady_scale(model, guide, example, start.info)
 
@@ -197,8 +201,8 @@ def fit(
         optimize,
         example,
         clip_norm=clip_norm,
-        count=partial(_count, info=start.info),
-        load=(lambda *inputs: train.load(*inputs)[: len(example)]) if inside else None,
+        count=start.info.count,
+        load=train.load if inside else None,
         backend="inductor" if compile else "eager",
         precision=precision,
     )
@@ -227,11 +231,11 @@ def fit(
         for epoch in range(1, epochs + 1):
             total, seen = 0.0, 0.0
             for inputs in train.inputs() if inside else train:
-                take_step.ahead(*(inputs if inside else inputs[: len(example)]))
+                take_step.ahead(*inputs)
                 if scheduler is not None:
                     scheduler.step()
                 step += 1
-                seen += _count(inputs, start.info)
+                seen += start.info.count(inputs)
                 bar.update()
                 if not take_step.asynchronous or step % LOOK_EVERY == 0:
                     total += look()
@@ -268,13 +272,13 @@ def fit(
 
 
 def _split(
-    data: Any, validation: Any, batch_size: int, shuffle: bool, transform: Callable[[Tensor], Tensor] | None
+    model: Program, data: Any, validation: Any, batch_size: int, shuffle: bool, transform: Callable[[Tensor], Tensor] | None
 ) -> tuple[Batches, Batches | None]:
-    train = Batches(data, batch_size, shuffle=shuffle, transform=transform)
+    train = Batches(data, batch_size, shuffle=shuffle, transform=transform, program=model)
     if validation is None:
         return train, None
     if not isinstance(validation, numbers.Real):
-        return train, Batches(validation, batch_size)
+        return train, Batches(validation, batch_size, program=model)
     fraction = float(validation)
     if not 0 < fraction < 1:
         raise ValueError(f"validation is a fraction between 0 and 1, or data, not {validation!r}.")
@@ -297,16 +301,10 @@ def _check_data(model: Program, guide: Program, batches: Batches) -> None:
     order, batches.shuffle = batches.shuffle, False
     try:
         with torch.random.fork_rng():
-            for batch in batches:
-                inspect_pair(model, guide, *arguments(model, batch))
-                if batches.loader is not None:
-                    break
+            for batch in [batches.peek()] if batches.loader is not None else batches:
+                inspect_pair(model, guide, *batch)
     finally:
         batches.shuffle = order
-
-
-def _count(batch: tuple, info: PairInfo) -> float:
-    return info.counted(len(batch[0]))
 
 
 @torch.no_grad()
@@ -314,8 +312,7 @@ def _bound(elbo: Any, model: Program, guide: Program, batches: Batches, info: Pa
     with evaluation_mode(model, guide):
         total, seen = 0.0, 0.0
         for batch in batches:
-            batch = arguments(model, batch)
-            total, seen = total - elbo.loss(model, guide, *batch), seen + _count(batch, info)
+            total, seen = total - elbo.loss(model, guide, *batch), seen + info.count(batch)
     return total / seen
 
 

@@ -27,7 +27,7 @@ from torch.distributions import kl_divergence
 
 from .checks import look_at
 from .registry import positive_integer
-from .sites import is_factor, is_point, is_reparameterized, masks_of, reaches_beyond, within
+from .sites import is_factor, is_point, is_reparameterized, masks_of, reaches_beyond
 from .traces import (
     Gate,
     Gradients,
@@ -296,7 +296,7 @@ def prior_weights(
                     support = support_of(site["fn"])
                     if not reaches_beyond(support_of(traces.model.nodes[site["name"]]["fn"]), support):
                         continue
-                    beyond = ~within(support, site["value"])
+                    beyond = ~support.check(site["value"])
                     outside = outside | (layout.gather(beyond.to(weights.log_guide.dtype), 0) > 0)
         return replace(weights, log_guide=torch.where(outside, -torch.inf, weights.log_guide))
 
@@ -337,8 +337,21 @@ def dreamt_args(dream: Trace, args: tuple) -> tuple:
                 f"The model dreams site {site['name']!r}, but its obs is not one of the programs' arguments as they were "
                 f"given, so the guide cannot be shown the dream: observe the argument itself (the wake phase needs no dream)."
             )
-        swaps |= {id(arg): site["value"].to(arg.dtype) for arg in shown}
+        swaps |= {id(arg): _in_type_of(arg, site) for arg in shown}
     return tuple(swaps.get(id(arg), arg) for arg in args)
+
+
+def _in_type_of(argument: Tensor, site: dict) -> Tensor:
+    """What a site simulated in the type of an argument, or in one that can hold it: counts pass 255, and fractions stay."""
+    value, dtype = site["value"], argument.dtype
+    if not dtype.is_floating_point and dtype != torch.bool:
+        if not value.is_floating_point():
+            return value.to(torch.promote_types(value.dtype, dtype))
+        try:
+            dtype = torch.int64 if support_of(site["fn"]).is_discrete else value.dtype
+        except NotImplementedError:  # torch's word for a distribution that declares no support
+            dtype = value.dtype
+    return value.to(dtype)
 
 
 def _same_values(argument: Any, obs: Tensor) -> bool:
