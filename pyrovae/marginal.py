@@ -512,7 +512,7 @@ class _Pair(NamedTuple):
         devices = [first.device] if first.device.type == "cuda" else []
         with torch.no_grad(), evaluation_mode(model, guide), torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            weights = log_weights(model, guide, *one, num_particles=1)
+            weights = log_weights(model, guide, *one, num_particles=1, max_plate_nesting=0)
         terms = torch.stack([weights.log_likelihood, weights.log_prior, weights.log_guide])
         return cls(content_hash(state.values()), content_hash(one), terms.double().flatten().tolist())
 
