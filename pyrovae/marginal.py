@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
+from .checks import refuse_no_weights
 from .data import Batch, Batches, content_hash
 from .evidence import CONSTANT, FEWEST_SAMPLES, Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
 from .pairs import SCORED_DATA, FirstRun, evidence_fields, first_run, inspect_pair, scored_data
@@ -350,7 +351,10 @@ def log_marginal(
         start = 0
         for batch in data:
             if store.wants(start, batch):
-                described = scored_data(inspect_pair(model, guide, *batch), batch)
+                seen = inspect_pair(model, guide, *batch)
+                if kind in ("guide", "mixture"):
+                    refuse_no_weights(seen.no_weights)
+                described = scored_data(seen, batch)
                 torch.manual_seed(store.seed_of(start))
                 if (start // GROUP).bit_count() == 1:  # other data than it was captured on, in groups 1, 2, 4, ...
                     staged.recheck(f"from datum {start} on")
@@ -508,7 +512,7 @@ class _Pair(NamedTuple):
         devices = [first.device] if first.device.type == "cuda" else []
         with torch.no_grad(), evaluation_mode(model, guide), torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            weights = log_weights(model, guide, *one, num_particles=1)
+            weights = log_weights(model, guide, *one, num_particles=1, max_plate_nesting=0)
         terms = torch.stack([weights.log_likelihood, weights.log_prior, weights.log_guide])
         return cls(content_hash(state.values()), content_hash(one), terms.double().flatten().tolist())
 
