@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from .data import Batch, Batches, arguments
 from .evidence import Evidence, pareto_khat, tail_size
-from .pairs import FirstRun, first_run, inspect_pair
+from .pairs import FirstRun, inspect_pair, prepare
 from .registry import unknown
 from .staging import Staged
+from .state import in_own_scope
 from .traces import FlatPair, Program, evaluation_mode
 from .weights import dreamt_args
 
@@ -34,6 +35,7 @@ STEEPNESS = 4.0
 GRADIENTS_TO_COMPILE = 20_000
 
 
+@in_own_scope()
 def ais(
     model: Program,
     guide: Program,
@@ -105,9 +107,9 @@ def ais(
     """
     path = _Path(start, _betas(schedule, num_temperatures), leapfrog_steps, step_size, target_acceptance)
     path.check(num_chains, compile)
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+    first = prepare(model, guide, x, vectorize_particles=vectorize_particles)
     size = _rows(chunk_size, num_chains, first)
-    data = Batches(x, batch_size=size, dtype=first.dtype, device=first.device)
+    data = first.batches(x, size)
     gradient = _Gradient(path.backend(compile, data.num_batches, ways=1))
     parts: list[Tensor] = []
     with _quietly(model, guide, first, seed), _bar(data.num_batches, path, "AIS", progress) as bar:
@@ -187,6 +189,7 @@ class Sandwich:
         )
 
 
+@in_own_scope()
 def bdmc(
     model: Program,
     guide: Program,
@@ -259,7 +262,7 @@ def bdmc(
     path.check(num_chains, compile)
     if int(num_data) != num_data or num_data < 1:
         raise ValueError(f"num_data is a positive integer, not {num_data!r}.")
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+    first = prepare(model, guide, x, vectorize_particles=vectorize_particles)
     like = _rows_of(model, Batches(x, batch_size=num_data, dtype=first.dtype, device=first.device), num_data)
     forward, backward = [], []
     simulated: list[Batch] = []

@@ -21,10 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Batches, arguments, as_arrays
-from .estimators import check_estimator, loss_and_grads, make_estimator
+from .estimators import check_estimator, loss_and_grads, make_estimator, runs_together
 from .evidence import Comparison, Draws, Evidence, compare
 from .marginal import CHUNK_NUMBERS, log_marginal
-from .pairs import FirstRun, first_run, inspect_pair
+from .pairs import FirstRun, inspect_pair, prepare
+from .state import in_own_scope
 from .traces import (
     PARTICLES,
     Program,
@@ -142,6 +143,7 @@ class EstimatorComparison:
         return figure
 
 
+@in_own_scope()
 def compare_estimators(
     model: Program,
     guide: Program,
@@ -196,7 +198,10 @@ def compare_estimators(
     if num_draws < 10:
         raise ValueError(f"num_draws must be at least 10 to tell a gradient from its noise, not {num_draws}.")
     named = _named(estimators)
-    start = first_run(model, guide, *as_arrays(x))
+    batch = as_arrays(x)
+    ours = [*named.values(), *([] if reference is None else [make_estimator(reference)])]
+    together = reference is None or any(map(runs_together, ours))
+    start = prepare(model, guide, batch, batch_size=len(batch[0]), particles=together, each=False)
     batch = as_arrays(x, start.dtype, start.device)
     usual = "vimco" if start.info.not_reparameterized else "dreg"
     against = make_estimator({"kind": usual, "num_particles": 512} if reference is None else reference)
@@ -235,6 +240,7 @@ def compare_estimators(
     )
 
 
+@in_own_scope()
 def train_estimators(
     model: Program,
     guide: Program,
@@ -277,7 +283,7 @@ def train_estimators(
     named = _named(estimators)
     if len(named) < 2:
         raise ValueError("A comparison takes at least two estimators.")
-    parameters = first_run(model, guide, *arguments(model, next(iter(Batches(data, 1))))).parameters
+    parameters = prepare(model, guide, data, particles=False, each=False).parameters
     start = [parameter.detach().clone() for parameter in parameters]
     results = {}
     for name, estimator in named.items():
@@ -515,6 +521,7 @@ class Decomposition:
 ACTIVE_VARIANCE = 0.01
 
 
+@in_own_scope()
 def decompose(
     model: Program,
     guide: Program,
@@ -625,6 +632,7 @@ def _variance(means: Tensor, spreads: Tensor) -> Tensor:
     return (means.double().var(0) - spreads.double().mean(0)).clamp(min=0)
 
 
+@in_own_scope()
 def posterior_draws(
     model: Program,
     guide: Program,
@@ -717,7 +725,7 @@ class _Pair:
 
     def __init__(self, model: Program, guide: Program, x: Any, vectorize: bool):
         self.model, self.guide, self.vectorize = model, guide, vectorize
-        first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+        first = prepare(model, guide, x, vectorize_particles=vectorize)
         self.info, self.device, self.dtype = first.info, first.device, first.dtype
         if self.info.scale != 1.0:
             raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")

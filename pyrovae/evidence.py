@@ -123,6 +123,8 @@ class Evidence:
             ``nan`` where there were too few samples to smooth. ``None`` where the method has no importance weights.
         curve: the estimate against the number of samples, where it was recorded.
         drawn: how many samples each datum took, shape (N,), where they stopped at a target; ``None`` where all took S.
+        covered: false where the guide rules out values that the prior allows and p(x, z) too, shape (N,), as far as some points
+            show; ``None`` where the proposal covers them by its kind, or where it cannot be told.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -145,6 +147,7 @@ class Evidence:
     log_px_psis: Array | None = None
     curve: Curve | None = None
     drawn: Array | None = None
+    covered: Array | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays of different lengths."""
@@ -229,7 +232,7 @@ class Evidence:
                 good = self.ess >= self._enough_chains
             else:
                 good = (self.khat < self.khat_thresholds) | np.isneginf(self.khat)
-            return np.isfinite(self.log_px) & good
+            return np.isfinite(self.log_px) & good & (True if self.covered is None else self.covered)
 
     @property
     def effort(self) -> str:
@@ -250,7 +253,8 @@ class Evidence:
         if self._few_chains:
             return f"{self._enough_chains:g} or more of {self.num_samples} chains effective"
         low, high = self.khat_thresholds.min(), self.khat_thresholds.max()
-        return f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "")
+        covers = "" if self.covered is None or self.covered.all() else " and a guide that covers the prior"
+        return f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "") + covers
 
     def summary(self) -> str:
         """The findings in words: what was estimated, from how many samples, and what to do if it cannot be believed."""
@@ -274,7 +278,18 @@ class Evidence:
         if np.isneginf(self.log_px).any():
             units, who = ("chains", "they miss") if self.is_annealed else ("samples", "the guide misses")
             return said + f"{_first(np.isneginf(self.log_px))} zero weight in all {units}: {who} all that the model allows."
+        said += self._gaps()
         return said + (self._agreement() if self._few_chains else self._tails())
+
+    def _gaps(self) -> str:
+        """What the guide cannot draw, which no draw of it shows."""
+        lost = np.flatnonzero(~np.asarray(True if self.covered is None else self.covered))
+        if not len(lost):
+            return ""
+        return (
+            f"The guide rules out values that the prior allows for {len(lost)} of {len(self)} data (first datum {lost[0]}), so "
+            f'that their estimates are probably too low whatever k says: use proposal="mixture". '
+        )
 
     def _exactness(self) -> str:
         """What there is to say of exact answers."""
@@ -437,7 +452,7 @@ def _first(bad: Array) -> str:
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
-_OPTIONAL = ("log_px_psis", "drawn")
+_OPTIONAL = ("log_px_psis", "drawn", "covered")
 _NOTES = ("num_samples", "num_dims", "method", "notes")
 _CURVE = ("num_samples", "log_px", "se")
 

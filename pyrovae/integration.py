@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from .data import Batch, Batches, arguments
+from .data import Batch, arguments
 from .evidence import Evidence
-from .pairs import first_run, inspect_pair
+from .pairs import inspect_pair, prepare
 from .registry import unknown
+from .state import in_own_scope
 from .traces import (
     FlatPair,
     Layout,
@@ -54,6 +55,7 @@ FARTHEST = 40.0  # in s, where sinh is 10^17
 NEGLIGIBLE = 40.0  # nats below the maximum, where e^-40 of it is left
 
 
+@in_own_scope()
 def exact(
     model: Program,
     guide: Program,
@@ -110,8 +112,8 @@ def exact(
         raise ValueError(unknown("method", method, ["auto", *METHODS]))
     if not tolerance > 0:
         raise ValueError(f"tolerance is a positive number of nats, not {tolerance!r}.")
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
-    data = Batches(x, batch_size=16, dtype=first.dtype, device=first.device)
+    first = prepare(model, guide, x, vectorize_particles=vectorize_particles)
+    data = first.batches(x, 16)
     dims, nesting = max(first.info.num_dims, 256), first.info.max_plate_nesting
     parts: list[_Answer] = []
     devices = [first.device] if first.device.type == "cuda" else []

@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
-from .data import Batch, Batches, arguments
+from .data import Batch, arguments
 from .evidence import Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
-from .pairs import first_run, inspect_pair
+from .pairs import inspect_pair, prepare
+from .probes import covered_data
 from .proposals import (
     METHODS,
     Draw,
@@ -37,6 +38,7 @@ from .proposals import (
 )
 from .registry import positive_integer, unknown
 from .staging import Staged, largest_value
+from .state import in_own_scope
 from .traces import FlatPair, Program, evaluation_mode
 
 DrawLater = Callable[[Batch, int], Callable[[], Tensor]]
@@ -60,6 +62,7 @@ CHUNKS_TO_COMPILE = 300
 FIRST_LOOK = 250
 
 
+@in_own_scope()
 def log_marginal(
     model: Program,
     guide: Program,
@@ -96,9 +99,9 @@ def log_marginal(
 
     :math:`\hat p(x)` is unbiased, so its logarithm is an estimate that lies below log p(x) on average. It is only as good as
     the guide's tails: read ``khat`` before the number. Sums run in float64 whatever the networks' precision, and the memory
-    does not grow with ``num_samples`` beyond its square root. Modules whose bound methods the programs are score in evaluation
-    mode; where the programs are functions, call ``eval()`` on their modules first. Where values are missing, it is
-    log p(x_obs), and ``num_dims`` the mean number of observed values per datum.
+    does not grow with ``num_samples`` beyond its square root. Modules that the programs use score in evaluation mode, as far
+    as they are found in closures, partials and attributes. Where values are missing, it is log p(x_obs), and ``num_dims`` the
+    mean number of observed values per datum.
 
     With a ``target_se`` each datum draws until its standard error is no more than that, or until it has ``num_samples``; the
     error is looked at after 250 draws, 500, 1,000 and so on, and ``drawn`` says how many a datum took. Such a stop has a price:
@@ -169,14 +172,16 @@ def log_marginal(
         raise ValueError("A mixture takes at least two samples, one of the prior and one of the guide.")
     if precision != "float32" and kind in ("mixture", "refined"):
         raise ValueError(f"Only draws from guide and prior are compiled: leave precision out for proposal={kind!r}.")
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+    first = prepare(model, guide, x, vectorize_particles=vectorize_particles)
     info, dtype, device = first.info, first.dtype, first.device
     nesting = info.max_plate_nesting
     if info.scale != 1.0:
         raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
     width = max(info.num_dims, 256)
     affordable = int(max_memory * 2**20 / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
-    data = Batches(x, batch_size=GROUP, dtype=dtype, device=device)
+    data = first.batches(x, GROUP)
+    if first.whole is not None and target_se is not None:
+        raise ValueError("The pair is tied to one set of data, of which none can stop before the others: leave target_se out.")
     if compile == "auto":
         usually = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
         compile = precision != "float32" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
@@ -192,7 +197,7 @@ def log_marginal(
         # Graphs go by shape, so the number of samples travels as the length of an empty tensor.
         return (plain(batch, len(length)),)
 
-    one = tuple(array[:1] for array in arguments(model, next(iter(Batches(x, batch_size=1, dtype=dtype, device=device)))))
+    one = first.args if first.whole is not None else tuple(array[:1] for array in first.args)
     if chunk_size is not None:
         chunk = positive_integer(chunk_size, "chunk_size")
     else:
@@ -204,14 +209,17 @@ def log_marginal(
         chunk = max(1, min(usual, affordable // threads))
     num_prior = prior_count(num_samples, prior_share) if kind == "mixture" else 0
     looks = _looks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
-    rows = min(max(1, chunk // looks[0]), GROUP)
+    rows = first.whole or min(max(1, chunk // looks[0]), GROUP)
     together = rows
     if kind == "refined" and given is None:
         with evaluation_mode(model, guide):
             options = usual_options(FlatPair(model, guide, one, vectorize_particles=vectorize_particles).num_latents)
         # Steps of a fit cost for one datum as much as for many.
         together *= max(1, rows_at_once(info.num_dims, options) // rows)
-    data.batch_size = math.ceil(GROUP / together) * together
+    if first.whole is None:
+        data.batch_size = math.ceil(GROUP / together) * together
+    else:
+        together = first.whole
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")
     backend, eps = "inductor" if compile else "eager", torch.finfo(dtype).eps
@@ -248,7 +256,7 @@ def log_marginal(
                 yield from (draw(part, size) for size in _sizes(step, most))
 
         for look in looks:
-            on, parts = [], list(_parts(active, look - done, chunk, None if target_se is None else looks[0]))
+            on, parts = [], list(_parts(active, look - done, chunk, None if target_se is None else looks[0], first.whole))
             blocks = _ahead(calls(parts, look - done), threads + 2 if threads > 1 else 0)
             for joint in _joint(parts, look - done):
                 chosen = torch.cat([rows for rows, _ in joint])
@@ -291,8 +299,15 @@ def log_marginal(
             if store.wants(start, batch):
                 observed = inspect_pair(model, guide, *batch).num_observed
                 torch.manual_seed(store.seed_of(start))
+                covered = (
+                    covered_data(model, guide, batch, nesting, info.num_dims, vectorize=vectorize_particles)
+                    if kind == "guide"
+                    else None
+                )
                 with pyro.validation_enabled(False):
                     arrays = score(batch, start, bar)
+                if covered is not None:
+                    arrays["covered"] = covered.cpu().numpy()
                 arrays["observed"] = np.full(len(batch[0]), observed / len(batch[0]))
                 store.add(start, arrays)
                 bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
@@ -323,14 +338,15 @@ def _looks(num_samples: int, target_se: float | None, every: int) -> list[int]:
     return [*looks[:-1], num_samples]
 
 
-def _parts(active: Tensor, step: int, chunk: int, first: int | None) -> Iterator[tuple[Tensor, int]]:
+def _parts(active: Tensor, step: int, chunk: int, first: int | None, whole: int | None = None) -> Iterator[tuple[Tensor, int]]:
     """The rows that draw together, and how many draws each takes at once, to make ``step`` draws for all.
 
     Compiled graphs go by shape, so with a first look there are few: many rows of that many draws in the first rounds, one row
-    of a power of two times as many in later ones. Without, chunks are as even as can be, for the same end.
+    of a power of two times as many in later ones. Without, chunks are as even as can be, for the same end. Data that have to
+    run together, so many, are one part.
     """
     if first is None:
-        rows = min(max(1, chunk // step), GROUP)
+        rows = whole or min(max(1, chunk // step), GROUP)
         most = math.ceil(step / math.ceil(step / max(1, chunk // rows)))
         yield from ((chosen, most) for chosen in active.split(rows))
         return

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from .data import Batch, Batches, arguments
+from .probes import PROBED_ROWS, check_independence
+from .state import own_scope, parameters_held
 from .traces import (
     Program,
     check_finite,
@@ -23,6 +28,9 @@ from .traces import (
 )
 from .weights import read_weights
 
+# Data in the first batch that a pair is shown, where it is to be scored.
+FIRST_ROWS = 256
+
 
 @dataclass(frozen=True)
 class PairInfo:
@@ -34,6 +42,8 @@ class PairInfo:
         scale: N/B of a subsampled data plate, else 1.0.
         num_dims: numbers per datum, observed or masked.
         num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
+        tied_to_data: whether the pair runs on all its data in their order only, as with a parameter for each datum, so that
+            neither a part of them nor another order is the same.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
         enumerated: latent sites of the model that the guide leaves to Pyro's enumeration.
@@ -47,6 +57,7 @@ class PairInfo:
     not_reparameterized: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
     num_observed: int = 0
+    tied_to_data: bool = False
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
@@ -88,37 +99,38 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
 def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
     """The unconstrained leaf parameters of a pair, as Pyro's SVI finds them, each once.
 
-    Parameters of an ``nn.Module`` whose bound method a program is come along, whether or not it calls ``pyro.module``.
-
-    Raises:
-        ValueError: a module's parameter is hidden by another one of the same name in Pyro's store, so that it would never
-            train.
+    Parameters of an ``nn.Module`` whose bound method a program is come along, whether or not it calls ``pyro.module``. Where
+    Pyro's store holds another module's parameter of the same name, it is the pair's own that counts, as it does when the pair
+    runs.
     """
-    with (
-        torch.no_grad(),
-        same_random_stream(args),
-        evaluation_mode(model, guide),
-        poutine.trace(param_only=True) as capture,
-    ):
-        trace_pair(model, guide, args, kwargs, 1, None)
-    found: dict[int, Tensor] = {}
-    for name, site in capture.trace.nodes.items():
-        if site["type"] != "param":
-            continue
-        given = site["args"][1] if len(site["args"]) > 1 else None
-        live = site["value"].unconstrained() if hasattr(site["value"], "unconstrained") else site["value"]
-        if isinstance(given, nn.Parameter) and given is not live:
-            raise ValueError(
-                f"Pyro's parameter store already holds {name!r} from another module, so this one would never train: "
-                f"call pyro.clear_param_store() before building it, or register it under another name."
-            )
-        found.setdefault(id(live), live)
+    found = {id(own): own for _, own, _ in _parameter_sites(model, guide, args, kwargs)}
     for program in (model, guide):
         owner = getattr(program, "__self__", program)
         if isinstance(owner, nn.Module):
             for parameter in owner.parameters():
                 found.setdefault(id(parameter), parameter)
     return [parameter for parameter in found.values() if parameter.requires_grad and parameter.is_leaf]
+
+
+def _parameter_sites(model: Program, guide: Program, args: tuple, kwargs: dict) -> list[tuple[str, Tensor, Tensor]]:
+    """The name of each parameter that a pair names, with the one that it uses and the one that Pyro's store has."""
+    held = parameters_held(model, guide)
+    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block(), _EveryParam() as seen:
+        trace_pair(model, guide, args, kwargs, 1, None)
+    return [(name, given if id(given) in held else live, live) for name, given, live in seen.sites]
+
+
+class _EveryParam(Messenger):
+    """Records each parameter statement: in a trace, a second module of the same name would hide the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: list[tuple[str, Any, Tensor]] = []
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        given = msg["args"][1] if len(msg["args"]) > 1 else None
+        value = msg["value"]
+        self.sites.append((msg["name"], given, value.unconstrained() if hasattr(value, "unconstrained") else value))
 
 
 @dataclass(frozen=True)
@@ -130,12 +142,121 @@ class FirstRun:
         info: what the pair is made of.
         dtype: the floating type that its data must have.
         device: where its parameters live.
+        args: the batch, in this type and there.
+        whole: how many data have to run together, where the programs are tied to one set of data; else ``None``.
     """
 
     parameters: list[Tensor]
     info: PairInfo
     dtype: torch.dtype
     device: torch.device
+    args: Batch = ()
+    whole: int | None = None
+
+    def batches(self, data: Any, batch_size: int) -> Batches:
+        """The data in batches of a size, or all of them in one where they have to run together."""
+        return Batches(data, self.whole or batch_size, dtype=self.dtype, device=self.device)
+
+
+def prepare(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    batch_size: int = FIRST_ROWS,
+    vectorize_particles: bool = True,
+    particles: bool = True,
+    each: bool = True,
+) -> FirstRun:
+    """The first look at a pair, before it is trained or scored: on a real batch, which leaves the pair's parameters made.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        data: as :class:`Batches` takes them, or those.
+        batch_size: how many data will run together.
+        vectorize_particles: whether particles will run side by side.
+        particles: whether there will be several.
+        each: whether each datum is to have a number of its own, as in scoring; training may mix data, as batch norm does.
+
+    Raises:
+        ValueError: as :func:`inspect_pair`; or data or particles depend on each other, or a loader parts what is tied together.
+        RuntimeError: the pair does not run; the message is torch's.
+    """
+    batches = data if isinstance(data, Batches) else Batches(data, batch_size)
+    batch = arguments(model, next(iter(batches)))
+    whole = _whole_if_tied(model, guide, batch, batches)
+    first = first_run(model, guide, *(whole or batch))
+    info, rows = first.info, len(first.args[0])
+    if info.num_data != rows or info.scale != 1.0 or info.enumerated:
+        return first
+    in_place, particles = False, particles and vectorize_particles
+    if each or particles:
+        args, others = first.args, None
+        if whole is None:
+            places = torch.arange(2 * PROBED_ROWS, device=first.device) % rows
+            args, others = (tuple(arg[part] for arg in first.args) for part in places.split(PROBED_ROWS))
+        with evaluation_mode(model, guide):
+            in_place = check_independence(
+                model, guide, args, info.max_plate_nesting, particles=particles, each=each, others=others
+            )
+    if in_place:
+        whole = batch if batches.loader is not None else _all_of(model, batches)
+        first = first_run(model, guide, *whole)
+    if whole is None:
+        return first
+    if batches.loader is not None and batches.num_data != len(whole[0]):
+        raise ValueError(
+            "The pair is tied to one set of data, as with a parameter for each datum, and a data loader gives them in parts: "
+            "give them as arrays."
+        )
+    # One whose plate has a constant size runs on so many data only, but on any.
+    tied = in_place or any(length % len(whole[0]) == 0 for parameter in first.parameters for length in parameter.shape)
+    return replace(first, info=replace(first.info, tied_to_data=tied), whole=len(whole[0]))
+
+
+def _whole_if_tied(model: Program, guide: Program, batch: Batch, batches: Batches) -> Batch | None:
+    """All data where a pair runs on them but not on some of them, else ``None``; the pair is as it was before."""
+    size = len(batch[0])
+    total = size if batches.loader is not None else len(batches.arrays[0])
+    with own_scope(model, guide):
+        try:
+            first = first_run(model, guide, *batch)
+        except (ValueError, RuntimeError, IndexError) as error:
+            # Not for every mistake: all data at once may be many.
+            lengths = [length for parameter in _all_parameters(model, guide) for length in parameter.shape]
+            if total == size or (str(total) not in str(error) and not any(length % total == 0 for length in lengths)):
+                return None
+        else:
+            rows = (size + 1) // 2
+            if size == 1 or first.info.num_data != size or first.info.scale != 1.0 or _runs(model, guide, first.args, rows):
+                return None
+    whole = _all_of(model, batches) if total > size else batch
+    with own_scope(model, guide):
+        try:
+            return whole if first_run(model, guide, *whole).info.num_data == total else None
+        except (ValueError, RuntimeError, IndexError):
+            return None
+
+
+def _runs(model: Program, guide: Program, args: Batch, rows: int) -> bool:
+    """Whether a pair runs on the first rows."""
+    try:
+        return inspect_pair(model, guide, *(arg[:rows] for arg in args)).num_data == rows
+    except (ValueError, RuntimeError, IndexError):
+        return False
+
+
+def _all_of(model: Program, batches: Batches) -> Batch:
+    """All data as one batch, from arrays."""
+    with torch.random.fork_rng():
+        whole = batches.arrays if batches.transform is None else (batches.transform(batches.arrays[0]), *batches.arrays[1:])
+    return arguments(model, whole)
+
+
+def _all_parameters(model: Program, guide: Program) -> list[Tensor]:
+    """What the pair's modules and Pyro's store hold."""
+    return [*parameters_held(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
 
 
 def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
@@ -145,7 +266,7 @@ def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
     only when it runs, so a batch that fails as it is runs once more in torch's default type, then on the GPU.
 
     Raises:
-        ValueError: as :func:`inspect_pair` and :func:`find_parameters`.
+        ValueError: as :func:`inspect_pair`.
         RuntimeError: the pair fails in all of them; the message is torch's.
     """
     default = torch.get_default_dtype()
@@ -154,14 +275,25 @@ def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
         attempts.append(_moved(args, default, torch.device("cuda")))
     for attempt in attempts:
         try:
-            parameters = find_parameters(model, guide, *attempt)
+            with own_scope(model, guide, keep=True, undo=(Exception,)):
+                parameters = _own_parameters(model, guide, attempt)
             break
         except RuntimeError:
             if attempt is attempts[-1]:
                 raise
     like = next((parameter for parameter in parameters if parameter.is_floating_point()), None)
     dtype, device = (default, args[0].device) if like is None else (like.dtype, like.device)
-    return FirstRun(parameters, inspect_pair(model, guide, *_moved(args, dtype, device)), dtype, device)
+    args = _moved(args, dtype, device)
+    return FirstRun(parameters, inspect_pair(model, guide, *args), dtype, device, args)
+
+
+def _own_parameters(model: Program, guide: Program, args: Batch) -> list[Tensor]:
+    """As :func:`find_parameters`, and the store lets go of what goes by the name of a parameter that the pair holds itself."""
+    store = pyro.get_param_store()
+    for name in {name for name, own, live in _parameter_sites(model, guide, args, {}) if own is not live}:
+        if name in store:
+            del store[name]
+    return find_parameters(model, guide, *args)
 
 
 def _moved(args: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device | None) -> tuple[Tensor, ...]:

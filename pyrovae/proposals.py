@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Batch, Batches, arguments
-from .pairs import first_run, inspect_pair
+from .data import Batch, arguments
+from .pairs import inspect_pair, prepare
 from .registry import unknown
+from .state import in_own_scope
 from .traces import FlatPair, Program, evaluation_mode
 from .weights import log_weights, prior_weights
 
@@ -126,6 +127,7 @@ class Options(NamedTuple):
         return self
 
 
+@in_own_scope()
 def refine(
     model: Program,
     guide: Program,
@@ -198,9 +200,9 @@ def refine(
         'importance sampling from the guide refined per datum'
     """
     options = Options(steps, lr, covariance, objective, num_particles, num_samples, tail_df, num_components).check()
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+    first = prepare(model, guide, x, vectorize_particles=vectorize_particles)
     size = batch_size or rows_at_once(first.info.num_dims, options)
-    data = Batches(x, batch_size=size, dtype=first.dtype, device=first.device)
+    data = first.batches(x, size)
     parts: list[Refinement] = []
     devices = [first.device] if first.device.type == "cuda" else []
     with evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):

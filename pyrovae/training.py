@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Batches, arguments, binarize, dequantize
-from .estimators import check_estimator, make_estimator
-from .pairs import PairInfo, first_run, inspect_pair
+from .estimators import check_estimator, make_estimator, runs_together
+from .pairs import PairInfo, inspect_pair, prepare
 from .registry import positive_integer, unknown
 from .staging import stage
+from .state import in_own_scope
 from .traces import Program, evaluation_mode
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class History:
         return learning_curve(self.records, ax)
 
 
+@in_own_scope(keep=True)
 def fit(
     model: Program,
     guide: Program,
@@ -161,7 +163,7 @@ def fit(
         torch.manual_seed(seed)
     elbo = make_estimator(estimator)
     train, held_out = _split(data, validation, batch_size, shuffle, transform)
-    start = first_run(model, guide, *arguments(model, next(iter(train))))
+    start = prepare(model, guide, train, particles=runs_together(elbo), each=False)
     if not start.parameters:
         raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
     for batches in (train, held_out):

@@ -19,7 +19,7 @@ ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__
 LEAVES = {"registry", "checkpoint", "data", "evidence", "staging"}
 _BODIES = {"nn", "distributions"}
 _PARTS = {"priors", "likelihoods", "encoders"}
-_TRACES = {"traces", "weights", "pairs"}
+_TRACES = {"state", "traces", "weights", "probes", "pairs"}
 _SCORING = _TRACES | {"estimators", "proposals", "marginal", "integration", "annealing", "diagnostics", "training"}
 ALLOWED: dict[str, set[str]] = {
     "nn": set(),
@@ -29,9 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     # What all models of ours do the same way is in vae.
     **dict.fromkeys(("hierarchical", "conditional"), _BODIES | _PARTS | {"vae"}),
     # The page has one room for these: traces reads, weights reduces, pairs inspects.
-    "traces": set(),
+    # Beyond the page: what a pair leaves behind, and what is checked before it is believed.
+    "state": set(),
+    "traces": {"state"},
     "weights": {"traces"},
-    "pairs": {"traces", "weights"},
+    "probes": {"traces"},
+    "pairs": {"state", "traces", "weights", "probes"},
     "estimators": _TRACES,
     # Beyond the page: what importance sampling draws from, and what needs no sampling, have rooms of their own.
     "proposals": _TRACES,
