@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .data import Batch, Batches, arguments
 from .evidence import Evidence, pareto_khat, tail_size
 from .pairs import FirstRun, inspect_pair, prepare
+from .probes import covered_data, joined_flags
 from .registry import unknown
 from .staging import Staged
 from .state import in_own_scope
@@ -112,10 +113,14 @@ def ais(
     data = first.batches(x, size)
     gradient = _Gradient(path.backend(compile, data.num_batches, ways=1))
     parts: list[Tensor] = []
+    covered: list[Tensor | None] = []
     with _quietly(model, guide, first, seed), _bar(data.num_batches, path, "AIS", progress) as bar:
         for batch in data:
             batch = arguments(model, batch)
             inspect_pair(model, guide, *batch)
+            if start == "guide":
+                shape = first.info.max_plate_nesting, first.info.num_dims
+                covered.append(covered_data(model, guide, batch, *shape, vectorize=vectorize_particles))
             with pyro.validation_enabled(False):
                 pair = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles)
                 field = _Field(pair, start, gradient)
@@ -133,6 +138,7 @@ def ais(
         num_samples=num_chains,
         num_dims=first.info.num_dims,
         method=f"AIS from the {start}, {num_temperatures} temperatures",
+        covered=joined_flags(covered),
     )
 
 

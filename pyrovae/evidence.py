@@ -278,17 +278,20 @@ class Evidence:
         if np.isneginf(self.log_px).any():
             units, who = ("chains", "they miss") if self.is_annealed else ("samples", "the guide misses")
             return said + f"{_first(np.isneginf(self.log_px))} zero weight in all {units}: {who} all that the model allows."
-        said += self._gaps()
+        uncovered = np.zeros(size, dtype=bool) if self.covered is None else ~self.covered
+        if uncovered.any():
+            said += self._gaps(uncovered)
+            if (self.reliable | uncovered).all():
+                return said.rstrip()
         return said + (self._agreement() if self._few_chains else self._tails())
 
-    def _gaps(self) -> str:
+    def _gaps(self, uncovered: Array) -> str:
         """What the guide cannot draw, which no draw of it shows."""
-        lost = np.flatnonzero(~np.asarray(True if self.covered is None else self.covered))
-        if not len(lost):
-            return ""
+        cure = 'start="prior"' if self.is_annealed else 'proposal="mixture"'
         return (
-            f"The guide rules out values that the prior allows for {len(lost)} of {len(self)} data (first datum {lost[0]}), so "
-            f'that their estimates are probably too low whatever k says: use proposal="mixture". '
+            f"The guide rules out values that the prior allows for {uncovered.sum()} of {len(self)} data (first datum "
+            f"{np.flatnonzero(uncovered)[0]}), so that their estimates are probably too low whatever else they show: use "
+            f"{cure}. "
         )
 
     def _exactness(self) -> str:

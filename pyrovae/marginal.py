@@ -299,11 +299,9 @@ def log_marginal(
             if store.wants(start, batch):
                 observed = inspect_pair(model, guide, *batch).num_observed
                 torch.manual_seed(store.seed_of(start))
-                covered = (
-                    covered_data(model, guide, batch, nesting, info.num_dims, vectorize=vectorize_particles)
-                    if kind == "guide"
-                    else None
-                )
+                covered = None
+                if kind == "guide":
+                    covered = covered_data(model, guide, batch, nesting, info.num_dims, vectorize=vectorize_particles)
                 with pyro.validation_enabled(False):
                     arrays = score(batch, start, bar)
                 if covered is not None:

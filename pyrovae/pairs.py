@@ -188,6 +188,8 @@ def prepare(
     whole = _whole_if_tied(model, guide, batch, batches)
     first = first_run(model, guide, *(whole or batch))
     info, rows = first.info, len(first.args[0])
+    if whole is None and not each:
+        _check_last_batch(model, guide, batches, first)
     if info.num_data != rows or info.scale != 1.0 or info.enumerated:
         return first
     in_place, particles = False, particles and vectorize_particles
@@ -213,6 +215,25 @@ def prepare(
     # One whose plate has a constant size runs on so many data only, but on any.
     tied = in_place or any(length % len(whole[0]) == 0 for parameter in first.parameters for length in parameter.shape)
     return replace(first, info=replace(first.info, tied_to_data=tied), whole=len(whole[0]))
+
+
+def _check_last_batch(model: Program, guide: Program, batches: Batches, first: FirstRun) -> None:
+    """Run a pair as it is trained on as few data as the last batch of an epoch has; it is as it was before."""
+    size = batches.batch_size
+    if batches.loader is not None:
+        size = 0 if batches.loader.drop_last else batches.loader.batch_size or 0
+    rest = (batches.num_data or 0) % size if size else 0
+    if not 0 < rest < len(first.args[0]):
+        return
+    args = tuple(arg[:rest] for arg in first.args)
+    try:
+        with own_scope(model, guide), torch.no_grad(), same_random_stream(args), poutine.block():
+            trace_pair(model, guide, args, {}, 1, None)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"The last batch of an epoch has {rest} of {batches.num_data} data, on which the pair does not run "
+            f"({str(error).splitlines()[0].rstrip('.')}): choose a batch_size that leaves more over, or none."
+        ) from error
 
 
 def _whole_if_tied(model: Program, guide: Program, batch: Batch, batches: Batches) -> Batch | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -167,7 +168,7 @@ def check_independence(
 
 def _depends_on_place(rows: _Rows, once: Terms) -> bool:
     """Whether a row by itself is another than in its place; refuses a pair to which the number of rows matters."""
-    for row in range(min(2, rows.num_data)):
+    for row in (0, rows.num_data - 1) if rows.num_data > 1 else ():
         try:
             alone = rows.alone(row)
         except (ValueError, RuntimeError, IndexError):
@@ -297,7 +298,8 @@ def covered_data(
     """For which data of a batch the guide can draw all that p(x, z) allows, as far as some points show, shape (B,).
 
     The points are draws of the prior, and some that reach to the ends of its support. A datum is not covered where the guide's
-    density at one is zero or NaN, or its support leaves it out, and p(x, z) is positive.
+    density at one is zero or NaN, or its support leaves it out, and p(x, z) is positive. ``nesting`` and ``num_dims`` are as
+    :class:`pyrovae.pairs.PairInfo` has them.
 
     Returns:
         ``None`` where the guide's density is only known at its own draws.
@@ -323,6 +325,12 @@ def covered_data(
                     # A program need not run where the guide never is, as where a matrix made of latents has no Cholesky factor.
                     continue
     return covered
+
+
+def joined_flags(parts: list[Tensor | None]) -> np.ndarray | None:
+    """The flags of all data from those of consecutive batches; ``None`` where they are not known of all."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known).cpu().numpy() if known and len(known) == len(parts) else None
 
 
 class _Coverage:
@@ -363,7 +371,7 @@ class _Coverage:
                     log_prob = log_prob_of(site)
                 except (NotImplementedError, KeyError):  # a flow that is not inverted
                     return None
-                missed |= _any_of_datum(layout, site, (log_prob == -torch.inf) | log_prob.isnan())
+                missed |= _any_of_datum(layout, site, (log_prob == -torch.inf) | log_prob.isnan() | _is_never_drawn(site))
         return missed
 
     def allowed(self, points: dict[str, dict], num: int, num_dims: int) -> Tensor:
@@ -461,6 +469,23 @@ def _beyond(law: Any, value: Tensor) -> Tensor | None:
         return ~support_of(law).check(value)
     except NotImplementedError:  # torch's word for a distribution that declares no support
         return None
+
+
+def _is_never_drawn(site: dict) -> Tensor:
+    """Where a discrete value has a probability of zero, which torch raises to its rounding error in the logarithm."""
+    law, value = law_of(site), site["value"]
+    given = vars(getattr(law, "_categorical", law)).get("probs")
+    if given is None or not _is_listed(law):
+        return torch.zeros((), dtype=torch.bool, device=value.device)
+    if law.event_shape:
+        never = (given * value).sum(-1) == 0
+    elif given.dim() > len(law.batch_shape):
+        never = given.expand(*value.shape, given.shape[-1]).gather(-1, value.long()[..., None])[..., 0] == 0
+    else:
+        never = torch.where(value == 1, given, 1 - given) == 0
+    inner = site["fn"].event_dim - law.event_dim
+    never = never.flatten(-inner).any(-1) if inner else never
+    return never & _unmasked(site, never)
 
 
 def _outside(law: Any, value: Tensor) -> Tensor:

@@ -140,6 +140,17 @@ def own_scope(
                 module.restore()
 
 
+@contextmanager
+def buffers_kept(model: Any, guide: Any) -> Iterator[None]:
+    """Running statistics and the like of a pair's modules are afterwards what they were."""
+    built = [_Built(module) for module in modules_of(model, guide)]
+    try:
+        yield
+    finally:
+        for module in built:
+            module.restore_buffers()
+
+
 def in_own_scope(keep: bool = False) -> Callable[[Door], Door]:
     """Decorate a function of a model and a guide, so that it runs in :func:`own_scope`."""
 
@@ -209,6 +220,10 @@ class _Built:
             for part, before in self.parts.items():
                 now[part].clear()
                 now[part].update(before)
+        self.restore_buffers()
+
+    def restore_buffers(self) -> None:
+        """Put its buffers' values back."""
         with torch.no_grad():
             for buffer, value in self.buffers.values():
                 if not torch.equal(buffer, value):

@@ -20,7 +20,7 @@ from .estimators import check_estimator, make_estimator, runs_together
 from .pairs import PairInfo, inspect_pair, prepare
 from .registry import positive_integer, unknown
 from .staging import stage
-from .state import in_own_scope
+from .state import buffers_kept, in_own_scope
 from .traces import Program, evaluation_mode
 
 if TYPE_CHECKING:
@@ -189,18 +189,19 @@ def fit(
         compile = precision != "float32" or (steps is not None and steps >= STEPS_TO_COMPILE)
     # Data in memory are gathered and drawn within a compiled step, unless by a program that need not be tensor operations.
     inside = compile and shuffle and train.loader is None and transform in (None, binarize, dequantize)
-    take_step = stage(
-        elbo,
-        model,
-        guide,
-        optimize,
-        example,
-        clip_norm=clip_norm,
-        count=partial(_count, info=start.info),
-        load=(lambda *inputs: train.load(*inputs)[: len(example)]) if inside else None,
-        backend="inductor" if compile else "eager",
-        precision=precision,
-    )
+    with buffers_kept(model, guide):
+        take_step = stage(
+            elbo,
+            model,
+            guide,
+            optimize,
+            example,
+            clip_norm=clip_norm,
+            count=partial(_count, info=start.info),
+            load=(lambda *inputs: train.load(*inputs)[: len(example)]) if inside else None,
+            backend="inductor" if compile else "eager",
+            precision=precision,
+        )
     history = History(type(elbo).__name__, elbo.num_particles)
     best, best_epoch, best_state = -math.inf, 0, None
     began, step = time.perf_counter(), 0
