@@ -119,8 +119,7 @@ def ais(
             batch = arguments(model, batch)
             inspect_pair(model, guide, *batch)
             if start == "guide":
-                shape = first.info.max_plate_nesting, first.info.num_dims
-                covered.append(covered_data(model, guide, batch, *shape, vectorize=vectorize_particles))
+                covered.append(covered_data(model, guide, batch, **first.info.layout, vectorize=vectorize_particles))
             with pyro.validation_enabled(False):
                 pair = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles)
                 field = _Field(pair, start, gradient)

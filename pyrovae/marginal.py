@@ -301,7 +301,7 @@ def log_marginal(
                 torch.manual_seed(store.seed_of(start))
                 covered = None
                 if kind == "guide":
-                    covered = covered_data(model, guide, batch, nesting, info.num_dims, vectorize=vectorize_particles)
+                    covered = covered_data(model, guide, batch, **info.layout, vectorize=vectorize_particles)
                 with pyro.validation_enabled(False):
                     arrays = score(batch, start, bar)
                 if covered is not None:

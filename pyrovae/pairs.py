@@ -44,6 +44,7 @@ class PairInfo:
         num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
         tied_to_data: whether the pair runs on all its data in their order only, as with a parameter for each datum, so that
             neither a part of them nor another order is the same.
+        plate: the name of the data plate.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
         enumerated: latent sites of the model that the guide leaves to Pyro's enumeration.
@@ -58,6 +59,12 @@ class PairInfo:
     enumerated: tuple[str, ...] = ()
     num_observed: int = 0
     tied_to_data: bool = False
+    plate: str = "data"
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What :func:`pyrovae.probes.covered_data` asks of a pair."""
+        return {"plate": self.plate, "nesting": self.max_plate_nesting, "num_dims": self.num_dims}
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
@@ -93,6 +100,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         not_reparameterized=weights.not_reparameterized,
         enumerated=enumerated,
         num_observed=sum(num_observed_of(site, data) for site in observed),
+        plate=data.name,
     )
 
 
@@ -103,7 +111,12 @@ def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -
     Pyro's store holds another module's parameter of the same name, it is the pair's own that counts, as it does when the pair
     runs.
     """
-    found = {id(own): own for _, own, _ in _parameter_sites(model, guide, args, kwargs)}
+    return _leaves(model, guide, _parameter_sites(model, guide, args, kwargs))
+
+
+def _leaves(model: Program, guide: Program, sites: list[tuple[str, Tensor, Tensor]]) -> list[Tensor]:
+    """The leaves among the parameters of a pair, with those of the modules whose bound methods its programs are."""
+    found = {id(own): own for _, own, _ in sites}
     for program in (model, guide):
         owner = getattr(program, "__self__", program)
         if isinstance(owner, nn.Module):
@@ -185,8 +198,7 @@ def prepare(
     """
     batches = data if isinstance(data, Batches) else Batches(data, batch_size)
     batch = arguments(model, next(iter(batches)))
-    whole = _whole_if_tied(model, guide, batch, batches)
-    first = first_run(model, guide, *(whole or batch))
+    first, whole = _look(model, guide, batch, batches)
     info, rows = first.info, len(first.args[0])
     if whole is None and not each:
         _check_last_batch(model, guide, batches, first)
@@ -236,34 +248,46 @@ def _check_last_batch(model: Program, guide: Program, batches: Batches, first: F
         ) from error
 
 
-def _whole_if_tied(model: Program, guide: Program, batch: Batch, batches: Batches) -> Batch | None:
-    """All data where a pair runs on them but not on some of them, else ``None``; the pair is as it was before."""
+class _TiedError(Exception):
+    """The pair does not run on some of its data as it does on all."""
+
+
+def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tuple[FirstRun, Batch | None]:
+    """The first run on a batch; or on all data, which it returns too, where a pair runs on them but not on some of them."""
     size = len(batch[0])
     total = size if batches.loader is not None else len(batches.arrays[0])
-    with own_scope(model, guide):
-        try:
+    first: FirstRun | None = None
+    try:
+        with own_scope(model, guide, keep=True, undo=(Exception,)):
             first = first_run(model, guide, *batch)
-        except (ValueError, RuntimeError, IndexError) as error:
-            # Not for every mistake: all data at once may be many.
-            lengths = [length for parameter in _all_parameters(model, guide) for length in parameter.shape]
-            if total == size or (str(total) not in str(error) and not any(length % total == 0 for length in lengths)):
-                return None
-        else:
-            rows = (size + 1) // 2
-            if size == 1 or first.info.num_data != size or first.info.scale != 1.0 or _runs(model, guide, first.args, rows):
-                return None
-    whole = _all_of(model, batches) if total > size else batch
-    with own_scope(model, guide):
+            if size == 1 or first.info.num_data != size or first.info.scale != 1.0:
+                return first, None
+            if _runs(model, guide, first.args, (size + 1) // 2):
+                return first, None
+            raise _TiedError
+    except (ValueError, RuntimeError, IndexError, _TiedError) as error:
+        # Not for every mistake: all data at once may be many.
+        lengths = [length for parameter in _all_parameters(model, guide) for length in parameter.shape]
+        if first is None and (total == size or not (str(total) in str(error) or any(n % total == 0 for n in lengths))):
+            raise
+        whole = _all_of(model, batches) if total > size else batch
         try:
-            return whole if first_run(model, guide, *whole).info.num_data == total else None
-        except (ValueError, RuntimeError, IndexError):
-            return None
+            with own_scope(model, guide, keep=True, undo=(Exception,)):
+                again = first_run(model, guide, *whole)
+                if again.info.num_data != total:
+                    raise _TiedError
+            return again, whole
+        except (ValueError, RuntimeError, IndexError, _TiedError):
+            if first is None:
+                raise error from None
+    return first_run(model, guide, *batch), None
 
 
 def _runs(model: Program, guide: Program, args: Batch, rows: int) -> bool:
-    """Whether a pair runs on the first rows."""
+    """Whether a pair runs on the first rows; it is as it was before."""
     try:
-        return inspect_pair(model, guide, *(arg[:rows] for arg in args)).num_data == rows
+        with own_scope(model, guide):
+            return inspect_pair(model, guide, *(arg[:rows] for arg in args)).num_data == rows
     except (ValueError, RuntimeError, IndexError):
         return False
 
@@ -310,11 +334,11 @@ def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
 
 def _own_parameters(model: Program, guide: Program, args: Batch) -> list[Tensor]:
     """As :func:`find_parameters`, and the store lets go of what goes by the name of a parameter that the pair holds itself."""
-    store = pyro.get_param_store()
-    for name in {name for name, own, live in _parameter_sites(model, guide, args, {}) if own is not live}:
-        if name in store:
-            del store[name]
-    return find_parameters(model, guide, *args)
+    store, sites = pyro.get_param_store(), _parameter_sites(model, guide, args, {})
+    others = {name for name, own, live in sites if own is not live and name in store}
+    for name in others:
+        del store[name]
+    return _leaves(model, guide, _parameter_sites(model, guide, args, {}) if others else sites)
 
 
 def _moved(args: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device | None) -> tuple[Tensor, ...]:

@@ -240,8 +240,8 @@ def _differs(wanted: Terms, found: Terms, tolerance: Callable[[tuple[str, str], 
         if key not in found:
             continue
         other = found[key][0]
-        same = (term == other) | (term.isnan() & other.isnan()) | ((term - other).abs() <= tolerance(key, term, size))
-        if not bool(same.all()):
+        same = (term == other) | (term.isnan() & other.isnan()) | ((term - other).abs() <= _tight(key, term, size))
+        if not bool(same.all()) and not bool((same | ((term - other).abs() <= tolerance(key, term, size))).all()):
             return key[1]
     return None
 
@@ -293,27 +293,43 @@ def _probing(args: tuple[Tensor, ...]) -> Iterator[None]:
 
 
 def covered_data(
-    model: Program, guide: Program, args: tuple[Tensor, ...], nesting: int, num_dims: int, *, vectorize: bool = True
+    model: Program,
+    guide: Program,
+    args: tuple[Tensor, ...],
+    *,
+    plate: str,
+    nesting: int,
+    num_dims: int,
+    vectorize: bool = True,
 ) -> Tensor | None:
     """For which data of a batch the guide can draw all that p(x, z) allows, as far as some points show, shape (B,).
 
-    The points are draws of the prior, and some that reach to the ends of its support. A datum is not covered where the guide's
-    density at one is zero or NaN, or its support leaves it out, and p(x, z) is positive. ``nesting`` and ``num_dims`` are as
-    :class:`pyrovae.pairs.PairInfo` has them.
+    The points are some that reach to the ends of the prior's support, and draws of the prior. A datum is not covered where the
+    guide's density at one is zero or NaN, or its support leaves it out, and p(x, z) is positive.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        args: the batch.
+        plate: the name of the data plate.
+        nesting: plate dimensions that the pair uses.
+        num_dims: numbers per datum.
+        vectorize: whether several points may be scored at once.
 
     Returns:
         ``None`` where the guide's density is only known at its own draws.
     """
     with _probing(args):
-        sites, data = _latent_sites(model, guide, args)
-        if not sites or any(site["infer"].get("is_auxiliary") for site in sites.values()):
+        trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args))
+        sites = [site for site in sites_of(trace) if not site["is_observed"]]
+        if not sites or any(site["infer"].get("is_auxiliary") for site in sites):
             return None
-        look = _Coverage(model, guide, args, nesting, tuple(sites), data.name)
-        draws = COSTLY_DRAWS if any(_is_costly(law_of(site)) for site in sites.values()) else COVERAGE_DRAWS
+        look = _Coverage(model, guide, args, nesting, tuple(site["name"] for site in sites), plate)
+        draws = COSTLY_DRAWS if any(_is_costly(law_of(site)) for site in sites) else COVERAGE_DRAWS
         covered = torch.ones(len(args[0]), dtype=torch.bool, device=args[0].device)
-        for number, far in ((draws, False), (len(FAR), True)):
+        for number, far in ((len(FAR), True), (draws if vectorize else min(draws, len(FAR)), False)):
             together = number if vectorize else 1
-            for start in range(0, number if vectorize else min(number, len(FAR)), together):
+            for start in range(0, number, together):
                 try:
                     points = look.points(together, start if far else None)
                     missed = look.missed(points, together, density=not far)

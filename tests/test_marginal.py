@@ -73,7 +73,7 @@ def test_draws_exactly_that_many_samples_per_datum(num_samples: int, chunk_size:
     x = pair.sample(2)
     prepare(pair.model, guide, x)
     inspect_pair(pair.model, guide, x)
-    covered_data(pair.model, guide, (x,), 1, 3)
+    covered_data(pair.model, guide, (x,), plate="data", nesting=1, num_dims=3)
     looked = sum(drawn)
     drawn.clear()
     log_marginal(pair.model, guide, x, num_samples=num_samples, chunk_size=chunk_size)

@@ -208,7 +208,8 @@ def test_constrained_latents_masks_and_vectors_are_judged_by_site():
         return run
 
     x, mask = torch.ones(4), torch.tensor([True, False, True, False])
-    found = [probes.covered_data(model, guide(*options), (x, mask), 1, 1) for options in ((9.0, False), (0.5, True))]
+    shape: dict[str, Any] = {"plate": "data", "nesting": 1, "num_dims": 1}
+    found = [probes.covered_data(model, guide(*how), (x, mask), **shape) for how in ((9.0, False), (0.5, True))]
     assert found[0].tolist() == [True] * 4
     assert found[1].tolist() == [False, True, False, True]
 
