@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Batch, Batches, arguments
+from .data import Batch, Batches
 from .evidence import Evidence, pareto_khat, tail_size
-from .pairs import FirstRun, inspect_pair, prepare
+from .pairs import FIRST_ROWS, FirstRun, evidence_fields, inspect_pair, prepare, scored_data
 from .probes import covered_data, joined_flags
 from .registry import unknown
 from .staging import Staged
@@ -108,16 +108,17 @@ def ais(
     """
     path = _Path(start, _betas(schedule, num_temperatures), leapfrog_steps, step_size, target_acceptance)
     path.check(num_chains, compile)
-    first = prepare(model, guide, x, vectorize_particles=vectorize_particles)
-    size = _rows(chunk_size, num_chains, first)
-    data = first.batches(x, size)
+    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
+    data.to(first.dtype, first.device, first.floating)
+    data.batch_size = first.whole or _rows(chunk_size, num_chains, first)
     gradient = _Gradient(path.backend(compile, data.num_batches, ways=1))
     parts: list[Tensor] = []
     covered: list[Tensor | None] = []
+    notes: list[dict[str, np.ndarray]] = []
     with _quietly(model, guide, first, seed), _bar(data.num_batches, path, "AIS", progress) as bar:
         for batch in data:
-            batch = arguments(model, batch)
-            inspect_pair(model, guide, *batch)
+            notes.append(scored_data(inspect_pair(model, guide, *batch), batch))
             if start == "guide":
                 covered.append(covered_data(model, guide, batch, **first.info.layout, vectorize=vectorize_particles))
             with pyro.validation_enabled(False):
@@ -135,7 +136,7 @@ def ais(
         khat=pareto_khat(tail, num_chains, precision=torch.finfo(first.dtype).eps),
         elbo=log_w.mean(0).cpu().numpy(),
         num_samples=num_chains,
-        num_dims=first.info.num_dims,
+        **evidence_fields(notes, first.info.given),
         method=f"AIS from the {start}, {num_temperatures} temperatures",
         covered=joined_flags(covered),
     )
@@ -267,8 +268,11 @@ def bdmc(
     path.check(num_chains, compile)
     if int(num_data) != num_data or num_data < 1:
         raise ValueError(f"num_data is a positive integer, not {num_data!r}.")
-    first = prepare(model, guide, x, vectorize_particles=vectorize_particles)
-    like = _rows_of(model, Batches(x, batch_size=num_data, dtype=first.dtype, device=first.device), num_data)
+    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
+    data.to(first.dtype, first.device, first.floating)
+    data.batch_size = num_data
+    like = _rows_of(data, num_data)
     forward, backward = [], []
     simulated: list[Batch] = []
     batches = Batches(like, batch_size=_rows(chunk_size, num_chains, first), dtype=first.dtype, device=first.device)
@@ -491,11 +495,11 @@ def _rows(chunk_size: int | None, num_chains: int, first: FirstRun) -> int:
     return max(1, (chunk_size or CHUNK_NUMBERS // max(first.info.num_dims, 256)) // num_chains)
 
 
-def _rows_of(model: Program, data: Batches, num: int) -> Batch:
+def _rows_of(data: Batches, num: int) -> Batch:
     """The first rows of any data, again from the first where there are fewer."""
     kept: list[Batch] = []
     for batch in data:
-        kept.append(arguments(model, batch))
+        kept.append(batch)
         if sum(len(part[0]) for part in kept) >= num:
             break
     columns = [torch.cat(parts) for parts in zip(*kept, strict=True)]

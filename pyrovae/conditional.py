@@ -185,7 +185,9 @@ class SemiSupervisedVAE(_LabelledVAE):
     :meth:`classify` is Bayes' rule here. Each step decodes every latent C times.
 
     Labels are integers ``(B,)``, -1 where there is none, or one-hot ``(B, C)``, zeros where there is none. The sites are
-    ``"z"``, ``"y"`` (scored where it is known) and ``"x"``.
+    ``"z"``, ``"y"`` (scored where it is known) and ``"x"``. A known label is an observed value like any other: it adds one to
+    its datum's part of ``num_dims``, a probability beside the densities or probabilities of x. For bits per dimension of x
+    alone, score without labels.
 
     Args:
         prior: p(z).
@@ -222,7 +224,8 @@ class SemiSupervisedVAE(_LabelledVAE):
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
-            pyro.sample("y", dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known), obs=y.argmax(-1))
+            law = dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known)
+            pyro.sample("y", law, obs=y.argmax(-1), infer={"num_dims": 0})  # bits per dimension are those of the data
             pyro.sample("x", self._mixture(z, y), obs=x)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, y: Tensor) -> None:

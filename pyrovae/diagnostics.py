@@ -20,11 +20,11 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Batches, arguments, as_arrays
+from .data import Batches, as_arrays
 from .estimators import check_estimator, loss_and_grads, make_estimator, runs_together
 from .evidence import Comparison, Draws, Evidence, compare
 from .marginal import CHUNK_NUMBERS, log_marginal
-from .pairs import FirstRun, inspect_pair, prepare
+from .pairs import FIRST_ROWS, FirstRun, inspect_pair, prepare
 from .state import in_own_scope
 from .traces import (
     PARTICLES,
@@ -198,11 +198,13 @@ def compare_estimators(
     if num_draws < 10:
         raise ValueError(f"num_draws must be at least 10 to tell a gradient from its noise, not {num_draws}.")
     named = _named(estimators)
-    batch = as_arrays(x)
     ours = [*named.values(), *([] if reference is None else [make_estimator(reference)])]
     together = reference is None or any(map(runs_together, ours))
-    start = prepare(model, guide, batch, batch_size=len(batch[0]), particles=together, each=False)
-    batch = as_arrays(x, start.dtype, start.device)
+    data = Batches(as_arrays(x, program=model), batch_size=1)
+    data.batch_size = len(data.arrays[0])
+    start = prepare(model, guide, data, particles=together, each=False)
+    data.to(start.dtype, start.device, start.floating)
+    batch = data.arrays
     usual = "vimco" if start.info.not_reparameterized else "dreg"
     against = make_estimator({"kind": usual, "num_particles": 512} if reference is None else reference)
     for estimator in (*named.values(), against):
@@ -283,7 +285,8 @@ def train_estimators(
     named = _named(estimators)
     if len(named) < 2:
         raise ValueError("A comparison takes at least two estimators.")
-    parameters = prepare(model, guide, data, particles=False, each=False).parameters
+    first = prepare(model, guide, Batches(data, FIRST_ROWS, program=model), particles=False, each=False)
+    parameters = first.parameters
     start = [parameter.detach().clone() for parameter in parameters]
     results = {}
     for name, estimator in named.items():
@@ -330,7 +333,7 @@ def _gradients(
 ) -> tuple[float, list[Array]]:
     """One draw: the bound per datum, and the gradient per datum of each group as one vector (of the bound, upwards)."""
     torch.manual_seed(seed)
-    size = len(batch[0]) * start.info.scale
+    size = start.info.count(batch)
     _clear(start.parameters)
     loss = loss_and_grads(estimator, model, guide, *batch)
     vectors = [
@@ -725,12 +728,14 @@ class _Pair:
 
     def __init__(self, model: Program, guide: Program, x: Any, vectorize: bool):
         self.model, self.guide, self.vectorize = model, guide, vectorize
-        first = prepare(model, guide, x, vectorize_particles=vectorize)
+        data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+        first = prepare(model, guide, data, vectorize_particles=vectorize)
+        data.to(first.dtype, first.device, first.floating)
+        data.batch_size = 1000
         self.info, self.device, self.dtype = first.info, first.device, first.dtype
         if self.info.scale != 1.0:
             raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
-        self.arrays = tuple(torch.cat(parts) for parts in zip(*Batches(x, batch_size=1000), strict=True))
-        self.arrays = arguments(model, self.arrays)
+        self.arrays = tuple(torch.cat(parts) for parts in zip(*data, strict=True))
         self.num_data = len(self.arrays[0])
         self.chunk = max(1, CHUNK_NUMBERS // max(self.info.num_dims, 256))
         self.nesting = self.info.max_plate_nesting

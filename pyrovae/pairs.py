@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from .data import Batch, Batches, arguments
+from .data import Batch, Batches, fingerprints
+from .evidence import Measure
 from .probes import PROBED_ROWS, check_independence
 from .state import own_scope, parameters_held
 from .traces import (
     Program,
+    Traces,
     check_finite,
     check_support,
     data_plate,
     evaluation_mode,
+    law_of,
+    log_prob_of,
     num_observed_of,
+    per_datum,
     plate_nesting,
     same_random_stream,
     sites_of,
+    support_of,
     trace_pair,
 )
 from .weights import read_weights
@@ -48,6 +57,11 @@ class PairInfo:
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
         enumerated: latent sites of the model that the guide leaves to Pyro's enumeration.
+        discrete: latent sites with a discrete support.
+        num_densities: those of the numbers observed that have a density.
+        num_probabilities: those that have a probability; a one-hot vector is one.
+        given: what of a datum the likelihood conditions on, as its distribution's ``conditional_on`` says.
+        rounding: what one rounding of a datum's largest term comes to, shape (B,), in nats.
     """
 
     max_plate_nesting: int
@@ -58,6 +72,11 @@ class PairInfo:
     not_reparameterized: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
     num_observed: int = 0
+    discrete: tuple[str, ...] = ()
+    num_densities: float = 0
+    num_probabilities: float = 0
+    given: tuple[str, ...] = ()
+    rounding: Tensor | None = None
     tied_to_data: bool = False
     plate: str = "data"
 
@@ -65,6 +84,11 @@ class PairInfo:
     def layout(self) -> dict[str, Any]:
         """What :func:`pyrovae.probes.covered_data` asks of a pair."""
         return {"plate": self.plate, "nesting": self.max_plate_nesting, "num_dims": self.num_dims}
+
+    def count(self, batch: tuple) -> float:
+        """How many data the loss of a batch of such a pair is a sum over."""
+        # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
+        return len(batch[0]) if self.scale == 1.0 else self.num_data * self.scale
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
@@ -88,20 +112,94 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         for name in enumerated:
             model_trace.remove_node(name)
         weights = read_weights(traces, 1)
+        rounding = _rounding(traces)
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
-    latents = tuple(site["name"] for site in sites_of(guide_trace) if not site["is_observed"])
+    latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
+    numbers = [(num_observed_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in observed]
     return PairInfo(
         max_plate_nesting=plate_nesting(model_trace, guide_trace),
         num_data=weights.num_data,
         scale=weights.scale,
         num_dims=weights.num_dims,
-        latents=latents,
+        latents=tuple(site["name"] for site in latent_sites),
         not_reparameterized=weights.not_reparameterized,
         enumerated=enumerated,
         num_observed=sum(num_observed_of(site, data) for site in observed),
         plate=data.name,
+        discrete=tuple(site["name"] for site in latent_sites if _is_discrete(site)),
+        num_densities=sum(number * (1 - discrete) for number, discrete in numbers),
+        num_probabilities=sum(number * discrete for number, discrete in numbers),
+        given=tuple(sorted({what for site in observed for what in _conditions(site)})),
+        rounding=rounding,
     )
+
+
+def _rounding(traces: Traces) -> Tensor:
+    """What one rounding of a datum's largest site comes to, before sites cancel, shape (B,), in nats."""
+    sites = [*sites_of(traces.model), *sites_of(traces.guide)]
+    data, nesting = data_plate(sites), plate_nesting(traces.model, traces.guide)
+    terms = [per_datum(site, log_prob_of(site), data, 1, nesting)[0] for site in sites]
+    largest = torch.stack([term.double().abs() for term in terms]).nan_to_num(posinf=0.0).amax(0)
+    return largest * max(torch.finfo(term.dtype).eps for term in terms)
+
+
+def _is_discrete(site: dict) -> bool:
+    try:
+        return bool(support_of(site["fn"]).is_discrete)
+    except NotImplementedError:  # torch's word for a distribution that declares no support
+        return False
+
+
+def _fraction_discrete(site: dict) -> float:
+    """The fraction of a site's numbers that have a probability and no density."""
+    return float(getattr(law_of(site), "fraction_discrete", _is_discrete(site)))
+
+
+def _redundant(site: dict) -> int:
+    """How many numbers stand for one: all of a one-hot vector."""
+    law = law_of(site)
+    return law.event_shape[-1] if _is_discrete(site) and "OneHot" in type(law).__name__ else 1
+
+
+def _conditions(site: dict) -> tuple[str, ...]:
+    """What of the datum a likelihood conditions on: what it says, and the total of a multinomial."""
+    law = site["fn"]
+    while not hasattr(law, "conditional_on") and hasattr(law, "base_dist"):
+        law = law.base_dist
+    if type(law_of(site)).__name__ in ("Multinomial", "DirichletMultinomial"):
+        return ("the total",)
+    return tuple(getattr(law, "conditional_on", ()))
+
+
+def scored_data(info: PairInfo, batch: Batch) -> dict[str, np.ndarray]:
+    """What :func:`evidence_fields` needs of one batch, as arrays over its data."""
+    size, rounding = info.num_data, info.rounding
+    counts = {"observed": info.num_observed, "density": info.num_densities, "mass": info.num_probabilities}
+    arrays = {name: np.full(size, number / size) for name, number in counts.items()}
+    arrays["rounding"] = np.zeros(size) if rounding is None else rounding.cpu().numpy()
+    # Data along another dimension than the first have no rows to tell apart.
+    return arrays | {"fingerprint": fingerprints(batch) if len(batch[0]) == size else np.zeros(size, np.int64)}
+
+
+SCORED_DATA = ("observed", "density", "mass", "rounding", "fingerprint")
+
+
+def evidence_fields(parts: list[dict[str, np.ndarray]], given: tuple[str, ...]) -> dict[str, Any]:
+    """What evidence says of the data that it is of, from :func:`scored_data` of consecutive batches."""
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in SCORED_DATA}
+    num_dims, density, mass = (_whole(float(whole[name].mean())) for name in ("observed", "density", "mass"))
+    known = whole["fingerprint"] if whole["fingerprint"].any() else None
+    return {
+        "num_dims": num_dims,
+        "measure": Measure(density, mass, given),
+        "rounding": whole["rounding"],
+        "fingerprint": known,
+    }
+
+
+def _whole(number: float) -> float:
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
 
 
 def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -155,6 +253,7 @@ class FirstRun:
         info: what the pair is made of.
         dtype: the floating type that its data must have.
         device: where its parameters live.
+        floating: places of the integer arguments that its networks take as floating-point numbers.
         args: the batch, in this type and there.
         whole: how many data have to run together, where the programs are tied to one set of data; else ``None``.
     """
@@ -163,12 +262,9 @@ class FirstRun:
     info: PairInfo
     dtype: torch.dtype
     device: torch.device
+    floating: tuple[int, ...] = ()
     args: Batch = ()
     whole: int | None = None
-
-    def batches(self, data: Any, batch_size: int) -> Batches:
-        """The data in batches of a size, or all of them in one where they have to run together."""
-        return Batches(data, self.whole or batch_size, dtype=self.dtype, device=self.device)
 
 
 def prepare(
@@ -176,7 +272,6 @@ def prepare(
     guide: Program,
     data: Any,
     *,
-    batch_size: int = FIRST_ROWS,
     vectorize_particles: bool = True,
     particles: bool = True,
     each: bool = True,
@@ -186,22 +281,20 @@ def prepare(
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x).
-        data: as :class:`Batches` takes them, or those.
-        batch_size: how many data will run together.
+        data: as :class:`Batches` takes them, or those, in the batches that will run.
         vectorize_particles: whether particles will run side by side.
         particles: whether there will be several.
-        each: whether each datum is to have a number of its own, as in scoring; training may mix data, as batch norm does.
+        each: whether each datum is to have a number of its own, as in scoring. Training may mix data, as batch norm does, and
+            looks itself at what other batches do.
 
     Raises:
         ValueError: as :func:`inspect_pair`; or data or particles depend on each other, or a loader parts what is tied together.
         RuntimeError: the pair does not run; the message is torch's.
     """
-    batches = data if isinstance(data, Batches) else Batches(data, batch_size)
-    batch = arguments(model, next(iter(batches)))
-    first, whole = _look(model, guide, batch, batches)
+    batches = data if isinstance(data, Batches) else Batches(data, FIRST_ROWS, program=model)
+    batch = batches.peek()
+    first, whole = _look(model, guide, batch, batches) if each else (first_run(model, guide, *batch), None)
     info, rows = first.info, len(first.args[0])
-    if whole is None and not each:
-        _check_last_batch(model, guide, batches, first)
     if info.num_data != rows or info.scale != 1.0 or info.enumerated:
         return first
     in_place, particles = False, particles and vectorize_particles
@@ -215,7 +308,7 @@ def prepare(
                 model, guide, args, info.max_plate_nesting, particles=particles, each=each, others=others
             )
     if in_place:
-        whole = batch if batches.loader is not None else _all_of(model, batches)
+        whole = batch if batches.loader is not None else _all_of(batches)
         first = first_run(model, guide, *whole)
     if whole is None:
         return first
@@ -227,25 +320,6 @@ def prepare(
     # One whose plate has a constant size runs on so many data only, but on any.
     tied = in_place or any(length % len(whole[0]) == 0 for parameter in first.parameters for length in parameter.shape)
     return replace(first, info=replace(first.info, tied_to_data=tied), whole=len(whole[0]))
-
-
-def _check_last_batch(model: Program, guide: Program, batches: Batches, first: FirstRun) -> None:
-    """Run a pair as it is trained on as few data as the last batch of an epoch has; it is as it was before."""
-    size = batches.batch_size
-    if batches.loader is not None:
-        size = 0 if batches.loader.drop_last else batches.loader.batch_size or 0
-    rest = (batches.num_data or 0) % size if size else 0
-    if not 0 < rest < len(first.args[0]):
-        return
-    args = tuple(arg[:rest] for arg in first.args)
-    try:
-        with own_scope(model, guide), torch.no_grad(), same_random_stream(args), poutine.block():
-            trace_pair(model, guide, args, {}, 1, None)
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise ValueError(
-            f"The last batch of an epoch has {rest} of {batches.num_data} data, on which the pair does not run "
-            f"({str(error).splitlines()[0].rstrip('.')}): choose a batch_size that leaves more over, or none."
-        ) from error
 
 
 class _TiedError(Exception):
@@ -270,7 +344,7 @@ def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tup
         lengths = [length for parameter in _all_parameters(model, guide) for length in parameter.shape]
         if first is None and (total == size or not (str(total) in str(error) or any(n % total == 0 for n in lengths))):
             raise
-        whole = _all_of(model, batches) if total > size else batch
+        whole = _all_of(batches) if total > size else batch
         try:
             with own_scope(model, guide, keep=True, undo=(Exception,)):
                 again = first_run(model, guide, *whole)
@@ -292,11 +366,10 @@ def _runs(model: Program, guide: Program, args: Batch, rows: int) -> bool:
         return False
 
 
-def _all_of(model: Program, batches: Batches) -> Batch:
+def _all_of(batches: Batches) -> Batch:
     """All data as one batch, from arrays."""
     with torch.random.fork_rng():
-        whole = batches.arrays if batches.transform is None else (batches.transform(batches.arrays[0]), *batches.arrays[1:])
-    return arguments(model, whole)
+        return batches.arrays if batches.transform is None else (batches.transform(batches.arrays[0]), *batches.arrays[1:])
 
 
 def _all_parameters(model: Program, guide: Program) -> list[Tensor]:
@@ -308,28 +381,37 @@ def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
     """Find a pair's parameters, structure, floating type and device from one batch.
 
     NumPy's arrays are float64 on the CPU, where most networks are float32 and some are on a GPU. Which a program wants shows
-    only when it runs, so a batch that fails as it is runs once more in torch's default type, then on the GPU.
+    only when it runs, so a batch that fails as it is runs once more in torch's default type, then with integers (first those of
+    the first argument) in it too, then on the GPU.
 
     Raises:
         ValueError: as :func:`inspect_pair`.
         RuntimeError: the pair fails in all of them; the message is torch's.
     """
     default = torch.get_default_dtype()
-    attempts = [args, _moved(args, default, None)]
-    if torch.cuda.is_available():
-        attempts.append(_moved(args, default, torch.device("cuda")))
-    for attempt in attempts:
+    integers = tuple(i for i, arg in enumerate(args) if not arg.is_floating_point() and arg.dtype != torch.bool)
+    devices = [None, torch.device("cuda")] if torch.cuda.is_available() else [None]
+    casts = dict.fromkeys([(), integers[:1], integers])
+    attempts = [(args, ()), *((_moved(args, default, device, cast), cast) for device in devices for cast in casts)]
+    for attempt, cast in attempts:
         try:
             with own_scope(model, guide, keep=True, undo=(Exception,)):
-                parameters = _own_parameters(model, guide, attempt)
+                parameters, floating = _own_parameters(model, guide, attempt), cast
             break
         except RuntimeError:
-            if attempt is attempts[-1]:
+            if attempt is attempts[-1][0]:
                 raise
-    like = next((parameter for parameter in parameters if parameter.is_floating_point()), None)
-    dtype, device = (default, args[0].device) if like is None else (like.dtype, like.device)
-    args = _moved(args, dtype, device)
-    return FirstRun(parameters, inspect_pair(model, guide, *args), dtype, device, args)
+    given = next((arg for arg in attempt if arg.is_floating_point()), None)
+    like = next((parameter for parameter in parameters if parameter.is_floating_point()), given)
+    dtype, device = (default, attempt[0].device) if like is None else (like.dtype, like.device)
+    for index in floating:
+        warnings.warn(
+            f"The pair takes floating-point numbers, so array {index + 1} of the data, of {args[index].dtype}, is cast to "
+            f"{dtype}: pass floats to say so yourself.",
+            stacklevel=3,
+        )
+    moved = _moved(args, dtype, device, floating)
+    return FirstRun(parameters, inspect_pair(model, guide, *moved), dtype, device, floating, moved)
 
 
 def _own_parameters(model: Program, guide: Program, args: Batch) -> list[Tensor]:
@@ -341,5 +423,9 @@ def _own_parameters(model: Program, guide: Program, args: Batch) -> list[Tensor]
     return _leaves(model, guide, _parameter_sites(model, guide, args, {}) if others else sites)
 
 
-def _moved(args: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device | None) -> tuple[Tensor, ...]:
-    return tuple(arg.to(device=device, dtype=dtype if arg.is_floating_point() else None) for arg in args)
+def _moved(
+    args: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device | None, floating: tuple[int, ...] = ()
+) -> tuple[Tensor, ...]:
+    """Arguments with those that float, or are to, in a type, and all on a device."""
+    cast = [arg.is_floating_point() or index in floating for index, arg in enumerate(args)]
+    return tuple(arg.to(device=device, dtype=dtype if each else None) for arg, each in zip(args, cast, strict=True))

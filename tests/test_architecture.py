@@ -16,7 +16,7 @@ ROOT = Path(pyrovae.__file__).parent
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
 
 # Leaves import no room but each other here, and any room may import them.
-LEAVES = {"registry", "checkpoint", "data", "evidence", "staging"}
+LEAVES = {"registry", "checkpoint", "data", "evidence", "staging", "reachable"}
 _BODIES = {"nn", "distributions"}
 _PARTS = {"priors", "likelihoods", "encoders"}
 _TRACES = {"state", "traces", "weights", "probes", "pairs"}
@@ -39,16 +39,23 @@ ALLOWED: dict[str, set[str]] = {
     # Beyond the page: what importance sampling draws from, and what needs no sampling, have rooms of their own.
     "proposals": _TRACES,
     "marginal": _TRACES | {"proposals"},
-    "integration": _TRACES,
+    "integration": _TRACES | {"quadrature"},
+    "quadrature": set(),
     "annealing": _TRACES,
     # Beyond the page's arrow from weights: a comparison trains and scores, with estimators found by name.
     "diagnostics": _TRACES | {"estimators", "marginal", "training"},
-    "training": _TRACES | {"estimators"},
+    "training": _TRACES | {"estimators", "preflight"},
+    "preflight": _TRACES,
     **{leaf: set() for leaf in LEAVES},
+    # What the data door is made of: which array goes where, and what comes from torch's loaders.
+    "matching": set(),
+    "streams": set(),
+    "support": set(),
+    "data": {"matching", "streams", "support"},
     # Beyond the page: what is done to a graph between capture and compiler.
     "kernels": set(),
     "rewrites": {"kernels"},
-    "staging": {"kernels", "rewrites"},
+    "staging": {"kernels", "rewrites", "reachable"},
     "config": set(ROOMS) - {"report", "cli"},
     "report": set(ROOMS) - {"cli"},
     "cli": set(ROOMS),

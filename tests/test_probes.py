@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae import probes
+from pyrovae.data import Batches
 from pyrovae.pairs import find_parameters, prepare
 from pyrovae.state import modules_of, own_scope
 from tests.pairs import pyro_module_function_pair
@@ -386,8 +387,8 @@ def test_a_last_batch_that_cannot_run_is_refused_before_training():
     network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     model, guide = decoded(lambda z: z @ WEIGHT, lambda x: pyro.module("network", network)(x))
     before = copy.deepcopy(network.state_dict())
-    for data_given in (rows(21), DataLoader(TensorDataset(rows(21)), batch_size=5)):
-        with pytest.raises(ValueError, match=r"The last batch of an epoch has 1 of 21 data.*choose a batch_size"):
+    for data_given in (rows(21), DataLoader(TensorDataset(rows(21)), batch_size=5)):  # says the preflight
+        with pytest.raises(ValueError, match=r"The last batch of an epoch holds 1 of the 21 data.*choose a batch_size"):
             pv.fit(model, guide, data_given, batch_size=5, epochs=1, progress=False)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     pv.fit(model, guide, rows(21), batch_size=7, epochs=1, progress=False)
@@ -520,7 +521,7 @@ def test_a_plate_of_constant_size_and_parameters_by_place_are_scored_whole():
 def test_the_first_look_says_what_is_tied():
     x = data(40)
     assert prepare(base_model, per_datum_guide, x).info.tied_to_data
-    assert prepare(base_model, AutoNormal(base_model), x, batch_size=10, each=False).info.tied_to_data
+    assert prepare(base_model, AutoNormal(base_model), Batches(x, 10)).info.tied_to_data
     pyro.clear_param_store()
     pyro.get_param_store().setdefault("loc", torch.linspace(-50, 50, 300))
     assert prepare(base_model, in_place_guide, x).info.tied_to_data
