@@ -274,7 +274,7 @@ class Evidence:
         did not come. That is less than Pareto k says, as so few chains can agree by chance, and all can miss the same mode:
         :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, with a standard error, which is what rounding and two
         independent grids leave in doubt, of at most 0.01 nats. Estimates besides: ``rounding`` of no more than 0.05 nats, and
-        ``missed`` of no more than that or three standard errors.
+        ``missed`` of no more than that or three standard errors. And ``covered``, where it is known.
         """
         return np.isfinite(self.log_px) & self._consistent & ~self._rounded & ~self._blind & self._covers
 
