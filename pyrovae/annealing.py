@@ -17,9 +17,11 @@ from tqdm import tqdm
 from .checks import refuse_no_weights
 from .data import Batch, Batches
 from .evidence import Evidence, pareto_khat, tail_size
-from .pairs import FirstRun, evidence_fields, first_run, inspect_pair, scored_data
+from .pairs import FIRST_ROWS, FirstRun, evidence_fields, inspect_pair, prepare, scored_data
+from .probes import covered_data, joined_flags
 from .registry import unknown
 from .staging import Staged
+from .state import in_own_scope
 from .traces import FlatPair, Program, evaluation_mode
 from .weights import dreamt_args
 
@@ -35,6 +37,7 @@ STEEPNESS = 4.0
 GRADIENTS_TO_COMPILE = 20_000
 
 
+@in_own_scope()
 def ais(
     model: Program,
     guide: Program,
@@ -106,18 +109,21 @@ def ais(
     """
     path = _Path(start, _betas(schedule, num_temperatures), leapfrog_steps, step_size, target_acceptance)
     path.check(num_chains, compile)
-    data = Batches(x, batch_size=1, program=model, ordered=True)
-    first = first_run(model, guide, *data.peek())
+    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
     if start == "guide":
         refuse_no_weights(first.info.no_weights)
     data.to(first.dtype, first.device, first.floating)
-    data.batch_size = _rows(chunk_size, num_chains, first)
+    data.batch_size = first.whole or _rows(chunk_size, num_chains, first)
     gradient = _Gradient(path.backend(compile, data.num_batches, ways=1))
     parts: list[Tensor] = []
+    covered: list[Tensor | None] = []
     notes: list[dict[str, np.ndarray]] = []
     with _quietly(model, guide, first, seed), _bar(data.num_batches, path, "AIS", progress) as bar:
         for batch in data:
             notes.append(scored_data(inspect_pair(model, guide, *batch), batch))
+            if start == "guide":
+                covered.append(covered_data(model, guide, batch, **first.info.layout, vectorize=vectorize_particles))
             with pyro.validation_enabled(False):
                 pair = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles)
                 field = _Field(pair, start, gradient)
@@ -135,6 +141,7 @@ def ais(
         num_samples=num_chains,
         **evidence_fields(notes, first.info.given),
         method=f"AIS from the {start}, {num_temperatures} temperatures",
+        covered=joined_flags(covered),
     )
 
 
@@ -191,6 +198,7 @@ class Sandwich:
         )
 
 
+@in_own_scope()
 def bdmc(
     model: Program,
     guide: Program,
@@ -263,8 +271,8 @@ def bdmc(
     path.check(num_chains, compile)
     if int(num_data) != num_data or num_data < 1:
         raise ValueError(f"num_data is a positive integer, not {num_data!r}.")
-    data = Batches(x, batch_size=1, program=model, ordered=True)
-    first = first_run(model, guide, *data.peek())
+    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
     if start == "guide":
         refuse_no_weights(first.info.no_weights)
     data.to(first.dtype, first.device, first.floating)

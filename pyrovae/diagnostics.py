@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from .checks import refuse_no_weights
 from .data import Batches, as_arrays
-from .estimators import check_estimator, loss_and_grads, make_estimator
+from .estimators import check_estimator, loss_and_grads, make_estimator, runs_together
 from .evidence import Comparison, Draws, Evidence, compare
 from .marginal import CHUNK_NUMBERS, log_marginal
-from .pairs import FirstRun, first_run, inspect_pair
+from .pairs import FIRST_ROWS, FirstRun, inspect_pair, prepare
 from .sites import is_factor
+from .state import in_own_scope
 from .traces import (
     PARTICLES,
     Program,
@@ -145,6 +146,7 @@ class EstimatorComparison:
         return figure
 
 
+@in_own_scope()
 def compare_estimators(
     model: Program,
     guide: Program,
@@ -199,8 +201,11 @@ def compare_estimators(
     if num_draws < 10:
         raise ValueError(f"num_draws must be at least 10 to tell a gradient from its noise, not {num_draws}.")
     named = _named(estimators)
+    ours = [*named.values(), *([] if reference is None else [make_estimator(reference)])]
+    together = reference is None or any(map(runs_together, ours))
     data = Batches(as_arrays(x, program=model), batch_size=1)
-    start = first_run(model, guide, *data.arrays)
+    data.batch_size = len(data.arrays[0])
+    start = prepare(model, guide, data, particles=together, each=False)
     data.to(start.dtype, start.device, start.floating)
     batch = data.arrays
     usual = "vimco" if start.info.not_reparameterized else "dreg"
@@ -240,6 +245,7 @@ def compare_estimators(
     )
 
 
+@in_own_scope()
 def train_estimators(
     model: Program,
     guide: Program,
@@ -282,7 +288,8 @@ def train_estimators(
     named = _named(estimators)
     if len(named) < 2:
         raise ValueError("A comparison takes at least two estimators.")
-    parameters = first_run(model, guide, *Batches(data, 1, program=model).peek()).parameters
+    first = prepare(model, guide, Batches(data, FIRST_ROWS, program=model), particles=False, each=False)
+    parameters = first.parameters
     start = [parameter.detach().clone() for parameter in parameters]
     results = {}
     for name, estimator in named.items():
@@ -520,6 +527,7 @@ class Decomposition:
 ACTIVE_VARIANCE = 0.01
 
 
+@in_own_scope()
 def decompose(
     model: Program,
     guide: Program,
@@ -630,6 +638,7 @@ def _variance(means: Tensor, spreads: Tensor) -> Tensor:
     return (means.double().var(0) - spreads.double().mean(0)).clamp(min=0)
 
 
+@in_own_scope()
 def posterior_draws(
     model: Program,
     guide: Program,
@@ -722,8 +731,8 @@ class _Pair:
 
     def __init__(self, model: Program, guide: Program, x: Any, vectorize: bool):
         self.model, self.guide, self.vectorize = model, guide, vectorize
-        data = Batches(x, batch_size=1, program=model, ordered=True)
-        first = first_run(model, guide, *data.peek())
+        data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+        first = prepare(model, guide, data, vectorize_particles=vectorize)
         data.to(first.dtype, first.device, first.floating)
         data.batch_size = 1000
         self.info, self.device, self.dtype = first.info, first.device, first.dtype

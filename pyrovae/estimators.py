@@ -59,6 +59,11 @@ def make_estimator(spec: Any) -> pyro.infer.ELBO:
     return estimator
 
 
+def runs_together(estimator: pyro.infer.ELBO) -> bool:
+    """Whether an estimator has several particles, which run side by side."""
+    return estimator.num_particles > 1 and bool(getattr(estimator, "vectorize_particles", False))
+
+
 def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
     """Refuse an estimator that would train a pair wrongly, before the first step.
 

@@ -160,6 +160,8 @@ class Evidence:
         rounding: what one rounding of the largest term of the log-weights comes to, shape (N,), in nats.
         fingerprint: a 64-bit hash of each datum's first array, shape (N,), by which :func:`compare` knows the data.
         measure: what the numbers are with respect to; ``None`` where it is not known.
+        covered: false where the guide rules out values that the prior allows and p(x, z) too, shape (N,), as far as some points
+            show; ``None`` where the proposal covers them by its kind, or where it cannot be told.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -187,6 +189,7 @@ class Evidence:
     rounding: Array | None = None
     fingerprint: Array | None = None
     measure: Measure | None = None
+    covered: Array | None = None
 
     def __repr__(self) -> str:
         """One line: the mean, its errors, and how many data can be believed."""
@@ -271,9 +274,9 @@ class Evidence:
         did not come. That is less than Pareto k says, as so few chains can agree by chance, and all can miss the same mode:
         :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, with a standard error, which is what rounding and two
         independent grids leave in doubt, of at most 0.01 nats. Estimates besides: ``rounding`` of no more than 0.05 nats, and
-        ``missed`` of no more than that or three standard errors.
+        ``missed`` of no more than that or three standard errors. And ``covered``, where it is known.
         """
-        return np.isfinite(self.log_px) & self._consistent & ~self._rounded & ~self._blind
+        return np.isfinite(self.log_px) & self._consistent & ~self._rounded & ~self._blind & self._covers
 
     @property
     def _consistent(self) -> Array:
@@ -289,6 +292,11 @@ class Evidence:
     def _rounded(self) -> Array:
         """Whether the terms are too large for their floating type; exact answers have it in their standard error."""
         return np.zeros(len(self), bool) if self.rounding is None or self.is_exact else self.rounding > NEGLIGIBLE
+
+    @property
+    def _covers(self) -> Array:
+        """Whether the guide can draw what p(x, z) allows, as far as it is known."""
+        return np.ones(len(self), bool) if self.covered is None else self.covered
 
     @property
     def _blind(self) -> Array:
@@ -317,7 +325,8 @@ class Evidence:
         if self._few_chains:
             return f"{self._enough_chains:g} or more of {self.num_samples} chains effective"
         low, high = self.khat_thresholds.min(), self.khat_thresholds.max()
-        return f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "")
+        covers = "" if self.covered is None or self.covered.all() else " and a guide that covers the prior"
+        return f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "") + covers
 
     def summary(self) -> str:
         """The findings in words: what was estimated, from how many samples, and what to do if it cannot be believed."""
@@ -341,6 +350,11 @@ class Evidence:
         if np.isneginf(self.log_px).any():
             units, who = ("chains", "they miss") if self.is_annealed else ("samples", "the guide misses")
             return said + f"{_first(np.isneginf(self.log_px))} zero weight in all {units}: {who} all that the model allows."
+        uncovered = np.zeros(size, dtype=bool) if self.covered is None else ~self.covered
+        if uncovered.any():
+            said += self._gaps(uncovered)
+            if (self.reliable | uncovered).all():
+                return said.rstrip() + self._doubts()
         return said + (self._agreement() if self._few_chains else self._tails()) + self._doubts()
 
     def _doubts(self) -> str:
@@ -360,6 +374,15 @@ class Evidence:
                 f'where the proposal draws next to nothing. Score with proposal="mixture", which also draws from the prior.'
             )
         return said
+
+    def _gaps(self, uncovered: Array) -> str:
+        """What the guide cannot draw, which no draw of it shows."""
+        cure = 'start="prior"' if self.is_annealed else 'proposal="mixture"'
+        return (
+            f"The guide rules out values that the prior allows for {uncovered.sum()} of {len(self)} data (first datum "
+            f"{np.flatnonzero(uncovered)[0]}), so that their estimates are probably too low whatever else they show: use "
+            f"{cure}. "
+        )
 
     def _exactness(self) -> str:
         """What there is to say of exact answers."""
@@ -533,7 +556,7 @@ def _first(bad: Array) -> str:
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
-_OPTIONAL = ("log_px_psis", "drawn", "pilot", "missed", "rounding", "fingerprint")
+_OPTIONAL = ("log_px_psis", "drawn", "pilot", "missed", "rounding", "fingerprint", "covered")
 _NOTES = ("num_samples", "num_dims", "method", "notes")
 _CURVE = ("num_samples", "log_px", "se")
 

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from .data import Batch, Batches
 from .evidence import Evidence
-from .pairs import evidence_fields, first_run, inspect_pair, scored_data
+from .pairs import FIRST_ROWS, evidence_fields, inspect_pair, prepare, scored_data
 from .quadrature import integrate
 from .registry import unknown
 from .sites import is_factor, law_of
+from .state import in_own_scope
 from .traces import (
     FlatPair,
     Layout,
@@ -55,6 +56,7 @@ SHIFTS = (0.0041, -0.0035, 0.0057, -0.0063)  # of the first cells of each furthe
 HIGHER = 2.0  # nats by which a draw may exceed all that the cells saw
 
 
+@in_own_scope()
 def exact(
     model: Program,
     guide: Program,
@@ -115,10 +117,10 @@ def exact(
         raise ValueError(unknown("method", method, ["auto", *METHODS]))
     if not tolerance > 0:
         raise ValueError(f"tolerance is a positive number of nats, not {tolerance!r}.")
-    data = Batches(x, batch_size=1, program=model, ordered=True)
-    first = first_run(model, guide, *data.peek())
+    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
     data.to(first.dtype, first.device, first.floating)
-    data.batch_size = 16
+    data.batch_size = first.whole or 16
     dims, nesting = max(first.info.num_dims, 256), first.info.max_plate_nesting
     parts: list[_Answer] = []
     notes: list[dict[str, np.ndarray]] = []

@@ -20,7 +20,8 @@ from . import checkpoint
 from .checks import refuse_no_weights
 from .data import Batch, Batches, content_hash
 from .evidence import CONSTANT, FEWEST_SAMPLES, Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
-from .pairs import SCORED_DATA, FirstRun, evidence_fields, first_run, inspect_pair, scored_data
+from .pairs import FIRST_ROWS, SCORED_DATA, FirstRun, evidence_fields, inspect_pair, prepare, scored_data
+from .probes import covered_data
 from .proposals import (
     METHODS,
     Draw,
@@ -42,6 +43,7 @@ from .proposals import (
 )
 from .registry import positive_integer, unknown
 from .staging import Staged, largest_value
+from .state import in_own_scope
 from .traces import FlatPair, Program, evaluation_mode
 from .weights import log_weights
 
@@ -70,6 +72,7 @@ REACH = 4
 PROBE_EVERY, FEWEST_PROBES, MOST_PROBES = 64, 16, 256
 
 
+@in_own_scope()
 def log_marginal(
     model: Program,
     guide: Program,
@@ -106,9 +109,9 @@ def log_marginal(
 
     :math:`\hat p(x)` is unbiased, so its logarithm is an estimate that lies below log p(x) on average. It is only as good as
     the guide's tails: read ``khat`` before the number. Sums run in float64 whatever the networks' precision, and the memory
-    does not grow with ``num_samples`` beyond its square root. Modules whose bound methods the programs are score in evaluation
-    mode; where the programs are functions, call ``eval()`` on their modules first. Where values are missing, it is
-    log p(x_obs), and ``num_dims`` the mean number of observed values per datum.
+    does not grow with ``num_samples`` beyond its square root. Modules that the programs use score in evaluation mode, as far
+    as they are found in closures, partials and attributes. Where values are missing, it is log p(x_obs), and ``num_dims`` the
+    mean number of observed values per datum.
 
     With a ``target_se`` a pilot decides for each datum how many draws it needs: 250, 500, 1,000 and so on up to
     ``num_samples``. The estimate is from that many fresh draws, so :math:`\hat p(x)` is as unbiased as without a target; to
@@ -187,16 +190,18 @@ def log_marginal(
         raise ValueError("A mixture takes at least two samples, one of the prior and one of the guide.")
     if precision != "float32" and kind in ("mixture", "refined"):
         raise ValueError(f"Only draws from guide and prior are compiled: leave precision out for proposal={kind!r}.")
-    data = Batches(x, batch_size=1, program=model, ordered=True)
-    first = first_run(model, guide, *data.peek())
-    info, dtype, device = first.info, first.dtype, first.device
+    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
+    info, dtype, device, whole = first.info, first.dtype, first.device, first.whole
     nesting = info.max_plate_nesting
     if info.scale != 1.0:
         raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
     width = max(info.num_dims, 256)
     affordable = int(max_memory * 2**20 / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
+    if first.whole is not None and target_se is not None:
+        raise ValueError("The pair is tied to one set of data, of which none can stop before the others: leave target_se out.")
     data.to(dtype, device, first.floating)
-    data.batch_size = GROUP
+    data.batch_size = first.whole or GROUP
     if compile == "auto":
         usually = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
         compile = precision != "float32" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
@@ -212,7 +217,7 @@ def log_marginal(
         # Graphs go by shape, so the number of samples travels as the length of an empty tensor.
         return (plain(batch, len(length)),)
 
-    one = tuple(array[:1] for array in data.peek())
+    one = first.args if first.whole is not None else tuple(array[:1] for array in first.args)
     if chunk_size is not None:
         chunk = positive_integer(chunk_size, "chunk_size")
     else:
@@ -224,14 +229,17 @@ def log_marginal(
         chunk = max(1, min(usual, affordable // threads))
     num_prior = prior_count(num_samples, prior_share) if kind == "mixture" else 0
     looks = _looks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
-    rows = min(max(1, chunk // looks[0]), GROUP)
+    rows = first.whole or min(max(1, chunk // looks[0]), GROUP)
     together = rows
     if kind == "refined" and given is None:
         with evaluation_mode(model, guide):
             options = usual_options(FlatPair(model, guide, one, vectorize_particles=vectorize_particles).num_latents)
         # Steps of a fit cost for one datum as much as for many.
         together *= max(1, rows_at_once(info.num_dims, options) // rows)
-    data.batch_size = math.ceil(GROUP / together) * together
+    if first.whole is None:
+        data.batch_size = math.ceil(GROUP / together) * together
+    else:
+        together = first.whole
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")
     backend, eps = "inductor" if compile else "eager", torch.finfo(dtype).eps
@@ -267,7 +275,7 @@ def log_marginal(
         """What the proposal missed of each datum of a group, by draws of the prior."""
         missed = np.full(len(batch[0]), math.nan)
         try:
-            for chosen, most in _parts(torch.arange(len(batch[0])), probes, chunk, None):
+            for chosen, most in _parts(torch.arange(len(batch[0])), probes, chunk, None, whole):
                 rows, part = chosen.numpy(), tuple(array[chosen] for array in batch)
                 seen = prior_probe(model, guide, vectorize_particles, nesting)
                 if fitted is not None:
@@ -296,7 +304,7 @@ def log_marginal(
         ) -> Iterator[tuple[Tensor, dict[str, np.ndarray]]]:
             """Take some rows from so many draws to so many; their numbers, and what is known of them, as they are ready."""
             step = until - done
-            parts = list(_parts(active, step, chunk, first))
+            parts = list(_parts(active, step, chunk, first, whole))
             blocks = _ahead(calls(parts, done, step), threads + 2 if threads > 1 else 0)
             for joint in _joint(parts, step):
                 chosen = torch.cat([rows for rows, _ in joint])
@@ -358,6 +366,9 @@ def log_marginal(
                 torch.manual_seed(store.seed_of(start))
                 if (start // GROUP).bit_count() == 1:  # other data than it was captured on, in groups 1, 2, 4, ...
                     staged.recheck(f"from datum {start} on")
+                covered = None
+                if kind == "guide":
+                    covered = covered_data(model, guide, batch, **info.layout, vectorize=vectorize_particles)
                 with pyro.validation_enabled(False):
                     fitted = refinement_of(batch, start)
                     arrays = score(batch, fitted, bar)
@@ -365,6 +376,8 @@ def log_marginal(
                         # A stream of its own, whatever the draws took of theirs.
                         torch.manual_seed(store.seed_of(start) + 1)
                         arrays["missed"] = probe(batch, fitted, arrays)
+                if covered is not None:
+                    arrays["covered"] = covered.cpu().numpy()
                 store.add(start, arrays | described)
                 bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
             start += len(batch[0])
@@ -429,14 +442,15 @@ def _looks(num_samples: int, target_se: float | None, every: int) -> list[int]:
     return [*looks[:-1], num_samples]
 
 
-def _parts(active: Tensor, step: int, chunk: int, first: int | None) -> Iterator[tuple[Tensor, int]]:
+def _parts(active: Tensor, step: int, chunk: int, first: int | None, whole: int | None = None) -> Iterator[tuple[Tensor, int]]:
     """The rows that draw together, and how many draws each takes at once, to make ``step`` draws for all.
 
     Compiled graphs go by shape, so with a first look there are few: many rows of that many draws in the first rounds, one row
-    of a power of two times as many in later ones. Without, chunks are as even as can be, for the same end.
+    of a power of two times as many in later ones. Without, chunks are as even as can be, for the same end. Data that have to
+    run together, so many, are one part.
     """
     if first is None:
-        rows = min(max(1, chunk // step), GROUP)
+        rows = whole or min(max(1, chunk // step), GROUP)
         most = math.ceil(step / math.ceil(step / max(1, chunk // rows)))
         yield from ((chosen, most) for chosen in active.split(rows))
         return

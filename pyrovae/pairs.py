@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from .checks import check_sites, why_no_weights
-from .data import Batch, fingerprints
+from .data import Batch, Batches, fingerprints
 from .evidence import Measure
+from .probes import PROBED_ROWS, check_independence
+from .state import own_scope, parameters_held
 from .traces import (
     Program,
     Traces,
@@ -34,6 +38,9 @@ from .traces import (
 )
 from .weights import read_weights
 
+# Data in the first batch that a pair is shown, where it is to be scored.
+FIRST_ROWS = 256
+
 
 @dataclass(frozen=True)
 class PairInfo:
@@ -47,6 +54,9 @@ class PairInfo:
         common_scale: what one poutine.scale around all sites says, else 1.0.
         no_weights: why p(x, z) / q(z|x) is no importance weight, where it is none; see :func:`pyrovae.checks.why_no_weights`.
         num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
+        tied_to_data: whether the pair runs on all its data in their order only, as with a parameter for each datum, so that
+            neither a part of them nor another order is the same.
+        plate: the name of the data plate.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
         enumerated: latent sites of the model that the guide leaves to Pyro's enumeration.
@@ -72,6 +82,13 @@ class PairInfo:
     num_probabilities: float = 0
     given: tuple[str, ...] = ()
     rounding: Tensor | None = None
+    tied_to_data: bool = False
+    plate: str = "data"
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What :func:`pyrovae.probes.covered_data` asks of a pair."""
+        return {"plate": self.plate, "nesting": self.max_plate_nesting, "num_dims": self.num_dims}
 
     def count(self, batch: tuple) -> float:
         """How many data the loss of a batch of such a pair is a sum over."""
@@ -120,6 +137,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         num_observed=sum(num_observed_of(site, data) for site in observed),
         common_scale=weights.common_scale,
         no_weights=no_weights,
+        plate=data.name,
         discrete=tuple(site["name"] for site in latent_sites if _is_discrete(site)),
         num_densities=sum(number * (1 - discrete) for number, discrete in numbers),
         num_probabilities=sum(number * discrete for number, discrete in numbers),
@@ -209,37 +227,43 @@ def check_steady_scale(model: Program, guide: Program, args: tuple[Tensor, ...],
 def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
     """The unconstrained leaf parameters of a pair, as Pyro's SVI finds them, each once.
 
-    Parameters of an ``nn.Module`` whose bound method a program is come along, whether or not it calls ``pyro.module``.
-
-    Raises:
-        ValueError: a module's parameter is hidden by another one of the same name in Pyro's store, so that it would never
-            train.
+    Parameters of an ``nn.Module`` whose bound method a program is come along, whether or not it calls ``pyro.module``. Where
+    Pyro's store holds another module's parameter of the same name, it is the pair's own that counts, as it does when the pair
+    runs.
     """
-    with (
-        torch.no_grad(),
-        same_random_stream(args),
-        evaluation_mode(model, guide),
-        poutine.trace(param_only=True) as capture,
-    ):
-        trace_pair(model, guide, args, kwargs, 1, None)
-    found: dict[int, Tensor] = {}
-    for name, site in capture.trace.nodes.items():
-        if site["type"] != "param":
-            continue
-        given = site["args"][1] if len(site["args"]) > 1 else None
-        live = site["value"].unconstrained() if hasattr(site["value"], "unconstrained") else site["value"]
-        if isinstance(given, nn.Parameter) and given is not live:
-            raise ValueError(
-                f"Pyro's parameter store already holds {name!r} from another module, so this one would never train: "
-                f"call pyro.clear_param_store() before building it, or register it under another name."
-            )
-        found.setdefault(id(live), live)
+    return _leaves(model, guide, _parameter_sites(model, guide, args, kwargs))
+
+
+def _leaves(model: Program, guide: Program, sites: list[tuple[str, Tensor, Tensor]]) -> list[Tensor]:
+    """The leaves among the parameters of a pair, with those of the modules whose bound methods its programs are."""
+    found = {id(own): own for _, own, _ in sites}
     for program in (model, guide):
         owner = getattr(program, "__self__", program)
         if isinstance(owner, nn.Module):
             for parameter in owner.parameters():
                 found.setdefault(id(parameter), parameter)
     return [parameter for parameter in found.values() if parameter.requires_grad and parameter.is_leaf]
+
+
+def _parameter_sites(model: Program, guide: Program, args: tuple, kwargs: dict) -> list[tuple[str, Tensor, Tensor]]:
+    """The name of each parameter that a pair names, with the one that it uses and the one that Pyro's store has."""
+    held = parameters_held(model, guide)
+    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block(), _EveryParam() as seen:
+        trace_pair(model, guide, args, kwargs, 1, None)
+    return [(name, given if id(given) in held else live, live) for name, given, live in seen.sites]
+
+
+class _EveryParam(Messenger):
+    """Records each parameter statement: in a trace, a second module of the same name would hide the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: list[tuple[str, Any, Tensor]] = []
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        given = msg["args"][1] if len(msg["args"]) > 1 else None
+        value = msg["value"]
+        self.sites.append((msg["name"], given, value.unconstrained() if hasattr(value, "unconstrained") else value))
 
 
 @dataclass(frozen=True)
@@ -252,6 +276,8 @@ class FirstRun:
         dtype: the floating type that its data must have.
         device: where its parameters live.
         floating: places of the integer arguments that its networks take as floating-point numbers.
+        args: the batch, in this type and there.
+        whole: how many data have to run together, where the programs are tied to one set of data; else ``None``.
     """
 
     parameters: list[Tensor]
@@ -259,6 +285,118 @@ class FirstRun:
     dtype: torch.dtype
     device: torch.device
     floating: tuple[int, ...] = ()
+    args: Batch = ()
+    whole: int | None = None
+
+
+def prepare(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    vectorize_particles: bool = True,
+    particles: bool = True,
+    each: bool = True,
+) -> FirstRun:
+    """The first look at a pair, before it is trained or scored: on a real batch, which leaves the pair's parameters made.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        data: as :class:`Batches` takes them, or those, in the batches that will run.
+        vectorize_particles: whether particles will run side by side.
+        particles: whether there will be several.
+        each: whether each datum is to have a number of its own, as in scoring. Training may mix data, as batch norm does, and
+            looks itself at what other batches do.
+
+    Raises:
+        ValueError: as :func:`inspect_pair`; or data or particles depend on each other, or a loader parts what is tied together.
+        RuntimeError: the pair does not run; the message is torch's.
+    """
+    batches = data if isinstance(data, Batches) else Batches(data, FIRST_ROWS, program=model)
+    batch = batches.peek()
+    first, whole = _look(model, guide, batch, batches) if each else (first_run(model, guide, *batch), None)
+    info, rows = first.info, len(first.args[0])
+    if info.num_data != rows or info.scale != 1.0 or info.enumerated:
+        return first
+    in_place, particles = False, particles and vectorize_particles
+    if each or particles:
+        args, others = first.args, None
+        if whole is None:
+            places = torch.arange(2 * PROBED_ROWS, device=first.device) % rows
+            args, others = (tuple(arg[part] for arg in first.args) for part in places.split(PROBED_ROWS))
+        with evaluation_mode(model, guide):
+            in_place = check_independence(
+                model, guide, args, info.max_plate_nesting, particles=particles, each=each, others=others
+            )
+    if in_place:
+        whole = batch if batches.loader is not None else _all_of(batches)
+        first = first_run(model, guide, *whole)
+    if whole is None:
+        return first
+    if batches.loader is not None and batches.num_data != len(whole[0]):
+        raise ValueError(
+            "The pair is tied to one set of data, as with a parameter for each datum, and a data loader gives them in parts: "
+            "give them as arrays."
+        )
+    # One whose plate has a constant size runs on so many data only, but on any.
+    tied = in_place or any(length % len(whole[0]) == 0 for parameter in first.parameters for length in parameter.shape)
+    return replace(first, info=replace(first.info, tied_to_data=tied), whole=len(whole[0]))
+
+
+class _TiedError(Exception):
+    """The pair does not run on some of its data as it does on all."""
+
+
+def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tuple[FirstRun, Batch | None]:
+    """The first run on a batch; or on all data, which it returns too, where a pair runs on them but not on some of them."""
+    size = len(batch[0])
+    total = size if batches.loader is not None else len(batches.arrays[0])
+    first: FirstRun | None = None
+    try:
+        with own_scope(model, guide, keep=True, undo=(Exception,)):
+            first = first_run(model, guide, *batch)
+            if size == 1 or first.info.num_data != size or first.info.scale != 1.0:
+                return first, None
+            if _runs(model, guide, first.args, (size + 1) // 2):
+                return first, None
+            raise _TiedError
+    except (ValueError, RuntimeError, IndexError, _TiedError) as error:
+        # Not for every mistake: all data at once may be many.
+        lengths = [length for parameter in _all_parameters(model, guide) for length in parameter.shape]
+        if first is None and (total == size or not (str(total) in str(error) or any(n % total == 0 for n in lengths))):
+            raise
+        whole = _all_of(batches) if total > size else batch
+        try:
+            with own_scope(model, guide, keep=True, undo=(Exception,)):
+                again = first_run(model, guide, *whole)
+                if again.info.num_data != total:
+                    raise _TiedError
+            return again, whole
+        except (ValueError, RuntimeError, IndexError, _TiedError):
+            if first is None:
+                raise error from None
+    return first_run(model, guide, *batch), None
+
+
+def _runs(model: Program, guide: Program, args: Batch, rows: int) -> bool:
+    """Whether a pair runs on the first rows; it is as it was before."""
+    try:
+        with own_scope(model, guide):
+            return inspect_pair(model, guide, *(arg[:rows] for arg in args)).num_data == rows
+    except (ValueError, RuntimeError, IndexError):
+        return False
+
+
+def _all_of(batches: Batches) -> Batch:
+    """All data as one batch, from arrays."""
+    with torch.random.fork_rng():
+        return batches.arrays if batches.transform is None else (batches.transform(batches.arrays[0]), *batches.arrays[1:])
+
+
+def _all_parameters(model: Program, guide: Program) -> list[Tensor]:
+    """What the pair's modules and Pyro's store hold."""
+    return [*parameters_held(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
 
 
 def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
@@ -269,7 +407,7 @@ def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
     the first argument) in it too, then on the GPU.
 
     Raises:
-        ValueError: as :func:`inspect_pair` and :func:`find_parameters`.
+        ValueError: as :func:`inspect_pair`.
         RuntimeError: the pair fails in all of them; the message is torch's.
     """
     default = torch.get_default_dtype()
@@ -279,7 +417,8 @@ def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
     attempts = [(args, ()), *((_moved(args, default, device, cast), cast) for device in devices for cast in casts)]
     for attempt, cast in attempts:
         try:
-            parameters, floating = find_parameters(model, guide, *attempt), cast
+            with own_scope(model, guide, keep=True, undo=(Exception,)):
+                parameters, floating = _own_parameters(model, guide, attempt), cast
             break
         except RuntimeError:
             if attempt is attempts[-1][0]:
@@ -294,7 +433,16 @@ def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
             stacklevel=3,
         )
     moved = _moved(args, dtype, device, floating)
-    return FirstRun(parameters, inspect_pair(model, guide, *moved), dtype, device, floating)
+    return FirstRun(parameters, inspect_pair(model, guide, *moved), dtype, device, floating, moved)
+
+
+def _own_parameters(model: Program, guide: Program, args: Batch) -> list[Tensor]:
+    """As :func:`find_parameters`, and the store lets go of what goes by the name of a parameter that the pair holds itself."""
+    store, sites = pyro.get_param_store(), _parameter_sites(model, guide, args, {})
+    others = {name for name, own, live in sites if own is not live and name in store}
+    for name in others:
+        del store[name]
+    return _leaves(model, guide, _parameter_sites(model, guide, args, {}) if others else sites)
 
 
 def _moved(

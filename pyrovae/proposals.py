@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Batch, Batches
-from .pairs import first_run, inspect_pair
+from .pairs import FIRST_ROWS, inspect_pair, prepare
 from .registry import positive_integer, unknown
+from .state import in_own_scope
 from .traces import FlatPair, Program, evaluation_mode
 from .weights import log_weights, prior_weights
 
@@ -126,6 +127,7 @@ class Options(NamedTuple):
         return self
 
 
+@in_own_scope()
 def refine(
     model: Program,
     guide: Program,
@@ -198,10 +200,11 @@ def refine(
         'importance sampling from the guide refined per datum'
     """
     options = Options(steps, lr, covariance, objective, num_particles, num_samples, tail_df, num_components).check()
-    data = Batches(x, batch_size=1, program=model, ordered=True)
-    first = first_run(model, guide, *data.peek())
+    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
     data.to(first.dtype, first.device, first.floating)
-    data.batch_size = positive_integer(batch_size or rows_at_once(first.info.num_dims, options), "batch_size")
+    size = positive_integer(batch_size or rows_at_once(first.info.num_dims, options), "batch_size")
+    data.batch_size = first.whole or size
     parts: list[Refinement] = []
     devices = [first.device] if first.device.type == "cuda" else []
     with evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):

@@ -19,7 +19,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform
 
@@ -33,6 +33,7 @@ from .sites import (
     mask_of,
     reaches_beyond,
 )
+from .state import modules_of
 
 Program = Callable[..., Any]
 Gradients = Literal["total", "split", "score", "leaf"]
@@ -910,9 +911,8 @@ def _unconstrained_shape(site: dict) -> torch.Size:
 
 @contextmanager
 def evaluation_mode(model: Program, guide: Program) -> Iterator[None]:
-    """Dropout off and running statistics still, for modules whose bound methods the programs are; restored after."""
-    owners = [getattr(program, "__self__", program) for program in (model, guide)]
-    training = [module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules() if module.training]
+    """Dropout off and running statistics still, for the modules that the programs use; restored after."""
+    training = [module for module in modules_of(model, guide) if module.training]
     try:
         for module in training:
             module.training = False

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Batches, binarize, dequantize
-from .estimators import check_estimator, make_estimator
-from .pairs import PairInfo, check_steady_scale, first_run, inspect_pair
+from .estimators import check_estimator, make_estimator, runs_together
+from .pairs import PairInfo, check_steady_scale, inspect_pair, prepare
 from .preflight import (
     SupportCheck,
     cause_in_data,
@@ -31,6 +31,7 @@ from .preflight import (
 from .reachable import changed, modules_of, python_state
 from .registry import positive_integer, unknown
 from .staging import stage
+from .state import buffers_kept, in_own_scope
 from .traces import Program, evaluation_mode, same_random_stream
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class History:
         return learning_curve(self.records, ax)
 
 
+@in_own_scope(keep=True)
 def fit(
     model: Program,
     guide: Program,
@@ -187,7 +189,7 @@ def fit(
     for batches in (train, held_out):
         if batches is not None:
             batches.check_passes(epochs)
-    start = first_run(model, guide, *train.peek())
+    start = prepare(model, guide, train, particles=runs_together(elbo), each=False)
     if not start.parameters:
         raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
     train.to(start.dtype, start.device, start.floating)
@@ -222,18 +224,19 @@ def fit(
         compile = precision != "float32" or (steps is not None and steps >= STEPS_TO_COMPILE)
     # Data in memory are gathered and drawn within a compiled step, unless by a program that need not be tensor operations.
     inside = compile and shuffle and train.loader is None and transform in (None, binarize, dequantize)
-    take_step = stage(
-        elbo,
-        model,
-        guide,
-        optimize,
-        example,
-        clip_norm=clip_norm,
-        count=start.info.count,
-        load=train.load if inside else None,
-        backend="inductor" if compile else "eager",
-        precision=precision,
-    )
+    with buffers_kept(model, guide):
+        take_step = stage(
+            elbo,
+            model,
+            guide,
+            optimize,
+            example,
+            clip_norm=clip_norm,
+            count=start.info.count,
+            load=train.load if inside else None,
+            backend="inductor" if compile else "eager",
+            precision=precision,
+        )
     history = History(type(elbo).__name__, elbo.num_particles)
     best, best_epoch, best_state = -math.inf, 0, None
     modules, infinite = modules_of(model, guide).values(), list[int]()

@@ -19,7 +19,7 @@ ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__
 LEAVES = {"registry", "checkpoint", "data", "evidence", "staging", "reachable"}
 _BODIES = {"nn", "distributions"}
 _PARTS = {"priors", "likelihoods", "encoders"}
-_TRACES = {"sites", "traces", "checks", "weights", "pairs"}
+_TRACES = {"sites", "state", "traces", "checks", "weights", "probes", "pairs"}
 _SCORING = _TRACES | {"estimators", "proposals", "marginal", "integration", "annealing", "diagnostics", "training"}
 ALLOWED: dict[str, set[str]] = {
     "nn": set(),
@@ -28,12 +28,15 @@ ALLOWED: dict[str, set[str]] = {
     "vae": _BODIES | _PARTS,
     # What all models of ours do the same way is in vae.
     **dict.fromkeys(("hierarchical", "conditional"), _BODIES | _PARTS | {"vae"}),
-    # The page has one room for these: sites unwraps, traces reads, checks compares, weights reduces, pairs inspects.
+    # One room in the page: sites unwraps, traces reads, checks compares, weights reduces, pairs inspects; state is what
+    # a pair leaves behind, and probes what is checked before it is believed.
     "sites": set(),
-    "traces": {"sites"},
+    "state": set(),
+    "traces": {"sites", "state"},
     "checks": {"sites", "traces"},
     "weights": {"sites", "traces", "checks"},
-    "pairs": {"sites", "traces", "checks", "weights"},
+    "probes": {"sites", "traces"},
+    "pairs": {"sites", "state", "traces", "checks", "weights", "probes"},
     "estimators": _TRACES,
     # Beyond the page: what importance sampling draws from, and what needs no sampling, have rooms of their own.
     "proposals": _TRACES,

@@ -136,7 +136,7 @@ def test_a_guide_narrower_by_w_has_the_pareto_k_of_its_law():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("chunk", [1500, 700, 7])
+@pytest.mark.parametrize("chunk", [1500, 700, 8])
 def test_the_curve_is_the_estimate_from_the_first_samples(chunk: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(marginal, "_num_probes", lambda *_: 0)
     log_w = np.random.default_rng(0).normal(size=(1500, 3))
@@ -147,7 +147,7 @@ def test_the_curve_is_the_estimate_from_the_first_samples(chunk: int, monkeypatc
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
             pyro.sample("x", dist.Normal(0.0, 1.0).mask(False), obs=x)
-            if z.dim() == 2:
+            if z.dim() == 2 and len(z) > 2:  # not where the pair is looked at
                 pyro.factor("w", next(weights))
 
     def guide(x: torch.Tensor) -> None:

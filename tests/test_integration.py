@@ -148,7 +148,7 @@ def test_what_only_looks_linear_is_refused_as_such():
         (lambda z: z * z[..., :1], "takes a product .mul. of a latent"),
         (lambda z: z.detach() + 0.0, "takes detach of a latent"),
         (lambda z: z / z.sum(-1, keepdim=True), "takes a quotient of a latent"),
-        (lambda z: z * z.amax().item(), "of a latent"),
+        (lambda z: z * z.amax().item(), "depend on the other data of its batch"),
     ]:
         with pytest.raises(ValueError, match=why):
             pv.exact(*pair_of(decode), x, method="linear_gaussian")

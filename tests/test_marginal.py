@@ -25,6 +25,8 @@ import pyrovae as pv
 from pyrovae import marginal, staging
 from pyrovae.evidence import pareto_smooth, tail_size
 from pyrovae.marginal import _looks, _parts, log_marginal
+from pyrovae.pairs import inspect_pair, prepare
+from pyrovae.probes import covered_data
 from pyrovae.weights import log_weights
 
 
@@ -70,12 +72,16 @@ def test_draws_exactly_that_many_samples_per_datum(num_samples: int, chunk_size:
         drawn.append(z.shape[0] if z.dim() == 3 else 1)
 
     x = pair.sample(2)
+    prepare(pair.model, guide, x)
+    inspect_pair(pair.model, guide, x)
+    covered_data(pair.model, guide, (x,), plate="data", nesting=1, num_dims=3)
+    looked = sum(drawn)
+    drawn.clear()
     log_marginal(pair.model, guide, x, num_samples=num_samples, chunk_size=chunk_size)
-    # Besides: one run to find parameters and one to inspect on the first datum, one inspection of the group, and the prior's.
     parts = math.ceil(2 / max(1, chunk_size // num_samples))
     probes = marginal._num_probes(num_samples, None)
     assert probes == {1: 0, 7: 0, 1000: 16, 5000: 78}[num_samples]
-    assert sum(drawn) == 3 + parts * num_samples + math.ceil(2 / max(1, chunk_size // max(probes, 1))) * probes
+    assert sum(drawn) == looked + parts * num_samples + math.ceil(2 / max(1, chunk_size // max(probes, 1))) * probes
 
 
 @pytest.mark.usefixtures("float64")
@@ -95,7 +101,7 @@ def test_streaming_equals_the_formulas_on_the_same_weights(monkeypatch: pytest.M
             with pyro.plate("data", x.shape[0]):
                 z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
                 pyro.sample("x", dist.Normal(0.0, 1.0).mask(False), obs=x[:, 0])
-                if z.dim() == 2:
+                if z.dim() == 2 and len(z) > 2:  # not where the pair is looked at
                     pyro.factor("w", next(values))
 
         def guide(self, x: torch.Tensor) -> None:
@@ -233,10 +239,14 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path):
 
     def guide(x: torch.Tensor) -> None:
         runs.append(len(x))
-        if len(runs) == 8:
+        if len(runs) == looked + 8:
             raise StoppedError
         vae.guide(x)
 
+    looked = math.inf
+    prepare(vae.model, guide, x)
+    looked = len(runs)
+    runs.clear()
     with pytest.raises(StoppedError):
         log_marginal(vae.model, guide, x, num_samples=30, seed=3, resume=file)
     assert file.exists()
@@ -245,7 +255,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path):
     _equal(whole, resumed)
     done = len(runs)
     _equal(whole, log_marginal(vae.model, guide, x, num_samples=30, resume=file))
-    assert len(runs) - done == 3  # nothing is scored again: one run finds the parameters, one inspects, one tells the pair
+    assert len(runs) - done == looked + 1  # nothing is scored again; one run tells the pair
     with pytest.raises(ValueError, match="keeps another evaluation"):
         log_marginal(vae.model, vae.guide, x, num_samples=31, resume=file)
     with pytest.raises(ValueError, match="keeps an evaluation of other data"):
@@ -291,7 +301,7 @@ def test_chunks_grow_as_wide_values_go(loaded: bool, monkeypatch: pytest.MonkeyP
     plain = marginal._parts
     chunks = []
     monkeypatch.setattr(
-        marginal, "_parts", lambda active, step, chunk, first: chunks.append(chunk) or plain(active, step, chunk, first)
+        marginal, "_parts", lambda active, step, chunk, *rest: chunks.append(chunk) or plain(active, step, chunk, *rest)
     )
     vae = pv.make_vae(6, latent_dim=2, hidden=[40])
     x = torch.bernoulli(torch.full((20, 6), 0.4))
@@ -428,7 +438,7 @@ def test_a_pilot_decides_and_the_estimate_is_from_fresh_draws(monkeypatch: pytes
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
             pyro.sample("x", dist.Normal(0.0, 1.0).mask(False), obs=x)
-            if z.dim() == 2:
+            if z.dim() == 2 and len(z) > 2:  # not where the pair is looked at
                 columns = []
                 for datum in x.long().tolist():
                     columns.append(torch.as_tensor(log_w[datum, taken[datum] : taken[datum] + len(z)]))

@@ -1,0 +1,520 @@
+"""Probes: whether a pair may be scored as it is. Data and particles must not depend on each other, and q must cover p.
+
+What no draw of the guide shows is asked of a few rows with latents of their own choosing: the same latents twice, other rows
+and particles beside them, one datum alone, draws of the prior. The pair is as it was afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .traces import (
+    Layout,
+    Place,
+    Program,
+    data_plate,
+    explained,
+    in_particles,
+    law_of,
+    log_prob_of,
+    per_datum,
+    plates_of,
+    same_random_stream,
+    sites_of,
+    support_of,
+    trace_pair,
+)
+
+# Data that a pair is probed on, unless its programs only run on all of them.
+PROBED_ROWS = 4
+# Draws of the prior that the guide is scored at, where that is one pass, and where a flow inverts number by number.
+COVERAGE_DRAWS, COSTLY_DRAWS = 64, 2
+# Unconstrained numbers that reach to the ends of a prior's support, which no draw has to come near.
+FAR = (-10.0, -6.0, -3.0, -1.5, -0.7, -0.3, -0.1, -0.01, 0.01, 0.1, 0.3, 0.7, 1.5, 3.0, 6.0, 10.0)
+# Values of a discrete latent that are tried one by one.
+MOST_VALUES = 64
+# Numbers of observations that are scored at once, where a draw has to be told from one that the model rules out too.
+CHUNK_NUMBERS = 2**22
+
+# A term of each site of both programs, (K, B), with the numbers that it is a sum over.
+Terms = dict[tuple[str, str], tuple[Tensor, int]]
+Latents = dict[str, Tensor]
+
+
+class ProbeError(ValueError):
+    """What a pair may not do where each datum is scored by itself; the message names the cause and the cure."""
+
+
+class _Rows:
+    """A pair on a few rows, each with two draws of the latents."""
+
+    def __init__(self, model: Program, guide: Program, args: tuple[Tensor, ...], nesting: int):
+        self.model, self.guide, self.args, self.nesting = model, guide, args, nesting
+        self.num_data = len(args[0])
+        self.sites, self.data = _latent_sites(model, guide, args)
+        second, _ = _latent_sites(model, guide, args)
+        self.draws: list[Latents] = [{name: site["value"] for name, site in sites.items()} for sites in (self.sites, second)]
+
+    def terms(self, args: tuple[Tensor, ...], latents: Latents, num: int = 1) -> Terms:
+        """The log-probability of each site at given latents."""
+        found: Terms = {}
+        with explained(num):
+            for program in (self.guide, self.model):
+                placed = Place(latents)(in_particles(program, num, self.nesting))
+                sites = list(sites_of(prune_subsample_sites(poutine.trace(placed).get_trace(*args))))
+                data = _frame(sites, self.data.name)
+                for site in sites:
+                    try:
+                        log_prob = log_prob_of(site)
+                    except (NotImplementedError, KeyError):  # a flow that is not inverted
+                        continue
+                    key = ("guide" if program is self.guide else "model", site["name"])
+                    found[key] = (
+                        per_datum(site, log_prob, data, num, self.nesting),
+                        max(1, site["value"].numel() // (num * self.num_data)) if isinstance(site["value"], Tensor) else 1,
+                    )
+        return found
+
+    def alone(self, row: int) -> Terms:
+        """The terms of one row by itself, at the latents that it had beside the others."""
+        latents = {name: value.narrow(self._axis(name), row, 1) for name, value in self.draws[0].items()}
+        return self.terms(tuple(arg[row : row + 1] for arg in self.args), latents)
+
+    def mixed(self, changed: Tensor) -> Latents:
+        """The first draw, with the second one's latents in the rows that are to change."""
+        first, second = self.draws
+        return {name: torch.where(self._along(name, changed), second[name], first[name]) for name in first}
+
+    def together(self, *draws: Latents) -> Latents:
+        """Draws as the particles of one run."""
+        return {name: torch.stack([self._full(name, draw[name]) for draw in draws]) for name in draws[0]}
+
+    def _full(self, name: str, value: Tensor) -> Tensor:
+        """A value with all the pair's plates, so that particles can stand to the left."""
+        missing = self.nesting + self.sites[name]["fn"].event_dim - value.dim()
+        return value.reshape((1,) * missing + value.shape)
+
+    def _axis(self, name: str) -> int:
+        return self.sites[name]["value"].dim() - self.sites[name]["fn"].event_dim + self.data.dim
+
+    def _along(self, name: str, changed: Tensor) -> Tensor:
+        axis, value = self._axis(name), self.sites[name]["value"]
+        return changed.reshape([-1 if dim == axis else 1 for dim in range(value.dim())])
+
+
+def check_independence(
+    model: Program,
+    guide: Program,
+    args: tuple[Tensor, ...],
+    nesting: int,
+    *,
+    particles: bool,
+    each: bool = True,
+    others: tuple[Tensor, ...] | None = None,
+) -> bool:
+    """Check that a datum's terms depend on nothing but its own latents and data, by a few rows.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        args: the rows.
+        nesting: plate dimensions that the pair uses.
+        particles: whether several are to run at once.
+        each: whether each datum is to have a number of its own; else only particles are looked at.
+        others: as many other rows, to stand beside them; ``None`` for a pair that runs on these alone.
+
+    Returns:
+        Whether a datum's terms depend on its place among the rows.
+
+    Raises:
+        ProbeError: a layer draws numbers of its own, or mixes data or particles.
+    """
+    neighbours = tuple(arg.roll(1, 0) for arg in args) if others is None else others
+    with _probing(args):
+        rows = _Rows(model, guide, args, nesting)
+        once, again = (rows.terms(args, rows.draws[0]) for _ in range(2))
+        site = _differs(once, again, _tight)
+        if site is not None and each:
+            raise ProbeError(
+                f"The programs give other numbers for the same latents at site {site!r}, so a dropout layer is in training "
+                f"mode, or they draw random numbers outside pyro.sample: call eval() on their modules before scoring."
+            )
+        mixed = _moved_by_others(rows, lambda changed: (_replaced(args, neighbours, changed), rows.mixed(changed)), once)
+        if mixed is not None and each:
+            raise ProbeError(
+                f"The numbers of a datum depend on the other data of its batch at site {mixed!r}, so log p(x) is not "
+                f"defined for one datum: a layer mixes data, such as batch norm in training mode (call eval() on it), "
+                f"roll, or attention over the batch."
+            )
+        if site is not None or mixed is not None:
+            return False
+        in_place = each and others is not None and _depends_on_place(rows, once)
+        if particles:
+            _check_particles(rows, once, neighbours)
+    return in_place
+
+
+def _depends_on_place(rows: _Rows, once: Terms) -> bool:
+    """Whether a row by itself is another than in its place; refuses a pair to which the number of rows matters."""
+    for row in (0, rows.num_data - 1) if rows.num_data > 1 else ():
+        try:
+            alone = rows.alone(row)
+        except (ValueError, RuntimeError, IndexError):
+            return row > 0
+        site = _differs({key: (term[:, row : row + 1], size) for key, (term, size) in once.items()}, alone, _loose(rows, row))
+        if site is not None and row == 0:
+            raise ProbeError(
+                f"A datum has other numbers alone than beside others at site {site!r}, so log p(x) depends on the size of the "
+                f"batch: let each datum's distributions depend on its own row only."
+            )
+        if site is not None:
+            return True
+    return False
+
+
+def _check_particles(rows: _Rows, once: Terms, others: tuple[Tensor, ...]) -> None:
+    """Refuse a pair whose particles do not run side by side as each by itself."""
+    first, second = rows.draws
+    together = rows.terms(rows.args, rows.together(first, second), 2)
+    by_itself = {key: torch.cat([once[key][0], term]) for key, (term, _) in rows.terms(rows.args, second).items()}
+    site = _differs(together, {key: (term, together[key][1]) for key, term in by_itself.items()}, _loose(rows))
+    if site is None:
+        for particle, draw in enumerate(rows.draws):
+            twice = rows.terms(rows.args, rows.together(draw, draw), 2)
+            same = {key: (term[particle : particle + 1], size) for key, (term, size) in twice.items()}
+            wanted = {key: (term[particle : particle + 1], size) for key, (term, size) in together.items()}
+            site = site or _differs(wanted, same, _tight)
+    if site is None:
+
+        def change(changed: Tensor) -> tuple[tuple[Tensor, ...], Latents]:
+            mixed = rows.mixed(changed)
+            return _replaced(rows.args, others, changed), rows.together(mixed, rows.mixed(~changed))
+
+        wanted = {key: (term[:1], size) for key, (term, size) in together.items()}
+        site = _moved_by_others(rows, change, wanted, 2)
+    if site is not None:
+        raise ProbeError(
+            f"Several particles at once give other numbers than one by one at site {site!r}, so a layer mixes particles or "
+            f"data, as softmax(dim=1) does where particles stand on the left: count its dimensions from the right, such as "
+            f"dim=-1, or pass vectorize_particles=False."
+        )
+
+
+def _moved_by_others(
+    rows: _Rows, change: Callable[[Tensor], tuple[tuple[Tensor, ...], Latents]], wanted: Terms, num: int = 1
+) -> str | None:
+    """The first site whose terms move where only other rows change."""
+    odd = torch.arange(rows.num_data, device=rows.args[0].device) % 2 == 1
+    for changed in (odd, ~odd) if rows.num_data > 1 else ():
+        try:
+            moved = rows.terms(*change(changed), num)
+        except (ValueError, RuntimeError, IndexError):  # a program of sequences sorted by length, say, runs in no other order
+            continue
+        kept = {key: (term[:1, ~changed], size) for key, (term, size) in moved.items()}
+        site = _differs({key: (term[:, ~changed], size) for key, (term, size) in wanted.items()}, kept, _tight)
+        if site is not None:
+            return site
+    return None
+
+
+def _replaced(args: tuple[Tensor, ...], others: tuple[Tensor, ...], changed: Tensor) -> tuple[Tensor, ...]:
+    pairs = zip(args, others, strict=True)
+    return tuple(torch.where(changed.reshape(-1, *[1] * (arg.dim() - 1)), other, arg) for arg, other in pairs)
+
+
+def _differs(wanted: Terms, found: Terms, tolerance: Callable[[tuple[str, str], Tensor, int], Tensor]) -> str | None:
+    """The first site whose terms are not the same."""
+    for key, (term, size) in wanted.items():
+        if key not in found:
+            continue
+        other = found[key][0]
+        same = (term == other) | (term.isnan() & other.isnan()) | ((term - other).abs() <= _tight(key, term, size))
+        if not bool(same.all()) and not bool((same | ((term - other).abs() <= tolerance(key, term, size))).all()):
+            return key[1]
+    return None
+
+
+def _tight(_: tuple[str, str], term: Tensor, size: int) -> Tensor:
+    # The shapes are the same, so that even rounding is, but where shapes within a program depend on its data.
+    return 256 * torch.finfo(term.dtype).eps * (term.abs() + size)
+
+
+def _loose(rows: _Rows, row: int | None = None) -> Callable[[tuple[str, str], Tensor, int], Tensor]:
+    """A tolerance for terms by products of other shapes: what rounding of latents and data does to them, many times over."""
+    nudged: dict[tuple[str, str], Tensor] = {}
+
+    def tolerance(key: tuple[str, str], term: Tensor, size: int) -> Tensor:
+        if not nudged:
+            for draw in rows.draws:
+                latents, plain = {name: _nudged(value) for name, value in draw.items()}, rows.terms(rows.args, draw)
+                for each, (value, _) in rows.terms(tuple(map(_nudged, rows.args)), latents).items():
+                    moved = (value - plain[each][0]).abs()
+                    moved = torch.where(moved.isfinite(), moved, torch.inf)
+                    nudged[each] = torch.maximum(nudged.get(each, moved), moved)
+        moved = nudged[key] if row is None else nudged[key][:, row : row + 1]
+        return torch.finfo(term.dtype).eps ** 0.5 * (term.abs() + size) + 1000 * moved
+
+    return tolerance
+
+
+def _nudged(value: Tensor) -> Tensor:
+    # Towards zero, which keeps counts, positive numbers and probabilities such.
+    return value * (1 - 8 * torch.finfo(value.dtype).eps) if value.is_floating_point() else value
+
+
+def _latent_sites(model: Program, guide: Program, args: tuple[Tensor, ...]) -> tuple[dict[str, dict], Any]:
+    """The guide's latent sites, from one run, and the data plate."""
+    traces = trace_pair(model, guide, args, {}, 1, None)
+    latents = {site["name"]: site for site in sites_of(traces.guide) if not site["is_observed"]}
+    return latents, data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
+
+
+def _frame(sites: list[dict], name: str) -> Any:
+    """The plate of this name as it is at the sites."""
+    return next(frame for site in sites for frame in plates_of(site) if frame.name == name)
+
+
+@contextmanager
+def _probing(args: tuple[Tensor, ...]) -> Iterator[None]:
+    with torch.no_grad(), same_random_stream(args), pyro.validation_enabled(False), poutine.block():
+        yield
+
+
+def covered_data(
+    model: Program,
+    guide: Program,
+    args: tuple[Tensor, ...],
+    *,
+    plate: str,
+    nesting: int,
+    num_dims: int,
+    vectorize: bool = True,
+) -> Tensor | None:
+    """For which data of a batch the guide can draw all that p(x, z) allows, as far as some points show, shape (B,).
+
+    The points are some that reach to the ends of the prior's support, and draws of the prior. A datum is not covered where the
+    guide's density at one is zero or NaN, or its support leaves it out, and p(x, z) is positive.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        args: the batch.
+        plate: the name of the data plate.
+        nesting: plate dimensions that the pair uses.
+        num_dims: numbers per datum.
+        vectorize: whether several points may be scored at once.
+
+    Returns:
+        ``None`` where the guide's density is only known at its own draws.
+    """
+    with _probing(args):
+        trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args))
+        sites = [site for site in sites_of(trace) if not site["is_observed"]]
+        if not sites or any(site["infer"].get("is_auxiliary") for site in sites):
+            return None
+        look = _Coverage(model, guide, args, nesting, tuple(site["name"] for site in sites), plate)
+        draws = COSTLY_DRAWS if any(_is_costly(law_of(site)) for site in sites) else COVERAGE_DRAWS
+        covered = torch.ones(len(args[0]), dtype=torch.bool, device=args[0].device)
+        for number, far in ((len(FAR), True), (draws if vectorize else min(draws, len(FAR)), False)):
+            together = number if vectorize else 1
+            for start in range(0, number, together):
+                try:
+                    points = look.points(together, start if far else None)
+                    missed = look.missed(points, together, density=not far)
+                    if missed is None:
+                        return None
+                    if bool(missed.any()):
+                        covered &= ~(missed & look.allowed(points, together, num_dims)).any(0)
+                except (ValueError, RuntimeError, IndexError):
+                    # A program need not run where the guide never is, as where a matrix made of latents has no Cholesky factor.
+                    continue
+    return covered
+
+
+def joined_flags(parts: list[Tensor | None]) -> np.ndarray | None:
+    """The flags of all data from those of consecutive batches; ``None`` where they are not known of all."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known).cpu().numpy() if known and len(known) == len(parts) else None
+
+
+class _Coverage:
+    """A batch's latents at chosen points, and whether the guide can draw them."""
+
+    def __init__(
+        self, model: Program, guide: Program, args: tuple[Tensor, ...], nesting: int, names: tuple[str, ...], plate: str
+    ):
+        self.model, self.guide, self.args, self.nesting, self.names, self.plate = model, guide, args, nesting, names, plate
+
+    def points(self, num: int, far: int | None) -> dict[str, dict]:
+        """The model's latent sites at draws of the prior, or far out from the given point on, without the likelihood's cost."""
+        collect = _Collect(self.names, None if far is None else (far, num))
+        with contextlib.suppress(_EnoughError):
+            collect(in_particles(self.model, num, self.nesting))(*self.args)
+        if far is None and num > 1:
+            # A little towards another draw: a number that rounds to the edge of its support, as 0 of 0 to 1, is none of p's.
+            for site in collect.sites.values():
+                if site["value"].is_floating_point():
+                    site["value"] = site["value"].lerp(site["value"].roll(1, 0), 1e-3)
+        return collect.sites
+
+    def missed(self, points: dict[str, dict], num: int, *, density: bool) -> Tensor | None:
+        """Where the guide cannot draw them, (K, B); ``None`` where that is not known."""
+        sites = self._run(self.guide, {name: site["value"] for name, site in points.items()}, num)
+        data = _frame(sites, self.plate)
+        layout = Layout(num, data.size, self.nesting, data.dim)
+        missed = torch.zeros(num, data.size, dtype=torch.bool, device=self.args[0].device)
+        for site in sites:
+            if site["name"] not in self.names:
+                continue
+            beyond = _beyond(site["fn"], site["value"])
+            if beyond is not None:
+                ours = _unmasked(site, beyond) & ~_outside(points[site["name"]]["fn"], site["value"])
+                missed |= _any_of_datum(layout, site, beyond & ours)
+            if density or _is_listed(site["fn"]):
+                try:
+                    log_prob = log_prob_of(site)
+                except (NotImplementedError, KeyError):  # a flow that is not inverted
+                    return None
+                missed |= _any_of_datum(layout, site, (log_prob == -torch.inf) | log_prob.isnan() | _is_never_drawn(site))
+        return missed
+
+    def allowed(self, points: dict[str, dict], num: int, num_dims: int) -> Tensor:
+        """Whether p(x, z) is positive there, (K, B)."""
+        size = max(1, CHUNK_NUMBERS // (max(num_dims, 256) * len(self.args[0])))
+        parts = []
+        for start in range(0, num, size):
+            some = min(size, num - start)
+            values = {name: site["value"] for name, site in points.items()}
+            if some < num:
+                values = {name: value[start : start + some] for name, value in values.items()}
+                values = {name: value[0] if some == 1 else value for name, value in values.items()}
+            sites = self._run(self.model, values, some)
+            data = _frame(sites, self.plate)
+            layout = Layout(some, data.size, self.nesting, data.dim)
+            allowed = torch.ones(some, data.size, dtype=torch.bool, device=self.args[0].device)
+            for site in sites:
+                log_prob = log_prob_of(site)
+                never = (log_prob == -torch.inf) | log_prob.isnan()
+                if type(site["fn"]).__name__ != "Unit":
+                    never = never | (_outside(site["fn"], site["value"]) & _unmasked(site, log_prob))
+                allowed &= ~_any_of_datum(layout, site, never)
+            parts.append(allowed)
+        return torch.cat(parts)
+
+    def _run(self, program: Program, values: Latents, num: int) -> list[dict]:
+        placed = Place(values)(in_particles(program, num, self.nesting))
+        return list(sites_of(prune_subsample_sites(poutine.trace(placed).get_trace(*self.args))))
+
+
+class _EnoughError(Exception):
+    """All latents are known."""
+
+
+class _Collect(Messenger):
+    """Takes a run's latents, from the prior or far out in its support, and ends the run with the last one."""
+
+    def __init__(self, names: tuple[str, ...], far: tuple[int, int] | None):
+        super().__init__()
+        self.names, self.far = names, far
+        self.sites: dict[str, dict] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.far is None or msg["name"] not in self.names:
+            return
+        value = _far_value(msg["fn"], *self.far)
+        if value is not None:
+            msg["value"], msg["done"] = value, True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            self.sites[msg["name"]] = msg.copy()
+            if len(self.sites) == len(self.names):
+                raise _EnoughError
+
+
+def _far_value(law: Any, start: int, num: int) -> Tensor | None:
+    """A value of a distribution at the far points, or at its values one after the other where they can be listed."""
+    batch = law.batch_shape
+    index = torch.arange(start, start + num)
+    index = index.reshape(num, *[1] * (len(batch) - 1)) if num > 1 else index[0]
+    try:
+        if _is_listed(law):
+            values = law.enumerate_support(expand=False)
+            values = values.reshape(len(values), *law.event_shape)
+            return values[(index % len(values)).to(values.device)].expand(*batch, *law.event_shape)
+        support = support_of(law)
+        if support.is_discrete:
+            return None
+        transform = biject_to(support)
+        shape = transform.inverse_shape(batch + law.event_shape)
+        like = law.sample()
+        points = torch.tensor(FAR, dtype=like.dtype)[index % len(FAR)].to(like.device)
+        return transform(points.reshape(*points.shape, *[1] * (len(shape) - points.dim())).expand(shape))
+    except NotImplementedError:  # torch's word for a distribution that declares no support, or a support without a bijection
+        return None
+
+
+def _is_listed(law: Any) -> bool:
+    try:
+        return bool(law.has_enumerate_support) and len(law.enumerate_support(expand=False)) <= MOST_VALUES
+    except NotImplementedError:  # as of a Binomial whose total_count differs between data
+        return False
+
+
+def _is_costly(law: Any) -> bool:
+    """Whether the density at foreign draws may take a flow's inverse, number by number."""
+    transforms = getattr(law, "transforms", ())
+    return hasattr(law, "dist") or any(not type(t).__module__.startswith("torch.distributions") for t in transforms)
+
+
+def _beyond(law: Any, value: Tensor) -> Tensor | None:
+    """Where a value lies outside a support, in the shape of its log-probability; ``None`` if it declares none."""
+    try:
+        return ~support_of(law).check(value)
+    except NotImplementedError:  # torch's word for a distribution that declares no support
+        return None
+
+
+def _is_never_drawn(site: dict) -> Tensor:
+    """Where a discrete value has a probability of zero, which torch raises to its rounding error in the logarithm."""
+    law, value = law_of(site), site["value"]
+    given = vars(getattr(law, "_categorical", law)).get("probs")
+    if given is None or not _is_listed(law):
+        return torch.zeros((), dtype=torch.bool, device=value.device)
+    if law.event_shape:
+        never = (given * value).sum(-1) == 0
+    elif given.dim() > len(law.batch_shape):
+        never = given.expand(*value.shape, given.shape[-1]).gather(-1, value.long()[..., None])[..., 0] == 0
+    else:
+        never = torch.where(value == 1, given, 1 - given) == 0
+    inner = site["fn"].event_dim - law.event_dim
+    never = never.flatten(-inner).any(-1) if inner else never
+    return never & _unmasked(site, never)
+
+
+def _outside(law: Any, value: Tensor) -> Tensor:
+    beyond = _beyond(law, value)
+    return torch.zeros((), dtype=torch.bool, device=value.device) if beyond is None else beyond
+
+
+def _unmasked(site: dict, like: Tensor) -> Tensor:
+    mask = True if site["mask"] is None else site["mask"]
+    return torch.as_tensor(mask, device=like.device)
+
+
+def _any_of_datum(layout: Layout, site: dict, flags: Tensor) -> Tensor:
+    """Flags in the shape of a site's log-probability as (K, B): whether any that belongs to a datum is set."""
+    shape = torch.broadcast_shapes(flags.shape, site["fn"].batch_shape)
+    return layout.gather(flags.expand(shape).double(), 0) > 0
