@@ -28,6 +28,7 @@ from .traces import (
     evaluation_mode,
     law_of,
     log_prob_of,
+    num_known_of,
     num_observed_of,
     per_datum,
     plate_nesting,
@@ -125,7 +126,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
     # A label that is no dimension of the data is a part of their probability all the same.
     counted = [site | {"infer": {}} for site in observed]
-    numbers = [(num_observed_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
+    numbers = [(num_known_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
     return PairInfo(
         max_plate_nesting=plate_nesting(model_trace, guide_trace),
         num_data=weights.num_data,

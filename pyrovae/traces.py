@@ -410,22 +410,30 @@ def check_batch(site: dict, shape: torch.Size, plates: list[int]) -> None:
 
 def num_dims_of(site: dict, data: Any) -> int:
     """How many numbers a site observes of one datum; none at a site of ``infer={"num_dims": 0}``, such as a label's."""
-    if is_factor(site) or site["infer"].get("num_dims") == 0:
+    return 0 if site["infer"].get("num_dims") == 0 else _num_numbers(site, data)
+
+
+def num_observed_of(site: dict, data: Any) -> int:
+    """How many of those numbers a site observes of all data together, without what a mask leaves out; read eagerly."""
+    return num_known_of(site, data) if num_dims_of(site, data) else 0
+
+
+def num_known_of(site: dict, data: Any) -> int:
+    """How many numbers of all data a site scores, a known label's too, without what a mask leaves out; read eagerly."""
+    number = _num_numbers(site, data)
+    mask = mask_of(site)
+    if not number or not isinstance(mask, Tensor):
+        return number * data.size if mask else 0
+    return int(mask.expand(site["fn"].batch_shape + site["fn"].event_shape).sum())
+
+
+def _num_numbers(site: dict, data: Any) -> int:
+    if is_factor(site):
         return 0
     event = site["fn"].event_shape.numel()
     for frame in plates_of(site):
         event *= frame.size if frame.vectorized and frame.name != data.name else 1
     return event
-
-
-def num_observed_of(site: dict, data: Any) -> int:
-    """How many numbers a site observes of all data together, without what a mask leaves out; read eagerly."""
-    if not num_dims_of(site, data):
-        return 0
-    mask = mask_of(site)
-    if not isinstance(mask, Tensor):
-        return num_dims_of(site, data) * data.size if mask else 0
-    return int(mask.expand(site["fn"].batch_shape + site["fn"].event_shape).sum())
 
 
 def check_same_latents(model_sites: list[dict], guide_sites: list[dict]) -> None:
