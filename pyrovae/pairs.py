@@ -323,7 +323,7 @@ def prepare(
     in_place, particles = False, particles and vectorize_particles
     if each or particles:
         args, others = first.args, None
-        if whole is None:
+        if whole is None and (each or _runs(model, guide, first.args, min(rows, PROBED_ROWS))):
             places = torch.arange(2 * PROBED_ROWS, device=first.device) % rows
             args, others = (tuple(arg[part] for arg in first.args) for part in places.split(PROBED_ROWS))
         with evaluation_mode(model, guide):

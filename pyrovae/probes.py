@@ -73,7 +73,12 @@ class _Rows:
         with explained(num):
             for program in (self.guide, self.model):
                 placed = Place(latents)(in_particles(program, num, self.nesting))
-                sites = list(sites_of(prune_subsample_sites(poutine.trace(placed).get_trace(*args))))
+                # What the guide observes is no part of q(z|x).
+                sites = [
+                    site
+                    for site in sites_of(prune_subsample_sites(poutine.trace(placed).get_trace(*args)))
+                    if program is self.model or not site["is_observed"]
+                ]
                 data = _frame(sites, self.data.name)
                 for site in sites:
                     try:
@@ -275,9 +280,11 @@ def _nudged(value: Tensor) -> Tensor:
 
 
 def _latent_sites(model: Program, guide: Program, args: tuple[Tensor, ...]) -> tuple[dict[str, dict], Any]:
-    """The guide's latent sites, from one run, and the data plate."""
+    """The guide's latent sites, from one run, with the values that the model saw, and the data plate."""
     traces = trace_pair(model, guide, args, {}, 1, None)
     latents = {site["name"]: site for site in sites_of(traces.guide) if not site["is_observed"]}
+    for name in set(latents).intersection(traces.model.nodes):
+        latents[name] = {**latents[name], "value": traces.model.nodes[name]["value"]}
     return latents, data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
 
 

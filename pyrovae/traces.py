@@ -872,7 +872,9 @@ def _over_all_components(union: _Union) -> Any:
     interval, axis = union.component, -1 - union.event_dim
     while isinstance(interval, constraints.independent):
         interval = interval.base_constraint
-    span = constraints.interval(interval.lower_bound.amin(axis), interval.upper_bound.amax(axis))
+    low, high = interval.lower_bound, interval.upper_bound  # a bound that all components share may be a plain number
+    low, high = (low.amin(axis) if isinstance(low, Tensor) else low), (high.amax(axis) if isinstance(high, Tensor) else high)
+    span = constraints.interval(low, high)
     return biject_to(constraints.independent(span, union.event_dim) if union.event_dim else span)
 
 

@@ -19,6 +19,7 @@ def _fresh_state() -> Iterator[None]:
     yield
     pyro.clear_param_store()
     torch.set_default_dtype(torch.float32)
+    assert torch.distributions.Distribution._validate_args, "the test, or what it calls, leaves validation off"
 
 
 @pytest.fixture

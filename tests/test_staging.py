@@ -451,7 +451,7 @@ def test_other_rows_show_what_the_captured_ones_hide() -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("kind", ["numpy", "rows", "item"])
+@pytest.mark.parametrize("kind", ["rows", "item"])
 def test_scoring_reads_each_chunk_anew(kind: str) -> None:
     scores = []
     for compile in (True, False):
