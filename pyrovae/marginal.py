@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
+from .cuda import check_precision, free_memory, products_in
 from .data import Batch, Batches, arguments
 from .evidence import Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
 from .pairs import first_run, inspect_pair
@@ -54,6 +56,9 @@ GROUP = 256
 TEMPORARIES = 6
 # Log-weights of a datum, and of several data, that are summed at once: the sums are many small operations.
 REDUCED_AT_ONCE, REDUCED_JOINTLY = 2**13, 2**16
+# A GPU takes all data of a group together, of more data, and pairs by the hundred thousand: launches cost it more than memory,
+# of which a chunk may have this share of what is free.
+GPU_GROUP, GPU_REDUCED, GPU_PAIRS, GPU_SHARE = 2048, 2**24, 2**19, 0.25
 # Inductor's 5 to 20 seconds are repaid by so many chunks.
 CHUNKS_TO_COMPILE = 300
 # With a target for the standard error, draws before the first look at it; each look after has twice as many behind it.
@@ -70,10 +75,10 @@ def log_marginal(
     proposal: Kind | Refinement = "guide",
     prior_share: float = 0.1,
     chunk_size: int | None = None,
-    max_memory: float = 512.0,
+    max_memory: float | None = None,
     vectorize_particles: bool = True,
     compile: bool | Literal["auto"] = "auto",
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32",
     seed: int | None = None,
     resume: str | Path | None = None,
     progress: bool = False,
@@ -122,15 +127,17 @@ def log_marginal(
         proposal: a name from above, or what :func:`pyrovae.refine` returned for the same data in the same order.
         prior_share: :math:`\alpha`, the share of draws that ``"mixture"`` takes from the prior, rounded to whole draws.
         chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations, or where
-            compiled 8 MB of the widest value, or fewer where ``max_memory`` asks for it.
-        max_memory: MiB that a chunk's temporaries may fill, by their estimated number.
+            compiled 8 MB of the widest value, on a GPU half a million, or fewer where ``max_memory`` asks for it.
+        max_memory: MiB that a chunk's temporaries may fill, by their estimated number; by default 512, and on a GPU a quarter
+            of its free memory.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
         compile: capture and compile the scoring of a chunk (:mod:`pyrovae.staging`), for proposals from guide and prior;
             ``"auto"`` does so from three hundred chunks of 16 MB on, with a ``target_se`` as if it took a thousand
             draws. By default a compiled chunk is of another size than an eager one, and many normal numbers are not drawn
             by torch but made from a seed that is, on each thread: the estimates differ within their errors.
-        precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; all else stays as it is.
-            It is an approximation of the model, whose error no standard error shows.
+        precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; ``"tf32"`` takes an
+            NVIDIA GPU's faster units, which round them less, and is refused on a CPU; all else stays as it is. Either is an
+            approximation of the model, whose error no standard error shows; the evidence's ``notes`` have it.
         seed: makes the estimate reproducible, by how many processes it is made and however often it was interrupted; the global
             random stream is left alone. Without one, a seed is drawn from that stream.
         resume: a file that keeps what has been scored; an interrupted call goes on from it when made again.
@@ -157,7 +164,7 @@ def log_marginal(
     num_samples = positive_integer(num_samples, "num_samples")
     if target_se is not None and not (isinstance(target_se, int | float) and 0 < target_se < math.inf):
         raise ValueError(f"target_se is a positive number of nats, or None, not {target_se!r}.")
-    if not (isinstance(max_memory, int | float) and max_memory > 0):
+    if not (max_memory is None or (isinstance(max_memory, int | float) and max_memory > 0)):
         raise ValueError(f"max_memory is a positive number of MiB, not {max_memory!r}.")
     given = proposal if isinstance(proposal, Refinement) else None
     kind = "refined" if isinstance(proposal, Refinement) else proposal
@@ -167,19 +174,23 @@ def log_marginal(
         raise ValueError(f"prior_share lies between 0 and 1, not {prior_share!r}.")
     if kind == "mixture" and num_samples < 2:
         raise ValueError("A mixture takes at least two samples, one of the prior and one of the guide.")
-    if precision != "float32" and kind in ("mixture", "refined"):
+    if precision == "bfloat16" and kind in ("mixture", "refined"):
         raise ValueError(f"Only draws from guide and prior are compiled: leave precision out for proposal={kind!r}.")
     first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
     info, dtype, device = first.info, first.dtype, first.device
+    check_precision(precision, device)
+    on_gpu = _on_gpu(device)
     nesting = info.max_plate_nesting
     if info.scale != 1.0:
         raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
     width = max(info.num_dims, 256)
-    affordable = int(max_memory * 2**20 / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
-    data = Batches(x, batch_size=GROUP, dtype=dtype, device=device)
+    group, reduced = (GPU_GROUP, GPU_REDUCED) if on_gpu else (GROUP, REDUCED_JOINTLY)
+    memory = max_memory * 2**20 if max_memory is not None else GPU_SHARE * free_memory(device) if on_gpu else 2**29
+    affordable = int(memory / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
+    data = Batches(x, batch_size=group, dtype=dtype, device=device)
     if compile == "auto":
         usually = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
-        compile = precision != "float32" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
+        compile = precision == "bfloat16" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
     # Compiled chunks run side by side, one a thread, which keeps all threads busy where a chunk's own small parts would not.
     threads = torch.get_num_threads() if compile and kind in ("guide", "prior") and device.type == "cpu" else 1
     plain = (
@@ -196,7 +207,7 @@ def log_marginal(
     if chunk_size is not None:
         chunk = positive_integer(chunk_size, "chunk_size")
     else:
-        usual = (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width
+        usual = GPU_PAIRS if on_gpu else (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width
         if compile and kind in ("guide", "prior") and device.type == "cpu":
             with torch.no_grad(), evaluation_mode(model, guide), pyro.validation_enabled(False):
                 number = largest_value(drawn_at, torch.empty(PROBED, 0, device=device), *one)
@@ -204,14 +215,14 @@ def log_marginal(
         chunk = max(1, min(usual, affordable // threads))
     num_prior = prior_count(num_samples, prior_share) if kind == "mixture" else 0
     looks = _looks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
-    rows = min(max(1, chunk // looks[0]), GROUP)
+    rows = min(max(1, chunk // looks[0]), group)
     together = rows
     if kind == "refined" and given is None:
         with evaluation_mode(model, guide):
             options = usual_options(FlatPair(model, guide, one, vectorize_particles=vectorize_particles).num_latents)
         # Steps of a fit cost for one datum as much as for many.
         together *= max(1, rows_at_once(info.num_dims, options) // rows)
-    data.batch_size = math.ceil(GROUP / together) * together
+    data.batch_size = math.ceil(group / together) * together
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")
     backend, eps = "inductor" if compile else "eager", torch.finfo(dtype).eps
@@ -236,21 +247,29 @@ def log_marginal(
             fitted = joined([refine_batch(model, guide, block, options, vectorize_particles) for block in blocks])
         return lambda chosen, _: _at_once(refined_draws(model, guide, fitted.rows(chosen.numpy()), vectorize_particles))
 
-    def score(batch: Batch, start: int, bar: tqdm) -> dict[str, np.ndarray]:
-        """A group's answer, by parts of at most one chunk."""
+    def finish(*found: Any) -> Callable[[], dict[str, np.ndarray]]:
+        """Fit the tails; what gives the answer."""
+        if fits is not None:
+            return fits.submit(_finished, *found).result
+        answer = _finished(*found)
+        return lambda: answer
+
+    def score(batch: Batch, start: int, bar: tqdm) -> Callable[[], dict[str, np.ndarray]]:
+        """What gives a group's answer, drawn by parts of at most one chunk."""
         draws, sums = drawing(batch, start), _nothing(len(batch[0]), num_samples, device)
         active, done = torch.arange(len(batch[0])), 0
-        arrays: dict[str, np.ndarray] = {}
+        answers: list[tuple[np.ndarray, Callable[[], dict[str, np.ndarray]]]] = []
 
         def calls(parts: list[tuple[Tensor, int]], step: int) -> Iterator[Callable[[], Tensor]]:
             for chosen, most in parts:
-                draw, part = draws(chosen, done), tuple(array[chosen] for array in batch)
+                place = chosen.to(device, non_blocking=True)
+                draw, part = draws(chosen, done), tuple(array[place] for array in batch)
                 yield from (draw(part, size) for size in _sizes(step, most))
 
         for look in looks:
-            on, parts = [], list(_parts(active, look - done, chunk, None if target_se is None else looks[0]))
+            on, parts = [], list(_parts(active, look - done, chunk, None if target_se is None else looks[0], group))
             blocks = _ahead(calls(parts, look - done), threads + 2 if threads > 1 else 0)
-            for joint in _joint(parts, look - done):
+            for joint in _joint(parts, look - done, reduced):
                 chosen = torch.cat([rows for rows, _ in joint])
                 held = {name: values[chosen] for name, values in sums.items()}
                 new = _score(_side_by_side(blocks, joint, look - done), held, num_samples, done, look)
@@ -261,28 +280,48 @@ def log_marginal(
                 # Weights of zero may yet be followed by others; one that is NaN or infinite stays.
                 lost = np.isnan(found["log_sum"]) | (found["log_sum"] == math.inf)
                 ended = lost | (found["se"] <= (target_se or 0.0)) | (look == num_samples)
-                # Finished here and not once for all, as other threads still draw meanwhile.
-                finished = _finished({name: values[ended] for name, values in found.items()}, look, num_samples, precision=eps)
-                for name, part in finished.items():
-                    place = arrays.setdefault(name, np.empty((len(batch[0]), *part.shape[1:]), part.dtype))
-                    place[chosen.numpy()[ended]] = part
+                # Finished here and not once for all, as other threads or the GPU still draw meanwhile.
+                finished = finish({name: values[ended] for name, values in found.items()}, look, num_samples, eps)
+                answers.append((chosen.numpy()[ended], finished))
                 on.append(chosen[torch.from_numpy(~ended)])
                 bar.update(int(ended.sum()))
             active, done = torch.cat(on), look
             if not len(active):
                 break
-        return arrays
+
+        def answer() -> dict[str, np.ndarray]:
+            arrays: dict[str, np.ndarray] = {}
+            for rows, finished in answers:
+                for name, part in finished().items():
+                    arrays.setdefault(name, np.empty((len(batch[0]), *part.shape[1:]), part.dtype))[rows] = part
+            return arrays
+
+        return answer
 
     settings = {"num_samples": num_samples, "proposal": str(kind), "chunk": chunk, "num_dims": info.num_dims}
     settings |= {} if target_se is None else {"target_se": target_se}
     settings |= {} if precision == "float32" else {"precision": precision}
     store = _Store(resume, _agreed_seed(seed), settings)
     generator_devices = [device] if device.type == "cuda" else []
+    fits = ThreadPoolExecutor(1) if on_gpu else None
+    scored_ahead: deque[tuple[int, float, Callable[[], dict[str, np.ndarray]]]] = deque()
+
+    def keep(bar: tqdm, most: int) -> None:
+        """Store all answers but the last few, which may still be fitted."""
+        while len(scored_ahead) > most:
+            start, observed, answer = scored_ahead.popleft()
+            arrays = answer()
+            arrays["observed"] = np.full(len(arrays["log_px"]), observed)
+            store.add(start, arrays)
+            bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
+
     with (
         torch.no_grad(),
         evaluation_mode(model, guide),
         torch.random.fork_rng(generator_devices),
         contextlib.closing(staged),
+        fits or contextlib.nullcontext(),
+        products_in(precision, device),
         tqdm(total=data.num_data, desc="log p(x)", unit="datum", disable=not progress) as bar,
     ):
         start = 0
@@ -292,16 +331,18 @@ def log_marginal(
                 observed = inspect_pair(model, guide, *batch).num_observed
                 torch.manual_seed(store.seed_of(start))
                 with pyro.validation_enabled(False):
-                    arrays = score(batch, start, bar)
-                arrays["observed"] = np.full(len(batch[0]), observed / len(batch[0]))
-                store.add(start, arrays)
-                bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
+                    scored_ahead.append((start, observed / len(batch[0]), score(batch, start, bar)))
+                keep(bar, 1 if on_gpu else 0)
             start += len(batch[0])
+        keep(bar, 0)
     scored = store.gathered()
     drawn = scored.pop("drawn")
     curve = curve_of(scored.pop("curve_sum").T, scored.pop("curve_square").T, scored["elbo"], num_samples, drawn)
     num_dims = float(scored.pop("observed").mean())
     num_dims = round(num_dims) if math.isclose(num_dims, round(num_dims), rel_tol=1e-12) else num_dims
+    notes: dict[str, Any] = {} if target_se is None else {"target_se": float(target_se)}
+    if precision != "float32":
+        notes["precision"] = precision
     return Evidence(
         **scored,
         curve=curve,
@@ -309,8 +350,13 @@ def log_marginal(
         num_dims=num_dims,
         method=METHODS[kind],
         drawn=None if target_se is None else drawn,
-        notes={} if target_se is None else {"target_se": float(target_se)},
+        notes=notes,
     )
+
+
+def _on_gpu(device: torch.device) -> bool:
+    """Whether launches cost more than memory."""
+    return device.type == "cuda"
 
 
 def _looks(num_samples: int, target_se: float | None, every: int) -> list[int]:
@@ -323,14 +369,14 @@ def _looks(num_samples: int, target_se: float | None, every: int) -> list[int]:
     return [*looks[:-1], num_samples]
 
 
-def _parts(active: Tensor, step: int, chunk: int, first: int | None) -> Iterator[tuple[Tensor, int]]:
+def _parts(active: Tensor, step: int, chunk: int, first: int | None, group: int = GROUP) -> Iterator[tuple[Tensor, int]]:
     """The rows that draw together, and how many draws each takes at once, to make ``step`` draws for all.
 
     Compiled graphs go by shape, so with a first look there are few: many rows of that many draws in the first rounds, one row
     of a power of two times as many in later ones. Without, chunks are as even as can be, for the same end.
     """
     if first is None:
-        rows = min(max(1, chunk // step), GROUP)
+        rows = min(max(1, chunk // step), group)
         most = math.ceil(step / math.ceil(step / max(1, chunk // rows)))
         yield from ((chosen, most) for chosen in active.split(rows))
         return
@@ -352,9 +398,9 @@ def _sizes(number: int, most: int) -> Iterator[int]:
         yield number % most
 
 
-def _joint(parts: list[tuple[Tensor, int]], step: int) -> Iterator[list[tuple[Tensor, int]]]:
+def _joint(parts: list[tuple[Tensor, int]], step: int, numbers: int) -> Iterator[list[tuple[Tensor, int]]]:
     """The parts in runs whose log-weights are few enough to be summed together."""
-    number = max(1, REDUCED_JOINTLY // (step * max(len(rows) for rows, _ in parts)))
+    number = max(1, numbers // (step * max(len(rows) for rows, _ in parts)))
     yield from (parts[place : place + number] for place in range(0, len(parts), number))
 
 
