@@ -61,8 +61,10 @@ def products_in(precision: str, device: torch.device) -> Iterator[None]:
 def _allow_tf32(products: str, convolutions: bool) -> None:
     with warnings.catch_warnings():  # torch announces a newer way, which its own compiler did not read at first
         warnings.simplefilter("ignore")
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        if torch.get_float32_matmul_precision() != products:
+            torch.set_float32_matmul_precision(products)
+        if torch.backends.cudnn.allow_tf32 != convolutions:
+            torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def free_memory(device: torch.device) -> int:
@@ -106,12 +108,13 @@ class GraphedSteps:
         compute: gradients of a step's inputs, of beta where there is one, and of a tensor (2,) to which it writes loss and
             norm; it may return other tensors before the gradients.
         update: takes the optimizer's step with those, at a learning rate that is a tensor. ``None`` where that has to be done
-            from the host after each launch; then :attr:`gradients` has them, and there is one step in a launch.
+            from the host after each launch of a single step; then :attr:`gradients` has them.
         inputs: of the step that is about to be taken.
         moving: how many of the inputs, the first ones, are other tensors at each step; the rest are read where they are.
         rate: its learning rate.
         beta: its beta, or ``None``.
         touched: all tensors that a step changes.
+        at_once: how many steps one launch takes.
         recorder: what makes a graph of a function; another one lets the rest be tested where there is no GPU.
 
     Raises:
@@ -127,16 +130,16 @@ class GraphedSteps:
         rate: float,
         beta: float | None,
         touched: Sequence[Tensor],
+        at_once: int = STEPS_AT_ONCE,
         recorder: Callable[[Run], Run] = record,
     ):
         self.compute, self.update, self.moving, self.kept = compute, update, moving, inputs[moving:]
         self.annealed, self.device = beta is not None, touched[0].device
         self.gradients: Tensors = ()
-        number = STEPS_AT_ONCE if update is not None else 1
         # Compiled kernels want their inputs at multiples of 16 bytes: two numbers of float64 for each step.
-        self._betas = torch.zeros(number, 2, dtype=torch.float64, device=self.device)
-        self._outcomes = torch.zeros(number, 2, dtype=torch.float64, device=self.device)
-        self._rates = torch.zeros(number, dtype=torch.float32, device=self.device)  # as the optimizer's kernel reads it
+        self._betas = torch.zeros(at_once, 2, dtype=torch.float64, device=self.device)
+        self._outcomes = torch.zeros(at_once, 2, dtype=torch.float64, device=self.device)
+        self._rates = torch.zeros(at_once, dtype=torch.float32, device=self.device)  # as the optimizer's kernel reads it
         self._filled: dict[str, list[float]] = {"rates": [], "betas": []}
         self._slots = [
             _Slot(
@@ -145,10 +148,10 @@ class GraphedSteps:
                 self._betas[place, 0],
                 self._outcomes[place],
             )
-            for place in range(number)
+            for place in range(at_once)
         ]
         self._waiting: list[Waiting] = []
-        self._fill([Waiting(inputs[:moving], rate, beta)] * number)
+        self._fill([Waiting(inputs[:moving], rate, beta)] * at_once)
         self._one, self._several = self._recorded(recorder, touched)
 
     def ahead(self, inputs: Tensors, rate: float, beta: float | None) -> list[Tensor]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .cuda import GraphedSteps, NotCaptured, check_precision, products_in, record
+from .cuda import STEPS_AT_ONCE, GraphedSteps, NotCaptured, check_precision, products_in, record
 from .kernels import SHIMS, SeededNormals, seeded
 from .rewrites import draws_as_inputs, fastest_products, join_decoders, rewrite, round_products
 
@@ -385,15 +385,14 @@ class Step:
 
     def _graph_for(self, inputs: Tensors, beta: float | None) -> GraphedSteps | None:
         """The CUDA graphs that take such a step; ``None`` where it is taken without."""
-        if self.recorder is None or not self._staged.captured:
-            return None
         settings, before = self._update.settings(), self._settings
         self._settings = settings
+        if self.recorder is None or before is None or not self._staged.captured:
+            return None
         if self._graphs and not self._update.is_current():  # as after a checkpoint was loaded
             self._graphs.clear()
-        if before is not None and settings != before:
+        if settings != before:
             self._launch_singly("the optimizer's settings change, and not its learning rate alone")
-        if before is None or self.recorder is None:
             return None
         moving = len(inputs) if self._moving is None else self._moving
         key = (tuple([(each.shape, each.dtype, each.device) for each in inputs[:moving]]), tuple(map(id, inputs[moving:])))
@@ -418,10 +417,12 @@ class Step:
 
         inside, rate = self._update.is_kernel(self.reached), self.optimizer.param_groups[0]["lr"]
         touched = [*self._staged.touched, *self._update.touched, self._spoiled]
+        # A batch made outside may have come of random numbers, which a step that waits would draw too late.
+        at_once = STEPS_AT_ONCE if inside and self._moving is not None else 1
         try:
             with products_in(self.precision, self._device):
                 self._graphs[key] = GraphedSteps(
-                    compute, update if inside else None, inputs, moving, float(rate), beta, touched, self.recorder
+                    compute, update if inside else None, inputs, moving, float(rate), beta, touched, at_once, self.recorder
                 )
         except NotCaptured as error:
             self._launch_singly(str(error))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyro
 import pytest
 import torch
+from benchmarks import gpu
 from pairs import two_latents_pair
 from torch import Tensor, nn
 
@@ -48,7 +51,8 @@ def steps_of(
     """Steps one by one, or ahead through graphs, and all that they leave behind."""
     pair = pair or a_vae()
     elbo = estimator or pv.estimators.ELBO(warm_up=9)
-    parameters = find_parameters(pair.model, pair.guide, X if "load" in options else batches[0][0])
+    parameters = find_parameters(pair.model, pair.guide, X if options.get("load") else batches[0][0])
+    options.setdefault("load", lambda x: (x,))  # so that several are launched at once
     made = optimizer(parameters)
     if estimator is not None:  # as fit does: the first look at a pair reads values, and cannot be captured
         elbo.loss(pair.model, pair.guide, *batches[0])
@@ -88,6 +92,25 @@ def test_graphs_take_the_steps_that_are_asked_for(optimizer: str, clip_norm: flo
     assert len(other.step._graphs) == 1
     assert_same(one, other)
     assert other.step.reason is None
+
+
+def test_only_the_graph_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compiler(module: Any, inputs: Any, rounded: bool, apart: bool) -> Any:
+        compiled.append(module)
+        return module
+
+    monkeypatch.setattr(staging, "_inductor", compiler)
+    vae = a_vae()
+    step = Step(pv.estimators.ELBO(), vae.model, vae.guide, ADAM["adam"](vae.parameters()))
+    step.asynchronous, step.recorder = True, replayed
+    for _ in range(25):
+        step.ahead(X)
+    assert len(step.outcomes()) == 25
+    assert len(compiled) == 1
+    (graphed,) = step._graphs.values()
+    assert graphed.compute is not step._staged
 
 
 def test_rows_are_gathered_and_drawn_within() -> None:
@@ -200,7 +223,7 @@ def test_other_pairs_are_graphed_too(pair: str) -> None:
         pyro.clear_param_store()
         made = Normalised() if pair == "statistics" else two_latents_pair()
         x = X if pair == "statistics" else torch.randn(12, 4, generator=torch.Generator().manual_seed(2))
-        runs.append(steps_of([(x,)] * 23, graphs=graphs, pair=made, estimator=pv.estimators.DReG(3)))
+        runs.append(steps_of([(x,)] * 23, graphs=graphs, pair=made, estimator=pv.estimators.DReG(3), load=None))
         statistics.append(list(made.buffers()) if isinstance(made, nn.Module) else [])
     assert_same(*runs)
     for have, want in zip(*statistics, strict=True):
@@ -214,15 +237,15 @@ def test_a_gpu_scores_in_large_groups_and_fits_tails_aside(options: dict[str, An
     expected = vae.log_marginal(x, num_samples=300, seed=0, **options)
     monkeypatch.setattr(marginal, "_on_gpu", lambda device: True)
     monkeypatch.setattr(marginal, "free_memory", lambda device: 2**26)
-    monkeypatch.setattr(marginal, "GPU_GROUP", 306)
-    found = vae.log_marginal(x, num_samples=300, seed=0, **options)
+    monkeypatch.setattr(marginal, "GPU_GROUP", 300)
+    found = vae.log_marginal(x, num_samples=300, chunk_size=3060, seed=0, **options)
     # Other groups have other seeds, so the numbers agree within their errors.
     error = (expected.se**2 + found.se**2) ** 0.5
     assert abs(found.log_px - expected.log_px).max() < 5 * error.max()
     assert abs(found.mean - expected.mean) < 4 * (expected.mean_se**2 + found.mean_se**2) ** 0.5
-    again = vae.log_marginal(x[:306], num_samples=300, seed=0, **options)
-    assert (again.log_px == found.log_px[:306]).all()  # in the data's order
-    assert (again.khat == found.khat[:306]).all()
+    again = vae.log_marginal(x[:300], num_samples=300, chunk_size=3060, seed=0, **options)
+    assert (again.log_px == found.log_px[:300]).all()  # in the data's order
+    assert (again.khat == found.khat[:300]).all()
 
 
 def test_tf32_is_refused_on_a_cpu() -> None:
@@ -238,3 +261,27 @@ def test_a_cpu_takes_no_graph() -> None:
     before = torch.get_float32_matmul_precision()
     with cuda.products_in("tf32", torch.device("cpu")):
         assert torch.get_float32_matmul_precision() == before
+
+
+# The same on a GPU, by the checks of the benchmark.
+
+NO_GPU = "" if torch.cuda.is_available() else "this torch finds no GPU: experiments/benchmarks/gpu.py runs where there is one"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+@pytest.mark.parametrize("name", gpu.CHECKS)
+def test_on_a_gpu(name: str) -> None:
+    gpu.CHECKS[name](gpu.Machine(small=False, root="../shared/data"))
+
+
+@pytest.mark.filterwarnings("ignore")  # other libraries' own, which the benchmark writes down
+def test_the_benchmark_runs_small(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    parts = ["checks", *[part for part in gpu.PARTS if part != "numpyro"]]  # which has a process of its own
+    result = gpu.run_all(gpu.Machine(small=True, root=str(tmp_path)), parts, out, seconds=600)
+    assert result["failed"] == [], result
+    kept = json.loads(out.read_text())
+    assert set(kept["checks"]) == set(gpu.CHECKS)
+    assert kept["cells"]["K=1 B=100"]["float32"]["ms"] > 0
+    assert "K=1 B=100" in gpu.table(kept)
