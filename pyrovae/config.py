@@ -289,7 +289,7 @@ def run_device(run: Run) -> torch.device:
     found = torch.cuda.is_available()
     if run.train.device == "cuda" and not found:
         raise ValueError(
-            'train.device must be "cpu" or "auto" where torch finds no GPU, got "cuda": install a torch for CUDA, or leave it out.'
+            'train.device must be "cpu" or "auto" where torch finds no GPU, got "cuda": leave it out, or install CUDA\'s torch.'
         )
     return torch.device("cuda" if found and run.train.device != "cpu" else "cpu")
 

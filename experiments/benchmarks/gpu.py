@@ -14,8 +14,8 @@ medians over laps of many steps, the outcomes read at each lap's end. "kernels" 
 from __future__ import annotations
 
 import argparse
-import copy
 import cProfile
+import io
 import json
 import os
 import platform
@@ -23,11 +23,12 @@ import pstats
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,364 +43,14 @@ if "--numpyro" in sys.argv:
 import common
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 from common import Network
-from torch import Tensor, nn
+from gpu_checks import CELLS, CHECKS, OTHERS, Cell, Machine, rows_of, the_pair, the_step
+from torch import Tensor
 
 import pyrovae as pv
-from pyrovae.data import Batches, binarize
-from pyrovae.pairs import find_parameters
-from pyrovae.staging import Step
-
-ADAM = torch.optim.Adam
-Pair = Any  # something with a model and a guide, whose parameters a step finds
-
-
-@dataclass(frozen=True)
-class Cell:
-    particles: int
-    batch: int
-    kind: str = "tanh"
-    components: int = 0
-
-
-CELLS = {
-    "K=1 B=100": Cell(1, 100),
-    "K=1 B=20": Cell(1, 20),
-    "K=50 B=20": Cell(50, 20),
-    "K=1 B=1000": Cell(1, 1000),
-    "K=50 B=100": Cell(50, 100),
-}
-OTHERS = {"conv B=100": Cell(1, 100, "conv"), "gated, VampPrior B=100": Cell(1, 100, "gated", 500), "two sites B=100": Cell(1, 100, "two")}
-
-
-class Machine:
-    """Where it runs and how much of it."""
-
-    def __init__(self, small: bool, root: str, device: torch.device | None = None):
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() and not small else "cpu")
-        self.cuda, self.small, self.root = self.device.type == "cuda", small, root
-
-    def sync(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def data(self, number: int | None = None, grey: bool = False) -> Tensor:
-        number = number or (2_000 if self.small else 60_000)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.rand(number, 784, generator=generator)
-        return (x * 0.3 if grey else (x < 0.13).float()).to(self.device)
-
-
-class TwoSites(nn.Module):
-    """A foreign pair of two latent sites, plain Pyro."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Sequential(nn.Linear(784, 200), nn.Tanh(), nn.Linear(200, 100))
-        self.top = nn.Linear(50, 40)
-        self.middle, self.down = nn.Linear(20, 50), nn.Sequential(nn.Linear(50, 200), nn.Tanh(), nn.Linear(200, 784))
-
-    def model(self, x: Tensor) -> None:
-        with pyro.plate("images", len(x)):
-            style = pyro.sample("style", dist.Normal(x.new_zeros(len(x), 20), 1.0).to_event(1))
-            code = pyro.sample("code", dist.Normal(self.middle(style), 1.0).to_event(1))
-            pyro.sample("pixels", dist.Bernoulli(logits=self.down(code)).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        with pyro.plate("images", len(x)):
-            loc, log_scale = self.up(x).chunk(2, -1)
-            code = pyro.sample("code", dist.Normal(loc, log_scale.exp()).to_event(1))
-            loc, log_scale = self.top(code).chunk(2, -1)
-            pyro.sample("style", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-
-def the_pair(on: Machine, cell: Cell, seed: int = 0) -> Pair:
-    torch.manual_seed(seed)
-    if cell.kind == "two":
-        return TwoSites().to(on.device)
-    if on.small and cell.kind == "tanh":
-        return pv.make_vae(784, latent_dim=10, hidden=[30], activation="tanh")
-    return common.as_vae(Network(cell.kind, cell.components)).to(on.device)
-
-
-def the_step(
-    on: Machine,
-    pair: Pair,
-    data: Tensor,
-    cell: Cell,
-    *,
-    compiled: bool = True,
-    precision: str = "float32",
-    lr: float = 1e-3,
-    optimizer: Callable[..., Any] | None = None,
-    estimator: Any = None,
-    **options: Any,
-) -> Step:
-    """A step that takes rows and the whole data; on a CPU in place of a graph the steps that it would record."""
-    shape = getattr(pair, "data_shape", (784,))
-
-    def load(rows: Tensor, data: Tensor) -> tuple[Tensor]:
-        return (data.index_select(0, rows).reshape(-1, *shape),)
-
-    estimator = estimator or (pv.estimators.ELBO() if cell.particles == 1 else pv.estimators.IWAE(cell.particles))
-    example = load(torch.arange(cell.batch, device=on.device), data)
-    made = (optimizer or (lambda p: ADAM(p, lr=lr, fused=True)))(find_parameters(pair.model, pair.guide, *example))
-    backend = "eager" if not compiled else "inductor" if on.cuda else "aten"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        step = pv.stage(
-            estimator, pair.model, pair.guide, made, example, load=load, backend=backend, precision=precision, **options
-        )
-    if compiled and not on.cuda:
-        step.asynchronous, step.recorder = True, lambda run: run
-    return step
-
-
-def rows_of(on: Machine, data: Tensor, cell: Cell, number: int, seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    size = min(cell.batch, len(data))
-    order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(-(-number * size // len(data)))])
-    return [order.to(on.device)[place * size : (place + 1) * size] for place in range(number)]
-
-
-def seeded(seed: int) -> None:
-    torch.manual_seed(seed)
-
-
-# Checks: each raises AssertionError, or returns what it measured.
-
-
-def check_equal_to_eager(on: Machine) -> dict[str, Any]:
-    """200 steps with a schedule, a warm-up of beta and clipping, graph beside eager: the same losses and parameters."""
-    cell, steps = CELLS["K=1 B=100"], 30 if on.small else 200
-    data, runs = on.data(5_000 if on.cuda else 500), []
-    for compiled in (False, True):
-        pair = the_pair(on, cell)
-        step = the_step(on, pair, data, cell, compiled=compiled, clip_norm=5.0, estimator=pv.estimators.ELBO(warm_up=50))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step.optimizer, steps)
-        seeded(1)
-        for rows in rows_of(on, data, cell, steps):
-            step.ahead(rows, data)
-            schedule.step()
-        outcomes = torch.tensor(step.outcomes())
-        runs.append((outcomes, [par.detach().clone() for par in step.parameters], step, torch.rand(1, device=on.device)))
-    (eager, before, _, one), (graphed, after, step, other) = runs
-    relative = ((eager - graphed).abs() / eager.abs()).amax(0).tolist()
-    moved = [float((a - b).norm() / b.norm()) for a, b in zip(after, before, strict=True)]
-    found = {"worst_loss": relative[0], "worst_norm": relative[1], "worst_parameter": max(moved), "reason": step.reason}
-    assert step.reason is None, found
-    assert len(step._graphs) == 1, "no graph was made"
-    assert relative[0] < 1e-3, found
-    assert torch.equal(one, other), "the random stream is elsewhere"
-    return found
-
-
-def check_near_the_cpu(on: Machine) -> dict[str, Any]:
-    """The losses of training on the CPU, within noise."""
-    cell, steps = CELLS["K=1 B=100"], 20 if on.small else 200
-    means = []
-    for where in (on, Machine(on.small, on.root, torch.device("cpu"))):
-        data = where.data(5_000 if on.cuda else 500)
-        step = the_step(where, the_pair(where, cell), data, cell, compiled=where.cuda)
-        seeded(5)
-        for rows in rows_of(where, data, cell, steps, seed=2):
-            step.ahead(rows, data)
-        losses = np.array(step.outcomes())[-steps // 2 :, 0] / cell.batch
-        means.append((float(losses.mean()), float(losses.std(ddof=1) / len(losses) ** 0.5)))
-    difference = abs(means[0][0] - means[1][0])
-    found = {"loss_per_datum_and_error": means}
-    assert difference < 4 * (means[0][1] ** 2 + means[1][1] ** 2) ** 0.5 + 1e-9, found
-    return found
-
-
-def check_new_numbers(on: Machine) -> dict[str, Any]:
-    """Replays draw new numbers, and the same ones from the same state of the generator."""
-    cell, data = CELLS["K=1 B=20"], on.data(500)
-    step = the_step(on, the_pair(on, cell), data, cell, lr=1e-12)
-    rows = torch.arange(20, device=on.device)
-    for _ in range(3):
-        step.ahead(rows, data)
-    step.outcomes()
-
-    def losses() -> list[float]:
-        for _ in range(25):
-            step.ahead(rows, data)
-        return [loss for loss, _ in step.outcomes()]
-
-    state = torch.cuda.get_rng_state() if on.cuda else torch.get_rng_state()
-    first, more = losses(), losses()
-    (torch.cuda.set_rng_state if on.cuda else torch.set_rng_state)(state)
-    again = losses()
-    assert len(set(first + more)) == 50, "losses come twice"
-    assert np.allclose(first, again, rtol=1e-5), "the state of the generator is not resumed"
-    seeded(3)
-    one = losses()
-    seeded(3)
-    assert np.allclose(one, losses(), rtol=1e-5), "a seed does not give its numbers"
-    return {"spread_of_losses": float(np.std(first))}
-
-
-def check_nan_guard(on: Machine) -> dict[str, Any]:
-    """A bad step and all after it leave parameters and the optimizer's state alone, until somebody looks."""
-    cell, data = CELLS["K=1 B=20"], on.data(500)
-    data[7] = torch.nan
-    pair = the_pair(on, cell)
-    fine, bad = torch.arange(20, 40, device=on.device), torch.arange(20, device=on.device)
-    step = the_step(on, pair, on.data(500), cell)
-    for rows in [fine] * 5:
-        step.ahead(rows, data)
-    assert all(np.isfinite(loss) for loss, _ in step.outcomes())
-    before = [each.detach().clone() for each in (*step.parameters, *step._update.touched)]
-    for rows in [bad, *[fine] * 16]:
-        step.ahead(rows, data)
-    losses = [loss for loss, _ in step.outcomes()]
-    assert np.isnan(losses[0]), "the loss is a number"
-    after = [*step.parameters, *step._update.touched]
-    assert all(map(torch.equal, before, after)), "something moved"
-    step.ahead(fine, data)
-    assert np.isfinite(step.outcomes()[0].loss)
-    assert not torch.equal(before[0], step.parameters[0]), "nothing moves any more"
-    return {"losses_after": losses[1:4]}
-
-
-def check_learning_rate(on: Machine) -> dict[str, Any]:
-    """The learning rate of each step is the optimizer's at that step."""
-    cell, data = CELLS["K=1 B=20"], on.data(500)
-    step = the_step(on, the_pair(on, cell), data, cell, lr=0.01)
-    rows, moved = torch.arange(20, device=on.device), []
-    for turn in range(40):
-        step.optimizer.param_groups[0]["lr"] = 0.01 if turn % 13 < 6 else 0.0
-        before = [each.detach().clone() for each in step.parameters]
-        outcome = step(rows, data)
-        assert np.isfinite(outcome.loss)
-        moved.append(not all(map(torch.equal, before, step.parameters)))
-    assert moved == [turn % 13 < 6 for turn in range(40)], moved
-    return {}
-
-
-def check_fit(on: Machine) -> dict[str, Any]:
-    """``fit`` compiled and not, on grey data binarised within, with a ragged last batch, validation and a schedule."""
-    bounds, seconds = [], []
-    grey = on.data(1_050 if on.cuda else 250, grey=True).cpu()  # data may lie anywhere
-    for compile in (False, on.cuda):
-        vae = the_pair(on, CELLS["K=1 B=100"])
-        began = time.perf_counter()
-        history = vae.fit(
-            grey, epochs=8 if on.cuda else 2, batch_size=100, seed=0, transform=binarize, compile=compile, schedule="cosine",
-            validation=0.1, progress=False, lr=1e-3,
-        )  # fmt: skip
-        seconds.append(time.perf_counter() - began)
-        bounds.append(history.bound + history.validation)
-    worst = float(np.max(np.abs(np.array(bounds[0]) / np.array(bounds[1]) - 1)))
-    assert worst < 1e-3, (worst, bounds)
-    return {"worst": worst, "seconds": seconds}
-
-
-def check_memory_is_flat(on: Machine) -> dict[str, Any]:
-    cell, data = CELLS["K=1 B=100"], on.data(1_000)
-    step = the_step(on, the_pair(on, cell), data, cell)
-    held = []
-    for number in (40, 200, 1_000) if on.cuda else (12, 20):
-        for rows in rows_of(on, data, cell, number):
-            step.ahead(rows, data)
-        step.outcomes()
-        on.sync()
-        held.append(torch.cuda.memory_allocated() if on.cuda else 0)
-    assert held[-1] <= held[-2] + 2**16, held
-    return {"bytes": held}
-
-
-def check_two_models(on: Machine) -> dict[str, Any]:
-    """Two models in one process, step by step in turn, are what they are alone."""
-    cell, data = CELLS["K=1 B=20"], on.data(500)
-    rows = rows_of(on, data, cell, 24)
-
-    def losses(together: bool) -> list[list[float]]:
-        steps = [the_step(on, the_pair(on, cell, seed), data, cell, lr=lr) for seed, lr in ((0, 1e-3), (1, 3e-3))]
-        found: list[list[float]] = [[], []]
-        for block in range(2):
-            for which in (0, 1) if together else (0,):
-                seeded(10 * block + 1)
-                for each in rows[12 * block : 12 * block + 12]:
-                    steps[which].ahead(each, data)
-                found[which] += [loss for loss, _ in steps[which].outcomes()]
-        return found
-
-    alone, (first, second) = losses(False)[0], losses(True)
-    assert np.allclose(alone, first, rtol=1e-4), (alone[-3:], first[-3:])
-    assert not np.allclose(first, second, rtol=1e-4)
-    return {}
-
-
-def check_other_optimizers(on: Machine) -> dict[str, Any]:
-    """What is no kernel runs outside the graph, says so, and is right."""
-    cell, data, losses = CELLS["K=1 B=20"], on.data(500), []
-    for compiled in (False, True):
-        step = the_step(on, the_pair(on, cell), data, cell, compiled=compiled, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            seeded(1)
-            for rows in rows_of(on, data, cell, 15):
-                step.ahead(rows, data)
-        losses.append([loss for loss, _ in step.outcomes()])
-    assert np.allclose(*losses, rtol=1e-4), losses
-    assert any("outside the step's CUDA graph" in str(each.message) for each in caught), [str(each.message) for each in caught]
-    return {}
-
-
-def check_precisions(on: Machine) -> dict[str, Any]:
-    """The effect of TF32 and bfloat16 on the loss and on log p(x), beside the CPU's float64."""
-    if not on.cuda:
-        return {"left_out": "no GPU"}
-    cell, data, found = CELLS["K=1 B=100"], on.data(2_000), {}
-    exact = the_pair(on, cell).double()
-    reference = exact.log_marginal(data[:200].double(), num_samples=1_000, seed=0, compile=False)
-    for precision in ("float32", "tf32", "bfloat16"):
-        step = the_step(on, the_pair(on, cell), data, cell, precision=precision)
-        seeded(1)
-        for rows in rows_of(on, data, cell, 60):
-            step.ahead(rows, data)
-        losses = [loss for loss, _ in step.outcomes()]
-        evidence = the_pair(on, cell).log_marginal(data[:200], num_samples=1_000, seed=0, precision=precision)
-        found[precision] = {
-            "last_losses": losses[-3:],
-            "mean_log_px": evidence.mean,
-            "mean_difference_to_float64": float((evidence.log_px - reference.log_px).mean()),
-            "worst_difference_to_float64": float(np.abs(evidence.log_px - reference.log_px).max()),
-            "notes": evidence.notes,
-            "reason": step.reason,
-        }
-    found["float64"] = {"mean_log_px": reference.mean, "mean_se": reference.mean_se}
-    assert evidence.notes == {"precision": "bfloat16"}
-    assert torch.get_float32_matmul_precision() == "highest", "the setting was not put back"
-    assert abs(found["float32"]["mean_log_px"] - reference.mean) < 1, found
-    return found
-
-
-def check_chunks_do_not_matter(on: Machine) -> dict[str, Any]:
-    """log p(x) of a GPU, compiled or not, and of the CPU, within their errors."""
-    x = on.data(40)
-    found = {}
-    for name, where, options in [
-        ("default", on, {}),
-        ("eager", on, {"compile": False}),
-        ("compiled", on, {"compile": on.cuda}),
-        ("small chunks", on, {"chunk_size": 3_000}),
-        ("CPU", Machine(on.small, on.root, torch.device("cpu")), {"compile": False}),
-    ]:
-        evidence = the_pair(where, CELLS["K=1 B=100"]).log_marginal(x, num_samples=400, seed=0, **options)
-        found[name] = (evidence.mean, evidence.mean_se)
-    for name, (mean, error) in found.items():
-        assert abs(mean - found["CPU"][0]) < 5 * (error**2 + found["CPU"][1] ** 2) ** 0.5, (name, found)
-    return found
-
-
-CHECKS: dict[str, Callable[[Machine], dict[str, Any]]] = {
-    name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
-}
-
+from pyrovae import staging
+from pyrovae.data import binarize
 
 # Measurements.
 
@@ -465,7 +116,9 @@ def time_ours(on: Machine, cell: Cell, precision: str, data: Tensor, top: int = 
         several = len(graph._slots)
         found["replays_alone_ms"] = median_ms(on, lambda: [graph._several() for _ in range(number // several)], number)
         found["launched_by_the_host_ms"] = host_ms(on, take, number)
-    return found | kernels_of(on, lambda: [step.ahead(each, data) for each in rows[:40]] and step.outcomes(), len(rows[:40]), top)
+    return found | kernels_of(
+        on, lambda: [step.ahead(each, data) for each in rows[:40]] and step.outcomes(), len(rows[:40]), top
+    )
 
 
 def host_ms(on: Machine, take: Callable[[], Any], steps: int) -> float:
@@ -491,9 +144,7 @@ def time_pyro(on: Machine, cell: Cell, data: Tensor) -> float:
         pair = common.pyro_pair(net, "svi")
     elbo: Any = pyro.infer.Trace_ELBO(max_plate_nesting=1)
     if cell.particles > 1:
-        elbo = pyro.infer.RenyiELBO(
-            alpha=0, num_particles=cell.particles, vectorize_particles=True, max_plate_nesting=1
-        )
+        elbo = pyro.infer.RenyiELBO(alpha=0, num_particles=cell.particles, vectorize_particles=True, max_plate_nesting=1)
     svi = pyro.infer.SVI(*pair, pyro.optim.Adam({"lr": 1e-4}), elbo)
     number = 3 if on.small else 30
     rows = rows_of(on, data, cell, number)
@@ -521,7 +172,10 @@ def part_other_networks(on: Machine, keep: Callable[[dict[str, Any]], None]) -> 
     for name, cell in OTHERS.items():
         if on.small and cell.kind != "two":
             continue
-        found[name] = {"eager_ms": attempt(time_eager, on, cell, data), "float32": attempt(time_ours, on, cell, "float32", data, 12)}
+        found[name] = {
+            "eager_ms": attempt(time_eager, on, cell, data),
+            "float32": attempt(time_ours, on, cell, "float32", data, 12),
+        }
         keep(found)
     return found
 
@@ -537,7 +191,7 @@ def part_epoch(on: Machine, keep: Callable[[dict[str, Any]], None]) -> dict[str,
     found: dict[str, Any] = {"data": what, "images": len(images)}
     for precision in ("float32", "tf32") if on.cuda else ("float32",):
         marks = [time.perf_counter()]
-        with open(os.devnull, "w") as nowhere, _stderr(nowhere):
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             history = the_pair(on, CELLS["K=1 B=100"]).fit(
                 images, epochs=6 if on.cuda else 2, batch_size=100, transform=binarize, seed=0, compile=on.cuda,
                 precision=precision, on_epoch=lambda record, marks=marks: marks.append(time.perf_counter()),
@@ -552,17 +206,6 @@ def part_epoch(on: Machine, keep: Callable[[dict[str, Any]], None]) -> dict[str,
         }
         keep(found)
     return found
-
-
-class _stderr:  # noqa: N801
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    def __enter__(self) -> None:
-        self.before, sys.stderr = sys.stderr, self.stream
-
-    def __exit__(self, *error: Any) -> None:
-        sys.stderr = self.before
 
 
 def part_scoring(on: Machine, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -655,8 +298,9 @@ def numpyro_cells(small: bool) -> None:
     jax, jnp = common.library("jax"), common.library("jax.numpy")
     infer, optim = common.library("numpyro.infer"), common.library("numpyro.optim")
     print(json.dumps({"devices": str(jax.devices()), "jax": jax.__version__}), flush=True)
-    steps = 5 if small else 200
+    steps, cells = 5 if small else 200, []
     for name, cell in list(CELLS.items())[: 1 if small else None]:
+        cells.append(name)
         torch.manual_seed(0)
         net = Network(cell.kind)
         elbo = infer.Trace_ELBO() if cell.particles == 1 else infer.RenyiELBO(alpha=0, num_particles=cell.particles)
@@ -673,7 +317,7 @@ def numpyro_cells(small: bool) -> None:
                     jax.block_until_ready(scanned(state, stacked))
                     times.append((time.perf_counter() - began) / steps * 1e3)
                 found[f"scan, {precision}"] = round(statistics.median(times[1:]), 4)
-                if precision == "highest":
+                if precision == "highest" or len(cells) > 2:
                     continue
                 update, batches = jax.jit(svi.update), list(stacked)
                 times = []
@@ -687,6 +331,45 @@ def numpyro_cells(small: bool) -> None:
         print(json.dumps({name: found}), flush=True)
 
 
+def part_command_line(on: Machine, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """``pyrovae train`` and ``evaluate`` on the digits, which say where they run."""
+    if on.small:
+        return {"left_out": "tests/test_cli.py runs it"}
+    from pyrovae.cli import main as pyrovae
+
+    before, said = Path.cwd(), io.StringIO()
+    quick = ["--train.epochs", "3", "--evaluate.num-samples", "200", "--evaluate.decompose", "10", "--name", "gpu"]
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(said):
+        os.chdir(folder)
+        try:
+            codes = [pyrovae(["train", *quick, "--device", "auto"]), pyrovae(["evaluate", "runs/gpu", "--limit", "50"])]
+        finally:
+            os.chdir(before)
+    assert codes == [0, 0], said.getvalue()
+    return {"first_line": said.getvalue().splitlines()[0]}
+
+
+# What was refused or failed on the way, in full: a step that falls back says one line.
+REFUSALS: list[str] = []
+
+
+def watch() -> None:
+    """Keep the tracebacks of whatever makes a step fall back."""
+
+    def watched(function: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            try:
+                return function(*arguments, **options)
+            except Exception:
+                REFUSALS.append(traceback.format_exc()[-5_000:])
+                raise
+
+        return run
+
+    staging._capture, staging._inductor = watched(staging._capture), watched(staging._inductor)
+    staging.GraphedSteps.__init__ = watched(staging.GraphedSteps.__init__)  # type: ignore[method-assign]
+
+
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     """What it returns, or why it does not, and the parts after it go on."""
     try:
@@ -695,7 +378,9 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
             found = function(*arguments)
     except Exception:
         return {"error": traceback.format_exc()[-4_000:]}
-    said = sorted({f"{each.category.__name__}: {str(each.message)[:300]}" for each in caught if each.category is RuntimeWarning})
+    said = sorted(
+        {f"{each.category.__name__}: {str(each.message)[:300]}" for each in caught if each.category is RuntimeWarning}
+    )
     return found | {"warnings": said} if said and isinstance(found, dict) else found
 
 
@@ -705,6 +390,7 @@ PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "cells": part_cells,
     "other networks": part_other_networks,
     "products": part_products,
+    "command line": part_command_line,
     "numpyro": part_numpyro,
 }
 
@@ -752,13 +438,15 @@ def run_all(on: Machine, parts: list[str], out: Path, seconds: float) -> dict[st
             pyro.clear_param_store()
             found = attempt(function)
             keep(found)
-            failed = isinstance(found, dict) and "error" in found
+            errors = errors_in(found)
+            failed = bool(errors)
+            result["refusals"] = REFUSALS
             result["failed"] += [name] * failed
             took = time.perf_counter() - started
             result["seconds"][name] = round(took, 2)
             print(f"{name:<34}{took:8.1f} s  {'FAILED' if failed else 'done'}", flush=True)
             if failed:
-                print(found["error"], flush=True)
+                print(errors[0], flush=True)
         write()
 
     if "checks" in parts:
@@ -775,6 +463,13 @@ def run_all(on: Machine, parts: list[str], out: Path, seconds: float) -> dict[st
     return result
 
 
+def errors_in(found: Any) -> list[str]:
+    """The tracebacks among what a part found."""
+    if not isinstance(found, dict):
+        return []
+    return [found["error"]] if "error" in found else [error for each in found.values() for error in errors_in(each)]
+
+
 def plain(value: Any) -> Any:
     """For JSON, which has no infinity and no NaN."""
     if isinstance(value, dict):
@@ -788,7 +483,8 @@ def plain(value: Any) -> Any:
 
 def table(result: dict[str, Any]) -> str:
     """The cells in lines, ms a step."""
-    lines = [f"{'ms a step':<26}{'Pyro':>8}{'eager':>8}{'float32':>9}{'kernels':>9}{'tf32':>8}{'kernels':>9}{'scan tf32':>11}{'scan f32':>10}"]
+    heads = {"Pyro": 8, "eager": 8, "float32": 9, "kernels": 9, "tf32": 8, "kernels ": 9, "scan tf32": 11, "scan f32": 10}
+    lines = [f"{'ms a step':<26}" + "".join(f"{head.strip():>{width}}" for head, width in heads.items())]
 
     def number(value: Any, *path: str) -> str:
         for key in path:
@@ -822,6 +518,7 @@ def main() -> int:
         numpyro_cells(options.small)
         return 0
     on = Machine(options.small, options.root)
+    watch()
     if not on.cuda and not options.small:
         print("This torch finds no GPU: pass --small to run all but the CUDA graphs on the CPU.")
         return 1
