@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Batch, Batches, arguments
+from .data import Batch, Batches
 from .evidence import Evidence, pareto_khat, tail_size
 from .pairs import FirstRun, first_run, inspect_pair
 from .registry import unknown
@@ -105,14 +105,14 @@ def ais(
     """
     path = _Path(start, _betas(schedule, num_temperatures), leapfrog_steps, step_size, target_acceptance)
     path.check(num_chains, compile)
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
-    size = _rows(chunk_size, num_chains, first)
-    data = Batches(x, batch_size=size, dtype=first.dtype, device=first.device)
+    data = Batches(x, batch_size=1, program=model, ordered=True)
+    first = first_run(model, guide, *data.peek())
+    data.to(first.dtype, first.device, first.floating)
+    data.batch_size = _rows(chunk_size, num_chains, first)
     gradient = _Gradient(path.backend(compile, data.num_batches, ways=1))
     parts: list[Tensor] = []
     with _quietly(model, guide, first, seed), _bar(data.num_batches, path, "AIS", progress) as bar:
         for batch in data:
-            batch = arguments(model, batch)
             inspect_pair(model, guide, *batch)
             with pyro.validation_enabled(False):
                 pair = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles)
@@ -259,8 +259,11 @@ def bdmc(
     path.check(num_chains, compile)
     if int(num_data) != num_data or num_data < 1:
         raise ValueError(f"num_data is a positive integer, not {num_data!r}.")
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
-    like = _rows_of(model, Batches(x, batch_size=num_data, dtype=first.dtype, device=first.device), num_data)
+    data = Batches(x, batch_size=1, program=model, ordered=True)
+    first = first_run(model, guide, *data.peek())
+    data.to(first.dtype, first.device, first.floating)
+    data.batch_size = num_data
+    like = _rows_of(data, num_data)
     forward, backward = [], []
     simulated: list[Batch] = []
     batches = Batches(like, batch_size=_rows(chunk_size, num_chains, first), dtype=first.dtype, device=first.device)
@@ -483,11 +486,11 @@ def _rows(chunk_size: int | None, num_chains: int, first: FirstRun) -> int:
     return max(1, (chunk_size or CHUNK_NUMBERS // max(first.info.num_dims, 256)) // num_chains)
 
 
-def _rows_of(model: Program, data: Batches, num: int) -> Batch:
+def _rows_of(data: Batches, num: int) -> Batch:
     """The first rows of any data, again from the first where there are fewer."""
     kept: list[Batch] = []
     for batch in data:
-        kept.append(arguments(model, batch))
+        kept.append(batch)
         if sum(len(part[0]) for part in kept) >= num:
             break
     columns = [torch.cat(parts) for parts in zip(*kept, strict=True)]

@@ -79,7 +79,7 @@ def train(
         settings: The run's settings.
     """
     del device, settings  # Declared for the help page and the spelling of options; what was given is in _given.
-    from .config import build_vae, load_split, read_run, run_device, run_name, write_run
+    from .config import build_vae, load_split, read_run, run_device, run_name, with_likelihood, write_run
 
     described = read_run(run, _given)
     import torch
@@ -90,6 +90,7 @@ def train(
 
     where = run_device(described)
     split = load_split(described)
+    described = with_likelihood(described, split)
     torch.manual_seed(described.seed)
     vae = build_vae(described, split).to(where)
     estimator = make_estimator(described.estimator)
@@ -114,7 +115,8 @@ def train(
 
     settings_of = described.train
     print(f"On {_device_name(where)}.")
-    print(f"{split.note[0].upper()}{split.note[1:]}.")
+    print(textwrap.fill(f"Data: {split.note}.", 80, break_long_words=False, break_on_hyphens=False))
+    print(textwrap.fill(f"Likelihood: {_likelihood_said(described, split)}.", 80))
     fit(
         vae.model,
         vae.guide,
@@ -377,16 +379,25 @@ def _mean_samples(vae: VAE | HierarchicalVAE, count: int, seed: int) -> Any:
         return vae.sample(count, mean=True)
 
 
+def _likelihood_said(run: Run, split: Split) -> str:
+    """The likelihood, and whether it is the one that fits the data's support."""
+    given, fitting = run.model.likelihood or split.likelihood, split.likelihood
+    kinds = [table if isinstance(table, str) else table.get("kind") for table in (given, fitting)]
+    if kinds[0] == kinds[1]:
+        return f"{kinds[0]}, since {split.reason}"
+    return f"{kinds[0]}, as the settings say; {kinds[1]} would be the choice here, since {split.reason}"
+
+
 def _say(folder: Path, split: Split, evidence: Evidence, parts: Decomposition | None) -> None:
-    unit = "image" if len(split.data_shape) == 3 else "datum"
+    unit, units = split.unit, {"image": "images", "datum": "data"}[split.unit]
     reliable, size = int(evidence.reliable.sum()), len(evidence)
-    print(f"\nHeld-out {split.name}, {size} {unit}s, in nats per {unit}:")
+    print(f"\nHeld-out {split.name}, {size:,} {units}, in nats per {unit}:")
     print(f"  method    {evidence.method}")
     print(f"  samples   {evidence.effort}")
     who = "guide" if evidence.method == "importance sampling" else "proposal"
     print(f"  bound     {evidence.elbo.mean():9.2f}  the {who}'s ELBO, which lies below log p(x)")
     print(f"  log p(x)  {evidence.mean:9.2f}  an estimate; its standard error is {evidence.mean_se:.2f} from")
-    print(f"                       sampling and {evidence.data_se:.2f} from the choice of {unit}s")
+    print(f"                       sampling and {evidence.data_se:.2f} from the choice of {units}")
     print(f"  gap       {evidence.gap:9.2f}  what the {who} misses: its KL from p(z|x)")
     print(f"  bits/dim  {evidence.bits_per_dim:9.3f}")
     print(f"  reliable  {reliable:9d}  of {size} estimates: {evidence.criterion}")
@@ -448,6 +459,7 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: float)
     packages = ("pyrovae", "pyro-ppl", "arviz", "arviz-stats", "numpy")
     return {
         "data": split.note,
+        "likelihood": _likelihood_said(run, split),
         "seed": str(run.seed),
         "trained": f"{len(records)} epochs, {records[-1]['step']} steps, {records[-1]['seconds']:.1f} s",
         "scored": f"{scored:.1f} s",

@@ -222,7 +222,8 @@ class SemiSupervisedVAE(_LabelledVAE):
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
-            pyro.sample("y", dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known), obs=y.argmax(-1))
+            law = dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known)
+            pyro.sample("y", law, obs=y.argmax(-1), infer={"num_dims": 0})  # bits per dimension are those of the data
             pyro.sample("x", self._mixture(z, y), obs=x)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, y: Tensor) -> None:

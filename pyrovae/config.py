@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,7 +45,7 @@ class DataSection:
         name: "digits" (ships with scikit-learn) or "mnist".
         path: A .npy array of shape (N, ...) instead.
         root: The folder that holds MNIST/raw.
-        binarize: For MNIST: "dynamic", "static", "none" (grey in [0, 1]), "levels" (0..255) or "dequantized" (with noise).
+        binarize: "dynamic" (MNIST's default), "static", "none" (grey in [0, 1]), "levels" (0..255), "dequantized" (with noise).
         download: Let torchvision fetch MNIST.
         test_fraction: The held-out part of a .npy file.
     """
@@ -53,7 +53,7 @@ class DataSection:
     name: str = "digits"
     path: str | None = None
     root: str = "data"
-    binarize: Literal["dynamic", "static", "none", "levels", "dequantized"] = "dynamic"
+    binarize: Literal["dynamic", "static", "none", "levels", "dequantized"] | None = None
     download: bool = False
     test_fraction: Fraction = 0.2
 
@@ -67,7 +67,7 @@ class ModelSection:
         latent_dim: Number of latent dimensions of a vae.
         latent_dims: Those of each layer of a hierarchy, nearest to the data first.
         prior: p(z), in a hierarchy that of the top layer.
-        likelihood: p(x|z); by default the one that fits the data set.
+        likelihood: p(x|z); by default the one that fits the data set, by the support of a file's values.
         encoder: The family of q(z|x), or of each factor of a hierarchy's guide, where it is "diagonal_normal" by default.
         guide: A hierarchy's guide: "bottom_up", "ladder" or "structured".
         layer: The family of a hierarchy's p(z_i|z_{i+1}).
@@ -196,6 +196,7 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    _drop_idle_binarize(tables.get("data"))
     overrides = overrides or {}
     where = str(path) if path is not None else "The run"
     # Options without a name are meant for the component that would run without them.
@@ -213,6 +214,10 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
                 f'{where}: model.{key} is for models of kind "{ONLY_FOR[key]}", and this one is of kind "{kind}": leave it '
                 f"out, or set model.kind."
             )
+    if run.data.path is not None and run.data.name != DataSection.name:
+        raise ValueError(
+            f"{where}: data.name is {run.data.name!r} and data.path {run.data.path!r}, but a run has one data set: drop one."
+        )
     if kind == "hierarchical" and run.model.latent_dims is None:
         raise ValueError(f"{where}: a hierarchy needs model.latent_dims, the sizes of its layers from the data up: say [8, 4].")
     return run
@@ -225,7 +230,12 @@ def write_run(run: Run) -> str:
     for section in SECTIONS:
         plain += ["", f"[{section}]"]
         kind = tables[section].get("kind")
-        plain += [f"{key} = {_toml(value)}" for key, value in tables[section].items() if ONLY_FOR.get(key, kind) == kind]
+        left_out = {"name"} if section == "data" and run.data.path is not None else set()
+        plain += [
+            f"{key} = {_toml(value)}"
+            for key, value in tables[section].items()
+            if ONLY_FOR.get(key, kind) == kind and key not in left_out
+        ]
     return "\n".join(plain) + "\n"
 
 
@@ -237,6 +247,13 @@ def run_name(run: Run) -> str:
     data = run.data.name if run.data.path is None else Path(run.data.path).stem
     sizes = [run.model.latent_dim] if run.model.latent_dims is None else run.model.latent_dims
     return "-".join(map(str, [data, estimator, *sizes]))
+
+
+def with_likelihood(run: Run, split: Split) -> Run:
+    """The run with the likelihood that fits the data set written out, where it names none."""
+    if run.model.likelihood is not None:
+        return run
+    return replace(run, model=replace(run.model, likelihood=split.likelihood))
 
 
 def load_split(run: Run) -> Split:
@@ -322,6 +339,12 @@ def _model_defaults(given: Any, overrides: Any) -> Any:
     if hierarchical:
         components["layer"] = default.layer
     return components | {key: value for key, value in given.items() if kind == before or ONLY_FOR.get(key, kind) == kind}
+
+
+def _drop_idle_binarize(data: Any) -> None:
+    """Drop what earlier versions wrote into every run file, also where it meant nothing: a data set's name beside a path."""
+    if isinstance(data, dict) and data.get("binarize") == "dynamic" and data.get("name") == "digits":
+        del data["binarize"]
 
 
 def _merged(tables: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

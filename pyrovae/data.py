@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from .matching import MASK, Batch, match
 from .registry import positive_integer, unknown
+from .streams import Stream, in_order, is_one_pass
+from .support import choose_likelihood, is_whole
 
-Batch = tuple[Tensor, ...]
-
+# Likelihoods that a file of plain matrices is given where these are images.
+_OF_IMAGES = ("discretized_logistic", "continuous_bernoulli", "dequantized")
 # Data that share the random bits which few of their pixels need.
 SHARING = 16
 
@@ -28,18 +30,22 @@ class Batches:
     """Minibatches of any data, each a tuple of tensors for the arguments of model and guide.
 
     Arrays live on the device as whole tensors, so a batch is one gather. A ``Dataset`` goes through a ``DataLoader``; a
-    ``DataLoader`` is taken as it is, with its own batch size and order.
+    ``DataLoader`` is taken as it is, with its own batch size and order. A masked array becomes two arrays: its values, zero
+    where they are hidden, and a mask that is true where they are not.
 
     Args:
-        data: an array, a tensor, a tuple of them (one for each argument), a ``Dataset`` or a ``DataLoader``.
+        data: an array, a tensor, a masked array, a tuple of them (one for each argument), a ``Dataset`` or a ``DataLoader``.
         batch_size: data per batch; the last one may be smaller.
         shuffle: a new order on each pass, from torch's random stream.
         dtype: floating arrays are brought to it; integers stay, since they may be labels or indices.
         device: where the batches go.
         transform: applied to the first tensor of every batch, such as :func:`binarize`.
+        program: give the arrays that this program takes, as :func:`arguments` does; by default all.
+        ordered: give all data in the order of the data set, also where a ``DataLoader`` shuffles or drops its last batch.
 
     Raises:
-        ValueError: the data are empty, ragged, of mixed length, hold NaN or infinity, or are no numbers.
+        ValueError: the data are empty, ragged, of mixed length, hold NaN or infinity, or are no numbers; the program does not
+            take what they hold; or a sampler draws them at random, and they must be in order.
 
     Example:
         >>> import numpy as np
@@ -57,25 +63,43 @@ class Batches:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
+        program: Callable[..., Any] | None = None,
+        ordered: bool = False,
     ):
         self.batch_size, self.shuffle, self.transform = positive_integer(batch_size, "batch_size"), shuffle, transform
-        self.dtype, self.device = dtype, device
-        self.loader: DataLoader[Any] | None = None
+        self.dtype, self.device, self.program = dtype, device, program
+        self.floating: tuple[int, ...] = ()
+        self.source: Dataset[Any] | DataLoader[Any] | None = None
         self.arrays: Batch = ()
-        if isinstance(data, TensorDataset):
-            data = data.tensors
+        self._found_any = False
+        self._stream: Stream | None = None
         if isinstance(data, DataLoader):
-            self.loader = data
-        elif isinstance(data, Dataset):
-            iterable = isinstance(data, IterableDataset)
-            self.loader = DataLoader(data, batch_size=batch_size, shuffle=shuffle and not iterable)
+            self.source = in_order(data) if ordered else data
+            # Processes that read a data set have their own copy of it in each pass.
+            if isinstance(data.dataset, IterableDataset) and not data.num_workers:
+                self._stream = Stream(self.source)
+        elif isinstance(data, IterableDataset):
+            self.source = self._stream = Stream(data)
+        elif isinstance(data, Dataset) and not isinstance(data, TensorDataset):
+            self.source = data
         else:
-            self.arrays = tuple(array.contiguous() for array in as_arrays(data, dtype, device))
+            labelled = isinstance(data, TensorDataset)
+            self.arrays = self._taken(data.tensors if labelled else data, strict=not labelled)
+            self.arrays = tuple(array.contiguous() for array in self.arrays)
 
-    def to(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Bring floating arrays to a type, and everything to a device, now and in later batches."""
-        self.dtype, self.device = dtype, device
-        self.arrays = tuple(_as_tensor(array, dtype, device) for array in self.arrays)
+    @property
+    def loader(self) -> DataLoader[Any] | None:
+        """What reads the data, or ``None`` where they are in memory."""
+        if self.source is None or isinstance(self.source, DataLoader):
+            return self.source
+        iterable = isinstance(self.source, IterableDataset)
+        return DataLoader(self.source, batch_size=self.batch_size, shuffle=self.shuffle and not iterable)
+
+    def to(self, dtype: torch.dtype, device: torch.device, floating: tuple[int, ...] = ()) -> None:
+        """Bring floating arrays and those named to a type, and everything to a device, now and in later batches."""
+        self.dtype, self.device, self.floating = dtype, device, floating
+        if self.arrays:
+            self.arrays = self._moved(self.arrays)
 
     @property
     def num_data(self) -> int | None:
@@ -97,19 +121,42 @@ class Batches:
         except TypeError:  # an iterable dataset without a length
             return None
 
+    def check_passes(self, passes: int) -> None:
+        """Refuse several passes over a stream that gives its data once.
+
+        Raises:
+            ValueError: the data are such a stream.
+        """
+        if passes > 1 and self._stream is not None and is_one_pass(self.source.dataset):  # type: ignore[union-attr]
+            raise ValueError(
+                f"The data are a stream that can be read only once, so epochs must be 1, got {passes}: pass epochs=1, or a "
+                f"dataset whose __iter__ starts anew."
+            )
+
     def __iter__(self) -> Iterator[Batch]:
         """One pass over the data."""
         return (self.load(*inputs) for inputs in self.inputs())
 
+    def peek(self) -> Batch:
+        """The first batch; the next pass over a stream gives it again."""
+        if self._stream is None:
+            return next(iter(self))
+        by_rows = self._stream is self.source
+        found = self._stream.take(self.batch_size if by_rows else 1)
+        if not found:
+            self._refuse_empty()
+        return self.load(*self._taken(default_collate(found) if by_rows else found[0]))
+
     def inputs(self) -> Iterator[Batch]:
         """One pass, as what :meth:`load` makes batches of: rows and the whole arrays, or a part of the data as it is."""
-        if self.loader is not None:
+        loader = self.loader
+        if loader is not None:
             empty = True
-            for item in self.loader:
-                empty = False
-                yield as_arrays(tuple(item) if isinstance(item, list | tuple) else item, self.dtype, self.device)
+            for item in loader if self._stream in (None, self.source) else self._stream:
+                empty, self._found_any = False, True
+                yield self._taken(item)
             if empty:
-                raise ValueError("The data loader gave no batch: the data are empty.")
+                self._refuse_empty()
             return
         size, step = len(self.arrays[0]), self.batch_size
         if self.shuffle:
@@ -123,19 +170,58 @@ class Batches:
     def load(self, *inputs: Tensor) -> Batch:
         """A batch, gathered and transformed by nothing but tensor operations, so that a compiled step can do it."""
         batch = inputs
-        if self.loader is None and self.shuffle:
+        if self.source is None and self.shuffle:
             rows, *arrays = inputs
             batch = tuple(array.index_select(0, rows) for array in arrays)
         return batch if self.transform is None else (self.transform(batch[0]), *batch[1:])
 
+    def _taken(self, item: Any, *, strict: bool = False) -> Batch:
+        """The arrays of the data, or of a part of them, that the program takes."""
+        item = tuple(item) if self.source is not None and isinstance(item, list) else item
+        return self._moved(as_arrays(item, self.dtype, self.device, program=self.program, strict=strict))
 
-def as_arrays(data: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Batch:
-    """Arrays or tensors as a tuple of tensors, checked.
+    def _moved(self, arrays: Batch) -> Batch:
+        moved = [_as_tensor(array, self.dtype, self.device) for array in arrays]
+        for index in self.floating:
+            moved[index] = moved[index].to(self.dtype)
+        return tuple(moved)
+
+    def _refuse_empty(self) -> None:
+        if self._found_any:
+            raise ValueError(
+                "The data loader gave no batch in a second pass, since its dataset can be read only once; what the first pass "
+                "trained is kept: pass epochs=1, or a dataset whose __iter__ starts anew."
+            )
+        raise ValueError("The data loader gave no batch: the data are empty, or a stream that has been read already.")
+
+
+def as_arrays(
+    data: Any,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    program: Callable[..., Any] | None = None,
+    strict: bool = True,
+) -> Batch:
+    """Arrays or tensors as a tuple of tensors, checked; a masked array as its values and, last, a mask of what it shows.
+
+    Args:
+        data: an array, a tensor, a masked array, or a tuple of them.
+        dtype: floating arrays are brought to it.
+        device: where they go.
+        program: give only the arrays that this program takes, in its order.
+        strict: refuse arrays beside labels that the program does not take.
 
     Raises:
-        ValueError: empty, ragged, of mixed length, NaN or infinite, or no numbers.
+        ValueError: empty, ragged, of mixed length, NaN or infinite, or no numbers; or not what the program takes.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyrovae.data import as_arrays
+        >>> as_arrays(np.ma.masked_array([1.0, 1e3], mask=[False, True]))
+        (tensor([1., 0.], dtype=torch.float64), tensor([ True, False]))
     """
-    items = data if isinstance(data, tuple) else (data,)
+    items, names = _unmasked(data if isinstance(data, tuple) else (data,))
     arrays = tuple(_as_tensor(item, dtype, device) for item in items)
     if not arrays or any(array.dim() == 0 or array.numel() == 0 for array in arrays):
         raise ValueError("The data are empty: give at least one datum, with data along the first dimension.")
@@ -149,14 +235,17 @@ def as_arrays(data: Any, dtype: torch.dtype | None = None, device: torch.device 
                 f"The data hold NaN or infinite values in {int(bad.sum())} of {len(bad)} rows, first row "
                 f"{int(bad.nonzero()[0])}: drop or repair them; where values are missing, pass a mask beside zeros."
             )
-    return arrays
+    return arrays if program is None else match(program, arrays, names, strict=strict)
 
 
 def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
-    """As many tensors of a batch as a program takes; labels that it does not ask for are left out.
+    """The tensors of a batch that a program takes; labels that it does not ask for are left out.
+
+    Required parameters are filled in order. A parameter whose default is ``None`` takes one of the tensors that are left, one
+    with "mask" in its name a mask only; any other default, such as ``temperature=1.0``, stays.
 
     Raises:
-        ValueError: the program needs more arguments than the batch has.
+        ValueError: the program needs more arguments than the batch has, or takes no mask where the batch has one.
 
     Example:
         >>> import torch
@@ -164,18 +253,7 @@ def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
         >>> len(arguments(lambda x: None, (torch.zeros(3, 2), torch.zeros(3))))
         1
     """
-    # A module's own signature is that of __call__, which takes anything.
-    called = program.forward if isinstance(program, torch.nn.Module) else program
-    parameters = inspect.signature(called).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return batch
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = [p.name for p in positional if p.default is p.empty]
-    if len(needed) > len(batch):
-        raise ValueError(
-            f"The model takes {', '.join(needed)}, but the data give {len(batch)} array(s): pass a tuple with one for each."
-        )
-    return batch[: len(positional)]
+    return match(program, batch)
 
 
 def binarize(x: Tensor) -> Tensor:
@@ -232,6 +310,7 @@ class Split:
         likelihood: the likelihood that fits these numbers, as a registry table.
         transform: applied to every training batch, or ``None``.
         note: one sentence on where the data come from and what was done to them.
+        reason: why that likelihood fits.
     """
 
     name: str
@@ -241,11 +320,18 @@ class Split:
     likelihood: dict[str, Any]
     transform: Callable[[Tensor], Tensor] | None
     note: str
+    reason: str = ""
 
     @property
     def data_shape(self) -> tuple[int, ...]:
         """The shape of one datum."""
         return tuple(self.train.shape[1:])
+
+    @property
+    def unit(self) -> str:
+        """What to call one datum."""
+        matrix_of_pixels = len(self.data_shape) == 2 and self.likelihood["kind"] in _OF_IMAGES
+        return "image" if len(self.data_shape) == 3 or matrix_of_pixels else "datum"
 
 
 def load(
@@ -253,7 +339,7 @@ def load(
     *,
     path: str | None = None,
     root: str = "data",
-    binarize: str = "dynamic",
+    binarize: str | None = None,
     download: bool = False,
     test_fraction: float = 0.2,
 ) -> Split:
@@ -261,11 +347,13 @@ def load(
 
     Args:
         name: ``"digits"`` (scikit-learn's 1,797 images of 8 x 8 counts 0..16, which ship with it) or ``"mnist"``.
-        path: a ``.npy`` file of shape (N, ...) instead; its rows are split by a fixed permutation.
+        path: a ``.npy`` file of shape (N, ...) instead; its rows are split by a fixed permutation, and the likelihood is one
+            whose support holds its values (:func:`pyrovae.support.choose_likelihood`).
         root: the folder that torchvision keeps MNIST in.
-        binarize: for MNIST, ``"dynamic"`` draws training pixels afresh at each batch, ``"static"`` draws them once,
-            ``"none"`` keeps grey values in [0, 1], ``"levels"`` keeps the levels 0..255, and ``"dequantized"`` adds uniform
-            noise to those, afresh at each batch. The test set is drawn once in all cases, from a fixed seed.
+        binarize: for MNIST, and for files of 8-bit levels or of grey values in [0, 1]: ``"dynamic"`` draws training pixels
+            afresh at each batch, ``"static"`` draws them once, ``"none"`` keeps grey values in [0, 1], ``"levels"`` keeps the
+            levels 0..255, and ``"dequantized"`` adds uniform noise to those, afresh at each batch. The test set is drawn once
+            in all cases, from a fixed seed. By default MNIST is ``"dynamic"``, and a file stays as it is.
         download: let torchvision fetch MNIST; never without this.
         test_fraction: the held-out part of a ``.npy`` file.
 
@@ -279,11 +367,15 @@ def load(
         >>> len(split.train), len(split.test), split.data_shape
         (1437, 360, (1, 8, 8))
     """
+    if binarize is not None and binarize not in WAYS:
+        raise ValueError(unknown("binarisation", binarize, WAYS))
     if path is not None:
-        return _from_file(Path(path), test_fraction)
-    loaders = {"digits": _digits, "mnist": lambda: _mnist(root, binarize, download)}
+        return _from_file(Path(path), test_fraction, binarize)
+    loaders = {"digits": _digits, "mnist": lambda: _mnist(root, binarize or "dynamic", download)}
     if name not in loaders:
         raise ValueError(unknown("data set", name, loaders))
+    if name == "digits" and binarize is not None:
+        raise ValueError(f"binarize={binarize!r} is for MNIST and for files, and the digits are counts 0..16: leave it out.")
     return loaders[name]()
 
 
@@ -302,13 +394,25 @@ def _digits() -> Split:
         likelihood={"kind": "binomial", "total_count": 16},
         transform=None,
         note="scikit-learn's handwritten digits, 8 x 8 counts 0..16; 1,437 train, 360 test, by a fixed permutation",
+        reason="the pixels are counts 0..16",
     )
 
 
+WAYS = {
+    "dynamic": "training pixels binarised afresh at each batch, test pixels once",
+    "static": "all pixels binarised once",
+    "none": "grey values in [0, 1]",
+    "levels": "grey levels 0..255",
+    "dequantized": "grey levels 0..255 plus uniform noise, in training afresh at each batch, in the test set once",
+}
+_FITTING: dict[str, dict[str, Any]] = {
+    "none": {"kind": "continuous_bernoulli"},
+    "levels": {"kind": "discretized_logistic"},
+    "dequantized": {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
+}
+
+
 def _mnist(root: str, how: str, download: bool) -> Split:
-    ways = ("dynamic", "static", "none", "levels", "dequantized")
-    if how not in ways:
-        raise ValueError(unknown("binarisation", how, ways))
     datasets = _torchvision_datasets()
     try:
         parts = [datasets.MNIST(root, train=train, download=download) for train in (True, False)]
@@ -316,8 +420,22 @@ def _mnist(root: str, how: str, download: bool) -> Split:
         raise FileNotFoundError(
             f"MNIST is not under {root!r}: point --data.root at the folder that holds MNIST/raw, or pass --data.download."
         ) from error
-    unit = 1 if how in ("levels", "dequantized") else 255
-    train, test = ((part.data[:, None] / unit).to(torch.get_default_dtype()) for part in parts)
+    split = Split(
+        name="mnist",
+        train=parts[0].data[:, None],
+        test=parts[1].data[:, None],
+        test_labels=parts[1].targets,
+        likelihood={},
+        transform=None,
+        note="MNIST, 60,000 train and 10,000 test images of 28 x 28",
+    )
+    return _treated(split, how, 255)
+
+
+def _treated(split: Split, how: str, largest: int) -> Split:
+    """Images of grey values from zero to ``largest``, binarised or not, and what fits them."""
+    unit = 1 if how in ("levels", "dequantized") else largest
+    train, test = ((part / unit).to(torch.get_default_dtype()) for part in (split.train, split.test))
     generator = torch.Generator().manual_seed(0)
     if how in ("dynamic", "static"):
         test = torch.bernoulli(test, generator=generator)
@@ -327,30 +445,18 @@ def _mnist(root: str, how: str, download: bool) -> Split:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             test = dequantize(test)
-    done = {
-        "dynamic": "training pixels binarised afresh at each batch, test pixels once",
-        "static": "all pixels binarised once",
-        "none": "grey values in [0, 1]",
-        "levels": "grey levels 0..255",
-        "dequantized": "grey levels 0..255 plus uniform noise, in training afresh at each batch, in the test set once",
-    }
-    fitting: dict[str, dict[str, Any]] = {
-        "none": {"kind": "continuous_bernoulli"},
-        "levels": {"kind": "discretized_logistic"},
-        "dequantized": {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
-    }
-    return Split(
-        name="mnist",
+    return replace(
+        split,
         train=train,
         test=test,
-        test_labels=parts[1].targets,
-        likelihood=fitting.get(how, {"kind": "bernoulli"}),
+        likelihood=_FITTING.get(how, {"kind": "bernoulli"}),
         transform={"dynamic": binarize, "dequantized": dequantize}.get(how),
-        note=f"MNIST, 60,000 train and 10,000 test images of 28 x 28; {done[how]}",
+        note=f"{split.note}; {WAYS[how]}",
+        reason="the pixels are binarised" if how in ("dynamic", "static") else f"the pixels are {WAYS[how]}",
     )
 
 
-def _from_file(path: Path, test_fraction: float) -> Split:
+def _from_file(path: Path, test_fraction: float, how: str | None) -> Split:
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}: give the path of a .npy array.")
     if not 0 < test_fraction < 1:
@@ -367,14 +473,31 @@ def _from_file(path: Path, test_fraction: float) -> Split:
     held_out = round(len(data) * test_fraction)
     if not 0 < held_out < len(data):
         raise ValueError(f"{len(data)} data cannot be split with test_fraction {test_fraction}: give more data.")
-    return Split(
+    likelihood, reason = choose_likelihood(array)
+    split = Split(
         name=path.stem,
         train=data[order[:-held_out]],
         test=data[order[-held_out:]],
         test_labels=None,
-        likelihood={"kind": "normal", "scale": "shared"},
+        likelihood=likelihood,
         transform=None,
-        note=f"{path}, {len(data) - held_out} train and {held_out} test rows, by a fixed permutation",
+        note=f"{path}, {len(data) - held_out:,} train and {held_out:,} test rows, by a fixed permutation",
+        reason=reason,
+    )
+    return split if how is None else _treated(split, how, _largest(path, array, how))
+
+
+def _largest(path: Path, array: np.ndarray, how: str) -> int:
+    """White in a file of grey values: 255 of 8-bit levels, or 1."""
+    low, high = array.min(), array.max()
+    if low >= 0 and high <= 255 and is_whole(array) and (high > 1 or how in ("levels", "dequantized")):
+        return 255
+    if low >= 0 and high <= 1 and how not in ("levels", "dequantized"):
+        return 1
+    wanted = "" if how in ("levels", "dequantized") else ", or grey values in [0, 1]"
+    raise ValueError(
+        f"binarize={how!r} must be given 8-bit levels 0..255{wanted}, and {path} holds values from {low:g} to {high:g}: leave "
+        f"binarize out."
     )
 
 
@@ -415,6 +538,19 @@ def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str 
     if tensor.is_complex():
         raise ValueError("The data are complex: give real numbers, for example real and imaginary parts side by side.")
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]]:
+    """A masked array as its values, zero where they are hidden, and at the end a mask of what it shows; and the mask's name."""
+    masked = [item for item in items if isinstance(item, np.ma.MaskedArray)]
+    if len(masked) > 1:
+        raise ValueError(
+            f"The data hold {len(masked)} masked arrays, and a mask beside the data belongs to one: pass the others filled, "
+            f"with their masks as arrays."
+        )
+    plain = tuple(item.filled(0) if isinstance(item, np.ma.MaskedArray) else item for item in items)
+    shown = tuple(~np.ma.getmaskarray(item) for item in masked)
+    return (*plain, *shown), [*[None] * len(plain), *[MASK] * len(shown)]
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Batches, arguments, as_arrays
+from .data import Batches, as_arrays
 from .estimators import check_estimator, loss_and_grads, make_estimator
 from .evidence import Comparison, Draws, Evidence, compare
 from .marginal import CHUNK_NUMBERS, log_marginal
@@ -196,8 +196,10 @@ def compare_estimators(
     if num_draws < 10:
         raise ValueError(f"num_draws must be at least 10 to tell a gradient from its noise, not {num_draws}.")
     named = _named(estimators)
-    start = first_run(model, guide, *as_arrays(x))
-    batch = as_arrays(x, start.dtype, start.device)
+    data = Batches(as_arrays(x, program=model), batch_size=1)
+    start = first_run(model, guide, *data.arrays)
+    data.to(start.dtype, start.device, start.floating)
+    batch = data.arrays
     usual = "vimco" if start.info.not_reparameterized else "dreg"
     against = make_estimator({"kind": usual, "num_particles": 512} if reference is None else reference)
     for estimator in (*named.values(), against):
@@ -277,7 +279,7 @@ def train_estimators(
     named = _named(estimators)
     if len(named) < 2:
         raise ValueError("A comparison takes at least two estimators.")
-    parameters = first_run(model, guide, *arguments(model, next(iter(Batches(data, 1))))).parameters
+    parameters = first_run(model, guide, *Batches(data, 1, program=model).peek()).parameters
     start = [parameter.detach().clone() for parameter in parameters]
     results = {}
     for name, estimator in named.items():
@@ -324,7 +326,7 @@ def _gradients(
 ) -> tuple[float, list[Array]]:
     """One draw: the bound per datum, and the gradient per datum of each group as one vector (of the bound, upwards)."""
     torch.manual_seed(seed)
-    size = len(batch[0]) * start.info.scale
+    size = start.info.count(batch)
     _clear(start.parameters)
     loss = loss_and_grads(estimator, model, guide, *batch)
     vectors = [
@@ -717,12 +719,14 @@ class _Pair:
 
     def __init__(self, model: Program, guide: Program, x: Any, vectorize: bool):
         self.model, self.guide, self.vectorize = model, guide, vectorize
-        first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+        data = Batches(x, batch_size=1, program=model, ordered=True)
+        first = first_run(model, guide, *data.peek())
+        data.to(first.dtype, first.device, first.floating)
+        data.batch_size = 1000
         self.info, self.device, self.dtype = first.info, first.device, first.dtype
         if self.info.scale != 1.0:
             raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
-        self.arrays = tuple(torch.cat(parts) for parts in zip(*Batches(x, batch_size=1000), strict=True))
-        self.arrays = arguments(model, self.arrays)
+        self.arrays = tuple(torch.cat(parts) for parts in zip(*data, strict=True))
         self.num_data = len(self.arrays[0])
         self.chunk = max(1, CHUNK_NUMBERS // max(self.info.num_dims, 256))
         self.nesting = self.info.max_plate_nesting

@@ -576,12 +576,14 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile at ``value``."""
-        # At -|l| the exponential stays below one; the other sign is its mirror image.
-        size = self.logits.abs()
+        # At -|l| the exponential stays below one; the other sign is its mirror image. abs() has no gradient at zero.
+        size = torch.where(self.logits > 0, self.logits, -self.logits)
         safe = torch.where(size < 1e-4, 1.0, size)
         level = torch.where(self.logits > 0, 1 - value, value)
-        exact = torch.log1p(level * torch.expm1(-safe)) / -safe
-        low = torch.where(size < 1e-4, level - level * (1 - level) * size / 2, exact).clamp(0.0, 1.0)
+        # A level of one is a quantile of one at any logit; where expm1 rounds to -1 its logarithm would be infinite.
+        last = level == 1
+        exact = torch.log1p(torch.where(last, 0.0, level) * torch.expm1(-safe)) / -safe
+        low = torch.where(size < 1e-4, level - level * (1 - level) * size / 2, torch.where(last, 1.0, exact)).clamp(0.0, 1.0)
         return torch.where(self.logits > 0, 1 - low, low)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:

@@ -574,6 +574,9 @@ def _resample(prior: Any, value: Tensor) -> Tensor | None:
     """``value`` as the prior's own sampler would make it from its noise: the same numbers, with dT/d(parameters) behind."""
     if isinstance(prior, torch.distributions.Independent):
         return _resample(prior.base_dist, value)
+    # Before the transforms: torch makes its Gumbel of a uniform draw, which has no location and scale to move.
+    if isinstance(prior, _LOC_SCALE) and not getattr(prior, "df", prior.loc.detach()).requires_grad:
+        return prior.loc + prior.scale * ((value - prior.loc) / prior.scale).detach()
     if isinstance(prior, torch.distributions.TransformedDistribution):
         noise = value
         for transform in reversed(prior.transforms):
@@ -585,9 +588,7 @@ def _resample(prior: Any, value: Tensor) -> Tensor | None:
     if isinstance(prior, torch.distributions.MultivariateNormal):
         centred = (value - prior.loc).detach().unsqueeze(-1)
         noise = torch.linalg.solve_triangular(prior.scale_tril.detach(), centred, upper=False)
-        return prior.loc + (prior.scale_tril @ noise).squeeze(-1)
-    if isinstance(prior, _LOC_SCALE) and not getattr(prior, "df", prior.loc.detach()).requires_grad:
-        return prior.loc + prior.scale * ((value - prior.loc) / prior.scale).detach()
+        return prior.loc + (prior.scale_tril.tril() @ noise).squeeze(-1)
     return None
 
 

@@ -29,7 +29,7 @@ Array = np.ndarray
 FEWEST_SAMPLES = 25
 # Effective chains of an annealing, below which nothing agrees with anything.
 LEAST_CHAINS = 4
-# Nats by which two resolutions of a quadrature may differ.
+# Nats that rounding, and two quadratures, may leave in doubt.
 GRIDS_AGREE = 0.01
 
 
@@ -219,8 +219,8 @@ class Evidence:
         of four. Chains that do not keep up with the temperatures have weights that a few of them dominate; at half, log-weights
         of normal law have a variance of log 2, and the estimate lies 1/(2 K) nats too low. Below, it asks for the chain that
         did not come. That is less than Pareto k says, as so few chains can agree by chance, and all can miss the same mode:
-        :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, and of quadrature the last two grids within 0.01 nats
-        of each other.
+        :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, with a standard error, which is what rounding and two
+        independent grids leave in doubt, of at most 0.01 nats.
         """
         with np.errstate(invalid="ignore"):
             if self.is_exact:
@@ -281,13 +281,14 @@ class Evidence:
         lost = ~np.isfinite(self.log_px)
         if lost.any():
             return f"{_first(lost)} no finite answer: the model overflows there, or rules it out."
-        if not (self.se > 0).any():
-            return "Nothing was sampled: it is exact to rounding."
-        said = f"Nothing was sampled; the last two grids differ by at most {self.se.max():.1e} nats. "
+        quadrature = self.method.endswith("quadrature")
+        doubt = "two quadratures and rounding leave" if quadrature else "exact to rounding, which leaves"
+        said = f"Nothing was sampled; {doubt} at most {self.se.max():.1e} nats in doubt."
         bad = ~self.reliable
         if not bad.any():
-            return said + "It is exact to that."
-        return said + f"{_first(bad)} not settled at the finest grid: check by annealing (pv.ais)."
+            return said
+        cure = "check by annealing (pv.ais)" if quadrature else "score in float64"
+        return f"{said} {_first(bad)} more than {GRIDS_AGREE:g} nats in doubt: {cure}."
 
     def _agreement(self) -> str:
         """What a few annealed chains say of their estimate."""

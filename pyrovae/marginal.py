@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cuda import check_precision, free_memory, products_in
-from .data import Batch, Batches, arguments
+from .data import Batch, Batches
 from .evidence import Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
 from .pairs import first_run, inspect_pair
 from .proposals import (
@@ -176,7 +176,8 @@ def log_marginal(
         raise ValueError("A mixture takes at least two samples, one of the prior and one of the guide.")
     if precision == "bfloat16" and kind in ("mixture", "refined"):
         raise ValueError(f"Only draws from guide and prior are compiled: leave precision out for proposal={kind!r}.")
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
+    data = Batches(x, batch_size=1, program=model, ordered=True)
+    first = first_run(model, guide, *data.peek())
     info, dtype, device = first.info, first.dtype, first.device
     check_precision(precision, device)
     on_gpu = _on_gpu(device)
@@ -187,7 +188,8 @@ def log_marginal(
     group, reduced = (GPU_GROUP, GPU_REDUCED) if on_gpu else (GROUP, REDUCED_JOINTLY)
     memory = max_memory * 2**20 if max_memory is not None else GPU_SHARE * free_memory(device) if on_gpu else 2**29
     affordable = int(memory / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
-    data = Batches(x, batch_size=group, dtype=dtype, device=device)
+    data.to(dtype, device, first.floating)
+    data.batch_size = group
     if compile == "auto":
         usually = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
         compile = precision == "bfloat16" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
@@ -203,7 +205,7 @@ def log_marginal(
         # Graphs go by shape, so the number of samples travels as the length of an empty tensor.
         return (plain(batch, len(length)),)
 
-    one = tuple(array[:1] for array in arguments(model, next(iter(Batches(x, batch_size=1, dtype=dtype, device=device)))))
+    one = tuple(array[:1] for array in data.peek())
     if chunk_size is not None:
         chunk = positive_integer(chunk_size, "chunk_size")
     else:
@@ -326,7 +328,6 @@ def log_marginal(
     ):
         start = 0
         for batch in data:
-            batch = arguments(model, batch)
             if store.wants(start, batch):
                 observed = inspect_pair(model, guide, *batch).num_observed
                 torch.manual_seed(store.seed_of(start))

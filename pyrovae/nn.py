@@ -437,7 +437,8 @@ def _he(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
 def _image(shape: Shape) -> tuple[int, ...]:
     found = as_shape(shape)
     if len(found) != 3:
-        raise ValueError(f"A convolutional body takes images (channels, height, width), not shape {found}: use an MLP.")
+        cure = f"write {(1, *found)} for images of one channel" if len(found) == 2 else "use an MLP"
+        raise ValueError(f"A convolutional body takes images (channels, height, width), not shape {found}: {cure}.")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,11 @@ class PairInfo:
     not_reparameterized: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
     num_observed: int = 0
+
+    def count(self, batch: tuple) -> float:
+        """How many data the loss of a batch of such a pair is a sum over."""
+        # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
+        return len(batch[0]) if self.scale == 1.0 else self.num_data * self.scale
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
@@ -130,39 +136,55 @@ class FirstRun:
         info: what the pair is made of.
         dtype: the floating type that its data must have.
         device: where its parameters live.
+        floating: places of the integer arguments that its networks take as floating-point numbers.
     """
 
     parameters: list[Tensor]
     info: PairInfo
     dtype: torch.dtype
     device: torch.device
+    floating: tuple[int, ...] = ()
 
 
 def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
     """Find a pair's parameters, structure, floating type and device from one batch.
 
     NumPy's arrays are float64 on the CPU, where most networks are float32 and some are on a GPU. Which a program wants shows
-    only when it runs, so a batch that fails as it is runs once more in torch's default type, then on the GPU.
+    only when it runs, so a batch that fails as it is runs once more in torch's default type, then with integers (first those of
+    the first argument) in it too, then on the GPU.
 
     Raises:
         ValueError: as :func:`inspect_pair` and :func:`find_parameters`.
         RuntimeError: the pair fails in all of them; the message is torch's.
     """
     default = torch.get_default_dtype()
-    attempts = [args, _moved(args, default, None)]
-    if torch.cuda.is_available():
-        attempts.append(_moved(args, default, torch.device("cuda")))
-    for attempt in attempts:
+    integers = tuple(i for i, arg in enumerate(args) if not arg.is_floating_point() and arg.dtype != torch.bool)
+    devices = [None, torch.device("cuda")] if torch.cuda.is_available() else [None]
+    casts = dict.fromkeys([(), integers[:1], integers])
+    attempts = [(args, ()), *((_moved(args, default, device, cast), cast) for device in devices for cast in casts)]
+    for attempt, cast in attempts:
         try:
-            parameters = find_parameters(model, guide, *attempt)
+            parameters, floating = find_parameters(model, guide, *attempt), cast
             break
         except RuntimeError:
-            if attempt is attempts[-1]:
+            if attempt is attempts[-1][0]:
                 raise
-    like = next((parameter for parameter in parameters if parameter.is_floating_point()), None)
-    dtype, device = (default, args[0].device) if like is None else (like.dtype, like.device)
-    return FirstRun(parameters, inspect_pair(model, guide, *_moved(args, dtype, device)), dtype, device)
+    given = next((arg for arg in attempt if arg.is_floating_point()), None)
+    like = next((parameter for parameter in parameters if parameter.is_floating_point()), given)
+    dtype, device = (default, attempt[0].device) if like is None else (like.dtype, like.device)
+    for index in floating:
+        warnings.warn(
+            f"The pair takes floating-point numbers, so array {index + 1} of the data, of {args[index].dtype}, is cast to "
+            f"{dtype}: pass floats to say so yourself.",
+            stacklevel=3,
+        )
+    moved = _moved(args, dtype, device, floating)
+    return FirstRun(parameters, inspect_pair(model, guide, *moved), dtype, device, floating)
 
 
-def _moved(args: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device | None) -> tuple[Tensor, ...]:
-    return tuple(arg.to(device=device, dtype=dtype if arg.is_floating_point() else None) for arg in args)
+def _moved(
+    args: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device | None, floating: tuple[int, ...] = ()
+) -> tuple[Tensor, ...]:
+    """Arguments with those that float, or are to, in a type, and all on a device."""
+    cast = [arg.is_floating_point() or index in floating for index, arg in enumerate(args)]
+    return tuple(arg.to(device=device, dtype=dtype if each else None) for arg, each in zip(args, cast, strict=True))

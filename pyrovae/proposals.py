@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Batch, Batches, arguments
+from .data import Batch, Batches
 from .pairs import first_run, inspect_pair
-from .registry import unknown
+from .registry import positive_integer, unknown
 from .traces import FlatPair, Program, evaluation_mode
 from .weights import log_weights, prior_weights
 
@@ -198,9 +198,10 @@ def refine(
         'importance sampling from the guide refined per datum'
     """
     options = Options(steps, lr, covariance, objective, num_particles, num_samples, tail_df, num_components).check()
-    first = first_run(model, guide, *arguments(model, next(iter(Batches(x, batch_size=1)))))
-    size = batch_size or rows_at_once(first.info.num_dims, options)
-    data = Batches(x, batch_size=size, dtype=first.dtype, device=first.device)
+    data = Batches(x, batch_size=1, program=model, ordered=True)
+    first = first_run(model, guide, *data.peek())
+    data.to(first.dtype, first.device, first.floating)
+    data.batch_size = positive_integer(batch_size or rows_at_once(first.info.num_dims, options), "batch_size")
     parts: list[Refinement] = []
     devices = [first.device] if first.device.type == "cuda" else []
     with evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
@@ -208,7 +209,6 @@ def refine(
             torch.manual_seed(seed)
         with tqdm(data, total=data.num_batches, desc="refine", unit="batch", disable=not progress) as bar:
             for batch in bar:
-                batch = arguments(model, batch)
                 inspect_pair(model, guide, *batch)
                 parts.append(refine_batch(model, guide, batch, options, vectorize_particles))
     return joined(parts)
@@ -267,7 +267,7 @@ def _fit(pair: FlatPair, options: Options) -> tuple[Tensor, Tensor]:
     Returns means (B, M, L) and factors (B, M, L, L); within, components lead.
     """
     start, prior = (
-        torch.cat([pair.draw(size, law) for size in _split(MOMENT_DRAWS, options.num_particles)]).double()
+        torch.cat([pair.draw(size, law, inside=True) for size in _split(MOMENT_DRAWS, options.num_particles)]).double()
         for law in ("guide", "prior")
     )
     prior_scale = prior.std(0).clamp(min=1e-3)  # a point mass has no scale to start from

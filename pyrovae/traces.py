@@ -7,6 +7,7 @@ not do is refused here, in a sentence that says what to write.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import ComposeTransform
 
 Program = Callable[..., Any]
 Gradients = Literal["total", "split", "score", "leaf"]
@@ -267,10 +269,27 @@ def law_of(site: dict) -> Any:
     return law
 
 
+# So many terms have a sum of which float32 leaves hundredths of a nat uncertain: at four million, half a nat.
+MANY_TERMS = 2**16
+
+
 def log_prob_of(site: dict) -> Tensor:
-    """A site's log-probability, masked but not scaled, in nats."""
-    value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    return scale_and_mask(value, 1.0, site["mask"])
+    """A site's log-probability, masked but not scaled, in nats; in float64 where it sums very many terms."""
+    law, value, inner = site["fn"], site["value"], 0
+    if type(law).__name__ == "Independent" and law.event_shape.numel() >= MANY_TERMS:
+        law, inner = law.base_dist, law.reinterpreted_batch_ndims
+        if isinstance(getattr(law, "loc", None), Tensor):  # then constants, rounded alike in every term, are float64 too
+            value = value.double()
+    value = law.log_prob(value, *site["args"], **site["kwargs"])
+    return scale_and_mask(_summed(value, tuple(range(-inner, 0))), 1.0, site["mask"])
+
+
+def _summed(terms: Tensor, dims: tuple[int, ...] | list[int]) -> Tensor:
+    """The sum over some dimensions, in float64 where they hold very many terms."""
+    if not dims:
+        return terms
+    many = math.prod(terms.shape[dim] for dim in dims) >= MANY_TERMS
+    return terms.sum(tuple(dims), dtype=torch.float64 if many else None)
 
 
 def per_datum(site: dict, log_prob: Tensor, data: Any, num_particles: int, nesting: int) -> Tensor:
@@ -285,12 +304,12 @@ def per_datum(site: dict, log_prob: Tensor, data: Any, num_particles: int, nesti
         )
     log_prob = log_prob.expand(plates)
     inner = [dim for dim in range(-nesting, 0) if dim != data.dim]
-    return (log_prob.sum(inner) if inner else log_prob).reshape(num_particles, data.size)
+    return _summed(log_prob, inner).reshape(num_particles, data.size)
 
 
 def num_dims_of(site: dict, data: Any) -> int:
-    """How many numbers a site observes of one datum."""
-    if type(site["fn"]).__name__ == "Unit":  # pyro.factor observes nothing
+    """How many numbers a site observes of one datum; none at a site of ``infer={"num_dims": 0}``, such as a label's."""
+    if type(site["fn"]).__name__ == "Unit" or site["infer"].get("num_dims") == 0:  # pyro.factor observes nothing
         return 0
     event = site["fn"].event_shape.numel()
     for frame in plates_of(site):
@@ -300,6 +319,8 @@ def num_dims_of(site: dict, data: Any) -> int:
 
 def num_observed_of(site: dict, data: Any) -> int:
     """How many numbers a site observes of all data together, without what a mask leaves out; read eagerly."""
+    if not num_dims_of(site, data):
+        return 0
     law = site["fn"]
     while hasattr(law, "base_dist") and not isinstance(law, pyro.distributions.MaskedDistribution):
         law = law.base_dist
@@ -500,7 +521,7 @@ class FlatPair:
             if site["is_observed"]:
                 continue
             name, sizes = site["name"], plate_sizes(site, self.nesting)
-            if site["mask"] is not None:
+            if has_masked_latents(site):
                 raise ValueError(
                     f"The latent site {name!r} is masked, so its density does not integrate to one over unconstrained numbers: "
                     f"mask the observed sites only."
@@ -522,12 +543,17 @@ class FlatPair:
         """log p(x, u), shape (K, B), in nats, at ``flat`` (K, B, L); differentiable."""
         return self.terms(flat).log_joint
 
-    def draw(self, num: int, start: Literal["prior", "guide"]) -> Tensor:
-        """Draws of the prior or the guide, shape (num, B, L)."""
+    def draw(self, num: int, start: Literal["prior", "guide"], *, inside: bool = False) -> Tensor:
+        """Draws of the prior or the guide, shape (num, B, L).
+
+        A guide may put draws where the model allows none. With ``inside`` draws of the prior stand in for those.
+
+        Raises:
+            ValueError: a draw lies outside the model's support, without ``inside``.
+        """
         together = num if self.vectorize else 1
-        nesting = self.nesting
         with torch.no_grad():
-            return torch.cat([self._draw(together, start, nesting) for _ in range(num // together)])
+            return torch.cat([self._draw(together, start, inside) for _ in range(num // together)])
 
     def model_trace(self, flat: Tensor) -> tuple[Trace, Place]:
         """The model's trace at ``flat`` (K, B, L), and what placed it there."""
@@ -582,24 +608,43 @@ class FlatPair:
             log_guide = sum(terms, jacobian)
         return FlatTerms(prior + jacobian, likelihood, log_guide)
 
-    def _draw(self, num: int, start: str, nesting: int) -> Tensor:
+    def _draw(self, num: int, start: str, inside: bool) -> Tensor:
         if start == "prior":
-            model_trace = trace_from_prior(self.model, None, self.args, num, nesting).model
-            values = {name: model_trace.nodes[name]["value"] for name in self.latents}
-        else:
-            traces = trace_pair(self.model, self.guide, self.args, {}, num, nesting)
-            model_trace = traces.model
-            values = {name: traces.guide.nodes[name]["value"] for name in self.latents}
-        return self._flatten(model_trace, values, num)
+            model_trace = trace_from_prior(self.model, None, self.args, num, self.nesting).model
+            return self._flatten(model_trace, {name: model_trace.nodes[name]["value"] for name in self.latents}, num)
+        traces = trace_pair(self.model, self.guide, self.args, {}, num, self.nesting)
+        values = {name: traces.guide.nodes[name]["value"] for name in self.latents}
+        if not inside:
+            return self._flatten(traces.model, values, num)
+        parts = [self._flat_site(traces.model.nodes[name], values[name], num) for name in self.latents]
+        kept = torch.stack([within.all(-1) for _, within in parts]).all(0)[..., None]
+        flat = torch.cat([part for part, _ in parts], -1)
+        return flat if bool(kept.all()) else torch.where(kept, flat, self._draw(num, "prior", True))
 
     def _flatten(self, model_trace: Trace, values: dict[str, Tensor], num: int) -> Tensor:
         parts = []
         for name in self.latents:
-            flat = biject_to(support_of(model_trace.nodes[name]["fn"])).inv(values[name])
-            if not bool(torch.isfinite(flat).all()):
-                raise ValueError(f"A draw of {name!r} lies outside the support that the model declares for it.")
-            parts.append(self._layout(num).collect(flat, self._sizes[name], self._shapes[name]))
+            flat, within = self._flat_site(model_trace.nodes[name], values[name], num)
+            if not bool(within.all()):
+                raise ValueError(
+                    f"A draw of the latent site {name!r} lies outside the support that the model declares for it: start from "
+                    f"the prior, or give the guide a distribution with that support."
+                )
+            parts.append(flat)
         return torch.cat(parts, -1)
+
+    def _flat_site(self, site: dict, value: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """One site's unconstrained numbers, (num, B, n), and which of them stand for a value of its support."""
+        support = support_of(site["fn"])
+        flat = biject_to(support).inv(value)
+        within = torch.isfinite(flat)
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        if isinstance(support, constraints.interval | constraints.half_open_interval | _Union | _Image):
+            within = within & support.check(value)  # the inverse of a sigmoid takes what lies outside for an edge
+        name = site["name"]
+        flat, within = (self._layout(num).collect(part, self._sizes[name], self._shapes[name]) for part in (flat, within))
+        return flat, within
 
     def _given(self, flat: Tensor) -> dict[str, Tensor]:
         layout = self._layout(len(flat))
@@ -634,8 +679,29 @@ def plate_sizes(site: dict, nesting: int) -> list[int]:
     return [size.get(dim, 1) for dim in range(-nesting, 0)]
 
 
+_ONE_TURN = constraints.interval(-math.pi, math.pi)
+_CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
+
+
 def support_of(law: Any) -> Any:
-    """A distribution's support; of a flow of zuko, which declares none, what its transform takes."""
+    """The set over which a distribution's density integrates to one.
+
+    It differs from what the distribution declares for angles, whose density repeats with every turn; for mixtures, which may
+    lie where any component does; and for a flow of zuko, which declares none: what its transform takes.
+    """
+    kind = type(law).__name__
+    if kind == "Independent":
+        return constraints.independent(support_of(law.base_dist), law.reinterpreted_batch_ndims)
+    if kind in ("MaskedDistribution", "ExpandedDistribution"):
+        return support_of(law.base_dist)
+    if kind in _CIRCULAR:
+        return constraints.independent(_ONE_TURN, law.event_dim) if law.event_dim else _ONE_TURN
+    if isinstance(law, torch.distributions.MixtureSameFamily):
+        component = support_of(law.component_distribution)
+        return _Union(component) if isinstance(law_of({"fn": law.component_distribution}), _Uniform) else component
+    transformed = isinstance(law, torch.distributions.TransformedDistribution)
+    if transformed and type(law_of({"fn": law.base_dist})).__name__ in _CIRCULAR:
+        return _Image(support_of(law.base_dist), law.transforms)
     try:
         return law.support
     except NotImplementedError:
@@ -643,6 +709,63 @@ def support_of(law: Any) -> Any:
         if transform is None:
             raise
         return transform.domain
+
+
+_Uniform = torch.distributions.Uniform  # the one distribution whose density is zero, and not wrong, outside its bounds
+
+
+class _Union(constraints.Constraint):
+    """What lies in the support of any component, where these stand along the last batch dimension."""
+
+    def __init__(self, component: Any):
+        self.component = component
+        super().__init__()
+
+    @property
+    def event_dim(self) -> int:  # type: ignore[override]
+        return self.component.event_dim
+
+    def check(self, value: Tensor) -> Tensor:
+        return self.component.check(value.unsqueeze(-1 - self.event_dim)).any(-1)
+
+
+@biject_to.register(_Union)
+def _over_all_components(union: _Union) -> Any:
+    """Onto the interval that spans those of the components."""
+    interval, axis = union.component, -1 - union.event_dim
+    while isinstance(interval, constraints.independent):
+        interval = interval.base_constraint
+    span = constraints.interval(interval.lower_bound.amin(axis), interval.upper_bound.amax(axis))
+    return biject_to(constraints.independent(span, union.event_dim) if union.event_dim else span)
+
+
+class _Image(constraints.Constraint):
+    """What transforms make of a support."""
+
+    def __init__(self, base: Any, transforms: list[Any]):
+        self.base, self.transform = base, ComposeTransform(transforms)
+        super().__init__()
+
+    @property
+    def event_dim(self) -> int:  # type: ignore[override]
+        return self.base.event_dim
+
+    def check(self, value: Tensor) -> Tensor:
+        return self.base.check(self.transform.inv(value))
+
+
+@biject_to.register(_Image)
+def _onto_image(image: _Image) -> Any:
+    return ComposeTransform([biject_to(image.base), image.transform])
+
+
+def has_masked_latents(site: dict) -> bool:
+    """Whether a mask, of a handler or inside the distribution, takes away some of a site's log-probability."""
+    masks, law = [site["mask"]], site["fn"]
+    while hasattr(law, "base_dist"):
+        masks.append(getattr(law, "_mask", None))
+        law = law.base_dist
+    return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
 
 
 def _unconstrained_shape(site: dict) -> torch.Size:
@@ -655,7 +778,10 @@ def _unconstrained_shape(site: dict) -> torch.Size:
                 f"The latent site {name!r} ({law}) is discrete, and this needs continuous latents: use "
                 f'log_marginal, or pyrovae.exact(..., method="enumerate") where all are discrete.'
             )
-        return biject_to(support).inverse_shape(site["fn"].event_shape)
+        transform = biject_to(support)
+        # By a value and not by inverse_shape, which takes bounds that differ between data for dimensions of the draw.
+        batch_dim = site["value"].dim() - site["fn"].event_dim
+        return transform.inv(site["value"]).shape[batch_dim:]
     except NotImplementedError as error:
         raise ValueError(
             f"No bijection from unconstrained numbers is known for the support of the latent site {name!r} ({law}): register "

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cuda import check_precision, products_in
-from .data import Batches, arguments, binarize, dequantize
+from .data import Batches, binarize, dequantize
 from .estimators import check_estimator, make_estimator
 from .pairs import PairInfo, first_run, inspect_pair
 from .registry import positive_integer, unknown
@@ -165,18 +165,21 @@ def fit(
     if seed is not None:
         torch.manual_seed(seed)
     elbo = make_estimator(estimator)
-    train, held_out = _split(data, validation, batch_size, shuffle, transform)
-    start = first_run(model, guide, *arguments(model, next(iter(train))))
+    train, held_out = _split(model, data, validation, batch_size, shuffle, transform)
+    for batches in (train, held_out):
+        if batches is not None:
+            batches.check_passes(epochs)
+    start = first_run(model, guide, *train.peek())
     if not start.parameters:
         raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
     for batches in (train, held_out):
         if batches is not None:
-            batches.to(start.dtype, start.device)
+            batches.to(start.dtype, start.device, start.floating)
             _check_data(model, guide, batches)
     check_estimator(elbo, start.info)
     check_precision(precision, start.device)
     with torch.random.fork_rng():
-        example = arguments(model, next(iter(train)))
+        example = train.peek()
 
     batches_each = train.num_batches
     # Gradients that another loop, or a run that failed, left behind would enter the first step.
@@ -200,8 +203,8 @@ def fit(
         optimize,
         example,
         clip_norm=clip_norm,
-        count=partial(_count, info=start.info),
-        load=(lambda *inputs: train.load(*inputs)[: len(example)]) if inside else None,
+        count=start.info.count,
+        load=train.load if inside else None,
         backend="inductor" if compile else "eager",
         precision=precision,
     )
@@ -234,11 +237,11 @@ def fit(
         for epoch in range(1, epochs + 1):
             total, seen = 0.0, 0.0
             for inputs in train.inputs() if inside else train:
-                take_step.ahead(*(inputs if inside else inputs[: len(example)]))
+                take_step.ahead(*inputs)
                 if scheduler is not None:
                     scheduler.step()
                 step += 1
-                seen += _count(inputs, start.info)
+                seen += start.info.count(inputs)
                 bar.update()
                 if not take_step.asynchronous or step % LOOK_EVERY == 0:
                     total += look()
@@ -275,13 +278,13 @@ def fit(
 
 
 def _split(
-    data: Any, validation: Any, batch_size: int, shuffle: bool, transform: Callable[[Tensor], Tensor] | None
+    model: Program, data: Any, validation: Any, batch_size: int, shuffle: bool, transform: Callable[[Tensor], Tensor] | None
 ) -> tuple[Batches, Batches | None]:
-    train = Batches(data, batch_size, shuffle=shuffle, transform=transform)
+    train = Batches(data, batch_size, shuffle=shuffle, transform=transform, program=model)
     if validation is None:
         return train, None
     if not isinstance(validation, numbers.Real):
-        return train, Batches(validation, batch_size)
+        return train, Batches(validation, batch_size, program=model)
     fraction = float(validation)
     if not 0 < fraction < 1:
         raise ValueError(f"validation is a fraction between 0 and 1, or data, not {validation!r}.")
@@ -304,17 +307,10 @@ def _check_data(model: Program, guide: Program, batches: Batches) -> None:
     order, batches.shuffle = batches.shuffle, False
     try:
         with torch.random.fork_rng():
-            for batch in batches:
-                inspect_pair(model, guide, *arguments(model, batch))
-                if batches.loader is not None:
-                    break
+            for batch in [batches.peek()] if batches.loader is not None else batches:
+                inspect_pair(model, guide, *batch)
     finally:
         batches.shuffle = order
-
-
-def _count(batch: tuple, info: PairInfo) -> float:
-    # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
-    return len(batch[0]) if info.scale == 1.0 else info.num_data * info.scale
 
 
 @torch.no_grad()
@@ -322,8 +318,7 @@ def _bound(elbo: Any, model: Program, guide: Program, batches: Batches, info: Pa
     with evaluation_mode(model, guide):
         total, seen = 0.0, 0.0
         for batch in batches:
-            batch = arguments(model, batch)
-            total, seen = total - elbo.loss(model, guide, *batch), seen + _count(batch, info)
+            total, seen = total - elbo.loss(model, guide, *batch), seen + info.count(batch)
     return total / seen
 
 

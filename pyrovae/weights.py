@@ -326,8 +326,21 @@ def dreamt_args(dream: Trace, args: tuple) -> tuple:
                 f"The model dreams site {site['name']!r}, but its obs is not one of the programs' arguments as they were "
                 f"given, so the guide cannot be shown the dream: observe the argument itself (the wake phase needs no dream)."
             )
-        swaps |= {id(arg): site["value"].to(arg.dtype) for arg in shown}
+        swaps |= {id(arg): _in_type_of(arg, site) for arg in shown}
     return tuple(swaps.get(id(arg), arg) for arg in args)
+
+
+def _in_type_of(argument: Tensor, site: dict) -> Tensor:
+    """What a site simulated in the type of an argument, or in one that can hold it: counts pass 255, and fractions stay."""
+    value, dtype = site["value"], argument.dtype
+    if not dtype.is_floating_point and dtype != torch.bool:
+        if not value.is_floating_point():
+            return value.to(torch.promote_types(value.dtype, dtype))
+        try:
+            dtype = torch.int64 if support_of(site["fn"]).is_discrete else value.dtype
+        except NotImplementedError:  # torch's word for a distribution that declares no support
+            dtype = value.dtype
+    return value.to(dtype)
 
 
 def _same_values(argument: Any, obs: Tensor) -> bool:

@@ -218,3 +218,26 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence():
     switches = switches_pair()
     with pytest.raises(ValueError, match="is discrete, and this needs continuous latents"):
         pv.ais(switches.model, switches.guide, torch.zeros(2, 2).double())
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("num_chains", [2, 5])
+def test_the_standard_error_of_few_chains_has_their_degrees_of_freedom(num_chains: int):
+    pair = LinearGaussian()
+    evidence = pv.ais(
+        pair.model, pair.guide, pair.sample(6), num_temperatures=4, num_chains=num_chains, leapfrog_steps=2, seed=0
+    )
+    # The squared deviation of normalised weights from 1/K, over K - 1: the sample variance of the mean weight, relative.
+    variance = (1 / evidence.ess - 1 / num_chains) * num_chains / (num_chains - 1)
+    np.testing.assert_allclose(evidence.se, np.sqrt(variance), rtol=1e-6)
+    assert evidence.se.min() > 0.01
+
+
+def test_the_sandwichs_error_is_that_of_a_mean():
+    upper = np.array([0.0, 1.0, 4.0, 3.0])
+    zero = np.zeros(4)
+    sandwich = pv.Sandwich(zero, upper, zero, zero, 16, 100, 3, "prior", (zero,))
+    assert sandwich.gap == 2
+    assert sandwich.gap_se == pytest.approx(np.sqrt((4 + 1 + 4 + 1) / 3) / 2)
+    assert f"standard error {sandwich.gap_se:.3f}" in sandwich.summary()
+    assert np.isnan(pv.Sandwich(zero[:1], upper[:1], zero[:1], zero[:1], 16, 100, 3, "prior", (zero[:1],)).gap_se)

@@ -36,12 +36,18 @@ ALLOWED: dict[str, set[str]] = {
     # Beyond the page: what importance sampling draws from, and what needs no sampling, have rooms of their own.
     "proposals": _TRACES,
     "marginal": _TRACES | {"proposals"},
-    "integration": _TRACES,
+    "integration": _TRACES | {"quadrature"},
+    "quadrature": set(),
     "annealing": _TRACES,
     # Beyond the page's arrow from weights: a comparison trains and scores, with estimators found by name.
     "diagnostics": _TRACES | {"estimators", "marginal", "training"},
     "training": _TRACES | {"estimators"},
     **{leaf: set() for leaf in LEAVES},
+    # What the data door is made of: which array goes where, and what comes from torch's loaders.
+    "matching": set(),
+    "streams": set(),
+    "support": set(),
+    "data": {"matching", "streams", "support"},
     # Beyond the page: what is done to a graph between capture and compiler.
     "kernels": set(),
     "rewrites": {"kernels"},

@@ -112,6 +112,41 @@ def test_tensorboard_logs_the_curves_or_says_how_to_install(in_folder: Path, cap
     assert logged == pytest.approx({record["step"]: record["validation"] for record in records})
 
 
+FILES = {
+    "faces": (lambda random: random.integers(0, 256, (60, 28, 20)).astype(np.uint8), "discretized_logistic", "images"),
+    "Counts": (lambda random: random.poisson(4.0, (60, 5)), "negative_binomial", "data"),
+    "bits": (lambda random: random.integers(0, 2, (60, 5)), "bernoulli", "data"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_likelihood_of_a_file_is_said_and_written_down(in_folder: Path, capsys: pytest.CaptureFixture, name: str):
+    make, kind, units = FILES[name]
+    np.save(f"{name}.npy", make(np.random.default_rng(0)))
+    assert main(["train", "--data.path", f"{name}.npy", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert f"Data: {name}.npy, 48 train and 12 test rows" in out
+    assert f"\nLikelihood: {kind}, since " in out
+    assert f"Held-out {name}, 12 {units}, in nats per {'image' if units == 'images' else 'datum'}:" in out
+    assert f"the choice of {units}" in out
+    assert max(map(len, out.splitlines())) <= 80
+    folder = in_folder / "runs" / f"{name}-dreg-2"
+    assert pv.config.read_run(folder / "run.toml").model.likelihood == {"kind": kind}
+    assert 'name = "digits"' not in (folder / "run.toml").read_text()
+    assert f"{kind}, since " in (folder / "report.html").read_text()
+    assert json.loads((folder / "summary.json").read_text())["facts"]["likelihood"].startswith(f"{kind}, since ")
+    assert pv.VAE.from_pretrained(folder).data_shape == np.load(f"{name}.npy").shape[1:]
+
+
+def test_a_likelihood_that_does_not_fit_is_said_to_be_the_users(in_folder: Path, capsys: pytest.CaptureFixture):
+    np.save("x.npy", np.random.default_rng(0).poisson(4.0, (60, 5)))
+    assert main(["train", "--data.path", "x.npy", *QUICK, "--model.likelihood", "normal"]) == 0
+    assert "normal, as the settings say; negative_binomial would be the choice" in " ".join(capsys.readouterr().out.split())
+    assert main(["train", "--name", "digits", *QUICK]) == 0
+    assert "Likelihood: binomial, since the pixels are counts 0..16." in capsys.readouterr().out
+    assert "kind = &#34;binomial&#34;, total_count = 16" in (in_folder / "runs" / "digits" / "report.html").read_text()
+
+
 def test_a_second_run_gets_its_own_folder_and_a_chosen_name_is_not_overwritten(run_folder: Path, capsys: pytest.CaptureFixture):
     before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
     assert main(["train", "--name", "mine", *QUICK]) == 2
@@ -261,6 +296,9 @@ def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):
         ("train --data.path empty.npy", "empty"),
         ("train --data.path text.npy", "cannot be read"),
         ("train --data.path x.npy --model.likelihood bernoulli", "outside the support of Bernoulli"),
+        ("train --data.path x.npy --data.binarize dequantized", "must be given 8-bit levels 0..255"),
+        ("train --data.path x.npy --data.name mnist", "a run has one data set"),
+        ("train --data.binarize levels", "the digits are counts 0..16"),
         ("train --model.prior standrd_normal", "did you mean 'standard_normal'"),
         ("train --model.likelihood binomal", "did you mean 'binomial'"),
         ("train --model.likelihood.kind normal --model.likelihood.scale wide", "scale is a positive number"),

@@ -22,6 +22,7 @@ from pyrovae.conditional import ConditionalVAE, SemiSupervisedVAE, make_conditio
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.nn import MLP
+from pyrovae.pairs import inspect_pair
 from pyrovae.priors import Prior, StandardNormal
 from pyrovae.registry import names
 from pyrovae.staging import Step
@@ -113,6 +114,32 @@ def test_a_tiny_discrete_model_is_summed() -> None:
     # The guide is exact, so the average over samples of p(y|x, z) p(z|x) has p(y|x) as its mean.
     exact = np.exp(with_label - logsumexp(with_label, axis=1, keepdims=True))
     assert_allclose(vae.classify(torch.as_tensor(tiny.x), num_samples=20_000), exact, atol=0.02)
+
+
+@pytest.mark.usefixtures("float64")
+def test_reconstructions_average_over_what_the_data_say_of_the_label() -> None:
+    """The weights are p(y|x, z), by Bayes' rule with scipy's densities, or the label that is known."""
+    vae = SemiSupervisedVAE(StandardNormal(2), Normal(MLP(2 + C, [], 4), scale=0.7), DiagonalNormal(MLP(4 + C, []), 2), C)
+    _moved(vae)
+    x, y = torch.randn(9, 4), torch.tensor([-1, 0, 1, 2, -1, -1, 2, -1, -1])
+    z = vae.encode(x, y).mean.detach()
+    means = np.stack([vae.decode(z, torch.full((9,), c)).mean.detach() for c in range(C)], 1)  # (9, C, 4)
+    log_joint = log_softmax(vae.label_logits.detach().numpy()) + stats.norm.logpdf(x.numpy()[:, None], means, 0.7).sum(-1)
+    weight = np.where(y.numpy()[:, None] < 0, softmax(log_joint, axis=1), np.eye(C)[y.numpy()])
+    assert_allclose(vae.reconstruct(x, y), (weight[..., None] * means).sum(1), rtol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("known", [0, 3, 6])
+def test_a_known_label_is_no_dimension_of_the_data(known: int) -> None:
+    vae = _semi()
+    x, y = _binary(6, 5).double(), torch.where(torch.arange(6) < known, torch.arange(6) % C, -1)
+    info = inspect_pair(vae.model, vae.guide, x, y)
+    assert (info.num_dims, info.num_observed) == (5, 30)
+    evidence = vae.log_marginal((x, y), num_samples=20, seed=0)
+    assert evidence.num_dims == 5
+    assert evidence.bits_per_dim == pytest.approx(-evidence.log_px.mean() / (5 * np.log(2)), rel=1e-12)
+    assert pv.log_weights(vae.model, vae.guide, x, y, num_particles=1).num_dims == 5
 
 
 @pytest.mark.usefixtures("float64")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from pyrovae.conditional import make_conditional_vae
-from pyrovae.config import SECTIONS, Run, build_vae, load_split, load_vae, read_run, run_name, write_run
+from pyrovae.config import SECTIONS, Run, build_vae, load_split, load_vae, read_run, run_name, with_likelihood, write_run
 from pyrovae.hierarchical import HierarchicalVAE, make_hierarchical_vae
 from pyrovae.vae import VAE, make_vae
 
@@ -174,6 +175,38 @@ def test_names_of_runs():
     assert run_name(read_run(overrides={"estimator": {"kind": "iwae"}})).startswith("digits-iwae-")
     assert run_name(read_run(overrides={"name": "mine"})) == "mine"
     assert run_name(read_run(overrides={"data": {"path": "a/b.npy"}})).startswith("b-")
+
+
+def test_a_run_of_a_file_names_the_file_alone(tmp_path: Path):
+    run = read_run(overrides={"data": {"path": "a/b.npy"}})
+    path = tmp_path / "run.toml"
+    path.write_text(write_run(run))
+    assert tomllib.loads(path.read_text())["data"] == {
+        "path": "a/b.npy",
+        "root": "data",
+        "download": False,
+        "test_fraction": 0.2,
+    }
+    assert read_run(path) == run
+    assert tomllib.loads(write_run(Run()))["data"]["name"] == "digits"
+    with pytest.raises(ValueError, match=r"data.name is 'mnist' and data.path 'a/b\.npy', but a run has one data set"):
+        read_run(path, {"data": {"name": "mnist"}})
+    # As run files were written, where the setting meant nothing.
+    for rest in ('path = "a/b.npy"\n', ""):
+        path.write_text(f'[data]\nname = "digits"\nbinarize = "dynamic"\n{rest}')
+        assert read_run(path).data.binarize is None
+    path.write_text('[data]\nname = "mnist"\nbinarize = "dynamic"\n')
+    assert read_run(path).data.binarize == "dynamic"
+
+
+def test_the_likelihood_that_was_chosen_is_written_down(tmp_path: Path):
+    run = read_run()
+    split = load_split(run)
+    path = tmp_path / "run.toml"
+    path.write_text(write_run(with_likelihood(run, split)))
+    assert tomllib.loads(path.read_text())["model"]["likelihood"] == {"kind": "binomial", "total_count": 16}
+    given = read_run(path, {"model": {"likelihood": "poisson"}})
+    assert with_likelihood(given, split) is given
 
 
 def test_every_setting_is_documented():

@@ -80,6 +80,61 @@ def test_npy_file(tmp_path: Path):
     np.testing.assert_allclose(np.sort(both, 0), np.sort(array, 0).astype("f4"))
 
 
+LEVELS = np.random.default_rng(0).integers(0, 256, (30, 7, 5))
+
+
+@pytest.mark.parametrize(
+    ("array", "kind", "reason"),
+    [
+        (LEVELS.astype(np.uint8), "discretized_logistic", "8-bit levels 0..255"),
+        (LEVELS.astype("f4"), "discretized_logistic", "divide them by 255"),
+        ((LEVELS // 4).astype(np.uint8), "discretized_logistic", "dequantized"),
+        (LEVELS.reshape(30, 35).astype(np.uint8), "discretized_logistic", "8-bit levels"),
+        (LEVELS.reshape(30, 35), "negative_binomial", "counts 0..255"),
+        (LEVELS // 16, "negative_binomial", "counts 0..15"),
+        (LEVELS * 100.0, "negative_binomial", "counts 0..25500"),
+        (LEVELS > 100, "bernoulli", "0 or 1"),
+        ((LEVELS > 100).astype("f8"), "bernoulli", "0 or 1"),
+        (LEVELS / 255, "continuous_bernoulli", "grey values in [0, 1]"),
+        (LEVELS.reshape(30, 35) / 255, "normal", "real numbers from 0 to 1"),
+        (LEVELS - 100, "normal", "integers, some below zero, from -100 to 155; standardise"),
+        (LEVELS / 7 - 3, "normal", "real numbers from -3 to 33.43"),
+    ],
+)
+def test_the_likelihood_of_a_file_is_chosen_by_support(tmp_path: Path, array: np.ndarray, kind: str, reason: str):
+    np.save(tmp_path / "x.npy", array)
+    split = load(path=str(tmp_path / "x.npy"))
+    assert split.likelihood["kind"] == kind
+    assert reason in split.reason
+    assert split.unit == ("image" if kind in ("discretized_logistic", "continuous_bernoulli") and array.ndim == 3 else "datum")
+    vae = make_vae(split.data_shape, latent_dim=2, hidden=[4], likelihood=split.likelihood)
+    assert np.isfinite(vae.log_marginal(split.test, num_samples=2).log_px).all(), "all values lie in the support"
+
+
+def test_binarize_is_honoured_for_a_file_or_refused(tmp_path: Path):
+    path, grey, counts = (str(tmp_path / f"{name}.npy") for name in ("levels", "grey", "counts"))
+    np.save(path, LEVELS.astype(np.uint8))
+    np.save(grey, LEVELS / 255)
+    np.save(counts, LEVELS * 3)
+    plain = load(path=path)
+    noisy, levels, unit, drawn = (load(path=path, binarize=how) for how in ("dequantized", "levels", "none", "static"))
+    assert torch.equal(noisy.test.floor(), plain.test)
+    assert not torch.equal(noisy.test, plain.test)
+    assert noisy.transform is dequantize
+    assert noisy.likelihood["kind"] == "dequantized"
+    assert torch.equal(levels.train, plain.train)
+    assert torch.equal(unit.train, plain.train / 255)
+    assert unit.likelihood == {"kind": "continuous_bernoulli"}
+    assert set(drawn.train.unique().tolist()) == {0.0, 1.0}
+    assert load(path=grey, binarize="dynamic").transform is binarize
+    assert load(path=grey, binarize="none").train.max() == 1
+    for name, how in ((counts, "none"), (counts, "levels"), (grey, "levels"), (grey, "dequantized")):
+        with pytest.raises(ValueError, match=rf"binarize='{how}' must be given 8-bit levels 0\.\.255.*leave binarize out"):
+            load(path=name, binarize=how)
+    with pytest.raises(ValueError, match="the digits are counts"):
+        load("digits", binarize="none")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -85,6 +85,89 @@ def test_bias_is_zero_against_itself_and_found_where_there_is_one(compared: pv.E
     assert compared.bias[3, 1] == pytest.approx(abs(b.grad.item() - 0.7) / 0.7, abs=0.2)
 
 
+class Given(pyro.infer.ELBO):
+    """Bounds (R,) and gradients (R, 3) that are given: the draw that was seeded with r has row r."""
+
+    def __init__(self, pair: Scalar, bounds: np.ndarray, gradients: np.ndarray) -> None:
+        super().__init__()
+        self.pair, self.bounds, self.gradients = pair, torch.as_tensor(bounds), torch.as_tensor(gradients)
+
+    def differentiable_loss(self, model: object, guide: object, x: Tensor) -> Tensor:
+        r, parameters = torch.initial_seed() % len(self.bounds), torch.cat([self.pair.m, self.pair.b[None]])
+        return -len(x) * (self.bounds[r] + self.gradients[r] @ (parameters - parameters.detach()))
+
+    def _get_trace(self, *args: object) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.usefixtures("float64")
+def test_every_number_of_a_comparison_is_its_formula():
+    """On draws that are given; the test's p-value by all 4096 ways to flip twelve signs."""
+    R, x, pair = 12, torch.tensor([1.0, -0.5]), Scalar()
+    pair.m, pair.b = torch.full((2,), 0.3, requires_grad=True), pair.b.detach().double().requires_grad_()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("m", pair.m).sum(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    random = np.random.default_rng(4)
+    bounds = random.normal(-3, 1, size=R)
+    reference = random.normal(0.8, 1, size=(R, 3))
+    own = reference + 0.45 + random.normal(0, 1, size=(R, 3))
+    result = compare_estimators(
+        model, pair.guide, x, [Given(pair, bounds, own)], num_draws=R, reference=Given(pair, bounds, reference), seed=0
+    )
+    assert result.bound[0] == pytest.approx(bounds.mean(), rel=1e-12)
+    assert result.bound_se[0] == pytest.approx(bounds.std(ddof=1) / math.sqrt(R), rel=1e-12)
+
+    def norm_of_mean(draws: np.ndarray) -> float:
+        return math.sqrt(sum(draws[r] @ draws[s] for r in range(R) for s in range(R) if r != s) / (R * (R - 1)))
+
+    signs = 1 - 2 * ((np.arange(2**R)[:, None] >> np.arange(R)) & 1)
+    for group, columns in enumerate((slice(0, 2), slice(2, 3))):
+        g, ref = own[:, columns], reference[:, columns]
+        variance = ((g - g.mean(0)) ** 2).sum() / (R - 1)
+        assert result.norm[0, group] == pytest.approx(norm_of_mean(g), rel=1e-12)
+        assert result.variance[0, group] == pytest.approx(variance, rel=1e-12)
+        assert result.snr[0, group] == pytest.approx(norm_of_mean(g) / math.sqrt(variance), rel=1e-12)
+        assert result.bias[0, group] == pytest.approx(norm_of_mean(g - ref) / norm_of_mean(ref), rel=1e-12)
+        flipped = ((signs @ (g - ref)) ** 2).sum(1)
+        p = np.mean(flipped >= flipped[0] * (1 - 1e-12))
+        assert result.bias_p[0, group] == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 999) + 0.001)
+        assert 0.02 < p < 0.3
+    np.testing.assert_allclose(result.snr_per_second, result.snr / np.sqrt(result.seconds)[:, None])
+    assert 0 < result.seconds[0] < 1
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("drawn_inside", [True, False])
+def test_estimators_are_compared_per_datum_under_a_subsampled_plate(drawn_inside: bool):
+    """The plate's scale N/B multiplies the loss alone: per datum all numbers are those of the B data by themselves."""
+    pair = Scalar()
+    x = torch.linspace(-1, 2, 20)
+
+    def plate(x: Tensor) -> pyro.plate:
+        return pyro.plate("data", 20, subsample=torch.arange(4)) if size == 20 else pyro.plate("data", len(x))
+
+    def model(x: Tensor) -> None:
+        with plate(x):
+            z = pyro.sample("z", dist.Normal(pyro.param("m", pair.m), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:4])
+
+    def guide(x: Tensor) -> None:
+        with plate(x):
+            pyro.sample("z", dist.Normal(0.5 * x[:4] + pyro.param("b", pair.b), pair.scale))
+
+    results = []
+    for size in (20, 4):
+        data = x if size == 20 and drawn_inside else x[:4]
+        results.append(compare_estimators(model, guide, data, ["elbo", "trace_elbo", "iwae"], num_draws=10, reference="stl"))
+    for name in ("bound", "bound_se", "norm", "bias", "variance", "snr"):
+        np.testing.assert_allclose(*(getattr(result, name) for result in results), rtol=1e-6, err_msg=name)
+    assert (results[0].variance > 0).all()
+
+
 @pytest.mark.slow
 def test_false_alarms_are_as_rare_as_the_level_says():
     torch.set_default_dtype(torch.float64)
@@ -174,6 +257,12 @@ def test_decomposition_is_the_closed_forms_of_a_linear_gaussian_pair():
     norm_a = float(pair.a @ pair.a)
     distortion = 1.5 * math.log(2 * math.pi * pair.noise**2) + (residual + norm_a * sd**2) / (2 * pair.noise**2)
     assert (np.abs(parts.distortion - distortion) < 5 * parts.distortion_se).all()
+    # In the draw's noise the distortion is a parabola, whose variance is that of its line and of its square.
+    along = (x - pair.b - torch.as_tensor(centre)[:, None] * pair.a).numpy() @ pair.a.numpy()
+    variance = (along * sd / pair.noise**2) ** 2 + 2 * (norm_a * sd**2 / (2 * pair.noise**2)) ** 2
+    np.testing.assert_allclose(parts.distortion_se, np.sqrt(variance / 400), rtol=0.3)
+    assert parts.distortion_se.mean() == pytest.approx(np.sqrt(variance / 400).mean(), rel=0.04)
+    np.testing.assert_allclose(parts.elbo_se, parts.distortion_se, rtol=1e-9)
     np.testing.assert_allclose(parts.elbo, -parts.rate - parts.distortion)
     np.testing.assert_allclose(parts.elbo + parts.gap, parts.evidence.log_px, rtol=1e-12)
     exact_elbo = -rate - distortion
@@ -211,6 +300,35 @@ def test_refined_bounds_split_the_gap():
     none = decompose(exact.model, exact.guide, x, evidence=parts.evidence, num_draws=2000, seed=0)
     assert none.evidence is parts.evidence
     assert abs(none.gap.mean()) < 4 * math.hypot(parts.evidence.mean_se, np.sqrt((none.elbo_se**2).sum()) / 20)
+
+
+def test_every_line_of_a_decomposition_has_its_standard_error():
+    """Sampling errors of N independent data add in squares, over N; those of a difference too."""
+    log_px, rate, distortion, refined = np.array([[-3.0, -5.0, -4.0], [1.0, 2.0, 1.5], [3.0, 4.0, 3.5], [-3.5, -5.5, -4.5]])
+    se, rate_se, distortion_se, elbo_se = np.array([[0.1, 0.2, 0.2], [0.3, 0.0, 0.4], [0.2, 0.3, 0.6], [0.4, 0.4, 0.2]])
+    information = np.array([0.5, 0.9, 0.1])
+    evidence = pv.Evidence(log_px, se, np.full(3, 50.0), np.full(3, 0.2), -rate - distortion, num_samples=200, num_dims=4)
+    parts = diagnostics.Decomposition(
+        evidence, rate, distortion, rate_se, distortion_se, elbo_se, information,
+        {"z": np.array([0.0, 0.0099, 0.0101, 0.05, 0.099, 2.0])}, refined, 10, ("z",),
+    )  # fmt: skip
+    spread = information.std(ddof=1) / math.sqrt(3)
+    expected = {
+        "log p(x)": (-4.0, 0.3 / 3),
+        "ELBO": (-5.0, 0.6 / 3),
+        "gap": (1.0, math.hypot(0.1, 0.2)),
+        "  approximation": (0.5, math.nan),
+        "  amortisation": (0.5, math.nan),
+        "rate": (1.5, 0.5 / 3),
+        "  mutual information": (0.5, spread),
+        "  aggregate KL": (1.0, math.hypot(spread, 0.5 / 3)),
+        "distortion": (3.5, 0.7 / 3),
+    }
+    assert [name for name, *_ in parts.rows()] == list(expected)
+    for name, mean, error, _ in parts.rows():
+        assert (mean, error) == pytest.approx(expected[name], rel=1e-12, nan_ok=True), name
+    assert parts.active_units == {"z": 4}
+    assert parts.rows()[0][3] == "estimate, 200 samples"
 
 
 @pytest.mark.usefixtures("float64")
@@ -256,6 +374,26 @@ def test_chains_and_nested_plates_decompose(vectorize: bool):
     exact = (log_q.diagonal(dim1=1, dim2=2) - log_q.logsumexp(-1)).mean().item() + math.log(10)
     assert parts.mutual_information == pytest.approx(exact, abs=0.1 if vectorize else 0.2)
     np.testing.assert_allclose(parts.mean_variances["u"], (0.8 * x).var(0).numpy(), rtol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_programs_that_take_no_particles_on_the_left_run_one_by_one():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            assert z.dim() == 2
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.5 * x, 0.5**0.5).to_event(1))
+            assert z.dim() == 2
+
+    x = torch.randn(5, 2)
+    options = {"num_draws": 4, "vectorize_particles": False, "seed": 0}
+    parts = decompose(model, guide, x, num_samples=6, mixture_draws=2, **options)
+    np.testing.assert_allclose(parts.evidence.log_px, dist.Normal(0.0, 2**0.5).log_prob(x).sum(-1), rtol=1e-12)
+    assert posterior_draws(model, guide, x, num_samples=6, **options).posterior["z"].shape == (4, 5, 2)
 
 
 def test_units_that_are_switched_off_are_not_counted():
@@ -317,6 +455,10 @@ def test_posterior_draws_have_the_posteriors_moments(numbers: int | None, monkey
     assert prior_noise.std() == pytest.approx(pair.noise, rel=0.02)
     assert draws.prior["z"].std() == pytest.approx(1, rel=0.02)
     again = posterior_draws(pair.model, pair.guide, x, num_draws=10, num_samples=30, seed=3)
+    if numbers is None:  # drawn at once, so from the stream's first numbers
+        torch.manual_seed(3)
+        w = pv.log_weights(pair.model, pair.guide, x, num_particles=30, max_plate_nesting=1).log_weights.exp().numpy()
+        np.testing.assert_allclose(again.ess, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-9)
     np.testing.assert_array_equal(
         again.posterior["z"], posterior_draws(pair.model, pair.guide, x, num_draws=10, num_samples=30, seed=3).posterior["z"]
     )

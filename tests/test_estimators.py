@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -482,6 +483,75 @@ def test_gdreg_lowers_the_noise_of_a_learned_prior() -> None:
     assert (noise["GDReG"] < noise["DReG"]).all(), noise
 
 
+def location_scale(family: Any) -> Callable[[Tensor], tuple[Any, Callable[[Tensor], Tensor]]]:
+    """A prior of two dimensions over five numbers, and its sampler as a function of fixed noise, by hand."""
+
+    def build(t: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        law = family(loc=t[:2], scale=t[2:4].exp())
+        return law.to_event(1), lambda z: t[:2] + t[2:4].exp() * ((z - t[:2]) / t[2:4].exp()).detach()
+
+    return build
+
+
+def multivariate(t: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """The lower triangle and the entry above it, which is no part of the law, are all leaves."""
+    tril = torch.stack([t[2], t[4], t[3] - 0.7, t[3] + 1.0]).reshape(2, 2)  # t[4] above the diagonal
+
+    def sampler(z: Tensor) -> Tensor:
+        first = ((z[..., 0] - t[0]) / tril[0, 0]).detach()
+        second = ((z[..., 1] - t[1] - tril[1, 0] * first) / tril[1, 1]).detach()
+        return torch.stack([t[0] + tril[0, 0] * first, t[1] + tril[1, 0] * first + tril[1, 1] * second], -1)
+
+    return dist.MultivariateNormal(t[:2], scale_tril=tril, validate_args=False), sampler
+
+
+def affine(t: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    base = dist.Normal(t[:2], t[2:4].exp()).to_event(1)
+    transform = AffineTransform(0.5, t[4].exp(), event_dim=1)
+
+    def sampler(z: Tensor) -> Tensor:
+        noise = ((((z - 0.5) / t[4].exp()) - t[:2]) / t[2:4].exp()).detach()
+        return 0.5 + t[4].exp() * (t[:2] + t[2:4].exp() * noise)
+
+    return dist.TransformedDistribution(base, [transform]), sampler
+
+
+FAMILIES = [dist.Normal, dist.Laplace, dist.Cauchy, dist.Gumbel, partial(dist.StudentT, 4.0)]
+
+
+@pytest.mark.parametrize("build", [*map(location_scale, FAMILIES), multivariate, affine])
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_gdreg_moves_a_priors_every_parameter_along_its_sampler(build: Any, num_particles: int) -> None:
+    """Equation by equation: (w d[log p(x, z) - log p(z)]/dz - w^2 d log w/dz) dT/dt, draw by draw."""
+    theta = torch.tensor([0.3, -0.4, 0.8, 0.2, 0.6], requires_grad=True)
+    seen: dict[str, Tensor] = {}
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", build(theta)[0])
+            pyro.sample("x", dist.Normal(z.prod(-1), 0.7), obs=x)
+
+    q = dist.Normal(torch.tensor([0.1, -0.2]), 0.9).to_event(1)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            seen["z"] = pyro.sample("z", q)
+
+    x = torch.tensor([0.3, -0.8, 1.2])
+    loss = est.GDReG(num_particles).differentiable_loss(model, guide, x)
+    (ours,) = torch.autograd.grad(-loss, theta)
+    z = seen["z"].detach().reshape(num_particles, 3, 2).requires_grad_()
+    law, sampler = build(theta)
+    log_prior, likelihood = law.log_prob(z), normal_log(x, z.prod(-1), 0.7)
+    log_w = likelihood + log_prior - q.log_prob(z)
+    share = torch.softmax(log_w.detach(), 0)
+    slope = torch.autograd.grad((share * likelihood - share**2 * log_w).sum(), z)[0]
+    (exact,) = torch.autograd.grad((slope * sampler(z.detach())).sum(), theta, allow_unused=True)
+    assert ours.numpy() == pytest.approx(exact.numpy(), rel=1e-10, abs=1e-12)
+    assert exact[:4].abs().min() > 1e-4
+    assert (exact[4] == 0) == (build is not affine)
+
+
 def test_gdreg_says_where_it_cannot_invert_a_prior() -> None:
     def pair(p: Params, prior: Callable[[], Any]) -> Pair:
         def model(x: Tensor) -> None:
@@ -899,6 +969,99 @@ def test_one_datum_of_weight_zero_does_not_touch_the_others(name: str) -> None:
     some = estimator.objective(draw(lambda x, z: z > 0.2)).sum()
     for gradient in torch.autograd.grad(some, [theta, phi]):
         assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("kind", ["vimco", "ovis", "rws", "tvo"])
+def test_a_particle_of_weight_zero_teaches_the_guide_to_stay_away(kind: str) -> None:
+    """Draw by draw, what the papers' formulas say of the score of z = 2, which the model rules out."""
+    K, x = 4, torch.tensor([0.3, -0.8, 1.5])
+    theta, phi = torch.tensor([0.2, -0.4, 0.9]), torch.tensor([0.5, 0.1, 0.3], requires_grad=True)
+    seen: dict[str, Tensor] = {}
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=theta))
+            pyro.factor("cut", torch.where(z == 2, -torch.inf, 0.0))
+            pyro.sample("x", dist.Normal(z.double(), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            seen["z"] = pyro.sample("z", dist.Categorical(logits=phi))
+
+    estimator = est.make_estimator({"kind": kind, "num_particles": K})
+    pyro.set_rng_seed(4)
+    (ours,) = torch.autograd.grad(-estimator.differentiable_loss(model, guide, x), phi)
+    z = seen["z"]
+    dead = z == 2
+    assert (dead.sum(0) <= K - 2).all()
+    assert dead.any(0).sum() >= 2
+    log_q = torch.log_softmax(phi, 0)[z]
+    log_w = torch.log_softmax(theta, 0)[z] + normal_log(x, z.double(), 1.0) - log_q.detach()
+    w = torch.where(dead, 0.0, log_w.exp())
+    share, bound = w / w.sum(0), w.mean(0).log()
+    signal = torch.zeros(K, 3)
+    for k in range(K):
+        others = [j for j in range(K) if j != k]
+        if kind == "vimco":  # the geometric mean of the others is zero where one of them is
+            signal[k] = bound - share[k] - ((w[others].sum(0) + w[others].prod(0) ** (1 / (K - 1))) / K).log()
+        elif kind == "ovis":
+            signal[k] = bound - share[k] - w[others].mean(0).log() - math.log(1 - 1 / K)
+        elif kind == "rws":
+            signal[k] = share[k]
+    if kind == "tvo":
+        for low, high in itertools.pairwise(estimator.points):
+            v = torch.where(dead, 0.0, w**low)
+            v, of_w = v / v.sum(0), torch.where(dead, 0.0, log_w)
+            signal += (high - low) * v * ((1 - low) * (of_w - (v * of_w).sum(0)) - 1)
+    (exact,) = torch.autograd.grad((signal * log_q).sum(), phi)
+    assert ours.numpy() == pytest.approx(exact.numpy(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["dreg", "gdreg", "piwae"])
+def test_a_particle_of_weight_zero_and_infinite_slope_adds_nothing(kind: str) -> None:
+    """p(x, z) is N(z; m, 1) N(x; z, 1) z for z > 0: below, log 0 sends 0 x inf back."""
+    params = {name: torch.tensor(value, requires_grad=True) for name, value in {"m": 0.4, "a": 0.3, "l": -0.2}.items()}
+    seen: dict[str, Tensor] = {}
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(params["m"], 1.0))
+            pyro.factor("cut", torch.log(z * (z > 0)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            seen["z"] = pyro.sample("z", dist.Normal(params["a"] * x, params["l"].exp()))
+
+    x, K = torch.tensor([0.3, -0.8, 1.0]), 6
+    estimator = est.make_estimator({"kind": kind, "num_particles": K})
+    pyro.set_rng_seed(5)
+    ours = torch.autograd.grad(-estimator.differentiable_loss(model, guide, x), list(params.values()))
+    noise = (seen["z"] - params["a"] * x).detach() / params["l"].exp().item()
+    z = params["a"] * x + params["l"].exp() * noise
+    alive = z.detach() > 0
+    assert alive.any(0).all()
+    assert not alive.all()
+
+    def log_w(p: Params, q: Params, z: Tensor) -> Tensor:
+        inside = torch.where(alive, z, 1.0)
+        terms = normal_log(inside, p["m"], 1.0) + inside.log() + normal_log(x, inside, 1.0)
+        return torch.where(alive, terms - normal_log(inside, q["a"] * x, q["l"].exp()), -torch.inf)
+
+    still = frozen(params)
+    share = torch.softmax(log_w(still, still, z.detach()), 0)
+    groups = torch.softmax(log_w(still, still, z.detach()).unflatten(0, (2, -1)), 1).nan_to_num().flatten(0, 1) / 2
+    finite = torch.where(alive, log_w(params, params if kind == "piwae" else still, z), 0.0)
+    path = torch.where(alive, groups if kind == "piwae" else share**2, 0.0)
+    of_model = torch.autograd.grad((share * finite).sum(), params["m"], retain_graph=True)
+    of_guide = torch.autograd.grad((path * finite).sum(), [params["a"], params["l"]], retain_graph=True)
+    if kind == "gdreg":  # the prior's location moves its own sample: T = m + eps
+        joint = torch.where(alive, normal_log(z, still["m"], 1.0) + z.abs().log() + normal_log(x, z, 1.0), 0.0)
+        prior = torch.where(alive, normal_log(z, still["m"], 1.0), 0.0)
+        (slope,) = torch.autograd.grad((share * (joint - prior) - path * finite).sum(), z)
+        of_model = (slope.sum(),)
+    for mine, other in zip(ours, (*of_model, *of_guide), strict=True):
+        assert mine.item() == pytest.approx(other.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if name not in ("elbo", "stl", "vr_max", "score_elbo")])

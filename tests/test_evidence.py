@@ -235,11 +235,14 @@ def test_exact_answers_are_called_exact(tmp_path: Path):
     grids = made(log_px, **fields | {"se": np.array([0, 2e-7, 0])}, num_samples=66049, method="exact, by quadrature")
     assert grids.reliable.all()
     assert "up to 66,049 grid points each" in grids.summary()
-    assert "the last two grids differ by at most 2.0e-07 nats. It is exact to that." in grids.summary()
+    assert "two quadratures and rounding leave at most 2.0e-07 nats in doubt." in grids.summary()
     # A kink may leave the finest grid too coarse, and a model may rule a datum out.
     rough = made(log_px, **fields | {"se": np.array([0, 0.3, 0])}, num_samples=66049, method="exact, by quadrature")
     assert rough.reliable.tolist() == [True, False, True]
-    assert "Datum 1 has not settled at the finest grid" in rough.summary()
+    assert "Datum 1 has more than 0.01 nats in doubt: check by annealing (pv.ais)." in rough.summary()
+    coarse = made(log_px, **fields | {"se": np.array([0, 0.3, 0])}, num_samples=1, method="exact, linear-Gaussian")
+    assert coarse.reliable.tolist() == [True, False, True]
+    assert "Datum 1 has more than 0.01 nats in doubt: score in float64." in coarse.summary()
     ruled_out = made([-8.0, -math.inf], num_samples=1, method="exact, linear-Gaussian", se=zero[:2], elbo=zero[:2])
     assert ruled_out.reliable.tolist() == [True, False]
     assert "Datum 1 has no finite answer" in ruled_out.summary()
@@ -365,6 +368,26 @@ def test_comparison_is_paired():
         compare({"one": made(base), "two": made(base[:5])})
 
 
+def test_what_has_no_finite_mean_ranks_last():
+    fine, broken = np.array([-5.0, -6.0, -4.0]), np.array([-1.0, math.nan, -1.0])
+    lost = np.array([-1.0, -math.inf, -1.0])
+    made_of = {"broken": made(broken, elbo=fine), "fine": made(fine), "lost": made(lost, elbo=fine)}
+    with np.errstate(invalid="ignore"):
+        assert compare(made_of).names[0] == "fine"
+
+
+@pytest.mark.parametrize(("num_draws", "chains"), [(12, 1), (16, 4), (18, 1), (40, 4)])
+def test_draws_stand_as_four_chains_where_their_number_allows(num_draws: int, chains: int):
+    posterior = draws_of(3, num_draws).to_datatree()["posterior"]
+    assert dict(posterior.sizes)["chain"] == chains
+    assert dict(posterior.sizes)["draw"] == num_draws // chains
+
+
+def test_quadrature_is_reliable_within_a_hundredth_of_a_nat():
+    result = made([-3.0, -4.0, -5.0], se=np.array([0.0, 0.0099, 0.0101]), method="exact, by quadrature")
+    assert result.reliable.tolist() == [True, True, False]
+
+
 def test_stacking_weights_are_the_best_mixture_however_far_down():
     random = np.random.default_rng(0)
     one, other = random.normal(0, 1, size=(2, 300))
@@ -378,6 +401,17 @@ def test_stacking_weights_are_the_best_mixture_however_far_down():
     broken = other.copy()
     broken[3] = math.nan
     assert np.isnan(compare({"one": made(one), "other": made(broken, elbo=one)}).stacking).all()
+
+
+def test_stacking_weights_are_the_best_mixture_where_levels_differ_by_datum():
+    """Each datum has a level of its own, thousands of nats apart, which is no part of the mixture's weights."""
+    random = np.random.default_rng(1)
+    one, other = random.normal(0, 1, size=(2, 300))
+    level = random.uniform(-4000, 4000, size=300)
+    best = minimize_scalar(lambda w: -np.log(w * np.exp(one) + (1 - w) * np.exp(other)).mean(), bounds=(0, 1), method="bounded")
+    result = compare({"one": made(one + level), "other": made(other + level)})
+    assert dict(zip(result.names, result.stacking, strict=True))["one"] == pytest.approx(best.x, abs=2e-3)
+    assert 0.05 < best.x < 0.95
 
 
 @pytest.mark.filterwarnings("ignore")  # 0.23 uses what pandas and matplotlib deprecate

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyro
@@ -448,11 +449,28 @@ def test_mistakes_get_one_sentence(make: Callable[[SimpleNamespace], object], me
         make(_parts())
 
 
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_data_enter_every_guide_at_about_unit_size(guide: str) -> None:
+    """Counts up to 20 give what the same networks make of the counts over 20 where nothing is scaled."""
+    sites = []
+    x = torch.randint(0, 21, (5, 9)).float()
+    for likelihood, shown in (({"kind": "binomial", "total_count": 20}, x), ("bernoulli", x / 20)):
+        torch.manual_seed(0)
+        vae = pv.make_hierarchical_vae(9, latent_dims=[3, 2], hidden=[[8], [6]], guide=guide, likelihood=likelihood)
+        trace = poutine.trace(vae.guide).get_trace(shown)
+        sites.append([trace.nodes[name]["fn"].base_dist for name in ("z1", "z2")])
+    for ours, theirs in zip(*sites, strict=True):
+        torch.testing.assert_close((ours.mean, ours.stddev), (theirs.mean, theirs.stddev))
+
+
 @pytest.mark.parametrize("guide", ["ladder", "structured"])
-def test_a_vamp_prior_on_top_is_the_aggregate_posterior_of_its_pseudo_inputs(guide: str, tmp_path: Path) -> None:
-    x = torch.bernoulli(torch.full((7, 9), 0.4))
+@pytest.mark.parametrize("likelihood", ["bernoulli", {"kind": "binomial", "total_count": 20}])
+def test_a_vamp_prior_on_top_is_the_aggregate_posterior_of_its_pseudo_inputs(
+    guide: str, likelihood: Any, tmp_path: Path
+) -> None:
+    x = torch.bernoulli(torch.full((7, 9), 0.4)) if likelihood == "bernoulli" else torch.randint(0, 21, (7, 9)).float()
     prior = {"kind": "vamp", "components": 7}
-    vae = pv.make_hierarchical_vae(9, latent_dims=[3, 2], hidden=[[8], [6]], guide=guide, prior=prior)
+    vae = pv.make_hierarchical_vae(9, latent_dims=[3, 2], hidden=[[8], [6]], guide=guide, prior=prior, likelihood=likelihood)
     vae.prior.from_data(x)
     z = torch.randn(4, 2)
     trace = poutine.trace(vae.guide).get_trace(x)

@@ -654,6 +654,25 @@ def test_continuous_bernoulli_at_any_logit(logit: float, dtype: torch.dtype, tol
     assert_allclose(law.icdf(level).detach(), quantile if sign < 0 else 1 - quantile, atol=3e-6)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("logit", [0.0, -0.0, 1e-9, -1e-9, 0.5, -3.0, 40.0, -40.0])
+def test_quantiles_of_the_continuous_bernoulli_have_their_gradient(logit: float) -> None:
+    """dx/dl = -(dF/dl) / p(x), by implicit differentiation in a hundred digits; u (1 - u) / 2 at a logit of zero."""
+    import mpmath
+
+    def exact(u: float) -> float:
+        with mpmath.workdps(100):
+            at = mpmath.mpf(logit) or mpmath.mpf(10) ** -30
+            return float(mpmath.diff(lambda t: mpmath.log1p(u * mpmath.expm1(t)) / t, at, h=mpmath.mpf(10) ** -40))
+
+    levels = [0.0, 0.1, 0.5, 0.8, 1.0]
+    given = torch.full((5,), logit, requires_grad=True)
+    (gradient,) = torch.autograd.grad(distributions.ContinuousBernoulli(given).icdf(torch.tensor(levels)).sum(), given)
+    assert_allclose(gradient, [exact(u) for u in levels], rtol=1e-6, atol=1e-12)
+    if abs(logit) < 1e-8:
+        assert_allclose(gradient, [u * (1 - u) / 2 for u in levels], rtol=1e-8)
+
+
 def test_zero_inflation_scores_the_same_after_a_draw() -> None:
     """Pyro's own then takes another branch, and gives -inf where the gate rounds to one."""
     law = distributions.ZeroInflatedNegativeBinomial(torch.tensor(2.0), torch.tensor(60.0), torch.tensor(60.0))
@@ -676,21 +695,53 @@ def test_levels_far_in_the_tails_keep_their_digits() -> None:
     )
 
 
+class _Given(nn.Module):
+    """A decoder whose output is given."""
+
+    def __init__(self, out: Tensor):
+        super().__init__()
+        self.out = out
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.out
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("components", [1, 2])
+def test_the_log_scale_of_a_logistic_stops_at_minus_seven(components: int) -> None:
+    """As in the paper, on the scale on which all levels span [-1, 1]; a scale without end makes a level's density unbounded."""
+    loc = torch.tensor([0.3, -0.9])
+    log_scale = torch.tensor([-7.5, -60.0])
+    parts = [loc, log_scale] if components == 1 else [torch.zeros(2)] * 2 + [loc] * 2 + [log_scale] * 2
+    law = DiscretizedLogistic(_Given(torch.stack(parts)), 256, components, event_shape=2)(torch.zeros(3))
+    x, s = np.array([165.0, 12.0]), math.exp(-7) * 127.5
+    mean = (loc.numpy() + 1) * 127.5
+    exact = np.log(stats.logistic.cdf((x + 0.5 - mean) / s) - stats.logistic.cdf((x - 0.5 - mean) / s)).sum()
+    assert law.log_prob(torch.as_tensor(x)).item() == pytest.approx(exact, rel=1e-9)
+    assert exact < -1  # neither level is the likeliest
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_dequantised_likelihood_conditions_on_the_unit_scale() -> None:
+    """The optimal scale is that of the residuals of x / n, under a law that is then stretched to n levels."""
+    n, mean = 8, torch.tensor([0.2, 0.5, 0.9])
+    likelihood = Dequantized(_Given(mean), {"kind": "normal", "scale": "optimal"}, num_levels=n, event_shape=3)
+    x, mask = n * torch.rand(6, 3), torch.rand(6, 3) < 0.7
+    for observed in (None, mask):
+        error = (x / n - mean).square()
+        scale = error.mean().sqrt() if observed is None else error[observed].mean().sqrt()
+        law = likelihood.given(torch.zeros(6, 2), x, observed)
+        exact = stats.norm.logpdf(x.numpy(), n * mean.numpy(), n * scale.item()).sum(-1)
+        assert_allclose(law.log_prob(x), exact, rtol=1e-12)
+
+
 @pytest.mark.usefixtures("float64")
 def test_a_mixture_of_equal_logistics_is_one_logistic() -> None:
     one, many = _made({"kind": "discretized_logistic", "num_levels": 9}), DiscretizedLogistic(MLP(3, [], (6, *SHAPE)), 9, 2)
 
-    class Fixed(nn.Module):
-        def __init__(self, out: Tensor):
-            super().__init__()
-            self.out = out
-
-        def forward(self, z: Tensor) -> Tensor:
-            return self.out
-
     z = torch.randn(4, 3)
     loc, log_scale = one.decoder(z).detach().unbind(-2)
-    many.decoder = Fixed(torch.stack([torch.randn(4, 5), torch.randn(4, 5), loc, loc, log_scale, log_scale], -2))
+    many.decoder = _Given(torch.stack([torch.randn(4, 5), torch.randn(4, 5), loc, loc, log_scale, log_scale], -2))
     x = torch.randint(0, 9, (4, 5)).double()
     assert_allclose(many(z).log_prob(x), one(z).log_prob(x).detach(), rtol=1e-12)
     assert_allclose(many(z).mean, one(z).mean.detach(), rtol=1e-12)

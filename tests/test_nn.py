@@ -174,6 +174,10 @@ def test_every_activation_is_elementwise_and_named_as_in_torch(name: str) -> Non
     assert torch.equal(activation_module(name)(x), getattr(nn.functional, name)(x))
 
 
+ONE_CHANNEL = (
+    "A convolutional body takes images (channels, height, width), not shape (28, 20): "
+    "write (1, 28, 20) for images of one channel."
+)
 NO_IMAGE = "A convolutional body takes images (channels, height, width), not shape (784,): use an MLP."
 
 
@@ -191,6 +195,7 @@ NO_IMAGE = "A convolutional body takes images (channels, height, width), not sha
         (lambda: MLP("abc", [4]), "A shape is a positive integer or a non-empty tuple of them, not 'abc'."),
         (lambda: ConvEncoder(784), NO_IMAGE),
         (lambda: ConvDecoder(2, 784), NO_IMAGE),
+        (lambda: ConvDecoder(2, (28, 20)), ONE_CHANNEL),
         (lambda: ConvEncoder((1, 8, 8), [2] * 4), "An image of 8 x 8 cannot be halved 4 times: use fewer layers."),
         (
             lambda: ConvDecoder(2, (1, 8, 8), []),

@@ -10,10 +10,12 @@ import torch
 import zuko
 from pairs import LinearGaussian, bare_param_pair, counts_pair, curved_pair, switches_pair, two_latents_pair
 from pyro.contrib.zuko import ZukoToPyro
+from scipy import optimize
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae.proposals import mixture_draws, prior_count
+from pyrovae.traces import FlatPair
 from pyrovae.weights import log_weights, prior_weights
 
 KINDS = ["guide", "prior", "mixture", "refined"]
@@ -296,3 +298,73 @@ def test_flows_of_zuko_have_the_support_of_their_transform():
         assert (np.abs(evidence.log_px - exact.log_px) < 4 * evidence.se + 0.01).all()
     evidence = pv.ais(model, guide, x, num_temperatures=10, start="guide", leapfrog_steps=2, seed=0)
     assert np.abs(evidence.log_px - exact.log_px).max() < 2
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_guides_density_in_unconstrained_space_has_its_jacobian():
+    """q(u) = q(T(u)) |T'(u)|: of a log-normal guide a normal, of a Gamma-distributed pair of sites what integrates to one."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Gamma(2.0, 1.0))
+            b = pyro.sample("b", dist.Beta(2.0, 3.0))
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.LogNormal(0.3 * x, 0.8))
+            pyro.sample("b", dist.Beta(3.0 + 0 * x, 1.5))
+
+    x = torch.tensor([0.5, -1.0])
+    flat = torch.tensor([[[0.4, -1.0], [1.3, 0.2]], [[-0.7, 2.0], [0.0, -0.6]]])
+    log_guide = FlatPair(model, guide, (x,)).terms(flat, guide=True).log_guide
+    share = torch.sigmoid(flat[..., 1])
+    expected = dist.Normal(0.3 * x, 0.8).log_prob(flat[..., 0])
+    expected = expected + dist.Beta(3.0, 1.5).log_prob(share) + (share * (1 - share)).log()
+    torch.testing.assert_close(log_guide, expected)
+
+
+@pytest.mark.usefixtures("float64")
+def test_components_that_found_no_mass_are_still_drawn_from():
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 30.0))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    refinement = pv.refine(model, guide, torch.zeros(5), steps=1, lr=1e-3, num_components=4, seed=0)
+    assert (np.abs(refinement.loc[:, 1:, 0]) > 2).any(1).all(), "components stand where there is no mass"
+    np.testing.assert_allclose(refinement.shares.min(1), 0.1 / 4, rtol=1e-6)  # a tenth, evenly
+    np.testing.assert_allclose(refinement.shares.max(1), 0.9 + 0.1 / 4, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_iwae_objective_is_maximised_where_its_bound_is():
+    """With two particles the bound is an integral over two standard normals, so its maximum is known."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+            pyro.sample("x", dist.Exponential(rate), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.LogNormal(0 * x, 1.0))
+
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    weights = np.outer(weights, weights) / weights.sum() ** 2
+
+    def minus_bound(at: np.ndarray) -> float:
+        u = at[0] + np.exp(at[1]) * nodes
+        log_w = 2 * u - 2 * np.exp(u) + at[1] + nodes**2 / 2  # Gamma(1, 1), x = 1 and the Jacobian, over the Gaussian
+        return -float((weights * np.logaddexp(log_w[:, None], log_w)).sum())
+
+    best = optimize.minimize(
+        minus_bound, np.array([-0.2, -0.4]), method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-10}
+    ).x
+    refinement = pv.refine(model, guide, torch.ones(800), steps=600, objective="iwae", num_particles=2, lr=0.05, seed=0)
+    found = np.array([refinement.loc[:, 0, 0].mean(), np.log(refinement.scale_tril[:, 0, 0, 0]).mean()])
+    np.testing.assert_allclose(found, best, atol=0.02)

@@ -195,6 +195,50 @@ def test_masks_take_their_part_out(num_particles: int, how: str) -> None:
     _check(weights, kept.sum(-1), td.Normal(0, 1).log_prob(z), td.Normal(0.2, 0.7).log_prob(z))
 
 
+@pytest.mark.parametrize(("inside", "outside"), [(1, 0), (0, 1), (1, 1), (1, 2), (0, 2), (1, 3), (0, 0)])
+def test_what_every_mask_leaves_is_what_counts_as_observed(inside: int, outside: int) -> None:
+    """Masks inside a distribution, over a site, and one within another; of data, and of a datum's items."""
+    random = np.random.default_rng(0)
+    inner, rows, items = (torch.as_tensor(random.random(size) < 0.5) for size in ((B, 3, 4), (B, 1), (B, 3)))
+    outer = [None, rows.expand(B, 3), rows & items, False][outside]
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", B, dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("items", 3, dim=-1), poutine.mask(mask=True if outer is None else outer):
+                law = dist.Normal(z[..., None].expand(B, 3, 4), 0.5)
+                pyro.sample("x", (law.mask(inner) if inside else law).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", B, dim=-2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    left = torch.ones(B, 3, 4).bool() & (inner if inside else True)
+    if outer is not None:
+        left &= torch.as_tensor(outer).expand(B, 3)[..., None]
+    info = inspect_pair(model, guide, torch.randn(B, 3, 4))
+    assert (info.num_observed, info.num_dims) == (int(left.sum()), 12)
+
+
+@pytest.mark.parametrize("num_particles", [1, K])
+def test_a_masked_latent_adds_nothing_to_the_analytic_kl(num_particles: int) -> None:
+    x, mask = torch.randn(B), torch.arange(B) % 2 == 0
+
+    def model(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=mask):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(torch.where(mask, z, 0.0), 1.0), obs=x)
+
+    def guide(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(x, 0.6))
+
+    (site,) = log_weights(model, guide, x, mask, num_particles=num_particles, analytic_kl=True).sites
+    exact = torch.where(mask, td.kl_divergence(td.Normal(x, 0.6), td.Normal(0.0, 1.0)), 0.0)
+    assert_allclose(site.kl, exact.expand(num_particles, B), rtol=1e-12)
+
+
 @pytest.mark.parametrize("num_particles", [1, K])
 def test_factor_counts_and_deterministic_does_not(num_particles: int) -> None:
     seen = {}
@@ -519,11 +563,14 @@ def _unobserved_model(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
 
-def _scaled_model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        with poutine.scale(scale=0.5):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+def _scaled(scale: float) -> Callable:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=scale):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return model
 
 
 def _inner_subsample_model(x: Tensor) -> None:
@@ -562,7 +609,8 @@ def _two_plates(program: Callable) -> Callable:
         (_normal_model, _extra_latent_guide, (B,), "guide's site 'extra' is not in the model: give both programs the same"),
         (_normal_model, _guide_of_x, (B,), "guide's site 'x' is observed in the model: give both programs the same"),
         (_unobserved_model, _normal_guide, (B,), "The model observes nothing: give its data site obs=x"),
-        (_scaled_model, _normal_guide, (B,), r"Site 'z' is scaled apart from the data plate 'data'.*remove the scale"),
+        (_scaled(0.5), _normal_guide, (B,), r"Site 'z' is scaled apart from the data plate 'data'.*remove the scale"),
+        (_scaled(1.001), _normal_guide, (B,), r"Site 'z' is scaled apart from the data plate 'data'.*remove the scale"),
         (_inner_subsample_model, _inner_guide, (B, 8), r"Site 'x' is scaled apart.*subsampling inside a datum"),
         (_two_plates(_normal_model), _two_plates(_normal_guide), (5, 3), r"\['columns', 'rows'\].*call the one over data"),
     ],
@@ -637,6 +685,26 @@ def test_data_outside_the_support(likelihood: object, value: float, message: str
         inspect_pair(vae.model, vae.guide, x)
     assert "in 1 of the 5 " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_mask_hides_need_not_lie_in_the_support() -> None:
+    """Where Pyro itself does not check; what the mask shows does."""
+    x, mask = torch.tensor([0.0, 2.0, 1.0, 3.0]), torch.tensor([True, False, True, False])
+
+    def model(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=mask):
+                pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+    def guide(x: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pyro.validation_enabled(False):
+        assert inspect_pair(model, guide, x, mask).num_observed == 2
+        with pytest.raises(ValueError, match="outside the support of Bernoulli at site 'x', in 1 of the 4"):
+            inspect_pair(model, guide, x, mask | torch.tensor([False, True, False, False]))
 
 
 def test_data_of_the_wrong_shape_keep_their_own_sentence() -> None:

@@ -1,0 +1,145 @@
+"""Data that come from torch's loaders: in which order, how often, and without losing what a first look took."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+class Stream(IterableDataset):
+    """An iterable whose first items can be looked at and are given again by the next pass.
+
+    Args:
+        dataset: any iterable, such as an ``IterableDataset`` or a ``DataLoader``.
+    """
+
+    def __init__(self, dataset: Iterable[Any]):
+        self.dataset = dataset
+        self._items: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        items, self._items = self._items, None
+        return iter(self.dataset) if items is None else items
+
+    def take(self, count: int) -> list[Any]:
+        """The first items, at most ``count``."""
+        items = iter(self)
+        taken = [item for _, item in zip(range(count), items, strict=False)]
+        self._items = _after(taken, items)
+        return taken
+
+
+def _after(taken: list[Any], items: Iterator[Any]) -> Iterator[Any]:
+    """Items taken from an iterator, and those that are left; ``iter`` would start one anew that is a data set itself."""
+    yield from taken
+    while True:
+        try:
+            yield next(items)
+        except StopIteration:
+            return
+
+
+def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of all data in the order of the data set, or in the fixed order that its sampler names.
+
+    A loader that shuffles or drops its last batch is replaced by one that does not.
+
+    Raises:
+        ValueError: the sampler draws some of the data at random, so that no order of rows is known.
+    """
+    batches = loader.batch_sampler
+    size = loader.batch_size if loader.batch_size is not None else getattr(batches, "batch_size", None)
+    complete = not loader.drop_last and not getattr(batches, "drop_last", False)
+    if loader.num_workers and not getattr(loader, "in_order", True):
+        complete = False  # batches come as they are ready
+    if isinstance(loader.dataset, IterableDataset):
+        return loader if complete else _like(loader, batch_size=size)
+    sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler if batches is None else batches
+    if isinstance(sampler, SequentialSampler):
+        return loader if complete else _like(loader, batch_size=size)
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        raise ValueError(
+            "The DataLoader's DistributedSampler gives this process a part of the data, in an order of its own: pass the data "
+            "set itself, which is shared out among the processes here."
+        )
+    num_data = len(loader.dataset)  # type: ignore[arg-type]
+    whole = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == num_data
+    drawn = list(range(num_data)) if whole else _indices(sampler)
+    if not whole and not isinstance(sampler, _RANDOM) and drawn == _indices(sampler):
+        return loader if complete else _like(loader, batch_size=size, sampler=drawn)
+    if sorted(drawn) != list(range(num_data)):
+        raise ValueError(
+            f"The DataLoader's {type(sampler).__name__} draws {len(drawn)} of {num_data} data at random, so that no answer "
+            f"could be told from another by its row: pass the data set, or torch.utils.data.Subset(dataset, indices)."
+        )
+    return _like(loader, batch_size=size if batches is None or size is not None else 100)
+
+
+def is_one_pass(dataset: Any) -> bool:
+    """Whether an iterable data set can be read only once, as far as its iterators tell without being read."""
+    if not isinstance(dataset, IterableDataset):
+        return False
+    first, second = iter(dataset), iter(dataset)
+    code = getattr(type(first if first is second else dataset).__iter__, "__code__", None)
+    if first is second:
+        # One that does more than return itself may start anew.
+        return _cannot_restart(first) or (code is not None and not code.co_names)
+    if code is None or any(callable(getattr(type(dataset), name, None)) for name in code.co_names):
+        return False
+    renewed = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR"}
+    read = set(code.co_names) - renewed
+    return any(_cannot_restart(value) for name, value in vars(dataset).items() if name in read)
+
+
+def _cannot_restart(value: Any) -> bool:
+    """Whether a value is a generator, a ``map``, a ``zip`` or the like, which give each item once."""
+    return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
+
+
+def _indices(sampler: Any) -> list[int]:
+    """What a sampler gives in one pass, by batches or not; the random stream stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return [int(index) for each in sampler for index in (each if isinstance(each, list | tuple) else [each])]
+
+
+def _like(loader: DataLoader[Any], **options: Any) -> DataLoader[Any]:
+    """The same data, read and put together in the same way, without shuffling or dropping."""
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise ValueError(
+            f"The {type(loader).__name__} shuffles its data or drops some, so the answers would not be those of the data in "
+            f"their order: pass the data set, or a loader that does neither."
+        )
+    workers: dict[str, Any] = {}
+    if loader.num_workers:
+        workers = {
+            "prefetch_factor": loader.prefetch_factor,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "worker_init_fn": loader.worker_init_fn,
+            "timeout": loader.timeout,
+        }
+    return DataLoader(
+        loader.dataset,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        **workers,
+        **options,
+    )
