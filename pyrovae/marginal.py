@@ -120,7 +120,9 @@ def log_marginal(
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
-        x: an array or tensor (N, ...), a tuple of them for programs of several arguments, a Dataset or a DataLoader.
+        x: an array or tensor (N, ...), a tuple of them for programs of several arguments, a masked array for those with a
+            parameter ``mask``, a Dataset or a DataLoader. All data are scored in the order of the data set, also where a
+            DataLoader shuffles or drops its last batch.
         num_samples: S, drawn for every datum, no more and no fewer; with a ``target_se`` the most that one gets.
         target_se: the standard error of each datum's estimate at which to stop, in nats; ``None`` draws all S. A mixture stops
             only where its share of the prior is a whole number of draws.

@@ -111,8 +111,9 @@ def fit(
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
-        data: an array or tensor (N, ...), a tuple of them for programs of several arguments, a Dataset or a DataLoader (which
-            keeps its own batch size and order).
+        data: an array or tensor (N, ...), a tuple of them for programs of several arguments, a masked array for those with a
+            parameter ``mask``, a Dataset or a DataLoader (which keeps its own batch size and order). A stream that can be read
+            only once takes ``epochs=1``.
         estimator: a name (``"elbo"``, ``"iwae"``, ``"trace_elbo"``, ...), a table ``{"kind": "iwae", "num_particles": 50}``,
             one of :mod:`pyrovae.estimators`, or any ``pyro.infer.ELBO``.
         epochs: passes over the data, at most.

@@ -239,6 +239,32 @@ def test_float32_linear_gaussian_pairs_are_right_within_what_rounding_may_cost(d
         assert "score in float64" in evidence.summary()
 
 
+def test_residuals_are_taken_where_they_are_small():
+    """Latents in the thousands and a bias: what float32 loses of a slope, times them, is more than it loses at the mean."""
+    random = np.random.default_rng(2)
+    weight, bias = (torch.tensor(random.normal(size=100), dtype=torch.float32) for _ in range(2))
+    bias = 50 * bias
+    z = 1000 * random.normal(size=(8, 1))
+    x = torch.tensor(z * weight.double().numpy() + bias.double().numpy() + random.normal(size=(8, 100)), dtype=torch.float32)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1000.0))
+            pyro.sample("x", dist.Normal(z[..., None] * weight + bias, 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1000.0))
+
+    evidence = pv.exact(model, guide, x)
+    wide = weight.double().numpy()
+    covariance = 1e6 * np.outer(wide, wide) + np.eye(100)
+    error = np.abs(evidence.log_px - stats.multivariate_normal(bias.double().numpy(), covariance).logpdf(x.double().numpy()))
+    assert (error < 3 * evidence.se).all()
+    assert error.max() < 0.003
+    assert evidence.reliable.all()
+
+
 def test_float32_chains_with_full_covariances_and_masks_are_right_too():
     tril = torch.tensor([[0.02, 0.0], [0.01, 0.03]])
     seen = torch.tensor([[True, True, False], [True, False, True], [True, True, True]])
