@@ -7,7 +7,6 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +36,7 @@ from .proposals import (
     rows_at_once,
     usual_options,
 )
+from .psis import pareto_smooth_together
 from .registry import positive_integer, unknown
 from .staging import Staged, largest_value
 from .traces import FlatPair, Program, evaluation_mode
@@ -251,18 +251,11 @@ def log_marginal(
             fitted = joined([refine_batch(model, guide, block, options, vectorize_particles) for block in blocks])
         return lambda chosen, _: _at_once(refined_draws(model, guide, fitted.rows(chosen.numpy()), vectorize_particles))
 
-    def finish(*found: Any) -> Callable[[], dict[str, np.ndarray]]:
-        """Fit the tails; what gives the answer."""
-        if fits is not None:
-            return fits.submit(_finished, *found).result
-        answer = _finished(*found)
-        return lambda: answer
-
-    def score(batch: Batch, start: int, bar: tqdm) -> Callable[[], dict[str, np.ndarray]]:
-        """What gives a group's answer, drawn by parts of at most one chunk."""
+    def score(batch: Batch, start: int, bar: tqdm) -> dict[str, np.ndarray]:
+        """A group's answer, by parts of at most one chunk."""
         draws, sums = drawing(batch, start), _nothing(len(batch[0]), num_samples, device)
         active, done = torch.arange(len(batch[0])), 0
-        answers: list[tuple[np.ndarray, Callable[[], dict[str, np.ndarray]]]] = []
+        arrays: dict[str, np.ndarray] = {}
 
         def calls(parts: list[tuple[Tensor, int]], step: int) -> Iterator[Callable[[], Tensor]]:
             for chosen, most in parts:
@@ -279,52 +272,34 @@ def log_marginal(
                 new = _score(_side_by_side(blocks, joint, look - done), held, num_samples, done, look)
                 for name, values in new.items():
                     sums[name][chosen] = values
+                new |= _tails_together(new, look, eps) if on_gpu else {}
                 found = {name: values.cpu().numpy() for name, values in new.items()}
                 found |= _moments(found, look)
                 # Weights of zero may yet be followed by others; one that is NaN or infinite stays.
                 lost = np.isnan(found["log_sum"]) | (found["log_sum"] == math.inf)
                 ended = lost | (found["se"] <= (target_se or 0.0)) | (look == num_samples)
-                # Finished here and not once for all, as other threads or the GPU still draw meanwhile.
-                finished = finish({name: values[ended] for name, values in found.items()}, look, num_samples, eps)
-                answers.append((chosen.numpy()[ended], finished))
+                # Finished here and not once for all, as other threads still draw meanwhile.
+                finished = _finished({name: values[ended] for name, values in found.items()}, look, num_samples, precision=eps)
+                for name, part in finished.items():
+                    place = arrays.setdefault(name, np.empty((len(batch[0]), *part.shape[1:]), part.dtype))
+                    place[chosen.numpy()[ended]] = part
                 on.append(chosen[torch.from_numpy(~ended)])
                 bar.update(int(ended.sum()))
             active, done = torch.cat(on), look
             if not len(active):
                 break
-
-        def answer() -> dict[str, np.ndarray]:
-            arrays: dict[str, np.ndarray] = {}
-            for rows, finished in answers:
-                for name, part in finished().items():
-                    arrays.setdefault(name, np.empty((len(batch[0]), *part.shape[1:]), part.dtype))[rows] = part
-            return arrays
-
-        return answer
+        return arrays
 
     settings = {"num_samples": num_samples, "proposal": str(kind), "chunk": chunk, "num_dims": info.num_dims}
     settings |= {} if target_se is None else {"target_se": target_se}
     settings |= {} if precision == "float32" else {"precision": precision}
     store = _Store(resume, _agreed_seed(seed), settings)
     generator_devices = [device] if device.type == "cuda" else []
-    fits = ThreadPoolExecutor(1) if on_gpu else None
-    scored_ahead: deque[tuple[int, float, Callable[[], dict[str, np.ndarray]]]] = deque()
-
-    def keep(bar: tqdm, most: int) -> None:
-        """Store all answers but the last few, which may still be fitted."""
-        while len(scored_ahead) > most:
-            start, observed, answer = scored_ahead.popleft()
-            arrays = answer()
-            arrays["observed"] = np.full(len(arrays["log_px"]), observed)
-            store.add(start, arrays)
-            bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
-
     with (
         torch.no_grad(),
         evaluation_mode(model, guide),
         torch.random.fork_rng(generator_devices),
         contextlib.closing(staged),
-        fits or contextlib.nullcontext(),
         products_in(precision, device),
         tqdm(total=data.num_data, desc="log p(x)", unit="datum", disable=not progress) as bar,
     ):
@@ -334,10 +309,11 @@ def log_marginal(
                 observed = inspect_pair(model, guide, *batch).num_observed
                 torch.manual_seed(store.seed_of(start))
                 with pyro.validation_enabled(False):
-                    scored_ahead.append((start, observed / len(batch[0]), score(batch, start, bar)))
-                keep(bar, 1 if on_gpu else 0)
+                    arrays = score(batch, start, bar)
+                arrays["observed"] = np.full(len(batch[0]), observed / len(batch[0]))
+                store.add(start, arrays)
+                bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
             start += len(batch[0])
-        keep(bar, 0)
     scored = store.gathered()
     drawn = scored.pop("drawn")
     curve = curve_of(scored.pop("curve_sum").T, scored.pop("curve_square").T, scored["elbo"], num_samples, drawn)
@@ -548,6 +524,13 @@ def _score(blocks: Iterator[Tensor], sums: dict[str, Tensor], num_samples: int, 
     return new | {"tail": tail, "curve_sum": curve[0], "curve_square": curve[1]}
 
 
+def _tails_together(sums: dict[str, Tensor], drawn: int, precision: float) -> dict[str, Tensor]:
+    """Pareto k and the smoothed estimate of the data whose tails can be fitted on their device."""
+    tail = sums["tail"][:, : tail_size(drawn)]
+    khat, smoothed, ordinary = pareto_smooth_together(tail, sums["log_sum"], drawn, precision=precision)
+    return {"khat": khat, "log_px_psis": smoothed, "ordinary": ordinary}
+
+
 def _moments(sums: dict[str, np.ndarray], drawn: int) -> dict[str, np.ndarray]:
     """Estimate, standard error, effective sample size and mean log-weight from the sums over so many draws."""
     with np.errstate(all="ignore"):
@@ -563,7 +546,11 @@ def _moments(sums: dict[str, np.ndarray], drawn: int) -> dict[str, np.ndarray]:
 def _finished(found: dict[str, np.ndarray], drawn: int, num_samples: int, precision: float) -> dict[str, np.ndarray]:
     """The answer for some data, from their sums over so many draws and the moments of those."""
     names = ("log_px", "se", "ess", "elbo")
-    khat, smoothed = pareto_smooth(found["tail"][:, : tail_size(drawn)], found["log_px"], drawn, precision=precision)
+    size = len(found["log_px"])
+    khat, smoothed = found.get("khat", np.empty(size)), found.get("log_px_psis", np.empty(size))
+    rest = ~found["ordinary"] if "ordinary" in found else np.ones(size, dtype=bool)
+    tail = found["tail"][rest, : tail_size(drawn)]
+    khat[rest], smoothed[rest] = pareto_smooth(tail, found["log_px"][rest], drawn, precision=precision)
     # Where a datum stopped before K draws, its curve stays at what it had.
     reached = np.array(curve_sizes(num_samples)[:-1]) <= drawn
     curves = {

@@ -130,7 +130,8 @@ def fit(
         max_seconds: stop after the step that crosses this time, counted from the first step.
         compile: capture the step as one graph and compile it (:mod:`pyrovae.staging`); ``"auto"`` does so for runs of 3,000
             steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
-            to rounding. A pair that cannot be captured trains as it is, and a warning says why.
+            to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them
+            (:mod:`pyrovae.cuda`). A pair that cannot be captured trains as it is, and a warning says why.
         precision: of matrix products and convolutions. ``"float32"`` is that on a GPU too, whatever torch's settings are;
             ``"tf32"`` takes an NVIDIA GPU's faster units, which round factors to 10 bits, and is refused on a CPU.
             ``"bfloat16"`` rounds factors to 7 bits, and compiles; parameters, sums and log-weights stay in float32. It is

@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "estimators": _TRACES,
     # Beyond the page: what importance sampling draws from, and what needs no sampling, have rooms of their own.
     "proposals": _TRACES,
-    "marginal": _TRACES | {"proposals"},
+    "marginal": _TRACES | {"proposals", "psis"},
+    "psis": set(),
     "integration": _TRACES | {"quadrature"},
     "quadrature": set(),
     "annealing": _TRACES,
