@@ -6,7 +6,7 @@ each hand gives every hidden pixel a probability of being white:
 
 - mean: that pixel's mean over the training images in which it was observed;
 - single sample: p(x|z) at one draw of q(z|x_obs), as a reconstruction would be read;
-- impute: the posterior-predictive mean by importance resampling, ``vae.impute(x, mask)``.
+- impute: the posterior-predictive mean, weighted by importance, ``vae.impute(x, mask)``.
 
 All three are judged by the sum of log Bernoulli over an image's hidden pixels.
 

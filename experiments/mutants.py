@@ -30,7 +30,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results/mutants.json"
-MODULES = "traces weights pairs estimators evidence marginal diagnostics annealing proposals integration".split()
+MODULES = (
+    "traces weights pairs support estimators evidence marginal diagnostics annealing proposals integration quadrature".split()
+)
 TESTS = "weights estimators evidence marginal diagnostics annealing proposals integration".split()
 SWAPPED: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
@@ -49,6 +51,7 @@ class Mutant(NamedTuple):
     line: int
     end: int
     inside: bool  # in a function, not run on import
+    text: str  # the line as it is, by which the change is known again when lines have moved
     old: str
     new: str
     source: str  # of the whole module
@@ -105,7 +108,8 @@ def mutants(module: str) -> list[Mutant]:
             replaced = text[:start] + f"({ast.unparse(new)})".encode() + text[stop:]
             old = " ".join(text[start:stop].decode().split())
             inside = any(function.lineno <= line <= (function.end_lineno or 0) for function in functions)
-            found.append(Mutant(module, line, end, inside, old, ast.unparse(new), replaced.decode()))
+            shown = source.splitlines()[line - 1].strip()
+            found.append(Mutant(module, line, end, inside, shown, old, ast.unparse(new), replaced.decode()))
     return found
 
 
@@ -197,6 +201,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modules", nargs="*", default=MODULES)
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="test files")
     parser.add_argument("--again", action="store_true", help="try those that survived, not new ones")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for each mutant")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so long")
@@ -204,25 +209,26 @@ def main() -> None:
     began = time.monotonic()
     every = [mutant for module in options.modules for mutant in mutants(module)]
     results = json.loads(RESULTS.read_text())["mutants"] if RESULTS.exists() else []
-    known = {(result["at"].split(".")[0], result["old"], result["new"]): result["outcome"] for result in results}
+    known = {(result["in"], result["old"], result["new"]): result["outcome"] for result in results}
     if options.again:
-        results = [result for result in results if result["outcome"] == "killed"]
-        chosen = [mutant for mutant in every if known.get((mutant.module, mutant.old, mutant.new)) == "survived"]
+        chosen = [mutant for mutant in every if known.get((mutant.text, mutant.old, mutant.new)) == "survived"]
     else:
-        new = [mutant for mutant in every if (mutant.module, mutant.old, mutant.new) not in known]
+        new = [mutant for mutant in every if (mutant.text, mutant.old, mutant.new) not in known]
         chosen = random.Random(options.seed).sample(new, min(options.number, len(new)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         prepare(folder)
-        first = run(folder, [f"tests/test_{test}.py" for test in TESTS], Touched(folder / "pyrovae"), lines_of, 1800)
+        first = run(folder, [f"tests/test_{test}.py" for test in options.tests], Touched(folder / "pyrovae"), lines_of, 1800)
         if first is None or "code" in first:
             sys.exit(f"The tests must pass before anything is changed: {first}")
         print(f"{len(first['seconds'])} tests, {len(chosen)} of {len(every)} mutants", flush=True)
         for mutant in chosen:
             if time.monotonic() - began > 60 * options.minutes:
                 break
-            results.append(judge(folder, mutant, first, options.budget))
-            print(results[-1], flush=True)
+            found = judge(folder, mutant, first, options.budget)
+            key = (mutant.text, mutant.old, mutant.new)
+            results = [r for r in results if (r["in"], r["old"], r["new"]) != key] + [found]
+            print(found, flush=True)
     survived = [result for result in results if result["outcome"] == "survived"]
     sys.path.insert(0, str(ROOT / "experiments"))
     import record
@@ -238,7 +244,12 @@ def judge(folder: Path, mutant: Mutant, first: dict[str, Any], budget: float) ->
         if some and total > budget:
             break
         some.append(test)
-    result: dict[str, Any] = {"at": f"{mutant.module}.py:{mutant.line}", "old": mutant.old, "new": mutant.new}
+    result: dict[str, Any] = {
+        "at": f"{mutant.module}.py:{mutant.line}",
+        "in": mutant.text,
+        "old": mutant.old,
+        "new": mutant.new,
+    }
     if not some:
         return result | {"outcome": "survived", "tests": 0}
     path = folder / "pyrovae" / f"{mutant.module}.py"

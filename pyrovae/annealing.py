@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .data import Batch, Batches
 from .evidence import Evidence, pareto_khat, tail_size
-from .pairs import FirstRun, first_run, inspect_pair
+from .pairs import FirstRun, evidence_fields, first_run, inspect_pair, scored_data
 from .registry import unknown
 from .staging import Staged
 from .traces import FlatPair, Program, evaluation_mode
@@ -111,9 +111,10 @@ def ais(
     data.batch_size = _rows(chunk_size, num_chains, first)
     gradient = _Gradient(path.backend(compile, data.num_batches, ways=1))
     parts: list[Tensor] = []
+    notes: list[dict[str, np.ndarray]] = []
     with _quietly(model, guide, first, seed), _bar(data.num_batches, path, "AIS", progress) as bar:
         for batch in data:
-            inspect_pair(model, guide, *batch)
+            notes.append(scored_data(inspect_pair(model, guide, *batch), batch))
             with pyro.validation_enabled(False):
                 pair = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles)
                 field = _Field(pair, start, gradient)
@@ -129,7 +130,7 @@ def ais(
         khat=pareto_khat(tail, num_chains, precision=torch.finfo(first.dtype).eps),
         elbo=log_w.mean(0).cpu().numpy(),
         num_samples=num_chains,
-        num_dims=first.info.num_dims,
+        **evidence_fields(notes, first.info.given),
         method=f"AIS from the {start}, {num_temperatures} temperatures",
     )
 

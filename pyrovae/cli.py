@@ -160,7 +160,7 @@ def evaluate(
     Args:
         run: The run's folder.
         num_samples: Importance samples per datum; the most that one gets where --target-se is given.
-        target_se: Stop each datum at this standard error of its estimate, in nats.
+        target_se: Aim at this standard error of each datum's estimate, in nats.
         proposal: What the samples come from: guide, refined (fitted to each datum), mixture or prior.
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,32 @@ def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
         1
     """
     return match(program, batch)
+
+
+def fingerprints(batch: Batch) -> np.ndarray:
+    """A 64-bit hash of each datum's first array, shape (B,): the same in float32 and float64, and whatever its event's shape.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.data import fingerprints
+        >>> x = torch.eye(3)
+        >>> bool((fingerprints((x.double().reshape(3, 3, 1),)) == fingerprints((x,))).all())
+        True
+    """
+    # Zero is added, as minus zero is equal to zero but of other bits.
+    rows = batch[0].detach().to("cpu", torch.float32).reshape(len(batch[0]), -1).numpy() + np.float32(0)
+    hashes = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return np.frombuffer(hashes, np.int64).copy()
+
+
+def content_hash(arrays: Iterable[Tensor]) -> str:
+    """A hash of tensors' shapes, types and values, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        values = array.detach().cpu().contiguous()
+        digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def binarize(x: Tensor) -> Tensor:

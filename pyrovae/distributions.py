@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -799,6 +800,29 @@ class _EachColumn(constraints.Constraint):
         return torch.cat(checked, -1)[..., self.order]
 
 
+def conditioned(law: Any, *given: str) -> Any:
+    """The same law, which says as ``conditional_on`` what of the datum it conditions on, also when it has been expanded.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> from pyrovae.distributions import conditioned
+        >>> conditioned(dist.Poisson(torch.ones(3)), "the total").expand((2, 3)).conditional_on
+        ('the total',)
+    """
+    inner = law
+    while isinstance(inner, torch.distributions.Independent):
+        inner = inner.base_dist
+    # An attribute of the class, as expand makes another instance and knows nothing of those of this one.
+    family: Any = type(inner)
+    inner.__class__ = _conditioned_class(family, given)
+    return law
+
+
+@cache
+def _conditioned_class(family: Any, given: tuple[str, ...]) -> Any:
+    return type(family)(family.__name__, (family,), {"conditional_on": given, "__doc__": family.__doc__})
+
+
 class Columns(dist.TorchDistribution):
     r"""Independent columns of a table, whose groups have laws of different kinds; its batch shape is ``(..., D)``.
 
@@ -833,6 +857,16 @@ class Columns(dist.TorchDistribution):
         supports = [law.support for law in self.laws]
         discrete = all(support.is_discrete for support in supports)
         return _EachColumn(list(zip(supports, self.columns, strict=True)), self.order, discrete)
+
+    @property
+    def conditional_on(self) -> tuple[str, ...]:
+        """What of the datum the laws of the groups condition on."""
+        return tuple(what for law in self.laws for what in getattr(law, "conditional_on", ()))
+
+    @property
+    def fraction_discrete(self) -> float:
+        """The fraction of columns that have a probability and no density."""
+        return sum(law.batch_shape[-1] for law in self.laws if law.support.is_discrete) / len(self.order)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Columns:
         """The same law over a larger batch."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,36 @@ FEWEST_SAMPLES = 25
 LEAST_CHAINS = 4
 # Nats that rounding, and two quadratures, may leave in doubt.
 GRIDS_AGREE = 0.01
+# Nats by which log-weights may differ and still be called constant, whatever the rounding of their terms.
+CONSTANT = 0.01
+# Nats by which rounding, or what the proposal missed, may move an estimate that can be believed.
+NEGLIGIBLE = 0.05
+
+
+class Measure(NamedTuple):
+    """What log p(x) is with respect to: only numbers that share it can be compared.
+
+    Attributes:
+        density: observed numbers per datum that have a density.
+        mass: observed numbers per datum that have a probability.
+        given: what of the datum itself the likelihood conditions on, such as its total.
+    """
+
+    density: float
+    mass: float
+    given: tuple[str, ...] = ()
+
+    def agrees(self, other: Measure) -> bool:
+        """Whether numbers by this and the other can be compared."""
+        return self.given == other.given and all(
+            math.isclose(own, its, rel_tol=1e-9) for own, its in zip(self[:2], other[:2], strict=True)
+        )
+
+    def __str__(self) -> str:
+        """In words, as "a density over 784 numbers given the total"."""
+        named = {"a density over": self.density, "a probability of": self.mass}
+        parts = [f"{words} {number:g} number{'' if number == 1 else 's'}" for words, number in named.items() if number]
+        return (" and ".join(parts) or "of no numbers") + (f" given {' and '.join(self.given)}" if self.given else "")
 
 
 @dataclass(frozen=True)
@@ -113,7 +143,8 @@ class Evidence:
         se: its Monte Carlo standard error, by the delta method on the logarithm, shape (N,).
         ess: effective sample size of the importance weights, shape (N,), at most what the datum drew.
         khat: Pareto shape of the weights' tail, shape (N,). ``-inf`` says that the weights are constant, so the guide, or the
-            answer, is exact; ``nan`` that there were too few samples to tell, or that weights were NaN.
+            answer, is exact, or that all the largest are equal; ``nan`` that there were too few samples to tell, or that
+            weights were NaN.
         elbo: the mean log-weight, which estimates the evidence lower bound, shape (N,).
         num_samples: S, draws per datum; the most that one got where ``drawn`` says that some got fewer.
         num_dims: D, observed numbers per datum, for bits per dimension; where a mask hides different ones, their mean.
@@ -122,7 +153,13 @@ class Evidence:
         log_px_psis: the Pareto-smoothed estimate, shape (N,): steadier than ``log_px`` where the tail is heavy, at some bias.
             ``nan`` where there were too few samples to smooth. ``None`` where the method has no importance weights.
         curve: the estimate against the number of samples, where it was recorded.
-        drawn: how many samples each datum took, shape (N,), where they stopped at a target; ``None`` where all took S.
+        drawn: how many samples each datum's estimate is from, shape (N,), where a target decided; ``None`` where all took S.
+        pilot: how many more it took to decide on that number, shape (N,); they are no part of the estimate.
+        missed: what draws of the prior add to log p(x) where the weights are larger than any that was drawn, shape (N,), in
+            nats; ``None`` where the prior was not asked.
+        rounding: what one rounding of the largest term of the log-weights comes to, shape (N,), in nats.
+        fingerprint: a 64-bit hash of each datum's first array, shape (N,), by which :func:`compare` knows the data.
+        measure: what the numbers are with respect to; ``None`` where it is not known.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -145,6 +182,19 @@ class Evidence:
     log_px_psis: Array | None = None
     curve: Curve | None = None
     drawn: Array | None = None
+    pilot: Array | None = None
+    missed: Array | None = None
+    rounding: Array | None = None
+    fingerprint: Array | None = None
+    measure: Measure | None = None
+
+    def __repr__(self) -> str:
+        """One line: the mean, its errors, and how many data can be believed."""
+        good = int(self.reliable.sum())
+        return (
+            f"Evidence(mean={self.mean:.4g} +- {self.mean_se:.2g} nats, {len(self)} data, {good} reliable, "
+            f"method={self.method!r}, num_samples={self.num_samples})"
+        )
 
     def __post_init__(self) -> None:
         """Refuse arrays of different lengths."""
@@ -203,12 +253,12 @@ class Evidence:
     @property
     def khat_threshold(self) -> float:
         """The k below which S samples are enough: min(1 - 1/log10 S, 0.7) (Vehtari et al. 2024)."""
-        return _threshold(self.num_samples)
+        return khat_limit(self.num_samples)
 
     @property
     def khat_thresholds(self) -> Array:
         """The k below which the samples of each datum are enough, shape (N,); lower where it drew fewer."""
-        return np.array([_threshold(int(size)) for size in self._drawn()])
+        return np.array([khat_limit(int(size)) for size in self._drawn()])
 
     @property
     def reliable(self) -> Array:
@@ -220,16 +270,32 @@ class Evidence:
         of normal law have a variance of log 2, and the estimate lies 1/(2 K) nats too low. Below, it asks for the chain that
         did not come. That is less than Pareto k says, as so few chains can agree by chance, and all can miss the same mode:
         :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, with a standard error, which is what rounding and two
-        independent grids leave in doubt, of at most 0.01 nats.
+        independent grids leave in doubt, of at most 0.01 nats. Estimates besides: ``rounding`` of no more than 0.05 nats, and
+        ``missed`` of no more than that or three standard errors.
         """
+        return np.isfinite(self.log_px) & self._consistent & ~self._rounded & ~self._blind
+
+    @property
+    def _consistent(self) -> Array:
+        """Whether what was computed agrees with itself, by the method's own standard."""
         with np.errstate(invalid="ignore"):
             if self.is_exact:
-                good = self.se <= GRIDS_AGREE
-            elif self._few_chains:
-                good = self.ess >= self._enough_chains
-            else:
-                good = (self.khat < self.khat_thresholds) | np.isneginf(self.khat)
-            return np.isfinite(self.log_px) & good
+                return self.se <= GRIDS_AGREE
+            if self._few_chains:
+                return self.ess >= self._enough_chains
+            return (self.khat < self.khat_thresholds) | np.isneginf(self.khat)
+
+    @property
+    def _rounded(self) -> Array:
+        """Whether the terms are too large for their floating type; exact answers have it in their standard error."""
+        return np.zeros(len(self), bool) if self.rounding is None or self.is_exact else self.rounding > NEGLIGIBLE
+
+    @property
+    def _blind(self) -> Array:
+        """Whether draws of the prior find more than the proposal's own can account for."""
+        if self.missed is None:
+            return np.zeros(len(self), bool)
+        return self.missed > np.fmax(NEGLIGIBLE, 3 * self.se)
 
     @property
     def effort(self) -> str:
@@ -238,9 +304,10 @@ class Evidence:
             unit = {"by enumeration": "assignments", "by quadrature": "grid points"}.get(self.method.removeprefix("exact, "))
             return "in closed form" if unit is None else f"up to {self.num_samples:,} {unit} each"
         unit, drawn = "chain" if self.is_annealed else "sample", self._drawn()
+        pilot = "" if self.pilot is None or not self.pilot.any() else f", and {self.pilot.mean():,.0f} to decide on that number"
         if drawn.min() == drawn.max():
-            return f"{drawn[0]:,} {unit}{'s' if drawn[0] > 1 else ''} each"
-        return f"{drawn.min():,} to {drawn.max():,} {unit}s each, {drawn.mean():,.0f} on average"
+            return f"{drawn[0]:,} {unit}{'s' if drawn[0] > 1 else ''} each{pilot}"
+        return f"{drawn.min():,} to {drawn.max():,} {unit}s each, {drawn.mean():,.0f} on average{pilot}"
 
     @property
     def criterion(self) -> str:
@@ -265,16 +332,34 @@ class Evidence:
         said += f"{bound}: {np.mean(self.elbo):.3f}, so the gap is {self.gap:.3f} nats. "
         target = self.notes.get("target_se")
         if target is not None and (missed := int(np.sum(~(self.se <= target)))):
-            said += (
-                f"{missed} of {size} data took all {self.num_samples:,} samples and still miss the target error {target:g}. "
-            )
+            most = int(np.sum(~(self.se <= target) & (self._drawn() == self.num_samples)))
+            said += f"{missed} of {size} data miss the target error {target:g}, {most} of them with all {self.num_samples:,} "
+            said += "samples. "
         for broken, word in ((np.isnan(self.log_px), "NaN"), (np.isposinf(self.log_px), "infinite")):
             if broken.any():
                 return said + f"{_first(broken)} {word} weights: the model or guide overflows there."
         if np.isneginf(self.log_px).any():
             units, who = ("chains", "they miss") if self.is_annealed else ("samples", "the guide misses")
             return said + f"{_first(np.isneginf(self.log_px))} zero weight in all {units}: {who} all that the model allows."
-        return said + (self._agreement() if self._few_chains else self._tails())
+        return said + (self._agreement() if self._few_chains else self._tails()) + self._doubts()
+
+    def _doubts(self) -> str:
+        """What no weight shows: terms that the floating type cannot resolve, and what only draws of the prior find."""
+        said = ""
+        if self._rounded.any():
+            assert self.rounding is not None
+            said += (
+                f" {_first(self._rounded)} terms so large that rounding moves them by up to {self.rounding.max():.2g} nats: "
+                f"score in float64, by calling double() on the modules and giving float64 data."
+            )
+        if self._blind.any():
+            assert self.missed is not None
+            worst = float(self.missed[self._blind].max())
+            said += (
+                f" {_first(self._blind)} an estimate that is too low: draws of the prior find up to {worst:.3g} nats more "
+                f'where the proposal draws next to nothing. Score with proposal="mixture", which also draws from the prior.'
+            )
+        return said
 
     def _exactness(self) -> str:
         """What there is to say of exact answers."""
@@ -309,11 +394,15 @@ class Evidence:
 
     def _tails(self) -> str:
         """What Pareto k says of importance weights."""
-        size, bad = len(self), np.flatnonzero(~self.reliable)
+        size, bad = len(self), np.flatnonzero(~self._consistent)
         if self.num_samples < FEWEST_SAMPLES:
             return f"With fewer than {FEWEST_SAMPLES} samples nothing tells whether to believe it: draw more."
         if not len(bad):
-            constant = " (the weights are constant: the guide is exact)" if np.isneginf(self.khat).all() else ""
+            if not self.reliable.all():
+                return f"{self.criterion} for all data, and yet {int((~self.reliable).sum())} of {size} cannot be believed."
+            # The largest may be equal where others are not.
+            equal = np.isneginf(self.khat).all() and np.all(self.log_px - self.elbo <= CONSTANT)
+            constant = " (the weights are constant: the guide is exact)" if equal else ""
             return f"{self.criterion} for all data: the estimate can be believed{constant}.{self._other_modes()}"
         unfitted = " (for some of them no k can be fitted)" if np.isnan(self.khat[bad]).any() else ""
         said = (
@@ -390,6 +479,7 @@ class Evidence:
             arrays["curve_se"] = (("curve_samples", "datum"), self.curve.se)
             coords["curve_samples"] = self.curve.num_samples
         attrs = {"num_samples": self.num_samples, "num_dims": self.num_dims, "method": self.method, "units": "nats"}
+        attrs |= {} if self.measure is None else {"measure": str(self.measure)}
         tree = draws.to_datatree() if draws is not None else xarray.DataTree()
         tree["evidence"] = xarray.DataTree(xarray.Dataset(arrays, coords=coords, attrs=attrs))
         return tree
@@ -400,6 +490,7 @@ class Evidence:
         if self.curve is not None:
             arrays |= {f"curve.{name}": torch.as_tensor(getattr(self.curve, name)) for name in _CURVE}
         notes = {name: getattr(self, name) for name in _NOTES}
+        notes |= {} if self.measure is None else {"measure": self.measure}
         checkpoint.write_arrays(path, arrays, {"evidence": notes})
 
     @classmethod
@@ -415,8 +506,11 @@ class Evidence:
         fields: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
         curve = {name: fields.pop(f"curve.{name}") for name in _CURVE if f"curve.{name}" in fields}
         complete = set(fields) - set(_OPTIONAL) == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
-        if not complete or not isinstance(kept, dict) or set(kept) != set(_NOTES):
+        if not complete or not isinstance(kept, dict) or set(kept) - {"measure"} != set(_NOTES):
             raise ValueError(f"{path} holds no evidence: give a file that Evidence.save wrote.")
+        if "measure" in kept:
+            density, mass, given = kept["measure"]
+            kept["measure"] = Measure(density, mass, tuple(given))
         return cls(**fields, **kept, curve=Curve(**curve) if curve else None)
 
     def _per_datum(self) -> dict[str, Array]:
@@ -427,7 +521,8 @@ class Evidence:
         return np.full(len(self), self.num_samples) if self.drawn is None else self.drawn
 
 
-def _threshold(num_samples: int) -> float:
+def khat_limit(num_samples: int) -> float:
+    """The k below which S samples are enough: min(1 - 1/log10 S, 0.7), and none with fewer than 25."""
     return min(1 - 1 / math.log10(num_samples), 0.7) if num_samples >= FEWEST_SAMPLES else -math.inf
 
 
@@ -438,7 +533,7 @@ def _first(bad: Array) -> str:
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
-_OPTIONAL = ("log_px_psis", "drawn")
+_OPTIONAL = ("log_px_psis", "drawn", "pilot", "missed", "rounding", "fingerprint")
 _NOTES = ("num_samples", "num_dims", "method", "notes")
 _CURVE = ("num_samples", "log_px", "se")
 
@@ -589,7 +684,9 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
         evidence: the models' evidence by name; at least two, over the same data in the same order.
 
     Raises:
-        ValueError: fewer than two, or different numbers of data.
+        TypeError: it is no mapping of names to evidence.
+        ValueError: fewer than two, other data or the same in another order, or numbers by different measures: a density and a
+            probability, other numbers of observed values, or a likelihood that is given a part of the datum.
 
     References:
         Yao, Vehtari, Simpson and Gelman, Using stacking to average Bayesian predictive distributions, 2018.
@@ -602,6 +699,8 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
         >>> pv.compare({"small": made(-9.0), "large": made(-8.0)}).names
         ['large', 'small']
     """
+    if not isinstance(evidence, Mapping) or not all(isinstance(result, Evidence) for result in evidence.values()):
+        raise TypeError('compare takes evidence by name: pass {"one": evidence, "other": evidence}, not a list.')
     if len(evidence) < 2:
         raise ValueError("A comparison takes at least two models: pass {'name': evidence, ...}.")
     sizes = {name: len(result) for name, result in evidence.items()}
@@ -609,6 +708,8 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
         raise ValueError(f"The models were scored on different numbers of data {sizes}: score all on the same.")
     if min(sizes.values()) < 2:
         raise ValueError("A comparison needs at least two data to tell differences from chance.")
+    _check_same_data(evidence)
+    _check_same_measure(evidence)
     ranked = sorted(evidence, key=lambda name: -np.nan_to_num(evidence[name].mean, nan=-np.inf))
     best = evidence[ranked[0]]
     paired = [evidence[name].log_px - best.log_px for name in ranked]
@@ -621,6 +722,36 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
         unreliable=np.array([int((~evidence[name].reliable).sum()) for name in ranked]),
         stacking=_stacking([evidence[name].log_px for name in ranked]),
     )
+
+
+def _check_same_data(evidence: Mapping[str, Evidence]) -> None:
+    """Refuse evidence over other data, or the same in another order, as far as fingerprints tell."""
+    known = {name: result.fingerprint for name, result in evidence.items() if result.fingerprint is not None}
+    for name, prints in known.items():
+        first, expected = next(iter(known.items()))
+        differ = np.flatnonzero(prints != expected)
+        if not len(differ):
+            continue
+        if np.array_equal(np.sort(prints), np.sort(expected)):
+            what = "the same data in another order"
+        else:
+            what = f"other data ({len(differ)} of {len(prints)})"
+        raise ValueError(
+            f"{name!r} was scored on {what} than {first!r} (first at row {differ[0]}): score both on the same array, or by a "
+            f"DataLoader with shuffle=False."
+        )
+
+
+def _check_same_measure(evidence: Mapping[str, Evidence]) -> None:
+    """Refuse numbers that are not with respect to the same thing, as far as it is known."""
+    known = {name: result.measure for name, result in evidence.items() if result.measure is not None}
+    for name, measure in known.items():
+        first, expected = next(iter(known.items()))
+        if not measure.agrees(expected):
+            raise ValueError(
+                f"log p(x) of {name!r} is {measure}, and that of {first!r} is {expected}: their nats do not compare; compare "
+                f"models whose likelihoods are of one kind."
+            )
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
@@ -662,12 +793,13 @@ def pareto_smooth(largest: Array, log_px: Array, num_samples: int, *, precision:
         largest: the :func:`tail_size` largest log-weights of each datum, shape (N, 5 M), in nats.
         log_px: the raw estimate, the log of the mean of all S weights, shape (N,), in nats.
         num_samples: S, how many there were.
-        precision: relative rounding error of the log-weights; weights that differ by no more are constant.
+        precision: relative rounding error of the log-weights; weights that differ by no more are constant, but never those
+            that differ by more than one part in a hundred, however large a factor they share.
 
     Returns:
-        k for each datum, shape (N,): ``-inf`` for constant weights, ``inf`` where every weight is zero, ``nan`` with fewer
-        than 25 samples, a NaN or infinite weight, or a tail that cannot be fitted. And the smoothed estimate, shape (N,): the
-        raw one for constant weights, ``-inf`` where every weight is zero, ``nan`` where k is.
+        k for each datum, shape (N,): ``-inf`` where the weights of the tail are constant, ``inf`` where every weight is zero,
+        ``nan`` with fewer than 25 samples, a NaN or infinite weight, or a tail that cannot be fitted. And the smoothed
+        estimate, shape (N,): the raw one for a constant tail, ``-inf`` where every weight is zero, ``nan`` where k is.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling, 2024.
@@ -690,7 +822,7 @@ def pareto_smooth(largest: Array, log_px: Array, num_samples: int, *, precision:
         tail = np.sort(row)[-_fitted_tail(num_samples) - 1 :]
         if tail[-1] == -np.inf:
             khat[datum], smoothed[datum] = np.inf, -np.inf
-        elif tail[-1] - tail[0] <= 64 * precision * max(1.0, abs(tail[-1])):
+        elif tail[-1] - tail[0] <= min(64 * precision * max(1.0, abs(tail[-1])), CONSTANT):
             khat[datum], smoothed[datum] = -np.inf, log_px[datum]
         else:
             khat[datum], before, after = _fit(row, num_samples)

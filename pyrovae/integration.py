@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .data import Batch, Batches
 from .evidence import Evidence
-from .pairs import first_run, inspect_pair
+from .pairs import evidence_fields, first_run, inspect_pair, scored_data
 from .quadrature import integrate
 from .registry import unknown
 from .traces import (
@@ -120,6 +120,7 @@ def exact(
     data.batch_size = 16
     dims, nesting = max(first.info.num_dims, 256), first.info.max_plate_nesting
     parts: list[_Answer] = []
+    notes: list[dict[str, np.ndarray]] = []
     devices = [first.device] if first.device.type == "cuda" else []
     chosen: str | None = None if method == "auto" else method
     with (
@@ -130,7 +131,7 @@ def exact(
         if seed is not None:
             torch.manual_seed(seed)
         for batch in bar:
-            inspect_pair(model, guide, *batch)
+            notes.append(scored_data(inspect_pair(model, guide, *batch), batch))
             # The data and the pair have been checked, and a grid reaches to where values round to the edge of a support.
             with pyro.validation_enabled(False), torch.no_grad():
                 chosen = chosen or _choose(model, guide, batch)
@@ -152,7 +153,7 @@ def exact(
         khat=np.full(len(log_px), -np.inf),
         elbo=log_px.copy(),
         num_samples=points,
-        num_dims=first.info.num_dims,
+        **evidence_fields(notes, first.info.given),
         method=METHODS[chosen],
     )
 

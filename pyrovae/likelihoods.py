@@ -595,7 +595,8 @@ class _Counts(_Choosing):
 
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
         """p(x|z), with the library size read off the datum where it is its total."""
-        return self.law(z, x, mask)
+        law = self.law(z, x, mask)
+        return distributions.conditioned(law, "the total") if self.library == "total" else law
 
     def law(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
         """The distribution, for a datum if there is one."""

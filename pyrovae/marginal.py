@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyro
@@ -18,21 +18,25 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cuda import check_precision, free_memory, products_in
-from .data import Batch, Batches
-from .evidence import Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
-from .pairs import first_run, inspect_pair
+from .data import Batch, Batches, content_hash
+from .evidence import CONSTANT, FEWEST_SAMPLES, Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
+from .pairs import SCORED_DATA, FirstRun, evidence_fields, first_run, inspect_pair, scored_data
 from .proposals import (
     METHODS,
     Draw,
     Kind,
+    Probe,
     Refinement,
     guide_draws,
     joined,
+    missed_nats,
     mixture_draws,
     prior_count,
     prior_draws,
+    prior_probe,
     refine_batch,
     refined_draws,
+    refined_probe,
     rows_at_once,
     usual_options,
 )
@@ -40,6 +44,7 @@ from .psis import pareto_smooth_together
 from .registry import positive_integer, unknown
 from .staging import Staged, largest_value
 from .traces import FlatPair, Program, evaluation_mode
+from .weights import log_weights
 
 DrawLater = Callable[[Batch, int], Callable[[], Tensor]]
 
@@ -61,8 +66,12 @@ REDUCED_AT_ONCE, REDUCED_JOINTLY = 2**13, 2**16
 GPU_GROUP, GPU_REDUCED, GPU_PAIRS, GPU_SHARE = 2048, 2**24, 2**19, 0.25
 # Inductor's 5 to 20 seconds are repaid by so many chunks.
 CHUNKS_TO_COMPILE = 300
-# With a target for the standard error, draws before the first look at it; each look after has twice as many behind it.
+# With a target for the standard error, the fewest draws that an estimate is from; others are this times a power of two.
 FIRST_LOOK = 250
+# A pilot of so many draws decides on a number up to so many times as large.
+REACH = 4
+# One draw of the prior for so many of the proposal shows what the proposal misses; no fewer and no more than so many.
+PROBE_EVERY, FEWEST_PROBES, MOST_PROBES = 64, 16, 256
 
 
 def log_marginal(
@@ -105,14 +114,18 @@ def log_marginal(
     mode; where the programs are functions, call ``eval()`` on their modules first. Where values are missing, it is
     log p(x_obs), and ``num_dims`` the mean number of observed values per datum.
 
-    With a ``target_se`` each datum draws until its standard error is no more than that, or until it has ``num_samples``; the
-    error is looked at after 250 draws, 500, 1,000 and so on, and ``drawn`` says how many a datum took. Such a stop has a price:
-    it comes sooner where large weights are still missing, so :math:`\hat p(x)` is no longer unbiased. The bias is of the order
-    of ``target_se`` squared, since error and estimate share what they have to tell: for weights of Pareto k 0.36 some four
-    times that, 0.01 nats too low at a target of 0.05, and for k = 0.5 twelve times, 0.03 nats; bounded weights may come out as
-    much too high. Each datum's own error covers it, but it does not average out over data as ``mean_se`` does: take a target
-    well below what the mean has to resolve. Where the tail is heavy the error looks small before the large weights have come:
-    the stop is then early, and ``khat``, by the draws that were made, has to be read all the same.
+    With a ``target_se`` a pilot decides for each datum how many draws it needs: 250, 500, 1,000 and so on up to
+    ``num_samples``. The estimate is from that many fresh draws, so :math:`\hat p(x)` is as unbiased as without a target; to
+    stop at an error seen in the same draws would favour those in which large weights are missing. ``drawn`` says how many a
+    datum's estimate is from, and ``pilot`` how many decided, a quarter of them or more. The error is measured on the fresh
+    draws, and misses the target by chance, or where the tail is heavy and the pilot has not seen the large weights. Latents
+    that are discrete may give weights without any spread, which shows nothing but that all draws fell on one value: such a
+    pilot decides for ``num_samples``.
+
+    No weight shows what the proposal never draws. So one draw of the prior for every 64 is scored as well; ``missed`` says what
+    they add to log p(x) where the weights are larger than any that was drawn, and a datum of which that is more than 0.05 nats
+    and three standard errors is not reliable. A mixture draws from the prior by itself. Where a draw of the prior cannot be
+    scored under the guide, as with a flow that cannot be inverted, ``missed`` is ``None`` and ``notes`` say why.
 
     Where ``torch.distributed`` is initialised, the processes share the data, which each is given whole, and all get the whole
     answer.
@@ -123,9 +136,9 @@ def log_marginal(
         x: an array or tensor (N, ...), a tuple of them for programs of several arguments, a masked array for those with a
             parameter ``mask``, a Dataset or a DataLoader. All data are scored in the order of the data set, also where a
             DataLoader shuffles or drops its last batch.
-        num_samples: S, drawn for every datum, no more and no fewer; with a ``target_se`` the most that one gets.
-        target_se: the standard error of each datum's estimate at which to stop, in nats; ``None`` draws all S. A mixture stops
-            only where its share of the prior is a whole number of draws.
+        num_samples: S, drawn for every datum, no more and no fewer; with a ``target_se`` the most that an estimate is from.
+        target_se: the standard error to aim at for each datum's estimate, in nats; ``None`` draws all S. A mixture takes only
+            numbers of draws of which its share of the prior is a whole number.
         proposal: a name from above, or what :func:`pyrovae.refine` returned for the same data in the same order.
         prior_share: :math:`\alpha`, the share of draws that ``"mixture"`` takes from the prior, rounded to whole draws.
         chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations, or where
@@ -141,8 +154,10 @@ def log_marginal(
             NVIDIA GPU's faster units, which round them less, and is refused on a CPU; all else stays as it is. Either is an
             approximation of the model, whose error no standard error shows; the evidence's ``notes`` have it.
         seed: makes the estimate reproducible, by how many processes it is made and however often it was interrupted; the global
-            random stream is left alone. Without one, a seed is drawn from that stream.
-        resume: a file that keeps what has been scored; an interrupted call goes on from it when made again.
+            random stream is left alone. Without one, a seed is drawn from that stream. Eager numbers are the same to rounding
+            on any number of threads; compiled ones differ with that number, within their errors.
+        resume: a file that keeps what has been scored; an interrupted call goes on from it when made again. It holds hashes of
+            the parameters, buffers and data, and what the pair gave for one draw, and is refused where they differ.
         progress: show a bar with the running mean.
 
     Returns:
@@ -230,70 +245,113 @@ def log_marginal(
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")
     backend, eps = "inductor" if compile else "eager", torch.finfo(dtype).eps
-    staged = Staged(drawn_at, backend, precision, threads)
+    staged = Staged(drawn_at, backend, precision, threads, programs=(model, guide))
 
     def draw_staged(batch: Batch, size: int) -> Callable[[], Tensor]:
         value = staged.later(torch.empty(size, 0, device=device), *batch)
         return lambda: value()[0]
 
-    def drawing(batch: Batch, start: int) -> Callable[[Tensor, int], DrawLater]:
+    def refinement_of(batch: Batch, start: int) -> Refinement | None:
+        """A group's own refinement, where the proposal is one."""
+        if kind != "refined":
+            return None
+        if given is not None:
+            return given.rows(np.arange(start, start + len(batch[0])))
+        blocks = zip(*(array.split(together) for array in batch), strict=True)
+        return joined([refine_batch(model, guide, block, options, vectorize_particles) for block in blocks])
+
+    def drawing(fitted: Refinement | None) -> Callable[[Tensor, int], DrawLater]:
         """What draws the log-weights of some rows of a group, once each has a number of draws."""
         if kind == "mixture":
             return lambda _, done: _at_once(
                 mixture_draws(model, guide, vectorize_particles, nesting, num_samples, num_prior, done)
             )
-        if kind != "refined":
+        if fitted is None:
             return lambda _, done: draw_staged
-        if given is not None:
-            fitted = given.rows(np.arange(start, start + len(batch[0])))
-        else:
-            blocks = zip(*(array.split(together) for array in batch), strict=True)
-            fitted = joined([refine_batch(model, guide, block, options, vectorize_particles) for block in blocks])
         return lambda chosen, _: _at_once(refined_draws(model, guide, fitted.rows(chosen.numpy()), vectorize_particles))
 
-    def score(batch: Batch, start: int, bar: tqdm) -> dict[str, np.ndarray]:
+    probes = 0 if kind in ("prior", "mixture") else _num_probes(num_samples, target_se)
+    unprobed: list[str] = []
+
+    def probe(batch: Batch, fitted: Refinement | None, found: dict[str, np.ndarray]) -> np.ndarray:
+        """What the proposal missed of each datum of a group, by draws of the prior."""
+        missed = np.full(len(batch[0]), math.nan)
+        try:
+            for chosen, most in _parts(torch.arange(len(batch[0])), probes, chunk, None):
+                rows, part = chosen.numpy(), tuple(array[chosen] for array in batch)
+                seen = prior_probe(model, guide, vectorize_particles, nesting)
+                if fitted is not None:
+                    seen = refined_probe(model, guide, fitted.rows(rows), vectorize_particles)
+                blocks = [seen(part, size) for size in _sizes(probes, most)]
+                joint = Probe(*(torch.cat(columns).cpu() for columns in zip(*blocks, strict=True)))
+                largest, log_px = (torch.from_numpy(found[name][rows]) for name in ("largest", "log_px"))
+                missed[rows] = missed_nats(joint, largest, log_px, CONSTANT).numpy()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            # The prior may have no sampler, the guide no density there, and a network no answer: that is no fault of the pair.
+            unprobed.append(str(error) or type(error).__name__)
+        return missed
+
+    def score(batch: Batch, fitted: Refinement | None, bar: tqdm) -> dict[str, np.ndarray]:
         """A group's answer, by parts of at most one chunk."""
-        draws, sums = drawing(batch, start), _nothing(len(batch[0]), num_samples, device)
-        active, done = torch.arange(len(batch[0])), 0
+        draws, size = drawing(fitted), len(batch[0])
         arrays: dict[str, np.ndarray] = {}
 
-        def calls(parts: list[tuple[Tensor, int]], step: int) -> Iterator[Callable[[], Tensor]]:
+        def calls(parts: list[tuple[Tensor, int]], done: int, step: int) -> Iterator[Callable[[], Tensor]]:
             for chosen, most in parts:
                 place = chosen.to(device, non_blocking=True)
                 draw, part = draws(chosen, done), tuple(array[place] for array in batch)
-                yield from (draw(part, size) for size in _sizes(step, most))
+                yield from (draw(part, number) for number in _sizes(step, most))
 
-        for look in looks:
-            on, parts = [], list(_parts(active, look - done, chunk, None if target_se is None else looks[0], group))
-            blocks = _ahead(calls(parts, look - done), threads + 2 if threads > 1 else 0)
-            for joint in _joint(parts, look - done, reduced):
+        def more(
+            active: Tensor, sums: dict[str, Tensor], done: int, until: int, first: int | None
+        ) -> Iterator[tuple[Tensor, dict[str, np.ndarray]]]:
+            """Take some rows from so many draws to so many; their numbers, and what is known of them, as they are ready."""
+            step = until - done
+            parts = list(_parts(active, step, chunk, first, group))
+            blocks = _ahead(calls(parts, done, step), threads + 2 if threads > 1 else 0)
+            for joint in _joint(parts, step, reduced):
                 chosen = torch.cat([rows for rows, _ in joint])
                 held = {name: values[chosen] for name, values in sums.items()}
-                new = _score(_side_by_side(blocks, joint, look - done), held, num_samples, done, look)
+                new = _score(_side_by_side(blocks, joint, step), held, num_samples, done, until)
                 for name, values in new.items():
                     sums[name][chosen] = values
-                new |= _tails_together(new, look, eps) if on_gpu else {}
+                new |= _tails_together(new, until, eps) if on_gpu else {}
                 found = {name: values.cpu().numpy() for name, values in new.items()}
-                found |= _moments(found, look)
-                # Weights of zero may yet be followed by others; one that is NaN or infinite stays.
-                lost = np.isnan(found["log_sum"]) | (found["log_sum"] == math.inf)
-                ended = lost | (found["se"] <= (target_se or 0.0)) | (look == num_samples)
+                yield chosen, found | _moments(found, until)
+
+        wanted, pilot = np.full(size, num_samples), np.zeros(size, np.int64)
+        if target_se is not None:
+            active, sums, done = torch.arange(size), _nothing(size, num_samples, device), 0
+            for look in _pilots(looks):
+                on = []
+                for chosen, found in more(active, sums, done, look, _pilots(looks)[0]):
+                    number = _needed(found, look, target_se, bool(info.discrete))
+                    enough = np.array(looks)[np.searchsorted(looks[:-1], number)]
+                    rows, decided = chosen.numpy(), (enough <= REACH * look) | (number >= 2 * num_samples)
+                    wanted[rows[decided]] = enough[decided]
+                    pilot[rows] = look
+                    on.append(chosen[torch.from_numpy(~decided)])
+                active, done = torch.cat(on), look
+                if not len(active):
+                    break
+        for until in np.unique(wanted).tolist():
+            active = torch.from_numpy(np.flatnonzero(wanted == until))
+            sums = _nothing(size, num_samples, device)
+            for chosen, found in more(active, sums, 0, until, None if target_se is None else looks[0]):
                 # Finished here and not once for all, as other threads still draw meanwhile.
-                finished = _finished({name: values[ended] for name, values in found.items()}, look, num_samples, precision=eps)
-                for name, part in finished.items():
-                    place = arrays.setdefault(name, np.empty((len(batch[0]), *part.shape[1:]), part.dtype))
-                    place[chosen.numpy()[ended]] = part
-                on.append(chosen[torch.from_numpy(~ended)])
-                bar.update(int(ended.sum()))
-            active, done = torch.cat(on), look
-            if not len(active):
-                break
+                for name, part in _finished(found, until, num_samples, precision=eps).items():
+                    place = arrays.setdefault(name, np.empty((size, *part.shape[1:]), part.dtype))
+                    place[chosen.numpy()] = part
+                bar.update(len(chosen))
+        arrays["pilot"] = pilot
         return arrays
 
-    settings = {"num_samples": num_samples, "proposal": str(kind), "chunk": chunk, "num_dims": info.num_dims}
-    settings |= {} if target_se is None else {"target_se": target_se}
-    settings |= {} if precision == "float32" else {"precision": precision}
-    store = _Store(resume, _agreed_seed(seed), settings)
+    settings: dict[str, Any] = {"num_samples": num_samples, "proposal": str(kind), "chunk": chunk, "num_dims": info.num_dims}
+    settings |= {"target_se": target_se, "precision": precision, "num_prior": num_prior, "given": list(info.given)}
+    if given is not None:
+        settings["refinement"] = content_hash(torch.as_tensor(part) for part in (given.loc, given.scale_tril, given.shares))
+    pair = None if resume is None else _Pair.of(model, guide, first, one)
+    store = _Store(resume, _agreed_seed(seed), settings, pair, chosen=seed is not None)
     generator_devices = [device] if device.type == "cuda" else []
     with (
         torch.no_grad(),
@@ -306,29 +364,43 @@ def log_marginal(
         start = 0
         for batch in data:
             if store.wants(start, batch):
-                observed = inspect_pair(model, guide, *batch).num_observed
+                described = scored_data(inspect_pair(model, guide, *batch), batch)
                 torch.manual_seed(store.seed_of(start))
+                if (start // group).bit_count() == 1:  # other data than it was captured on, in groups 1, 2, 4, ...
+                    staged.recheck(f"from datum {start} on")
                 with pyro.validation_enabled(False):
-                    arrays = score(batch, start, bar)
-                arrays["observed"] = np.full(len(batch[0]), observed / len(batch[0]))
-                store.add(start, arrays)
+                    fitted = refinement_of(batch, start)
+                    arrays = score(batch, fitted, bar)
+                    if probes:
+                        # A stream of its own, whatever the draws took of theirs.
+                        torch.manual_seed(store.seed_of(start) + 1)
+                        arrays["missed"] = probe(batch, fitted, arrays)
+                store.add(start, arrays | described)
                 bar.set_postfix_str(f"{store.mean:.2f} nats/datum")
             start += len(batch[0])
-    scored = store.gathered()
-    drawn = scored.pop("drawn")
+    scored = store.gathered(start)
+    drawn, pilot, _ = (scored.pop(name) for name in ("drawn", "pilot", "largest"))
     curve = curve_of(scored.pop("curve_sum").T, scored.pop("curve_square").T, scored["elbo"], num_samples, drawn)
-    num_dims = float(scored.pop("observed").mean())
-    num_dims = round(num_dims) if math.isclose(num_dims, round(num_dims), rel_tol=1e-12) else num_dims
+    fields = evidence_fields([{name: scored.pop(name) for name in SCORED_DATA}], info.given)
+    if info.discrete and set(info.discrete) == set(info.latents):
+        # Weights of finitely many values have no Pareto tail to smooth.
+        scored["log_px_psis"] = scored["log_px"].copy()
+    missed = scored.pop("missed", None)
+    if missed is not None and info.discrete:
+        # A value that no draw fell on leaves no trace in the weights, and nothing else was asked.
+        scored["khat"][np.isnan(missed) & np.isneginf(scored["khat"])] = math.nan
     notes: dict[str, Any] = {} if target_se is None else {"target_se": float(target_se)}
-    if precision != "float32":
-        notes["precision"] = precision
+    notes |= {"prior_not_asked": unprobed[0]} if unprobed else {}
+    notes |= {} if precision == "float32" else {"precision": precision}
     return Evidence(
         **scored,
+        **fields,
         curve=curve,
         num_samples=num_samples,
-        num_dims=num_dims,
         method=METHODS[kind],
         drawn=None if target_se is None else drawn,
+        pilot=None if target_se is None else pilot,
+        missed=None if missed is None or np.isnan(missed).all() else missed,
         notes=notes,
     )
 
@@ -338,8 +410,33 @@ def _on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _num_probes(num_samples: int, target_se: float | None) -> int:
+    """How many draws of the prior are scored beside so many of the proposal; none where too few to believe are drawn anyway."""
+    usual = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
+    return 0 if num_samples < FEWEST_SAMPLES else min(max(usual // PROBE_EVERY, FEWEST_PROBES), MOST_PROBES)
+
+
+def _pilots(looks: list[int]) -> list[int]:
+    """The numbers of draws at which a pilot may decide on one of several numbers; none where there is only one."""
+    pilots = [] if len(looks) == 1 else [math.ceil(looks[0] / REACH)]
+    while pilots and 2 * pilots[-1] * REACH < 2 * looks[-1]:
+        pilots.append(2 * pilots[-1])
+    return pilots
+
+
+def _needed(found: dict[str, np.ndarray], drawn: int, target_se: float, discrete: bool) -> np.ndarray:
+    """How many draws the target error takes, by what so many show; a fifth more than that, as what they show is not certain."""
+    number = 1.2 * drawn * (found["se"] / target_se) ** 2
+    if discrete:
+        # All draws may have fallen on one value, which shows nothing of the others.
+        number[found["se"] * math.sqrt(drawn) <= CONSTANT] = math.inf
+    # Weights of zero may yet be followed by others; one that is NaN or infinite stays.
+    lost = np.isnan(found["log_sum"]) | (found["log_sum"] == math.inf)
+    return np.where(lost, 0.0, np.nan_to_num(number, nan=math.inf, posinf=math.inf))
+
+
 def _looks(num_samples: int, target_se: float | None, every: int) -> list[int]:
-    """How many draws a datum has when its standard error is looked at, up to the most; each a multiple of ``every``."""
+    """How many draws a datum's estimate may be from, up to the most; each a multiple of ``every``."""
     if target_se is None:
         return [num_samples]
     looks = [math.ceil(FIRST_LOOK / every) * every]
@@ -414,13 +511,41 @@ def _agreed_seed(seed: int | None) -> int:
     return chosen[0]
 
 
+class _Pair(NamedTuple):
+    """What a pair is, as a file can hold it."""
+
+    state: str  # a hash of parameters and buffers
+    datum: str  # one of the first datum
+    terms: list[float]  # the parts of a log-weight of it, which show whatever else has changed
+
+    @classmethod
+    def of(cls, model: Program, guide: Program, first: FirstRun, one: Batch) -> _Pair:
+        """The pair, by its parameters, its modules' state, and a draw of a stream of its own."""
+        state = {id(parameter): parameter for parameter in first.parameters}
+        for owner in (getattr(program, "__self__", program) for program in (model, guide)):
+            if isinstance(owner, torch.nn.Module):
+                state |= {id(value): value for value in (*owner.parameters(), *owner.buffers())}
+        devices = [first.device] if first.device.type == "cuda" else []
+        with torch.no_grad(), evaluation_mode(model, guide), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            weights = log_weights(model, guide, *one, num_particles=1)
+        terms = torch.stack([weights.log_likelihood, weights.log_prior, weights.log_guide])
+        return cls(content_hash(state.values()), content_hash(one), terms.double().flatten().tolist())
+
+    def differs(self, state: str, datum: str, terms: list[float]) -> bool:
+        """Whether a file was made by another pair; other processors round otherwise, and other data are not its affair."""
+        same = self.datum != datum or np.allclose(self.terms, terms, rtol=1e-4, atol=1e-4, equal_nan=True)
+        return self.state != state or not same
+
+
 class _Store:
     """Groups of data that have been scored: here, in other processes, and in a file from before."""
 
-    def __init__(self, path: str | Path | None, seed: int, settings: dict[str, Any]):
+    def __init__(self, path: str | Path | None, seed: int, settings: dict[str, Any], pair: _Pair | None, chosen: bool):
         self.path, self.seed, self.settings = None if path is None else Path(path), seed, settings
+        self.pair, self.chosen = pair, chosen
         self.groups: dict[int, dict[str, np.ndarray]] = {}
-        self.sums: dict[str, float] = {}
+        self.hashes: dict[str, str] = {}
         joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank, self.world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
         if self.path is not None and self.world > 1:
@@ -431,10 +556,18 @@ class _Store:
 
     def _read(self, path: Path) -> None:
         arrays, notes = checkpoint.read_arrays(path)
-        kept = notes.get("scored")
-        if not isinstance(kept, dict) or kept.get("settings") != self.settings:
-            raise ValueError(f"{path} keeps another evaluation: remove it, or resume from a file of its own.")
-        self.seed, self.sums = int(kept["seed"]), kept["sums"]
+        kept, cure = notes.get("scored"), "remove it, or resume from a file of its own."
+        if not isinstance(kept, dict) or not {"settings", "pair", "hashes", "seed"} <= set(kept):
+            raise ValueError(f"{path} keeps something else, or was written by an earlier version: {cure}")
+        settings = kept["settings"]
+        for name, value in self.settings.items():
+            if settings.get(name) != value:
+                raise ValueError(f"{path} keeps another evaluation ({name} was {settings.get(name)!r}, not {value!r}): {cure}")
+        if self.chosen and int(kept["seed"]) != self.seed:
+            raise ValueError(f"{path} keeps another evaluation (seed was {kept['seed']}, not {self.seed}): {cure}")
+        if self.pair is not None and self.pair.differs(*kept["pair"]):
+            raise ValueError(f"{path} keeps an evaluation of another pair, or of other parameters or buffers: {cure}")
+        self.seed, self.hashes = int(kept["seed"]), kept["hashes"]
         for name, tensor in arrays.items():
             start, _, field = name.partition(".")
             self.groups.setdefault(int(start), {})[field] = tensor.numpy()
@@ -446,9 +579,12 @@ class _Store:
     def wants(self, start: int, batch: Batch) -> bool:
         """Whether this process has to score the group that starts there."""
         mine = next(self.turn) % self.world == self.rank
-        held = float(sum(array.double().sum() for array in batch))
-        if self.sums.setdefault(str(start), held) != held:
-            raise ValueError(f"{self.path} keeps an evaluation of other data: remove it, or resume from a file of its own.")
+        held = "" if self.path is None else content_hash(batch)
+        if self.hashes.setdefault(str(start), held) != held:
+            raise ValueError(
+                f"{self.path} keeps an evaluation of other data, or of the same in another order (from row {start}): remove "
+                f"it, or resume from a file of its own."
+            )
         return mine and start not in self.groups
 
     def add(self, start: int, arrays: dict[str, np.ndarray]) -> None:
@@ -458,7 +594,7 @@ class _Store:
             flat = {
                 f"{start}.{name}": torch.as_tensor(array) for start, held in self.groups.items() for name, array in held.items()
             }
-            notes = {"seed": self.seed, "settings": self.settings, "sums": self.sums}
+            notes = {"seed": self.seed, "settings": self.settings, "pair": self.pair, "hashes": self.hashes}
             checkpoint.write_arrays(self.path, flat, {"scored": notes})
 
     @property
@@ -466,8 +602,14 @@ class _Store:
         """Mean estimate over the data so far."""
         return float(np.concatenate([held["log_px"] for held in self.groups.values()]).mean())
 
-    def gathered(self) -> dict[str, Any]:
-        """All groups of all processes, in the data's order."""
+    def gathered(self, num_data: int) -> dict[str, Any]:
+        """All groups of all processes, in the data's order.
+
+        Raises:
+            ValueError: the file goes on beyond the data.
+        """
+        if max(self.groups, default=0) >= num_data:
+            raise ValueError(f"{self.path} keeps an evaluation of more data: remove it, or resume from a file of its own.")
         everyone: list[Any] = [self.groups]
         if self.world > 1:
             everyone = [None] * self.world
@@ -558,4 +700,5 @@ def _finished(found: dict[str, np.ndarray], drawn: int, num_samples: int, precis
         for name, whole in (("curve_sum", "log_sum"), ("curve_square", "log_square"))
     }
     counts = np.full(len(khat), drawn, dtype=np.int64)
-    return {name: found[name] for name in names} | {"khat": khat, "log_px_psis": smoothed, "drawn": counts} | curves
+    own = {"khat": khat, "log_px_psis": smoothed, "drawn": counts, "largest": found["tail"][:, 0]}
+    return {name: found[name] for name in names} | own | curves

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from .data import Batch, fingerprints
+from .evidence import Measure
 from .traces import (
     Program,
+    Traces,
     check_finite,
     check_support,
     data_plate,
     evaluation_mode,
+    law_of,
+    log_prob_of,
     num_observed_of,
+    per_datum,
     plate_nesting,
     same_random_stream,
     sites_of,
+    support_of,
     trace_pair,
 )
 from .weights import read_weights
@@ -38,6 +47,11 @@ class PairInfo:
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
         enumerated: latent sites of the model that the guide leaves to Pyro's enumeration.
+        discrete: latent sites with a discrete support.
+        num_densities: those of the numbers observed that have a density.
+        num_probabilities: those that have a probability; a one-hot vector is one.
+        given: what of a datum the likelihood conditions on, as its distribution's ``conditional_on`` says.
+        rounding: what one rounding of a datum's largest term comes to, shape (B,), in nats.
     """
 
     max_plate_nesting: int
@@ -48,6 +62,11 @@ class PairInfo:
     not_reparameterized: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
     num_observed: int = 0
+    discrete: tuple[str, ...] = ()
+    num_densities: float = 0
+    num_probabilities: float = 0
+    given: tuple[str, ...] = ()
+    rounding: Tensor | None = None
 
     def count(self, batch: tuple) -> float:
         """How many data the loss of a batch of such a pair is a sum over."""
@@ -76,19 +95,93 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         for name in enumerated:
             model_trace.remove_node(name)
         weights = read_weights(traces, 1)
+        rounding = _rounding(traces)
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
-    latents = tuple(site["name"] for site in sites_of(guide_trace) if not site["is_observed"])
+    latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
+    numbers = [(num_observed_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in observed]
     return PairInfo(
         max_plate_nesting=plate_nesting(model_trace, guide_trace),
         num_data=weights.num_data,
         scale=weights.scale,
         num_dims=weights.num_dims,
-        latents=latents,
+        latents=tuple(site["name"] for site in latent_sites),
         not_reparameterized=weights.not_reparameterized,
         enumerated=enumerated,
         num_observed=sum(num_observed_of(site, data) for site in observed),
+        discrete=tuple(site["name"] for site in latent_sites if _is_discrete(site)),
+        num_densities=sum(number * (1 - discrete) for number, discrete in numbers),
+        num_probabilities=sum(number * discrete for number, discrete in numbers),
+        given=tuple(sorted({what for site in observed for what in _conditions(site)})),
+        rounding=rounding,
     )
+
+
+def _rounding(traces: Traces) -> Tensor:
+    """What one rounding of a datum's largest site comes to, before sites cancel, shape (B,), in nats."""
+    sites = [*sites_of(traces.model), *sites_of(traces.guide)]
+    data, nesting = data_plate(sites), plate_nesting(traces.model, traces.guide)
+    terms = [per_datum(site, log_prob_of(site), data, 1, nesting)[0] for site in sites]
+    largest = torch.stack([term.double().abs() for term in terms]).nan_to_num(posinf=0.0).amax(0)
+    return largest * max(torch.finfo(term.dtype).eps for term in terms)
+
+
+def _is_discrete(site: dict) -> bool:
+    try:
+        return bool(support_of(site["fn"]).is_discrete)
+    except NotImplementedError:  # torch's word for a distribution that declares no support
+        return False
+
+
+def _fraction_discrete(site: dict) -> float:
+    """The fraction of a site's numbers that have a probability and no density."""
+    return float(getattr(law_of(site), "fraction_discrete", _is_discrete(site)))
+
+
+def _redundant(site: dict) -> int:
+    """How many numbers stand for one: all of a one-hot vector."""
+    law = law_of(site)
+    return law.event_shape[-1] if _is_discrete(site) and "OneHot" in type(law).__name__ else 1
+
+
+def _conditions(site: dict) -> tuple[str, ...]:
+    """What of the datum a likelihood conditions on: what it says, and the total of a multinomial."""
+    law = site["fn"]
+    while not hasattr(law, "conditional_on") and hasattr(law, "base_dist"):
+        law = law.base_dist
+    if type(law_of(site)).__name__ in ("Multinomial", "DirichletMultinomial"):
+        return ("the total",)
+    return tuple(getattr(law, "conditional_on", ()))
+
+
+def scored_data(info: PairInfo, batch: Batch) -> dict[str, np.ndarray]:
+    """What :func:`evidence_fields` needs of one batch, as arrays over its data."""
+    size, rounding = info.num_data, info.rounding
+    counts = {"observed": info.num_observed, "density": info.num_densities, "mass": info.num_probabilities}
+    arrays = {name: np.full(size, number / size) for name, number in counts.items()}
+    arrays["rounding"] = np.zeros(size) if rounding is None else rounding.cpu().numpy()
+    # Data along another dimension than the first have no rows to tell apart.
+    return arrays | {"fingerprint": fingerprints(batch) if len(batch[0]) == size else np.zeros(size, np.int64)}
+
+
+SCORED_DATA = ("observed", "density", "mass", "rounding", "fingerprint")
+
+
+def evidence_fields(parts: list[dict[str, np.ndarray]], given: tuple[str, ...]) -> dict[str, Any]:
+    """What evidence says of the data that it is of, from :func:`scored_data` of consecutive batches."""
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in SCORED_DATA}
+    num_dims, density, mass = (_whole(float(whole[name].mean())) for name in ("observed", "density", "mass"))
+    known = whole["fingerprint"] if whole["fingerprint"].any() else None
+    return {
+        "num_dims": num_dims,
+        "measure": Measure(density, mass, given),
+        "rounding": whole["rounding"],
+        "fingerprint": known,
+    }
+
+
+def _whole(number: float) -> float:
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
 
 
 def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:

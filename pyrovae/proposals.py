@@ -371,7 +371,8 @@ def guide_draws(model: Program, guide: Program, vectorize: bool, nesting: int) -
         weights = log_weights(
             model, guide, *batch, num_particles=size, vectorize_particles=vectorize, max_plate_nesting=nesting
         )
-        return weights.log_weights.double()
+        # Parts that nearly cancel are brought together in float64.
+        return weights.log_likelihood.double() + weights.log_prior.double() - weights.log_guide.double()
 
     return draw
 
@@ -386,6 +387,63 @@ def prior_draws(model: Program, vectorize: bool, nesting: int) -> Draw:
         return weights.log_likelihood.double()
 
     return draw
+
+
+class Probe(NamedTuple):
+    """Draws of the prior as the proposal sees them, each (M, B), in nats."""
+
+    log_likelihood: Tensor
+    log_weights: Tensor
+
+
+def prior_probe(model: Program, guide: Program, vectorize: bool, nesting: int) -> Callable[[Batch, int], Probe]:
+    """What scores draws of the prior under the guide: where it never goes, their log-weights are larger than any it has."""
+
+    def probe(batch: Batch, size: int) -> Probe:
+        weights = prior_weights(
+            model, guide, *batch, num_particles=size, vectorize_particles=vectorize, max_plate_nesting=nesting
+        )
+        log_likelihood = weights.log_likelihood.double()
+        return Probe(log_likelihood, log_likelihood + weights.log_prior.double() - weights.log_guide.double())
+
+    return probe
+
+
+def refined_probe(model: Program, guide: Program, refinement: Refinement, vectorize: bool) -> Callable[[Batch, int], Probe]:
+    """The same for one batch's refinement."""
+
+    def probe(batch: Batch, size: int) -> Probe:
+        pair = FlatPair(model, guide, batch, vectorize_particles=vectorize)
+        flat = pair.draw(size, "prior")
+        terms = pair.terms(flat)
+        log_likelihood, log_prior = terms.log_likelihood.double(), terms.log_prior.double()
+        return Probe(log_likelihood, log_likelihood + log_prior - _refined_law(refinement, pair.device).log_prob(flat.double()))
+
+    return probe
+
+
+def missed_nats(probe: Probe, largest: Tensor, log_px: Tensor, margin: float = 0.0) -> Tensor:
+    r"""What draws of the prior add to log p(x) where the weights are larger than any that was drawn, shape (B,), in nats.
+
+    .. math:: \log \left( 1 + \frac{1}{M \hat p(x)} \sum_m p(x \mid z_m) \, 1\{ w(z_m) > \max_s w(z_s) \} \right),
+        \qquad z_m \sim p(z)
+
+    The largest term of those with a finite weight is left out, since one draw alone may be a rare one that stands for little;
+    an infinite weight stands for what the proposal cannot draw at all. A proposal that covers the posterior leaves next to
+    nothing beyond its largest weight.
+
+    Args:
+        probe: M draws of the prior.
+        largest: the largest log-weight of each datum, shape (B,).
+        log_px: the estimate, shape (B,).
+        margin: nats by which equal log-weights may differ.
+    """
+    # NaN counts as beyond: it is neither above nor below.
+    beyond, never = ~(probe.log_weights <= largest + margin), probe.log_weights == math.inf
+    rare = torch.where(beyond & ~never, probe.log_likelihood, -math.inf).sort(0, descending=True).values[1:]
+    found = torch.cat([rare, torch.where(never, probe.log_likelihood, -math.inf)])
+    log_missed = torch.logsumexp(found, 0) - math.log(len(probe.log_weights))
+    return torch.logaddexp(log_missed - log_px, torch.zeros_like(log_px))
 
 
 def prior_count(num_samples: int, prior_share: float) -> int:
@@ -429,14 +487,19 @@ def refined_draws(model: Program, guide: Program, refinement: Refinement, vector
     def draw(batch: Batch, size: int) -> Tensor:
         nonlocal pair
         pair = pair or FlatPair(model, guide, batch, vectorize_particles=vectorize)
-        fitted = (refinement.loc, refinement.scale_tril, refinement.shares)
-        loc, scale_tril, shares = (torch.as_tensor(part, device=pair.device) for part in fitted)
-        parts: Any = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
-        if refinement.tail_df is not None:
-            parts = pyro.distributions.MultivariateStudentT(refinement.tail_df, loc, scale_tril, validate_args=False)
-        which = torch.distributions.Categorical(shares, validate_args=False)
-        law = torch.distributions.MixtureSameFamily(which, parts, validate_args=False)
+        law = _refined_law(refinement, pair.device)
         flat = law.sample((size,))  # (size, B, L)
         return pair.log_joint(flat.to(pair.dtype)).double() - law.log_prob(flat)
 
     return draw
+
+
+def _refined_law(refinement: Refinement, device: torch.device) -> Any:
+    """The mixture that one batch's refinement draws from, over u (B, L)."""
+    fitted = (refinement.loc, refinement.scale_tril, refinement.shares)
+    loc, scale_tril, shares = (torch.as_tensor(part, device=device) for part in fitted)
+    parts: Any = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+    if refinement.tail_df is not None:
+        parts = pyro.distributions.MultivariateStudentT(refinement.tail_df, loc, scale_tril, validate_args=False)
+    which = torch.distributions.Categorical(shares, validate_args=False)
+    return torch.distributions.MixtureSameFamily(which, parts, validate_args=False)

@@ -5,9 +5,10 @@ tensor operations of one run: the pair, the log-weights, the objective and its g
 outside (parameters, buffers, constants) becomes an input of the graph, so later runs see what an optimizer has done to it.
 Inductor then compiles the graph. Random numbers stay torch's own, so a staged step draws what an eager one would.
 
-The run that is recorded is itself the first step: capture has no side effect of its own. The second step compiles, and compares
-the compiled graph with the eager function at other parameters, where a value that the program read and froze would show.
-What cannot be captured or compiled runs as it is, and says once why.
+The run that is recorded is itself the first step: capture has no side effect of its own, and refuses a program that reads the
+values of its data or parameters. The second step runs as it is, beside the graph on the same inputs and random numbers; so does
+one after :meth:`Staged.recheck`, whenever something may have changed. A program that then says something else than its graph,
+or counts in Python, is given up as a graph. What cannot be captured or compiled runs as it is, and says once why.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ import pyro
 import pyro.infer
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
+from torch.overrides import TorchFunctionMode
 
 from .cuda import STEPS_AT_ONCE, GraphedSteps, NotCaptured, check_precision, products_in, record
 from .kernels import SHIMS, SeededNormals, seeded
+from .reachable import changed_numbers, python_state
 from .rewrites import draws_as_inputs, fastest_products, join_decoders, rewrite, round_products
 
 Tensors = tuple[Tensor, ...]
@@ -53,6 +56,7 @@ class Staged:
         precision: ``"float32"`` and ``"tf32"`` leave products as they are (:func:`pyrovae.cuda.products_in` is for those);
             ``"bfloat16"`` rounds the factors of float32 ones, where compiled.
         threads: of a CPU, on which as many calls of :meth:`later` run side by side, each on one of them, where compiled.
+        programs: whose Python state is watched for what a run changes in it; by default the function's own.
 
     Attributes:
         reason: why it runs slower than asked, one sentence, or ``None``.
@@ -69,7 +73,12 @@ class Staged:
     """
 
     def __init__(
-        self, function: Callable[..., Tensors], backend: str = "inductor", precision: str = "float32", threads: int = 1
+        self,
+        function: Callable[..., Tensors],
+        backend: str = "inductor",
+        precision: str = "float32",
+        threads: int = 1,
+        programs: tuple[Any, ...] | None = None,
     ):
         if backend not in ("inductor", "aten", "eager"):
             raise ValueError(f'backend is "inductor", "aten" or "eager", not {backend!r}.')
@@ -78,7 +87,9 @@ class Staged:
         if precision == "bfloat16" and backend != "inductor":
             raise ValueError("Products in bfloat16 belong to a compiled step: pass compile=True, or leave precision out.")
         self.function, self.backend, self.precision, self.threads = function, backend, precision, threads
+        self.programs = (function,) if programs is None else programs
         self.reason: str | None = None
+        self._agreed = ""
         self._pool: _SideBySide | None = None
         self._graphs: dict[tuple, _Graph] = {}
         self._uses: dict[tuple, int] = {}
@@ -102,11 +113,25 @@ class Staged:
         if graph is None:
             return self._first(key, inputs) if self._captures(key) else self.function(*inputs)
         inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
-        if graph.run is None:
-            self._compile(graph, inputs)
-            if self.backend == "eager":
-                return self.function(*inputs)
-        return graph(inputs, graph.drawn())
+        return self._checked(graph, inputs) if graph.due else graph(inputs, graph.drawn())
+
+    @property
+    def due(self) -> bool:
+        """Whether the next call runs as it is, beside its graph."""
+        return any(graph.due for graph in self._graphs.values())
+
+    def leave_uncompiled(self) -> None:
+        """Stop at captured graphs from now on, which are there to be compared with."""
+        self.backend = "aten" if self.backend == "inductor" else self.backend
+
+    def recheck(self, when: str) -> None:
+        """Let the next call run as it is, beside its graph: where they differ, every later call runs as it is.
+
+        Args:
+            when: what the warning then calls this moment, such as ``"at the start of epoch 3"``.
+        """
+        for graph in self._graphs.values():
+            graph.due = graph.due or when
 
     def later(self, *inputs: Tensor) -> Callable[[], Tensors]:
         """What to call for the function's value; with several threads it may be computed meanwhile, until :meth:`close`.
@@ -122,7 +147,7 @@ class Staged:
                 value = self.function(*inputs)
             return lambda: value
         graph = self._graphs.get(key)
-        if graph is None or graph.run is None:
+        if graph is None or graph.due:
             # Captured and compiled aside, so that no number depends on what was computed before.
             random = _random_state(inputs)
             self(*inputs) if graph else self._first(key, inputs)
@@ -152,30 +177,71 @@ class Staged:
         random = _random_state(inputs)
         try:
             self._graphs[key], outputs = _capture(self.function, _distinct(inputs))
+            self._graphs[key].captured_on = inputs
         except Exception as error:  # whatever stops the tracer: run as it is, the program says what is wrong
             _set_random_state(random)
             self._fall_back("eager", f"it cannot be captured ({_first_line(error)})")
             return self.function(*inputs)
         return outputs
 
-    def _compile(self, graph: _Graph, inputs: Tensors) -> None:
-        graph.run, inputs = graph.module, _distinct(inputs)
-        # Rounded products give other numbers by design, so there the graph is compared before it is compiled.
-        rounded = self.precision == "bfloat16"
-        agrees = not rounded or graph.agrees_with(self.function, inputs)
-        if agrees and self.backend == "inductor":
-            try:
-                apart = self.threads > 1 and graph.draw_first()
-                random = _random_state(inputs)
-                example = (*inputs, *graph.outside, *graph.drawn())
-                _set_random_state(random)
-                graph.run = _inductor(graph.module, example, rounded, apart)
-            except Exception as error:  # no C++ compiler, say; the graph is right without
-                self._fall_back("aten", f"the compiler failed ({_first_line(error)})")
-        if not agrees or not (rounded or graph.agrees_with(self.function, inputs)):
+    def _checked(self, graph: _Graph, inputs: Tensors) -> Tensors:
+        """One call as it is, whose value is returned, beside what the graph makes of the same inputs and random numbers."""
+        when, graph.due = graph.due, ""
+        state = _State(graph, inputs)
+        captured = graph.value_of(graph.module, inputs)
+        state.put_back()
+        before = python_state(*self.programs)
+        value = self.function(*inputs)
+        counted = changed_numbers(before, python_state(*self.programs))
+        agrees = graph.close(captured, value, inputs, exactly=True)
+        # Inputs that are the captured ones show nothing of a value that was read from them: their rows in another order do.
+        if agrees and not counted and graph.captured_on is not None and all(map(torch.equal, graph.captured_on, inputs)):
+            agrees = self._agrees_on(graph, tuple(each.roll(1, 0) if each.dim() else each for each in inputs))
+        graph.captured_on = None
+        if counted:
+            self._fall_back("eager", f"it keeps a state in Python, which a graph does not: {', '.join(counted)}")
+        elif not agrees:
+            since = f" {when}; {self._agreed}" if self._agreed else ""
             self._fall_back(
-                "eager", "its captured graph gives other numbers: it reads a tensor's value into Python, or keeps a state there"
+                "eager",
+                f"its captured graph gives other numbers{since}: it reads a tensor's value into Python, or keeps a state there",
             )
+        elif graph.run is None:
+            self._compile(graph, inputs, state, value)
+        if agrees:
+            self._agreed = f"they agreed {when}, so what was computed in between may belong to an older state"
+        return value
+
+    def _agrees_on(self, graph: _Graph, inputs: Tensors) -> bool:
+        """Whether graph and function agree on other inputs; nothing is left of either."""
+        state = _State(graph, inputs)
+        captured = graph.value_of(graph.module, inputs)
+        state.put_back()
+        value = tuple(tensor.detach().clone() for tensor in self.function(*inputs))
+        state.put_back()
+        return graph.close(captured, value, inputs, exactly=True)
+
+    def _compile(self, graph: _Graph, inputs: Tensors, state: _State, value: Tensors) -> None:
+        """Compile a graph that agrees with its function, whose value on the inputs and from the state is known."""
+        graph.run, inputs = graph.module, _distinct(inputs)
+        if self.backend != "inductor":
+            return
+        rounded, after = self.precision == "bfloat16", _State(graph, inputs)
+        try:
+            apart = self.threads > 1 and graph.draw_first()
+            state.put_back()
+            example = (*inputs, *graph.outside, *graph.drawn())
+            state.put_back()
+            graph.run = _inductor(graph.module, example, rounded, apart)
+            compiled = graph.value_of(graph.run, inputs)
+        except Exception as error:  # no C++ compiler, say; the graph is right without
+            self._fall_back("aten", f"the compiler failed ({_first_line(error)})")
+            return
+        finally:
+            after.put_back()
+        # Rounded products give other numbers by design.
+        if not (rounded or graph.close(compiled, value, inputs, exactly=False)):
+            self._fall_back("eager", "its compiled graph gives other numbers, which is the compiler's fault")
 
     def _fall_back(self, backend: str, why: str) -> None:
         self.backend = backend
@@ -319,7 +385,7 @@ class Step:
         self._update = _Update(optimizer)
         if not hasattr(estimator, "differentiable_loss"):
             backend = "eager"
-        self._staged = Staged(self._differentiate, backend, precision)
+        self._staged = Staged(self._differentiate, backend, precision, programs=(model, guide, estimator))
 
     @property
     def reason(self) -> str | None:
@@ -330,6 +396,10 @@ class Step:
     def captured(self) -> bool:
         """Whether it runs from a graph, compiled or not."""
         return self._staged.captured
+
+    def recheck(self, when: str) -> None:
+        """Let the next step run as it is, beside its graph, as :meth:`Staged.recheck` says."""
+        self._staged.recheck(when)
 
     def __call__(self, *inputs: Tensor) -> Outcome:
         """Take the step."""
@@ -387,7 +457,7 @@ class Step:
         """The CUDA graphs that take such a step; ``None`` where it is taken without."""
         settings, before = self._update.settings(), self._settings
         self._settings = settings
-        if self.recorder is None or before is None or not self._staged.captured:
+        if self.recorder is None or before is None or not self._staged.captured or (self._graphs and self._staged.due):
             return None
         if self._graphs and not self._update.is_current():  # as after a checkpoint was loaded
             self._graphs.clear()
@@ -404,7 +474,8 @@ class Step:
 
     def _graph(self, key: tuple, inputs: Tensors, moving: int, beta: float | None) -> None:
         assert self.recorder is not None
-        staged = Staged(self._differentiate_and_note, self._staged.backend, self.precision)
+        programs = (self.model, self.guide, self.estimator)
+        staged = Staged(self._differentiate_and_note, self._staged.backend, self.precision, programs=programs)
 
         def compute(*given: Tensor) -> Tensors:
             outputs = staged(*given)
@@ -424,6 +495,7 @@ class Step:
                 self._graphs[key] = GraphedSteps(
                     compute, update if inside else None, inputs, moving, float(rate), beta, touched, at_once, self.recorder
                 )
+            self._staged.leave_uncompiled()
         except NotCaptured as error:
             self._launch_singly(str(error))
         if not inside and self._outside is None:
@@ -596,9 +668,26 @@ def _capture(function: Callable[..., Tensors], inputs: Tensors) -> tuple[_Graph,
         returned.append(tuple(tensor.detach() for tensor in outputs))
         return outputs
 
-    with _values_stay_tensors():
+    with _values_stay_tensors(), _NoValuesRead():
         module = make_fx(run)(*inputs)
     return _Graph(module), returned[-1]
+
+
+class _NoValuesRead(TorchFunctionMode):
+    """Refuse to read values that follow from inputs or parameters: a graph would keep the first ones for ever.
+
+    The tracer itself refuses what goes through its operations, and never sees ``.numpy()``, ``.tolist()`` and their kin.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS and args and isinstance(args[0], Tensor):
+            tracing, tensor = get_proxy_mode(), args[0]
+            if tensor.requires_grad or (tracing is not None and has_proxy_slot(tensor, tracing.tracer)):
+                raise RuntimeError(f"it reads a tensor's values into Python, by {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+_READS = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__float__", "__int__", "__index__", "__bool__", "__complex__"}
 
 
 def largest_value(function: Callable[..., Tensors], *inputs: Tensor) -> int | None:
@@ -632,9 +721,10 @@ class _Graph:
     def __init__(self, module: fx.GraphModule):
         graph = module.graph
         self.outside: list[Tensor] = []
-        self.trained: list[Tensor] = []
         self.draws: list[partial[Tensor]] = []
         self.run: Callable[..., Any] | None = None
+        self.due = "at its second call"  # when to run as it is beside the graph: a moment's name, or nothing
+        self.captured_on: Tensors | None = None
         placed: dict[int, fx.Node] = {}
         last = list(graph.find_nodes(op="placeholder"))[-1]
         for node in list(graph.find_nodes(op="get_attr")):
@@ -644,8 +734,6 @@ class _Graph:
                     last = placed[id(tensor)] = graph.placeholder(f"outside_{len(self.outside)}")
                 self.outside.append(tensor.detach())  # shares the storage, so it follows an optimizer's updates
                 last.meta["val"] = self.outside[-1]
-                if tensor.requires_grad:
-                    self.trained.append(self.outside[-1])
             node.replace_all_uses_with(placed[id(tensor)])
             graph.erase_node(node)
         self.module = fx.GraphModule(nn.Module(), graph)
@@ -664,33 +752,30 @@ class _Graph:
         """The random numbers that are inputs."""
         return tuple(draw() for draw in self.draws)
 
-    def agrees_with(self, function: Callable[..., Tensors], inputs: Tensors) -> bool:
-        """Whether it gives the function's numbers at other parameters too, where a value that was frozen would show."""
-        before = [tensor.clone() for tensor in self.outside]
-        random = _random_state(inputs)
+    def value_of(self, run: Callable[..., Any], inputs: Tensors) -> Tensors:
+        """What a form of the graph makes of the inputs, kept from what may change later."""
+        with torch.no_grad():
+            return tuple(tensor.clone() for tensor in run(*inputs, *self.outside, *self.drawn()))
 
-        def put_back() -> None:
-            _set_random_state(random)
-            for tensor, value in zip(self.outside, before, strict=True):
-                tensor.copy_(value)
-
-        def moved(run: Callable[[], Tensors]) -> Tensors:
-            with torch.no_grad():
-                put_back()
-                for tensor in self.trained:
-                    tensor.mul_(1.01).add_(0.001)
-            return tuple(tensor.detach().clone() for tensor in run())
-
-        try:
-            with torch.no_grad():
-                staged = moved(lambda: self(inputs, self.drawn()))
-            eager = moved(lambda: function(*inputs))
-        finally:
-            with torch.no_grad():
-                put_back()
+    def close(self, staged: Tensors, eager: Tensors, inputs: Tensors, *, exactly: bool) -> bool:
+        """Whether the values agree: as the same kernels' do, or as a compiler's own do with them."""
         tensors = [tensor for tensor in (*self.outside, *inputs, *eager) if tensor.is_floating_point()]
         coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
-        return _close(staged, eager, tolerance=min(3 * math.sqrt(coarsest), 0.1))
+        return _close(staged, eager, tolerance=min(3 * coarsest ** (0.75 if exactly else 0.5), 0.1))
+
+
+class _State:
+    """The random stream and all tensors that a graph met from outside, to be put back: a run draws, and moves buffers."""
+
+    def __init__(self, graph: _Graph, inputs: Tensors):
+        self.outside, self.random = graph.outside, _random_state(inputs)
+        self.values = [tensor.clone() for tensor in graph.outside]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        _set_random_state(self.random)
+        for tensor, value in zip(self.outside, self.values, strict=True):
+            tensor.copy_(value)
 
 
 def _close(staged: Tensors, eager: Tensors, tolerance: float) -> bool:

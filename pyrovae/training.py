@@ -5,23 +5,34 @@ from __future__ import annotations
 import math
 import numbers
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cuda import check_precision, products_in
 from .data import Batches, binarize, dequantize
 from .estimators import check_estimator, make_estimator
 from .pairs import PairInfo, first_run, inspect_pair
+from .preflight import (
+    SupportCheck,
+    cause_in_data,
+    check_first_loss,
+    check_other_batches,
+    check_programs,
+    checked_optimizer,
+    rehearse,
+)
+from .reachable import changed, modules_of, python_state
 from .registry import positive_integer, unknown
 from .staging import stage
-from .traces import Program, evaluation_mode
+from .traces import Program, evaluation_mode, same_random_stream
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +49,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 STEPS_TO_COMPILE = 3000
 # A GPU is told so many steps before it is asked what came of them; the bar and max_seconds are ahead of it by as many.
 LOOK_EVERY = 100
+# A captured step is compared with its program at an epoch's start once so many have been taken since: it costs as much as 10 to
+# 20 of them, or 50 on a GPU, and the checks of a run together shall cost less than 3 %.
+STEPS_BETWEEN_CHECKS, STEPS_BETWEEN_CHECKS_ON_GPU = 500, 2000
 
 
 @dataclass
@@ -118,20 +132,24 @@ def fit(
             one of :mod:`pyrovae.estimators`, or any ``pyro.infer.ELBO``.
         epochs: passes over the data, at most.
         batch_size: data per step.
-        shuffle: a new order in each epoch; ``False`` for a guide that keeps a parameter for each datum in its place, such as
-            an autoguide, with all data in one batch.
+        shuffle: a new order in each epoch; must be ``False`` for a guide that keeps a parameter for each datum in its place,
+            such as an autoguide, with all data in one batch.
         lr: the learning rate.
         optimizer: ``"adam"``, another name, or a callable ``(parameters, lr=...)`` such as a torch optimizer class.
         schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), or a callable that makes a torch scheduler, which is
             stepped after every optimizer step.
         clip_norm: the largest norm that the gradient of all parameters together may have.
         validation: a fraction of the data to hold out, or data of their own; scored by the same estimator each epoch.
-        patience: stop after this many epochs without a better validation bound, and go back to the best parameters.
+        patience: stop after this many epochs without a better validation bound, and go back to the best parameters and
+            buffers, such as the statistics of batch normalisation.
         max_seconds: stop after the step that crosses this time, counted from the first step.
         compile: capture the step as one graph and compile it (:mod:`pyrovae.staging`); ``"auto"`` does so for runs of 3,000
             steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
             to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them
-            (:mod:`pyrovae.cuda`). A pair that cannot be captured trains as it is, and a warning says why.
+            (:mod:`pyrovae.cuda`). A pair that cannot be captured trains as it is, and a warning says why: one that reads values
+            of tensors into Python, or keeps a count there. The graph is compared with the pair in the second step, after an
+            ``on_epoch`` that changed an object which the pair can reach, and at the start of an epoch once 500 steps (on a GPU
+            2,000) have been taken since; where they differ, training goes on without the graph and a warning says since when.
         precision: of matrix products and convolutions. ``"float32"`` is that on a GPU too, whatever torch's settings are;
             ``"tf32"`` takes an NVIDIA GPU's faster units, which round factors to 10 bits, and is refused on a CPU.
             ``"bfloat16"`` rounds factors to 7 bits, and compiles; parameters, sums and log-weights stay in float32. It is
@@ -145,7 +163,9 @@ def fit(
         The history of the bound.
 
     Raises:
-        ValueError: bad data or options, or a pair or estimator that do not fit; nothing has been trained then.
+        ValueError: bad data or options, or a pair or estimator that do not fit; nothing has been trained then. Batches that
+            only show as they pass, of a loader, a transform of your own, or values that the model computes, are refused when
+            they come, with their number; the steps before them stand.
         FloatingPointError: the loss became NaN, or a gradient NaN or infinite; the last parameters before it are kept.
 
     Example:
@@ -164,6 +184,7 @@ def fit(
         raise ValueError(f'compile is True, False or "auto", not {compile!r}.')
     if patience is not None and validation is None:
         raise ValueError("patience watches the validation bound: pass validation=0.1, say.")
+    check_programs(model, guide)
     if seed is not None:
         torch.manual_seed(seed)
     elbo = make_estimator(estimator)
@@ -174,21 +195,28 @@ def fit(
     start = first_run(model, guide, *train.peek())
     if not start.parameters:
         raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
-    for batches in (train, held_out):
-        if batches is not None:
-            batches.to(start.dtype, start.device, start.floating)
-            _check_data(model, guide, batches)
+    train.to(start.dtype, start.device, start.floating)
     check_estimator(elbo, start.info)
     check_precision(precision, start.device)
     with torch.random.fork_rng():
         example = train.peek()
+    check_batch = SupportCheck(model, guide, example)
+    checked, check_held = check_batch.check_early(train), None
+    if held_out is not None:
+        held_out.to(start.dtype, start.device, start.floating)
+        with torch.random.fork_rng():
+            inspect_pair(model, guide, *held_out.peek())
+        check_held = None if check_batch.check_early(held_out) else check_batch
+    check_other_batches(elbo, model, guide, example, start.parameters, train)
+    loss = rehearse(elbo, model, guide, example, start.parameters)
+    check_first_loss(loss / start.info.count(example), start.info.num_dims, model, guide, example)
 
     batches_each = train.num_batches
     # Gradients that another loop, or a run that failed, left behind would enter the first step.
     for parameter in start.parameters:
         parameter.grad = None
     steps = None if batches_each is None else epochs * batches_each
-    optimize = _named(optimizer, "optimizer", OPTIMIZERS)(start.parameters, lr=lr)
+    optimize = checked_optimizer(_named(optimizer, "optimizer", OPTIMIZERS), start.parameters, lr)
     scheduler = _named(schedule, "schedule", _schedules(steps))(optimize)
     if isinstance(optimize, torch.optim.LBFGS):
         raise ValueError("LBFGS evaluates the loss several times a step, which a stochastic one cannot be: choose 'adam'.")
@@ -212,19 +240,28 @@ def fit(
     )
     history = History(type(elbo).__name__, elbo.num_particles, precision=precision)
     best, best_epoch, best_state = -math.inf, 0, None
-    began, step = time.perf_counter(), 0
+    modules, infinite = modules_of(model, guide).values(), list[int]()
+    began, step, compared = time.perf_counter(), 0, 0
+
+    def batch_of(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with same_random_stream(inputs):
+            return train.load(*inputs) if inside else inputs
 
     def look() -> float:
         """The bounds of the steps since the last look, summed."""
         outcomes = take_step.outcomes()
-        for number, (loss, norm) in enumerate(outcomes, step - len(outcomes) + 1):
+        for at, (loss, norm) in enumerate(outcomes, step - len(outcomes) + 1):
             # An infinite loss is a datum of weight zero, whose gradient our estimators leave out.
             if math.isnan(loss) or not math.isfinite(norm):
-                what = "loss" if math.isnan(loss) else "gradient"
-                raise FloatingPointError(
-                    f"The {what} became {loss if what == 'loss' else norm} in epoch {epoch}, step {number}: lower the "
-                    f"learning rate ({lr:g}), or set clip_norm."
-                )
+                what, value = ("loss", loss) if math.isnan(loss) else ("gradient", norm)
+                cure = f"lower the learning rate ({lr:g}), or {'set clip_norm' if clip_norm is None else 'clip_norm'}."
+                cause = cause_in_data(model, guide, batch_of(inputs))
+                raise FloatingPointError(f"The {what} became {value} in epoch {epoch}, step {at}: {cause or cure}")
+            if math.isinf(loss) and not infinite:
+                infinite.append(at)
+                cause = cause_in_data(model, guide, batch_of(inputs))
+                if cause is not None:
+                    warnings.warn(f"The loss is infinite in epoch {epoch}, step {at}: {cause}", stacklevel=3)
         return -sum(loss for loss, _ in outcomes)
 
     def out_of_time() -> bool:
@@ -238,7 +275,13 @@ def fit(
     ):
         for epoch in range(1, epochs + 1):
             total, seen = 0.0, 0.0
-            for inputs in train.inputs() if inside else train:
+            if step - compared >= (STEPS_BETWEEN_CHECKS_ON_GPU if take_step.asynchronous else STEPS_BETWEEN_CHECKS):
+                take_step.recheck(f"at the start of epoch {epoch}")
+                compared = step
+            for number, inputs in enumerate(train.inputs() if inside else train, 1):
+                # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
+                if not checked and (epoch == 1 or (check_batch.direct and train.loader is not None)):
+                    check_batch(batch_of(inputs), f"batch {number} of epoch {epoch}")
                 take_step.ahead(*inputs)
                 if scheduler is not None:
                     scheduler.step()
@@ -254,18 +297,22 @@ def fit(
                 "epoch": epoch,
                 "step": step,
                 "bound": total / seen,
-                "validation": None if held_out is None else _bound(elbo, model, guide, held_out, start.info),
+                "validation": None if held_out is None else _bound(elbo, model, guide, held_out, start.info, check_held),
                 "lr": optimize.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - began,
             }
             history.records.append(record)
+            check_held = check_held if check_batch.direct else None
             bar.set_postfix_str(_said(record))
             if on_epoch is not None:
+                before = python_state(model, guide, elbo) if take_step.captured else {}
                 on_epoch(record)
+                if take_step.captured and changed(before, python_state(model, guide, elbo)):
+                    take_step.recheck(f"after on_epoch of epoch {epoch}")
             if patience is not None:
                 if record["validation"] > best:
                     best, best_epoch = record["validation"], epoch
-                    best_state = [parameter.detach().clone() for parameter in start.parameters]
+                    best_state = _state_of(start.parameters, modules)
                 elif epoch - best_epoch >= patience:
                     history.stopped = f"no better validation bound for {patience} epochs"
                     break
@@ -274,8 +321,8 @@ def fit(
                 break
     if best_state is not None:
         with torch.no_grad():
-            for parameter, value in zip(start.parameters, best_state, strict=True):
-                parameter.copy_(value)
+            for live, value in best_state:
+                live().copy_(value)
     return history
 
 
@@ -304,22 +351,28 @@ def _split(
     return Batches(kept, batch_size, shuffle=shuffle, transform=transform), Batches(held_out, batch_size)
 
 
-def _check_data(model: Program, guide: Program, batches: Batches) -> None:
-    """Run every batch of arrays once, so that bad data stop the run before it starts; a loader's first batch only."""
-    order, batches.shuffle = batches.shuffle, False
-    try:
-        with torch.random.fork_rng():
-            for batch in [batches.peek()] if batches.loader is not None else batches:
-                inspect_pair(model, guide, *batch)
-    finally:
-        batches.shuffle = order
+def _state_of(parameters: list[Tensor], modules: Iterable[nn.Module]) -> list[tuple[Callable[[], Tensor], Tensor]]:
+    """All that training moves, each as what gives the live tensor and its value now; a buffer may be another tensor by then."""
+    state: list[tuple[Callable[[], Tensor], Tensor]] = [(partial(_same, each), each.detach().clone()) for each in parameters]
+    for module in modules:
+        for name, buffer in module.named_buffers():
+            state.append((partial(module.get_buffer, name), buffer.detach().clone()))
+    return state
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @torch.no_grad()
-def _bound(elbo: Any, model: Program, guide: Program, batches: Batches, info: PairInfo) -> float:
+def _bound(
+    elbo: Any, model: Program, guide: Program, batches: Batches, info: PairInfo, check: SupportCheck | None = None
+) -> float:
     with evaluation_mode(model, guide):
         total, seen = 0.0, 0.0
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            if check is not None:
+                check(batch, f"batch {number} of the validation data")
             total, seen = total - elbo.loss(model, guide, *batch), seen + info.count(batch)
     return total / seen
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -297,7 +299,8 @@ class VAE(PairModule):
             \bar w_s \propto \frac{p(x_{obs} \mid z_s) \, p(z_s)}{q(z_s \mid x_{obs})}, \quad z_s \sim q(z \mid x_{obs})
 
         Draws pick a latent with probability :math:`\bar w_s` and sample p(x|z) there, each draw afresh. Both are as good as
-        the weights: read ``vae.log_marginal((x, mask)).khat``.
+        the weights: from 25 samples on, a warning says of how many data their Pareto k is too large. Where k is, a few latents
+        carry the answer; more samples help, or a guide that is closer to the posterior.
 
         Args:
             x: data, shape ``(B, *data_shape)``; what they hold where the mask is false does not matter.
@@ -321,7 +324,7 @@ class VAE(PairModule):
             >>> import torch, pyrovae as pv
             >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
             >>> x, mask = torch.ones(5, 9), torch.arange(9) < 6
-            >>> filled = vae.impute(x, mask.expand(5, 9), num_samples=100)
+            >>> filled = vae.impute(x, mask.expand(5, 9), num_samples=1000, seed=0)
             >>> filled[0, 0].item(), bool(filled[0, 8] < 1)
             (1.0, True)
         """
@@ -344,14 +347,17 @@ class VAE(PairModule):
                 self._impute(data, seen, num_samples, num_draws, max(1, chunk // len(data)))
                 for data, seen in zip(x.split(rows), known.split(rows), strict=True)
             ]
-        return torch.cat(parts, 0 if num_draws is None else 1)
+        _warn_of_tails(torch.cat([tail for _, tail in parts]), num_samples, torch.finfo(x.dtype).eps)
+        return torch.cat([filled for filled, _ in parts], 0 if num_draws is None else 1)
 
-    def _impute(self, x: Tensor, mask: Tensor, num_samples: int, num_draws: int | None, chunk: int) -> Tensor:
-        """One batch, in chunks of particles; all weight so far is kept as one log-sum for each datum."""
+    def _impute(self, x: Tensor, mask: Tensor, num_samples: int, num_draws: int | None, chunk: int) -> tuple[Tensor, Tensor]:
+        """One batch, in chunks of particles; all weight so far is kept as one log-sum and the largest for each datum."""
+        from .evidence import tail_size
         from .weights import log_weights
 
         event = (1,) * len(self.data_shape)
         log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+        tail, keep = log_sum[:, None][:, :0], tail_size(num_samples)
         mean, latents = torch.zeros_like(x), x.new_zeros(num_draws or 0, len(x), self.latent_dim)
         left = num_samples
         while left:
@@ -359,6 +365,8 @@ class VAE(PairModule):
             with _Seen() as seen:
                 weights = log_weights(self.model, self.guide, x, mask, num_particles=size, max_plate_nesting=1)
             log_w = weights.log_weights.double()  # (size, B)
+            tail = torch.cat([tail, log_w.T], 1)
+            tail = torch.topk(tail, min(keep, tail.shape[1])).values
             total = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
             dead = total == -math.inf
             kept = torch.where(dead, 1.0, torch.exp(log_sum - total))  # the earlier chunks' share of all weight so far
@@ -380,7 +388,24 @@ class VAE(PairModule):
             filled = law.sample()
         # Where no latent explains what was observed, nothing can be said of the rest.
         filled = filled.masked_fill((log_sum == -math.inf).reshape(-1, *event), math.nan)
-        return torch.where(mask, x, filled)
+        return torch.where(mask, x, filled), tail
+
+
+def _warn_of_tails(tail: Tensor, num_samples: int, precision: float) -> None:
+    """Say of how many data the largest log-weights (N, 5 M) show that a few latents carry the answer."""
+    from .evidence import FEWEST_SAMPLES, khat_limit, pareto_khat
+
+    if num_samples < FEWEST_SAMPLES:
+        return
+    limit = khat_limit(num_samples)
+    bad = np.flatnonzero(pareto_khat(tail.cpu().numpy(), num_samples, precision=precision) >= limit)
+    if len(bad):
+        warnings.warn(
+            f"The weights of {len(bad)} of {len(tail)} data (first datum {bad[0]}) have a Pareto k of {limit:.2f} or more with "
+            f"{num_samples:,} samples, so a few latents carry what is filled in there: draw more samples.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def make_vae(

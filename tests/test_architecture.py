@@ -16,7 +16,7 @@ ROOT = Path(pyrovae.__file__).parent
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
 
 # Leaves import no room but each other here, and any room may import them.
-LEAVES = {"registry", "checkpoint", "data", "evidence", "staging", "cuda"}
+LEAVES = {"registry", "checkpoint", "data", "evidence", "staging", "reachable", "cuda"}
 _BODIES = {"nn", "distributions"}
 _PARTS = {"priors", "likelihoods", "encoders"}
 _TRACES = {"traces", "weights", "pairs"}
@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "annealing": _TRACES,
     # Beyond the page's arrow from weights: a comparison trains and scores, with estimators found by name.
     "diagnostics": _TRACES | {"estimators", "marginal", "training"},
-    "training": _TRACES | {"estimators"},
+    "training": _TRACES | {"estimators", "preflight"},
+    "preflight": _TRACES,
     **{leaf: set() for leaf in LEAVES},
     # What the data door is made of: which array goes where, and what comes from torch's loaders.
     "matching": set(),
@@ -52,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     # Beyond the page: what is done to a graph between capture and compiler.
     "kernels": set(),
     "rewrites": {"kernels"},
-    "staging": {"kernels", "rewrites", "cuda"},
+    "staging": {"kernels", "rewrites", "reachable", "cuda"},
     "config": set(ROOMS) - {"report", "cli"},
     "report": set(ROOMS) - {"cli"},
     "cli": set(ROOMS),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -70,13 +71,16 @@ def test_draws_exactly_that_many_samples_per_datum(num_samples: int, chunk_size:
 
     x = pair.sample(2)
     log_marginal(pair.model, guide, x, num_samples=num_samples, chunk_size=chunk_size)
-    # Besides: one run to find parameters and one to inspect on the first datum, and one inspection of the group.
+    # Besides: one run to find parameters and one to inspect on the first datum, one inspection of the group, and the prior's.
     parts = math.ceil(2 / max(1, chunk_size // num_samples))
-    assert sum(drawn) == 3 + parts * num_samples
+    probes = marginal._num_probes(num_samples, None)
+    assert probes == {1: 0, 7: 0, 1000: 16, 5000: 78}[num_samples]
+    assert sum(drawn) == 3 + parts * num_samples + math.ceil(2 / max(1, chunk_size // max(probes, 1))) * probes
 
 
 @pytest.mark.usefixtures("float64")
-def test_streaming_equals_the_formulas_on_the_same_weights():
+def test_streaming_equals_the_formulas_on_the_same_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(marginal, "_num_probes", lambda *_: 0)
     pair = LinearGaussian(spread=1.5)
     x = pair.sample(3)
     torch.manual_seed(5)
@@ -241,7 +245,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path):
     _equal(whole, resumed)
     done = len(runs)
     _equal(whole, log_marginal(vae.model, guide, x, num_samples=30, resume=file))
-    assert len(runs) - done == 2  # nothing is scored again: one run finds the parameters, one inspects
+    assert len(runs) - done == 3  # nothing is scored again: one run finds the parameters, one inspects, one tells the pair
     with pytest.raises(ValueError, match="keeps another evaluation"):
         log_marginal(vae.model, vae.guide, x, num_samples=31, resume=file)
     with pytest.raises(ValueError, match="keeps an evaluation of other data"):
@@ -287,7 +291,7 @@ def test_chunks_grow_as_wide_values_go(loaded: bool, monkeypatch: pytest.MonkeyP
     plain = marginal._parts
     chunks = []
     monkeypatch.setattr(
-        marginal, "_parts", lambda active, step, chunk, first: chunks.append(chunk) or plain(active, step, chunk, first)
+        marginal, "_parts", lambda active, step, chunk, *rest: chunks.append(chunk) or plain(active, step, chunk, *rest)
     )
     vae = pv.make_vae(6, latent_dim=2, hidden=[40])
     x = torch.bernoulli(torch.full((20, 6), 0.4))
@@ -380,11 +384,15 @@ def test_a_target_error_is_met_without_more_bias_than_said(proposal: str, target
     scored = log_marginal(pair.model, pair.guide, x, num_samples=20_000, target_se=target, proposal=proposal, seed=0)
     assert scored.drawn is not None
     assert set(scored.drawn) <= {250, 500, 1000, 2000, 4000}
-    assert (scored.se <= target).all()
-    # Twice what it needed at most: half of it was not enough, but for chance.
+    # The pilot decides, not the draws that count, so the target may be missed by chance; it is not undercut by much.
+    assert (scored.se <= target).mean() > 0.8
+    assert scored.se.max() < 1.5 * target
     assert np.median(scored.se[scored.drawn > 250]) > target / 2
+    assert set(scored.pilot) <= {63, 126, 252, 504, 1008}
+    assert (scored.drawn <= 4 * scored.pilot).all()
+    assert (scored.pilot.mean() / scored.drawn.mean()) < 0.6
     error = scored.log_px - pair.log_px(x)
-    assert abs(error.mean()) < 3 * scored.mean_se + 3 * target**2
+    assert abs(error.mean()) < 3 * scored.mean_se
     assert (np.abs(error) < 4 * scored.se).mean() > 0.99
     assert (scored.ess <= scored.drawn).all()
     assert scored.reliable.mean() > 0.99
@@ -399,7 +407,8 @@ def test_a_target_error_out_of_reach_takes_the_most_and_says_so():
     assert free.drawn is None
     assert capped.drawn.tolist() == [1100] * 9
     assert (np.abs(free.log_px - capped.log_px) < 5 * np.hypot(free.se, capped.se)).all()
-    assert "9 of 9 data took all 1,100 samples and still miss the target error 0.0001" in capped.summary()
+    assert capped.pilot.tolist() == [63] * 9  # which sees that nothing within reach is enough
+    assert "9 of 9 data miss the target error 0.0001, 9 of them with all 1,100 samples" in capped.summary()
     few = log_marginal(pair.model, pair.guide, x, num_samples=40, target_se=10.0, seed=0)
     assert few.drawn.tolist() == [40] * 9
     # Constant weights have no error, and one look shows it.
@@ -408,10 +417,11 @@ def test_a_target_error_out_of_reach_takes_the_most_and_says_so():
 
 
 @pytest.mark.usefixtures("float64")
-def test_sums_over_several_looks_are_those_of_all_the_draws():
-    # Weights that depend on the datum alone and on how many came before: hard data go on, easy ones stop.
+def test_a_pilot_decides_and_the_estimate_is_from_fresh_draws(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(marginal, "_num_probes", lambda *_: 0)
+    # Weights that depend on the datum alone and on how many came before: hard data take more of them.
     random = np.random.default_rng(0)
-    log_w = random.normal(size=(3, 1000)) * np.array([[0.1], [0.4], [3.0]])
+    log_w = random.normal(size=(3, 1400)) * np.array([[0.1], [0.4], [3.0]])
     taken = [0, 0, 0]
 
     def model(x: torch.Tensor) -> None:
@@ -431,17 +441,22 @@ def test_sums_over_several_looks_are_those_of_all_the_draws():
 
     loader = DataLoader(TensorDataset(torch.arange(3.0)), batch_size=3)
     scored = log_marginal(model, guide, loader, num_samples=1000, target_se=0.02, chunk_size=600)
-    assert scored.drawn.tolist() == taken == [250, 500, 1000]
-    for datum, count in enumerate(taken):
-        w = np.exp(log_w[datum, :count])
+    assert scored.drawn.tolist() == [250, 500, 1000]
+    assert scored.pilot.tolist() == [63, 126, 63]  # the last is far out of reach, and no pilot need say how far
+    assert (scored.drawn + scored.pilot).tolist() == taken
+    assert "63 to decide" not in scored.summary()
+    assert ", and 84 to decide on that number" in scored.summary()
+    for datum, (count, pilot) in enumerate(zip(scored.drawn, scored.pilot, strict=True)):
+        fresh = log_w[datum, pilot : pilot + count]
+        w = np.exp(fresh)
         assert scored.log_px[datum] == pytest.approx(math.log(w.mean()), rel=1e-12)
         assert scored.se[datum] == pytest.approx(w.std(ddof=1) / w.mean() / math.sqrt(count), rel=1e-9)
-        assert scored.elbo[datum] == pytest.approx(log_w[datum, :count].mean(), rel=1e-12)
-        khat, smoothed = pareto_smooth(np.sort(log_w[datum, :count])[None, -tail_size(count) :], scored.log_px[[datum]], count)
+        assert scored.elbo[datum] == pytest.approx(fresh.mean(), rel=1e-12)
+        khat, smoothed = pareto_smooth(np.sort(fresh)[None, -tail_size(count) :], scored.log_px[[datum]], count)
         assert (scored.khat[datum], scored.log_px_psis[datum]) == pytest.approx((khat[0], smoothed[0]), rel=1e-9)
         # The curve goes on level from where a datum stopped.
         for row, size in enumerate(scored.curve.num_samples):
-            first = log_w[datum, : min(size, count)]
+            first = fresh[: min(size, count)]
             assert scored.curve.log_px[row, datum] == pytest.approx(logsumexp(first) - math.log(len(first)), rel=1e-12)
 
 
@@ -490,6 +505,306 @@ def test_the_shapes_of_a_target_are_few():
     assert [most for _, most in _parts(torch.arange(2), 250, 20, 250)] == [20, 20]
 
 
+def _base(x: torch.Tensor, more: Callable[[torch.Tensor], None] = lambda x: None) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        more(x)
+
+
+def _narrow(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5) / 2))
+
+
+def _constant_factor(x: torch.Tensor) -> None:
+    pyro.factor("o", torch.full((len(x),), -1e6))
+
+
+def _factors_that_cancel(x: torch.Tensor) -> None:
+    pyro.factor("up", torch.full((len(x),), 3e6))
+    pyro.factor("down", torch.full((len(x),), -3e6))
+
+
+def _outlier_beside(x: torch.Tensor) -> None:
+    pyro.sample("y", dist.Normal(torch.zeros(len(x)), 1e-4), obs=torch.full((len(x),), 0.2))
+
+
+LARGE_TERMS = [_constant_factor, _factors_that_cancel, _outlier_beside]
+
+
+@pytest.mark.parametrize("more", LARGE_TERMS)
+def test_a_large_common_term_hides_no_spread_and_is_not_called_exact(more: Callable[..., None]):
+    x = torch.linspace(-2, 2, 20)
+    plain = log_marginal(_base, _narrow, x, num_samples=5000, seed=0)
+    assert plain.khat.mean() == pytest.approx(0.75, abs=0.1)
+    scored = log_marginal(functools.partial(_base, more=more), _narrow, x, num_samples=5000, seed=0)
+    np.testing.assert_allclose(scored.khat, plain.khat, atol=0.25)
+    assert not scored.reliable.any()
+    assert (scored.rounding > 0.05).all()
+    assert "score in float64" in scored.summary()
+    assert "exact" not in scored.summary()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("more", LARGE_TERMS)
+def test_in_float64_a_large_common_term_changes_nothing(more: Callable[..., None]):
+    def wide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+    x = torch.linspace(-2, 2, 20)
+    for guide, good in ((_narrow, None), (wide, True)):
+        plain = log_marginal(_base, guide, x, num_samples=2000, seed=0)
+        scored = log_marginal(functools.partial(_base, more=more), guide, x, num_samples=2000, seed=0)
+        np.testing.assert_allclose(scored.khat, plain.khat, atol=1e-4)
+        np.testing.assert_array_equal(scored.reliable, plain.reliable)
+        assert good is None or scored.reliable.all()
+        np.testing.assert_allclose(scored.log_px - scored.log_px[0], plain.log_px - plain.log_px[0], atol=1e-6)
+
+
+def test_a_spread_that_float32_loses_altogether_is_not_called_exact():
+    model = functools.partial(_base, more=lambda x: pyro.factor("o", torch.full((len(x),), -1e10)))
+    scored = log_marginal(model, _narrow, torch.linspace(-2, 2, 20), num_samples=1000, seed=0)
+    assert not scored.reliable.any()
+    assert "score in float64" in scored.summary()
+    assert "can be believed" not in scored.summary()
+
+
+def _coin(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(3 * z, 1.0), obs=x)
+
+
+def _sure(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=torch.full((len(x),), -5.5)))
+
+
+def test_discrete_latents_are_not_stopped_at_zero_spread():
+    x = torch.full((100,), 3.0)
+    scored = log_marginal(_coin, _sure, x, num_samples=20_000, target_se=0.05, seed=0)
+    truth = pv.exact(_coin, _sure, x).log_px
+    assert truth[0] == pytest.approx(-1.601, abs=5e-4)
+    assert (np.abs(scored.log_px - truth) < 5 * scored.se).all()
+    assert set(scored.drawn) == {20_000}
+    assert abs(scored.mean - truth[0]) < 5 * scored.mean_se
+
+    # A guide that is the posterior takes all it may, and says that it need not have.
+    def posterior(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=3 * x - 4.5))
+
+    exact = log_marginal(_coin, posterior, x, num_samples=600, target_se=0.05, seed=0)
+    assert exact.drawn.tolist() == [600] * 100
+    assert exact.reliable.all()
+
+
+def test_constant_weights_of_draws_that_all_fell_on_one_value_are_not_called_exact():
+    x = torch.full((300,), 3.0)
+    truth = math.log(0.5 * math.exp(-4.5) + 0.5) - math.log(2 * math.pi) / 2
+    scored = log_marginal(_coin, _sure, x, num_samples=200, seed=0)
+    blind = np.isneginf(scored.khat)
+    assert 0.3 < blind.mean() < 0.6  # no draw of them found the value that matters
+    np.testing.assert_allclose(scored.log_px[blind], truth - math.log1p(math.exp(4.5)), atol=1e-2)
+    assert not scored.reliable[blind].any()
+    np.testing.assert_allclose(np.median(scored.missed[blind]), truth - scored.log_px[blind].mean(), atol=0.3)
+    assert 'proposal="mixture", which also draws from the prior' in scored.summary()
+    assert "exact" not in scored.summary()
+
+
+def _ten_classes(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.ones(10)))
+        pyro.sample("x", dist.Poisson(1.0 + 4.0 * k), obs=x)
+
+
+def _always_the_first(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("k", dist.Categorical(torch.tensor([1.0] + [1e-6] * 9).expand(len(x), 10)))
+
+
+def _two_modes(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 2.0))
+        pyro.sample("x", dist.Normal(z.abs(), 0.3), obs=x)
+
+
+def _one_mode(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x, 0.4))
+
+
+def _switch(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        on = pyro.sample("on", dist.Bernoulli(0.3))
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z + 4 * on, 0.5), obs=x)
+
+
+def _always_off(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("on", dist.Bernoulli(torch.full((len(x),), 1e-7)))
+        pyro.sample("z", dist.Normal(x / 1.25, 0.5))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("model", "guide", "x"),
+    [(_ten_classes, _always_the_first, 25.0), (_two_modes, _one_mode, 2.5), (_switch, _always_off, 3.0)],
+)
+def test_what_the_guide_never_draws_is_found_by_the_prior(model: Callable[..., None], guide: Callable[..., None], x: float):
+    data = torch.full((40,), x)
+    scored = log_marginal(model, guide, data, num_samples=2000, seed=0)
+    mixture = log_marginal(model, guide, data, num_samples=20_000, proposal="mixture", seed=1)
+    assert mixture.missed is None
+    short = mixture.mean - scored.log_px
+    assert (short > 0.5).all()
+    assert scored._consistent.mean() > 0.9, "no weight shows it"
+    # Draws of the prior are few, but more than one datum in ten is never believed.
+    assert scored.reliable.mean() < 0.1
+    assert np.median(scored.missed) == pytest.approx(np.median(short), abs=0.4)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("latent_dim", "spread"), [(1, 1.0), (1, 1.3), (2, 1.1), (8, 1.05)])
+def test_a_guide_that_covers_the_posterior_is_not_said_to_miss_anything(latent_dim: int, spread: float):
+    pair = LinearGaussian(latent_dim=latent_dim, data_dim=3, spread=spread)
+    scored = log_marginal(pair.model, pair.guide, pair.sample(400), num_samples=1000, seed=0)
+    assert scored.missed is not None
+    assert not scored._blind.any()
+    assert scored.missed.mean() < 0.002
+
+
+def test_a_guide_without_a_density_at_other_draws_is_said_not_to_be_checked():
+    class OneWay(torch.distributions.transforms.AffineTransform):
+        def _inverse(self, y: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(len(x)), 1.0)
+            pyro.sample("z", dist.TransformedDistribution(base, [OneWay(x / 2, 0.8, cache_size=1)]))
+
+    scored = log_marginal(_base, guide, torch.linspace(-2, 2, 5), num_samples=500, seed=0)
+    assert scored.missed is None
+    assert "cannot be inverted" in scored.notes["prior_not_asked"]
+    assert scored.reliable.all()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("prior_share", "sizes"), [(1 / 3, {252}), (0.4, {250}), (0.37, {300})])
+def test_a_mixture_draws_whole_shares_whatever_the_target(prior_share: float, sizes: set[int]):
+    # Prior and guide share no point, so a draw of the prior weighs 1 / share and one of the guide nothing: the estimate is
+    # the fraction drawn from the prior over the share, exactly one only where the share is a whole number of draws.
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(0.0, 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(torch.full((len(x),), 2.0), 3.0, validate_args=False))
+
+    x = torch.linspace(-1, 1, 3)
+    scored = log_marginal(model, guide, x, num_samples=3000, proposal="mixture", prior_share=prior_share, target_se=0.2)
+    assert set(scored.drawn) == sizes
+    np.testing.assert_allclose(scored.log_px, dist.Normal(0.0, 1.0).log_prob(x).numpy(), atol=1e-12)
+
+
+def _resumable(scale: float = 1.0) -> tuple[torch.nn.Module, Callable[..., None], Callable[..., None]]:
+    """Free functions over a module with a buffer."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).eval()
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 3), scale).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(network(x)[:, 0], 1.0))
+
+    return network, model, guide
+
+
+def test_a_file_is_refused_where_anything_has_changed(tmp_path: Path):
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    network, model, guide = _resumable()
+    options = {"num_samples": 30, "resume": tmp_path / "scored"}
+    first = log_marginal(model, guide, x, **options, seed=3)
+    _equal(first, log_marginal(model, guide, x, **options))
+    _equal(first, log_marginal(model, guide, x, **options, seed=3))
+    with pytest.raises(ValueError, match="seed was 3, not 4"):
+        log_marginal(model, guide, x, **options, seed=4)
+    with pytest.raises(ValueError, match="num_samples was 30, not 40"):
+        log_marginal(model, guide, x, **options | {"num_samples": 40})
+    swapped = x[torch.tensor([0, 2, 1, *range(3, 300)])]  # the sums are the same
+    with pytest.raises(ValueError, match="the same in another order"):
+        log_marginal(model, guide, swapped, **options)
+    with pytest.raises(ValueError, match="evaluation of more data"):
+        log_marginal(model, guide, x[:256], **options)
+    with pytest.raises(ValueError, match="another pair, or of other parameters"):
+        log_marginal(_resumable(scale=1.5)[1], guide, x, **options)
+    with torch.no_grad():
+        network[1].running_mean += 0.5
+    with pytest.raises(ValueError, match="another pair, or of other parameters"):
+        log_marginal(model, guide, x, **options)
+    with torch.no_grad():
+        network[1].running_mean -= 0.5
+        network[3].bias += 1e-6  # a little more training
+    with pytest.raises(ValueError, match="another pair, or of other parameters"):
+        log_marginal(model, guide, x, **options)
+
+
+def test_a_file_is_refused_where_a_frozen_part_that_the_first_datum_never_meets_has_changed(tmp_path: Path):
+    class Levels(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.level = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+            self.register_buffer("offset", torch.zeros(3))
+
+        def model(self, x: torch.Tensor, kind: torch.Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+                pyro.sample("x", dist.Normal(z + self.level[kind] + self.offset[kind], 1.0), obs=x)
+
+        def guide(self, x: torch.Tensor, kind: torch.Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+    pair, data = Levels(), (torch.zeros(4), torch.tensor([0, 1, 2, 1]))
+    options = {"num_samples": 30, "resume": tmp_path / "scored"}
+    log_marginal(pair.model, pair.guide, data, **options)
+    for part in (pair.level, pair.offset):
+        part[2] += 1.0
+        with pytest.raises(ValueError, match="another pair, or of other parameters or buffers"):
+            log_marginal(pair.model, pair.guide, data, **options)
+        part[2] -= 1.0
+    log_marginal(pair.model, pair.guide, data, **options)
+
+
+def test_a_file_of_a_vae_is_refused_after_training_or_with_another_likelihood(tmp_path: Path):
+    torch.manual_seed(0)
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8], likelihood={"kind": "normal", "scale": 1.0})
+    x, options = torch.randn(20, 6), {"num_samples": 30, "resume": tmp_path / "scored"}
+    vae.log_marginal(x, **options)
+    other = pv.VAE(vae.prior, pv.likelihoods.Laplace(vae.likelihood.decoder, scale=1.0), vae.encoder)
+    with pytest.raises(ValueError, match="another pair"):
+        other.log_marginal(x, **options)
+    vae.fit(x, epochs=1, compile=False, progress=False)
+    with pytest.raises(ValueError, match="of other parameters"):
+        vae.log_marginal(x, **options)
+    refinement = [pv.refine(vae.model, vae.guide, x, steps=3, seed=seed) for seed in (0, 1)]
+    refined = {"num_samples": 30, "resume": tmp_path / "refined"}
+    vae.log_marginal(x, **refined, proposal=refinement[0])
+    with pytest.raises(ValueError, match="refinement was"):
+        vae.log_marginal(x, **refined, proposal=refinement[1])
+
+
 @pytest.mark.parametrize("bad", [0, -1.0, math.inf, math.nan, "small"])
 def test_a_target_error_is_positive(bad: object):
     vae = pv.make_vae(6, latent_dim=2, hidden=[8])
@@ -523,11 +838,14 @@ def test_two_processes_give_the_answer_of_one(tmp_path: Path):
         _equal(alone, pv.Evidence.load(tmp_path / f"evidence{rank}"), rtol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("spread", "low", "high"), [(1.5, -1, 1), (0.8, -6, -2), (0.7, -16, -8)])
-def test_the_bias_of_stopping_at_a_target_is_as_documented(spread: float, low: float, high: float):
-    pair = LinearGaussian(latent_dim=2 if spread > 1 else 3, data_dim=4, spread=spread)
-    x = pair.sample(1).expand(6000, -1)
-    scored = log_marginal(pair.model, pair.guide, x, num_samples=64_000, target_se=0.05, seed=0)
-    assert low < (scored.log_px - pair.log_px(x)).mean() / 0.05**2 < high
+@pytest.mark.parametrize(("latent_dim", "spread"), [(3, 0.7), (8, 0.8)])
+def test_a_target_leaves_the_estimate_of_p_unbiased(latent_dim: int, spread: float):
+    # Stopped at the error of the same draws, p(x) came out low by two and three times the target squared.
+    pair = LinearGaussian(latent_dim=latent_dim, data_dim=4, spread=spread)
+    x = pair.sample(1).expand(2048, -1)
+    scored = log_marginal(pair.model, pair.guide, x, num_samples=16_000, target_se=0.1, seed=0)
+    assert len(set(scored.drawn)) > 1
+    ratio = np.exp(scored.log_px - pair.log_px(x))
+    assert abs(ratio.mean() - 1) < 3 * ratio.std() / math.sqrt(len(ratio))
+    assert ratio.std() / math.sqrt(len(ratio)) < 0.007

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pyro
@@ -28,7 +30,7 @@ from torch import distributions as td
 from pyrovae.estimators import make_estimator
 from pyrovae.pairs import find_parameters, inspect_pair
 from pyrovae.vae import make_vae
-from pyrovae.weights import LogWeights, log_weights, without_specks
+from pyrovae.weights import LogWeights, log_weights, prior_weights, without_specks
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -685,6 +687,30 @@ def test_data_outside_the_support(likelihood: object, value: float, message: str
         inspect_pair(vae.model, vae.guide, x)
     assert "in 1 of the 5 " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 5])
+@pytest.mark.parametrize("deeper", ["model", "guide"])
+def test_draws_of_the_prior_stand_left_of_the_plates_of_both_programs(deeper: str, num_particles: int) -> None:
+    """Found by itself, the nesting is the deeper program's: here one of them has a plate of one more."""
+    seen = {}
+
+    def plates(program: str) -> Any:
+        return pyro.plate("inner", 1, dim=-2) if program == deeper else nullcontext()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1), plates("model"):
+            seen["z"] = pyro.sample("z", dist.Normal(0.3, 1.2))
+            pyro.sample("x", dist.Normal(seen["z"], 0.5), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1), plates("guide"):
+            pyro.sample("z", dist.Normal(x, 0.7))
+
+    x = torch.randn(B)
+    weights = prior_weights(model, guide, x, num_particles=num_particles)
+    z = seen["z"].reshape(num_particles, B)
+    _check(weights, td.Normal(z, 0.5).log_prob(x), td.Normal(0.3, 1.2).log_prob(z), td.Normal(x, 0.7).log_prob(z))
 
 
 def test_what_a_mask_hides_need_not_lie_in_the_support() -> None:
