@@ -385,6 +385,7 @@ class Step:
         self._update = _Update(optimizer)
         if not hasattr(estimator, "differentiable_loss"):
             backend = "eager"
+        self._backend = backend
         self._staged = Staged(self._differentiate, backend, precision, programs=(model, guide, estimator))
 
     @property
@@ -475,7 +476,7 @@ class Step:
     def _graph(self, key: tuple, inputs: Tensors, moving: int, beta: float | None) -> None:
         assert self.recorder is not None
         programs = (self.model, self.guide, self.estimator)
-        staged = Staged(self._differentiate_and_note, self._staged.backend, self.precision, programs=programs)
+        staged = Staged(self._differentiate_and_note, self._backend, self.precision, programs=programs)
 
         def compute(*given: Tensor) -> Tensors:
             outputs = staged(*given)

@@ -178,6 +178,55 @@ def test_a_checkpoint_loaded_in_between_is_noticed() -> None:
     torch.testing.assert_close(*(torch.tensor(run) for run in runs), rtol=1e-5, atol=0)
 
 
+class Tempered(nn.Module):
+    """A pair that reads a number of Python's, which a graph keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae, self.power = a_vae(), 1.0
+
+    def model(self, x: Tensor) -> None:
+        with pyro.poutine.scale(scale=self.power):
+            self.vae.model(x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.poutine.scale(scale=self.power):
+            self.vae.guide(x)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_a_program_that_changes_is_noticed_when_it_is_asked_for(power: float) -> None:
+    runs = []
+    for graphs in (False, True):
+        pair = Tempered()
+        step = Step(
+            pyro.infer.Trace_ELBO(),
+            pair.model,
+            pair.guide,
+            ADAM["adam"](pair.vae.parameters()),
+            backend="aten",
+            load=lambda x: (x,),
+        )
+        if graphs:
+            step.asynchronous, step.recorder = True, replayed
+        torch.manual_seed(1)
+        for _ in range(17):
+            step.ahead(X)
+        found = step.outcomes()
+        pair.power = power
+        if power != 1.0:
+            with pytest.warns(RuntimeWarning, match="its captured graph gives other numbers at half time"):
+                step.recheck("at half time"), step.ahead(X)
+        else:
+            step.recheck("at half time"), step.ahead(X)
+        for _ in range(17):
+            step.ahead(X)
+        runs.append(found + step.outcomes())
+        if graphs:
+            assert step.captured == (power == 1.0)
+    torch.testing.assert_close(*map(torch.tensor, runs), rtol=1e-5, atol=0)
+
+
 class Refusing:
     """A recorder that fails, or replays something else."""
 
