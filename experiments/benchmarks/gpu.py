@@ -280,7 +280,7 @@ def part_numpyro(on: Machine, keep: Callable[[dict[str, Any]], None]) -> dict[st
     command = [sys.executable, __file__, "--numpyro", *(["--small"] if on.small else [])]
     environment = os.environ | {"JAX_PLATFORMS": "cpu" if not on.cuda else "cuda,cpu"}
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment)
         output, errors = process.stdout, process.stderr
     except subprocess.TimeoutExpired as error:
         output, errors = (text.decode() if isinstance(text, bytes) else text or "" for text in (error.stdout, error.stderr))
