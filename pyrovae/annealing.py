@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .checks import refuse_no_weights
 from .data import Batch, Batches
 from .evidence import Evidence, pareto_khat, tail_size
 from .pairs import FirstRun, evidence_fields, first_run, inspect_pair, scored_data
@@ -107,6 +108,8 @@ def ais(
     path.check(num_chains, compile)
     data = Batches(x, batch_size=1, program=model, ordered=True)
     first = first_run(model, guide, *data.peek())
+    if start == "guide":
+        refuse_no_weights(first.info.no_weights)
     data.to(first.dtype, first.device, first.floating)
     data.batch_size = _rows(chunk_size, num_chains, first)
     gradient = _Gradient(path.backend(compile, data.num_batches, ways=1))
@@ -262,6 +265,8 @@ def bdmc(
         raise ValueError(f"num_data is a positive integer, not {num_data!r}.")
     data = Batches(x, batch_size=1, program=model, ordered=True)
     first = first_run(model, guide, *data.peek())
+    if start == "guide":
+        refuse_no_weights(first.info.no_weights)
     data.to(first.dtype, first.device, first.floating)
     data.batch_size = num_data
     like = _rows_of(data, num_data)

@@ -185,9 +185,8 @@ class SemiSupervisedVAE(_LabelledVAE):
     :meth:`classify` is Bayes' rule here. Each step decodes every latent C times.
 
     Labels are integers ``(B,)``, -1 where there is none, or one-hot ``(B, C)``, zeros where there is none. The sites are
-    ``"z"``, ``"y"`` (scored where it is known) and ``"x"``. A known label is an observed value like any other: it adds one to
-    its datum's part of ``num_dims``, a probability beside the densities or probabilities of x. For bits per dimension of x
-    alone, score without labels.
+    ``"z"``, ``"y"`` (scored where it is known) and ``"x"``. A known label is no dimension of x, so ``num_dims`` leaves it out;
+    its probability is a part of log p(x, y), so ``measure`` counts it. For bits per dimension of x, score without labels.
 
     Args:
         prior: p(z).

@@ -20,16 +20,19 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm import tqdm
 
+from .checks import refuse_no_weights
 from .data import Batches, as_arrays
 from .estimators import check_estimator, loss_and_grads, make_estimator
 from .evidence import Comparison, Draws, Evidence, compare
 from .marginal import CHUNK_NUMBERS, log_marginal
 from .pairs import FirstRun, first_run, inspect_pair
+from .sites import is_factor
 from .traces import (
     PARTICLES,
     Program,
     data_plate,
     evaluation_mode,
+    latents_of,
     log_prob_of,
     per_datum,
     plates_of,
@@ -737,7 +740,7 @@ class _Pair:
     def batches(self, num_samples: int, progress: bool) -> Iterator[tuple]:
         data = Batches(self.arrays, batch_size=max(1, self.chunk // num_samples), dtype=self.dtype, device=self.device)
         for batch in tqdm(data, total=data.num_batches, unit="batch", disable=not progress):
-            inspect_pair(self.model, self.guide, *batch)
+            refuse_no_weights(inspect_pair(self.model, self.guide, *batch).no_weights)
             yield batch
 
     def sizes(self, total: int, num_data: int) -> Iterator[int]:
@@ -799,7 +802,7 @@ class _Pair:
                     spread = value.unsqueeze(1).expand(size, len(batch[0]), *value.shape[1:])
                     trace.add_node(name, **{**like.sites[name], "value": self.value_of(like.sites[name], spread, like.data)})
                 scored = self.run(poutine.replay, self.guide, batch, size, trace)
-                sites = list(sites_of(scored))
+                sites = latents_of(scored)
                 plate = data_plate(sites)
                 log_q = torch.stack([per_datum(site, log_prob_of(site), plate, size, self.nesting) for site in sites]).sum(0)
                 log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_q.double(), 1))
@@ -842,7 +845,7 @@ class _Pair:
             for site in sites_of(traces.model):
                 if site["is_observed"]:
                     scores[site["name"]] = per_datum(site, log_prob_of(site), data, size, self.nesting)
-                    if type(site["fn"]).__name__ != "Unit":
+                    if not is_factor(site):
                         observed[site["name"]] = self.rows_of(site, site["value"], data, 1)[0]
             for group, found in (("posterior", values), ("log_likelihood", scores)):
                 for name, value in found.items():
@@ -869,7 +872,7 @@ class _Pair:
                 drawn = self.run(poutine.replay, poutine.uncondition(self.model), batch, size, trace)
                 for site in sites_of(drawn):
                     seen = "was_observed" in site["infer"]
-                    if type(site["fn"]).__name__ == "Unit" or (after and not seen):
+                    if is_factor(site) or (after and not seen):
                         continue
                     group = "posterior_predictive" if after else "prior_predictive" if seen else "prior"
                     value = self.rows_of(site, site["value"], data, size)

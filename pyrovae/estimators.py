@@ -85,10 +85,12 @@ def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
             f"{type(estimator).__name__} cannot sum out {', '.join(map(repr, info.enumerated))}, which the model marks for "
             f"enumeration and the guide does not sample: choose 'trace_enum_elbo', or sample it in the guide."
         )
-    if isinstance(estimator, pyro.infer.RenyiELBO) and info.scale != 1.0:
+    scale = info.scale * info.common_scale
+    if isinstance(estimator, pyro.infer.RenyiELBO) and scale != 1.0:
+        what = "data plate's scale N/B" if info.common_scale == 1.0 else "scale of all sites"
         raise ValueError(
-            f"RenyiELBO puts the data plate's scale N/B = {info.scale:g} inside the logsumexp, where it is no bound on "
-            f"log p(x): choose 'renyi' or 'iwae', which scale the sum outside it."
+            f"RenyiELBO puts the {what} = {scale:g} inside the logsumexp, where it is no bound on log p(x): choose 'renyi' or "
+            f"'iwae', which scale the sum outside it."
         )
     silent = isinstance(estimator, pyro.infer.TraceMeanField_ELBO) or (
         isinstance(estimator, pyro.infer.RenyiELBO) and estimator.alpha == 0.0
@@ -100,8 +102,9 @@ def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
 def _refuse_unreparameterized(estimator: pyro.infer.ELBO, sites: tuple[str, ...]) -> None:
     if sites:
         raise ValueError(
-            f"{type(estimator).__name__} needs reparameterised sites, and no gradient flows through "
-            f"{', '.join(map(repr, sites))}: choose 'vimco' or 'score_elbo', or 'trace_enum_elbo' to sum over a few values."
+            f"{type(estimator).__name__} needs reparameterised sites, and no gradient (or a part of it only) flows "
+            f"through {', '.join(map(repr, sites))}: choose 'vimco' or 'score_elbo', or 'trace_enum_elbo' to sum over a few "
+            f"values."
         )
 
 
@@ -191,7 +194,7 @@ class Estimator(pyro.infer.ELBO):
 
         Raises:
             ValueError: a site is not reparameterised, or its density is masked, and the estimator needs it; the message names
-                the site.
+                the site. Or the guide has a ``pyro.factor``, and the estimator follows scores.
         """
         if self.gradients != "score":
             _refuse_unreparameterized(self, weights.not_reparameterized)
@@ -201,7 +204,14 @@ class Estimator(pyro.infer.ELBO):
                 f"{type(self).__name__} needs the density of every latent it samples, and that of {sites} "
                 f"is masked for some data: choose 'iwae', 'elbo' or 'stl', or leave what is masked out of the guide."
             )
-        return self._objective(weights)
+        if weights.log_guide_factors is None:
+            return self._objective(weights)
+        if self.gradients == "score":
+            raise ValueError(
+                f"{type(self).__name__} does not see how the guide's pyro.factor depends on its samples: choose "
+                f"'elbo' or 'iwae'."
+            )
+        return self._objective(weights) - weights.log_guide_factors.mean(0)
 
     def _objective(self, weights: LogWeights) -> Tensor:
         return weights.surrogate(*self.coefficients(weights.log_weights.detach()))
@@ -215,10 +225,10 @@ class Estimator(pyro.infer.ELBO):
         """A scalar whose value is minus the summed bound and whose gradient is minus the objective's."""
         weights = self._draw(model, guide, args, kwargs)
         with torch.no_grad():
-            value = -weights.scale * self.reduce(weights).sum()
+            value = -weights.scale * weights.common_scale * self.reduce(weights).sum()
         if not torch.is_grad_enabled():
             return value
-        loss = -weights.scale * self.objective(weights).sum()
+        loss = -weights.scale * weights.common_scale * self.objective(weights).sum()
         return loss + (value - loss.detach())
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -237,7 +247,7 @@ class Estimator(pyro.infer.ELBO):
         raise TypeError(f"{type(self).__name__} reads log-weights, not single traces: call log_weights(model, guide, ...).")
 
     def _draw(self, model: Program, guide: Program, args: tuple, kwargs: dict, **options: Any) -> LogWeights:
-        nesting = None
+        nesting = 0  # of no use where particles run one by one
         if self.num_particles > 1 and self.vectorize_particles:
             if (model, guide) not in self._nesting:
                 self._nesting[model, guide] = inspect_pair(model, guide, *args, **kwargs).max_plate_nesting

@@ -304,7 +304,7 @@ class Evidence:
             unit = {"by enumeration": "assignments", "by quadrature": "grid points"}.get(self.method.removeprefix("exact, "))
             return "in closed form" if unit is None else f"up to {self.num_samples:,} {unit} each"
         unit, drawn = "chain" if self.is_annealed else "sample", self._drawn()
-        pilot = "" if self.pilot is None or not self.pilot.any() else f", and {self.pilot.mean():,.0f} to decide on that number"
+        pilot = "" if self.pilot is None or not self.pilot.any() else f", after a pilot of {self.pilot.mean():,.0f}"
         if drawn.min() == drawn.max():
             return f"{drawn[0]:,} {unit}{'s' if drawn[0] > 1 else ''} each{pilot}"
         return f"{drawn.min():,} to {drawn.max():,} {unit}s each, {drawn.mean():,.0f} on average{pilot}"

@@ -23,6 +23,7 @@ from .evidence import Evidence
 from .pairs import evidence_fields, first_run, inspect_pair, scored_data
 from .quadrature import integrate
 from .registry import unknown
+from .sites import is_factor, law_of
 from .traces import (
     FlatPair,
     Layout,
@@ -32,11 +33,11 @@ from .traces import (
     evaluation_mode,
     explained,
     in_particles,
-    law_of,
     log_prob_of,
     per_datum,
     plate_nesting,
     plate_sizes,
+    refuse_masked,
     sites_of,
     trace_from_prior,
 )
@@ -184,6 +185,7 @@ def _enumerate(model: Program, batch: Batch, nesting: int, most: int, vectorize:
     """Sum the joint over every assignment of the latents of a datum."""
     first = trace_from_prior(model, None, batch, 1, None).model
     sites = [site for site in sites_of(first) if not site["is_observed"]]
+    refuse_masked(sites)
     data = data_plate(list(sites_of(first)))
     nesting = max(nesting, plate_nesting(first))
     supports = [_support(site) for site in sites]
@@ -338,7 +340,7 @@ def _not_linear_gaussian(pair: FlatPair) -> str | None:
     """Why a pair is not linear-Gaussian, or ``None`` if it is."""
     flat = torch.zeros(1, pair.num_data, pair.num_latents, dtype=pair.dtype, device=pair.device)
     for site in sites_of(pair.model_trace(flat)[0]):
-        if type(law_of(site)).__name__ == "Unit":
+        if is_factor(site):
             return f"it has the pyro.factor {site['name']!r}"
         if type(law_of(site)) not in _GAUSSIAN:
             return f"its site {site['name']!r} is {type(law_of(site)).__name__}, not Normal"

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
+from .checks import refuse_no_weights
 from .cuda import check_precision, free_memory, products_in
 from .data import Batch, Batches, content_hash
 from .evidence import CONSTANT, FEWEST_SAMPLES, Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
@@ -277,7 +278,7 @@ def log_marginal(
         """What the proposal missed of each datum of a group, by draws of the prior."""
         missed = np.full(len(batch[0]), math.nan)
         try:
-            for chosen, most in _parts(torch.arange(len(batch[0])), probes, chunk, None):
+            for chosen, most in _parts(torch.arange(len(batch[0])), probes, chunk, None, group):
                 rows, part = chosen.numpy(), tuple(array[chosen] for array in batch)
                 seen = prior_probe(model, guide, vectorize_particles, nesting)
                 if fitted is not None:
@@ -364,7 +365,10 @@ def log_marginal(
         start = 0
         for batch in data:
             if store.wants(start, batch):
-                described = scored_data(inspect_pair(model, guide, *batch), batch)
+                seen = inspect_pair(model, guide, *batch)
+                if kind in ("guide", "mixture"):
+                    refuse_no_weights(seen.no_weights)
+                described = scored_data(seen, batch)
                 torch.manual_seed(store.seed_of(start))
                 if (start // group).bit_count() == 1:  # other data than it was captured on, in groups 1, 2, 4, ...
                     staged.recheck(f"from datum {start} on")
@@ -528,7 +532,7 @@ class _Pair(NamedTuple):
         devices = [first.device] if first.device.type == "cuda" else []
         with torch.no_grad(), evaluation_mode(model, guide), torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            weights = log_weights(model, guide, *one, num_particles=1)
+            weights = log_weights(model, guide, *one, num_particles=1, max_plate_nesting=0)
         terms = torch.stack([weights.log_likelihood, weights.log_prior, weights.log_guide])
         return cls(content_hash(state.values()), content_hash(one), terms.double().flatten().tolist())
 

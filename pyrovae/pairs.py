@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from .checks import check_sites, why_no_weights
 from .data import Batch, fingerprints
 from .evidence import Measure
 from .traces import (
@@ -43,6 +44,8 @@ class PairInfo:
         num_data: data in the batch.
         scale: N/B of a subsampled data plate, else 1.0.
         num_dims: numbers per datum, observed or masked.
+        common_scale: what one poutine.scale around all sites says, else 1.0.
+        no_weights: why p(x, z) / q(z|x) is no importance weight, where it is none; see :func:`pyrovae.checks.why_no_weights`.
         num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
@@ -62,6 +65,8 @@ class PairInfo:
     not_reparameterized: tuple[str, ...]
     enumerated: tuple[str, ...] = ()
     num_observed: int = 0
+    common_scale: float = 1.0
+    no_weights: str | None = None
     discrete: tuple[str, ...] = ()
     num_densities: float = 0
     num_probabilities: float = 0
@@ -71,7 +76,7 @@ class PairInfo:
     def count(self, batch: tuple) -> float:
         """How many data the loss of a batch of such a pair is a sum over."""
         # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
-        return len(batch[0]) if self.scale == 1.0 else self.num_data * self.scale
+        return (len(batch[0]) if self.scale == 1.0 else self.num_data * self.scale) * self.common_scale
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
@@ -94,12 +99,16 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         )
         for name in enumerated:
             model_trace.remove_node(name)
+        check_sites(traces)
         weights = read_weights(traces, 1)
+        no_weights = why_no_weights(model, guide, args, kwargs, traces)
         rounding = _rounding(traces)
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
-    numbers = [(num_observed_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in observed]
+    # A label that is no dimension of the data is a part of their probability all the same.
+    counted = [site | {"infer": {}} for site in observed]
+    numbers = [(num_observed_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
     return PairInfo(
         max_plate_nesting=plate_nesting(model_trace, guide_trace),
         num_data=weights.num_data,
@@ -109,6 +118,8 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         not_reparameterized=weights.not_reparameterized,
         enumerated=enumerated,
         num_observed=sum(num_observed_of(site, data) for site in observed),
+        common_scale=weights.common_scale,
+        no_weights=no_weights,
         discrete=tuple(site["name"] for site in latent_sites if _is_discrete(site)),
         num_densities=sum(number * (1 - discrete) for number, discrete in numbers),
         num_probabilities=sum(number * discrete for number, discrete in numbers),
@@ -182,6 +193,17 @@ def evidence_fields(parts: list[dict[str, np.ndarray]], given: tuple[str, ...]) 
 
 def _whole(number: float) -> float:
     return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
+
+
+def check_steady_scale(model: Program, guide: Program, args: tuple[Tensor, ...], info: PairInfo) -> None:
+    """Refuse one poutine.scale around all sites that depends on the size of the batch, where batches are of several sizes."""
+    fewer = inspect_pair(model, guide, *(arg[:-1] for arg in args)) if info.common_scale != 1.0 else info
+    if abs(fewer.common_scale - info.common_scale) > 1e-6 * abs(info.common_scale):
+        raise ValueError(
+            f"The scale around all sites is {info.common_scale:g} for {len(args[0])} data and {fewer.common_scale:g} for one "
+            f"less, so the last and smaller batch would weigh otherwise: leave the scale out, since each step follows the mean "
+            f"per datum."
+        )
 
 
 def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:

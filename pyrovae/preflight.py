@@ -12,6 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -34,7 +35,9 @@ def check_programs(model: Program, guide: Program) -> None:
         ValueError: one of them cannot be called, or is a module without a ``forward``.
     """
     for name, program in (("model", model), ("guide", guide)):
-        missing = isinstance(program, nn.Module) and type(program).forward is nn.Module.forward
+        # Pyro's effect guides are modules that are called, without a forward.
+        calls = (type(program).__call__, type(program).forward) if isinstance(program, nn.Module) else ()
+        missing = calls in {(nn.Module.__call__, nn.Module.forward), (PyroModule.__call__, nn.Module.forward)}
         if missing or not callable(program):
             kind = type(program).__name__
             parts = all(callable(getattr(program, part, None)) for part in ("model", "guide"))

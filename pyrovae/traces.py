@@ -23,6 +23,17 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform
 
+from .sites import (
+    accept_any_component,
+    inside_of,
+    is_factor,
+    is_masked_anywhere,
+    is_point,
+    law_of,
+    mask_of,
+    reaches_beyond,
+)
+
 Program = Callable[..., Any]
 Gradients = Literal["total", "split", "score", "leaf"]
 
@@ -94,9 +105,18 @@ class Traces(NamedTuple):
     """What one run of the guide, and of the model on its samples, left behind."""
 
     model: Trace
-    guide: Trace
+    guide: Trace  # its latents: what it observes is no part of q(z|x)
     rescored: Trace | None = None  # the guide at the samples, cut off from their path
     gate: Gate | None = None
+    guide_observed: tuple[dict, ...] = ()
+
+    @property
+    def guide_factors(self) -> list[dict]:
+        """The guide's own ``pyro.factor`` sites, which are terms of an objective and of no density.
+
+        A guide that runs the model, as Pyro's effect guides do, passes the model's factors too.
+        """
+        return [site for site in self.guide_observed if is_factor(site) and site["name"] not in self.model]
 
 
 def trace_pair(
@@ -131,22 +151,41 @@ def trace_pair(
             guide_trace = _with_values(guide_trace, lambda site: site["value"].detach())
         else:
             guide_trace = trace(particles(guide))
+        guide_trace, observed = _latents_and_observed(guide_trace)
         seen = guide_trace
         if gate is not None:
             seen = _with_values(guide_trace, lambda site: gate(site["value"], site["fn"].event_dim))
             rescored = _with_values(guide_trace, lambda site: site["value"].detach())
         elif gradients == "leaf":
             seen = rescored = _with_values(guide_trace, _as_leaf)
-        model_trace = trace(poutine.replay(particles(model), trace=seen))
+        inside = _Inside(guide_trace)
+        model_trace = trace(inside(poutine.replay(particles(model), trace=seen)))
+        for name, outside in inside.outside.items():
+            model_trace.nodes[name]["outside"] = outside
         if rescored is not None and sum(1 for _ in sites_of(prune_subsample_sites(guide_trace))) > 1:
             # A later site's distribution depends on an earlier sample, which must be the one without a path.
-            rescored = trace(poutine.replay(particles(guide), trace=rescored))
+            rescored, _ = _latents_and_observed(trace(poutine.replay(particles(guide), trace=rescored)))
     if rows is not None:
         for site in guide_trace.nodes.values():
             if site_is_subsample(site) and site["name"] not in rows:
                 rows.add_node(site["name"], **site)
     rescored = None if rescored is None else prune_subsample_sites(rescored)
-    return Traces(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), rescored, gate)
+    return Traces(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace), rescored, gate, observed)
+
+
+def _latents_and_observed(guide_trace: Trace) -> tuple[Trace, tuple[dict, ...]]:
+    """A guide's trace without the sites that it observes, and those."""
+    observed = tuple(site for site in sites_of(guide_trace) if site["is_observed"] and not site_is_subsample(site))
+    if observed:
+        guide_trace = guide_trace.copy()
+        for site in observed:
+            guide_trace.remove_node(site["name"])
+    return guide_trace, observed
+
+
+def latents_of(trace: Trace) -> list[dict]:
+    """The sites of a guide's trace that make up q(z|x)."""
+    return [site for site in sites_of(trace) if not site["is_observed"]]
 
 
 def in_particles(run: Program, num_particles: int, max_plate_nesting: int | None) -> Program:
@@ -163,18 +202,24 @@ def explained(num_particles: int) -> Iterator[None]:
     """What torch and Pyro raise when a pair does not fit its plates, in a sentence that says what to write."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
-        if "Shape mismatch inside plate" in str(error):
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        if num_particles > 1:
             raise ValueError(
-                f"{str(error).splitlines()[0].rstrip('.')}: declare the dimensions within a datum with .to_event(n), and "
-                f"size the plate by x.shape[0]."
+                f"The pair runs with one particle but not with {num_particles} on the left of its batch ({said}): let its "
+                f"networks accept leading dimensions, and reshape by z.shape[:-1] and not by the batch, or pass "
+                f"vectorize_particles=False."
             ) from error
-        if num_particles == 1:
-            raise error.__cause__ or error from None  # without the trace shapes that Pyro appends to the sentence
-        raise ValueError(
-            f"The pair runs with one particle but not with {num_particles} on the left of its batch "
-            f"({str(error).splitlines()[0]}): let its networks accept leading dimensions, or pass vectorize_particles=False."
-        ) from error
+        if "Shape mismatch inside plate" in said:
+            raise ValueError(
+                f"{said}: declare the dimensions within a datum with .to_event(n), and size the plate by x.shape[0]."
+            ) from error
+        if isinstance(error, IndexError | TypeError):
+            raise ValueError(
+                f"The pair cannot be run on its arguments ({type(error).__name__}: {said}): let model and guide take the same "
+                f"arguments, and use no dimension that the data or the latents do not have."
+            ) from error
+        raise error.__cause__ or error from None  # without the trace shapes that Pyro appends to the sentence
 
 
 def _with_values(trace: Trace, change: Callable[[dict], Tensor]) -> Trace:
@@ -188,6 +233,40 @@ def _with_values(trace: Trace, change: Callable[[dict], Tensor]) -> Trace:
 def _as_leaf(site: dict) -> Tensor:
     value = site["value"].detach()
     return value.requires_grad_() if value.is_floating_point() else value
+
+
+class _Inside(Messenger):
+    """A sample outside the prior's support weighs nothing: the model sees a point inside in its place, and it is noted here.
+
+    Where both supports say that there is none, as for most pairs, nothing is looked at.
+    """
+
+    def __init__(self, guide: Trace):
+        super().__init__()
+        self.guide = guide
+        self.outside: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        drawn = self.guide.nodes.get(msg["name"])
+        if drawn is None or drawn["type"] != "sample" or msg["is_observed"] or site_is_subsample(msg):
+            return
+        try:
+            support = support_of(msg["fn"])
+        except NotImplementedError:  # torch's word for a distribution that declares no support
+            return
+        try:
+            beyond = reaches_beyond(support_of(drawn["fn"]), support)
+        except NotImplementedError:
+            beyond = reaches_beyond(None, support)
+        if not beyond or not isinstance(msg["value"], Tensor):
+            return
+        value = msg["value"]
+        outside = ~support.check(value)
+        accept_any_component(msg["fn"])
+        safe = inside_of(support, value)
+        if safe is not None:
+            msg["value"] = torch.where(outside[(..., *[None] * support.event_dim)], safe, value)
+        self.outside[msg["name"]] = outside
 
 
 class _Detach(Messenger):
@@ -214,8 +293,15 @@ def sites_of(trace: Trace) -> Iterator[dict]:
 
 
 def plates_of(site: dict) -> list[Any]:
-    """The plates of a site but the particles'."""
-    return [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
+    """The plates of a site but the particles'; one without a size has that of the site's own batch there."""
+    return [_sized(frame, site["fn"]) for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
+
+
+def _sized(frame: Any, law: Any) -> Any:
+    if frame.size != -1 or not frame.vectorized or len(law.batch_shape) < -frame.dim:
+        return frame
+    size = law.batch_shape[frame.dim]
+    return frame._replace(size=size, full_size=size)
 
 
 def plate_nesting(*traces: Trace) -> int:
@@ -231,21 +317,21 @@ def data_plate(sites: list[dict]) -> Any:
     for site in sites:
         for frame in plates_of(site):
             held = frames.setdefault(frame.name, frame)
-            if (held.size, held.full_size) != (frame.size, frame.full_size):
+            if -1 in (held.size, frame.size):  # a site of a plate without a size that has no batch of its own
+                frames[frame.name] = held if held.size == -1 else frame
+            elif (held.size, held.full_size) != (frame.size, frame.full_size):
                 raise ValueError(
                     f"Plate {frame.name!r} has size {held.size} of {held.full_size} at one site and {frame.size} of "
                     f"{frame.full_size} at site {site['name']!r}: give it one size in model and guide."
                 )
     if not frames:
         raise ValueError(f"The pair has no data plate, so its log-weights cannot be told apart by datum: {write}")
-    shared = set(frames).intersection(*({frame.name for frame in plates_of(site)} for site in sites))
+    names = [{frame.name for frame in plates_of(site)} for site in sites]
+    shared = set(frames).intersection(*names)
     if not shared:
-        plate = "data" if "data" in frames else next(iter(frames))
-        outside = next(site["name"] for site in sites if plate not in {frame.name for frame in plates_of(site)})
-        raise ValueError(
-            f"Site {outside!r} lies outside the data plate {plate!r}, so it belongs to no datum: {write[:-1]}; what all data "
-            f"share is a pyro.param here, not a latent."
-        )
+        plate = "data" if "data" in frames else max(frames, key=lambda name: sum(name in held for held in names))
+        outside = next(site for site, held in zip(sites, names, strict=True) if plate not in held)
+        raise ValueError(_outside(outside, plate, write))
     if len(shared) > 1 and "data" not in shared:
         raise ValueError(f"Plates {sorted(shared)} all hold every site: call the one over data pyro.plate('data', ...).")
     frame = frames["data" if len(shared) > 1 else shared.pop()]
@@ -253,20 +339,26 @@ def data_plate(sites: list[dict]) -> Any:
         raise ValueError(f"The data plate {frame.name!r} is a sequential loop: {write}")
     if frame.size == -1:
         raise ValueError(
-            f"The data plate {frame.name!r} has no size, so all data would share one latent draw: "
-            f'write pyro.plate("{frame.name}", x.shape[0]).'
+            f"The data plate {frame.name!r} has no size, so all data would share one draw at a site whose distribution has no "
+            f'batch of its own: write pyro.plate("{frame.name}", x.shape[0]).'
         )
     if frame.size == 0:
         raise ValueError(f"The data plate {frame.name!r} is empty: give at least one datum.")
     return frame
 
 
-def law_of(site: dict) -> Any:
-    """A site's distribution without what Pyro wraps around it."""
-    law = site["fn"]
-    while type(law).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
-        law = law.base_dist
-    return law
+def _outside(site: dict, plate: str, write: str) -> str:
+    """Why a site outside the data plate cannot be read."""
+    if site["infer"].get("is_auxiliary") and not is_factor(site):
+        return (
+            f"The guide's auxiliary site {site['name']!r} lies outside the data plate {plate!r}, as in autoguides that draw "
+            f"the latents of all data as one vector, so q has no factor for each datum: use pyro.infer.autoguide.AutoNormal, "
+            f"or a guide that samples inside the plate."
+        )
+    return (
+        f"Site {site['name']!r} lies outside the data plate {plate!r}, so it belongs to no datum: {write[:-1]}; what all data "
+        f"share is a pyro.param here, not a latent."
+    )
 
 
 # So many terms have a sum of which float32 leaves hundredths of a nat uncertain: at four million, half a nat.
@@ -281,7 +373,10 @@ def log_prob_of(site: dict) -> Tensor:
         if isinstance(getattr(law, "loc", None), Tensor):  # then constants, rounded alike in every term, are float64 too
             value = value.double()
     value = law.log_prob(value, *site["args"], **site["kwargs"])
-    return scale_and_mask(_summed(value, tuple(range(-inner, 0))), 1.0, site["mask"])
+    value = _summed(value, tuple(range(-inner, 0)))
+    if "outside" in site:
+        value = torch.where(site["outside"], -torch.inf, value)
+    return scale_and_mask(value, 1.0, site["mask"])
 
 
 def _summed(terms: Tensor, dims: tuple[int, ...] | list[int]) -> Tensor:
@@ -296,20 +391,25 @@ def per_datum(site: dict, log_prob: Tensor, data: Any, num_particles: int, nesti
     """A site's log-probability as (K, B), summed over the plates inside a datum."""
     size = {frame.dim: frame.size for frame in plates_of(site) if frame.vectorized} | {-nesting - 1: num_particles}
     plates = [size.get(dim, 1) for dim in range(-nesting - 1, 0)]
-    shape = [1] * (len(plates) - log_prob.dim()) + list(log_prob.shape)
-    if len(shape) > len(plates) or any(have not in (1, want) for have, want in zip(shape, plates, strict=True)):
-        raise ValueError(
-            f"Site {site['name']!r} has log-probabilities of shape {tuple(log_prob.shape)}, but its plates have "
-            f"{tuple(plates[1:] if num_particles == 1 else plates)}: declare the dimensions within a datum with .to_event(n)."
-        )
+    check_batch(site, log_prob.shape, plates[1:] if num_particles == 1 else plates)
     log_prob = log_prob.expand(plates)
     inner = [dim for dim in range(-nesting, 0) if dim != data.dim]
     return _summed(log_prob, inner).reshape(num_particles, data.size)
 
 
+def check_batch(site: dict, shape: torch.Size, plates: list[int]) -> None:
+    """Refuse a site whose batch dimensions are not its plates'."""
+    padded = [1] * (len(plates) - len(shape)) + list(shape)
+    if len(shape) > len(plates) or any(have not in (1, want) for have, want in zip(padded, plates, strict=True)):
+        raise ValueError(
+            f"Site {site['name']!r} has log-probabilities of shape {tuple(shape)}, but its plates have {tuple(plates)}: "
+            f"declare the dimensions within a datum with .to_event(n)."
+        )
+
+
 def num_dims_of(site: dict, data: Any) -> int:
     """How many numbers a site observes of one datum; none at a site of ``infer={"num_dims": 0}``, such as a label's."""
-    if type(site["fn"]).__name__ == "Unit" or site["infer"].get("num_dims") == 0:  # pyro.factor observes nothing
+    if is_factor(site) or site["infer"].get("num_dims") == 0:
         return 0
     event = site["fn"].event_shape.numel()
     for frame in plates_of(site):
@@ -321,17 +421,10 @@ def num_observed_of(site: dict, data: Any) -> int:
     """How many numbers a site observes of all data together, without what a mask leaves out; read eagerly."""
     if not num_dims_of(site, data):
         return 0
-    law = site["fn"]
-    while hasattr(law, "base_dist") and not isinstance(law, pyro.distributions.MaskedDistribution):
-        law = law.base_dist
-    inside = getattr(law, "_mask", True)
-    if not isinstance(inside, Tensor) and not isinstance(site["mask"], Tensor):
-        return 0 if inside is False or site["mask"] is False else num_dims_of(site, data) * data.size
-    seen = torch.as_tensor(inside).expand(law.batch_shape)
-    if site["mask"] is not None:
-        outer = torch.as_tensor(site["mask"]).expand(site["fn"].batch_shape)
-        seen = seen & outer.reshape(*outer.shape, *[1] * (seen.dim() - outer.dim())).to(seen.device)
-    return int(seen.sum()) * law.event_shape.numel()
+    mask = mask_of(site)
+    if not isinstance(mask, Tensor):
+        return num_dims_of(site, data) * data.size if mask else 0
+    return int(mask.expand(site["fn"].batch_shape + site["fn"].event_shape).sum())
 
 
 def check_same_latents(model_sites: list[dict], guide_sites: list[dict]) -> None:
@@ -340,6 +433,11 @@ def check_same_latents(model_sites: list[dict], guide_sites: list[dict]) -> None
     observed = {site["name"] for site in model_sites if site["is_observed"]}
     in_guide = {site["name"] for site in guide_sites if not site["is_observed"] and not site["infer"].get("is_auxiliary")}
     for name in sorted(in_model - in_guide):
+        if not observed:
+            raise ValueError(
+                f"The model observes nothing, and its site {name!r} is not in the guide: give the site of the data obs=x, and "
+                f"sample every other one in the guide under the same name."
+            )
         raise ValueError(
             f"The model's latent site {name!r} is not in the guide: sample it there under the same name, or sum it out with "
             f"pyro.infer.TraceEnum_ELBO."
@@ -351,14 +449,33 @@ def check_same_latents(model_sites: list[dict], guide_sites: list[dict]) -> None
         raise ValueError("The model observes nothing: give its data site obs=x, and pass x to both programs.")
 
 
-def check_scale(sites: list[dict], scale: float, plate: str) -> None:
-    """Refuse a scale on some sites only."""
-    for site in sites:
-        if isinstance(site["scale"], Tensor) or abs(site["scale"] - scale) > 1e-9 * scale:
+def common_scale(sites: list[dict], plate: Any) -> float:
+    """The factor that poutine.scale puts around all sites alike, besides the N/B of a subsampled data plate.
+
+    Raises:
+        ValueError: only some sites are scaled, or each datum apart.
+    """
+    own, scales = plate.full_size / plate.size, [_number(site["scale"]) for site in sites]
+    together = all(math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales)
+    for site, scale in zip(sites, scales, strict=True):
+        if not together and not math.isclose(scale, own, rel_tol=1e-6):
             raise ValueError(
-                f"Site {site['name']!r} is scaled apart from the data plate {plate!r} (by poutine.scale, or by subsampling "
-                f"inside a datum), which is no weight of p(x, z): remove the scale, and use an estimator's beta to anneal."
+                f"Site {site['name']!r} is scaled apart from the data plate {plate.name!r} (by poutine.scale, or by "
+                f"subsampling inside a datum), which is no weight of p(x, z): remove the scale or put one around all "
+                f"sites of model and guide, and use an estimator's beta to anneal."
             )
+        for frame in plates_of(site):
+            if frame.name != plate.name and frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"Site {site['name']!r} lies in the plate {frame.name!r}, which subsamples what belongs to one datum, so "
+                    f"its weight is of other data each time: leave subsample_size out within a datum."
+                )
+    return 1.0 if math.isclose(scales[0], own, rel_tol=1e-6) else scales[0] / own
+
+
+def _number(scale: Any) -> float:
+    """A site's scale; of one for each datum, which is none of the objective, NaN, which is close to nothing."""
+    return float(scale) if not isinstance(scale, Tensor) or scale.numel() == 1 else math.nan
 
 
 def check_scores(guide_sites: list[dict]) -> None:
@@ -385,7 +502,7 @@ def check_finite(args: tuple) -> None:
 
 def check_support(site: dict) -> None:
     """Refuse observed values outside their distribution's support."""
-    if type(site["fn"]).__name__ in ("Unit", "Delta") or not isinstance(site["value"], Tensor):
+    if is_factor(site) or is_point(site) or not isinstance(site["value"], Tensor):
         return
     try:
         inside = site["fn"].support.check(site["value"])
@@ -448,9 +565,19 @@ def trace_from_prior(
             for site in latents.values():
                 guide_trace.add_node(site["name"], **site)
             return Traces(model_trace, guide_trace)
-        guide_trace = trace(guide, Place({name: site["value"] for name, site in latents.items()}))
+        guide_trace, _ = _latents_and_observed(trace(guide, Place({name: site["value"] for name, site in latents.items()})))
     refuse_auxiliary(sites_of(guide_trace))
     return Traces(model_trace, guide_trace)
+
+
+def refuse_masked(sites: list[dict]) -> None:
+    """Refuse latents of which a mask, around the site or inside its distribution, leaves something out; read eagerly."""
+    for site in sites:
+        if not site["is_observed"] and is_masked_anywhere(site):
+            raise ValueError(
+                f"The latent site {site['name']!r} is masked, so its density does not integrate to one over its values: "
+                f"mask the observed sites only, or use log_marginal with the guide's draws."
+            )
 
 
 def refuse_auxiliary(guide_sites: Iterator[dict] | list[dict]) -> None:
@@ -508,7 +635,8 @@ class FlatPair:
         check_same_latents(model_sites, guide_sites)
         refuse_auxiliary(guide_sites)
         self.data = data_plate(model_sites + guide_sites)
-        check_scale(model_sites + guide_sites, self.data.full_size / self.data.size, self.data.name)
+        common_scale(model_sites + guide_sites, self.data)
+        refuse_masked(model_sites + guide_sites)
         if self.data.full_size != self.data.size:
             raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
         self.nesting, self.num_data = plate_nesting(traces.model, traces.guide), self.data.size
@@ -521,11 +649,6 @@ class FlatPair:
             if site["is_observed"]:
                 continue
             name, sizes = site["name"], plate_sizes(site, self.nesting)
-            if has_masked_latents(site):
-                raise ValueError(
-                    f"The latent site {name!r} is masked, so its density does not integrate to one over unconstrained numbers: "
-                    f"mask the observed sites only."
-                )
             shape = _unconstrained_shape(site)
             width = shape.numel() * torch.Size(sizes).numel() // self.num_data
             self.latents += (name,)
@@ -578,7 +701,7 @@ class FlatPair:
         with torch.no_grad(), poutine.block():
             trace = prune_subsample_sites(poutine.trace(poutine.uncondition(self.model)).get_trace(*self.args))
         for site in sites_of(trace):
-            if type(site["fn"]).__name__ == "Unit":
+            if is_factor(site):
                 raise ValueError(f"The model's pyro.factor {site['name']!r} cannot be simulated: remove it.")
         return trace, self._flatten(trace, {name: trace.nodes[name]["value"] for name in self.latents}, 1)
 
@@ -599,7 +722,7 @@ class FlatPair:
             values = {name: trace.nodes[name]["value"] for name in self.latents}
             guide_trace, _ = self._run(self.guide, values, size)
             try:
-                terms = [per_datum(site, log_prob_of(site), self.data, size, self.nesting) for site in sites_of(guide_trace)]
+                terms = [per_datum(site, log_prob_of(site), self.data, size, self.nesting) for site in latents_of(guide_trace)]
             except (NotImplementedError, KeyError) as error:
                 raise ValueError(
                     f"The guide's flow cannot be inverted ({str(error) or type(error).__name__}), so its density is not "
@@ -698,7 +821,8 @@ def support_of(law: Any) -> Any:
         return constraints.independent(_ONE_TURN, law.event_dim) if law.event_dim else _ONE_TURN
     if isinstance(law, torch.distributions.MixtureSameFamily):
         component = support_of(law.component_distribution)
-        return _Union(component) if isinstance(law_of({"fn": law.component_distribution}), _Uniform) else component
+        uniform = isinstance(law_of({"fn": law.component_distribution}), _Uniform)
+        return _Union(component) if uniform or component.is_discrete else component
     transformed = isinstance(law, torch.distributions.TransformedDistribution)
     if transformed and type(law_of({"fn": law.base_dist})).__name__ in _CIRCULAR:
         return _Image(support_of(law.base_dist), law.transforms)
@@ -720,6 +844,10 @@ class _Union(constraints.Constraint):
     def __init__(self, component: Any):
         self.component = component
         super().__init__()
+
+    @property
+    def is_discrete(self) -> bool:  # type: ignore[override]
+        return self.component.is_discrete
 
     @property
     def event_dim(self) -> int:  # type: ignore[override]
@@ -757,15 +885,6 @@ class _Image(constraints.Constraint):
 @biject_to.register(_Image)
 def _onto_image(image: _Image) -> Any:
     return ComposeTransform([biject_to(image.base), image.transform])
-
-
-def has_masked_latents(site: dict) -> bool:
-    """Whether a mask, of a handler or inside the distribution, takes away some of a site's log-probability."""
-    masks, law = [site["mask"]], site["fn"]
-    while hasattr(law, "base_dist"):
-        masks.append(getattr(law, "_mask", None))
-        law = law.base_dist
-    return any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
 
 
 def _unconstrained_shape(site: dict) -> torch.Size:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .cuda import check_precision, products_in
 from .data import Batches, binarize, dequantize
 from .estimators import check_estimator, make_estimator
-from .pairs import PairInfo, first_run, inspect_pair
+from .pairs import PairInfo, check_steady_scale, first_run, inspect_pair
 from .preflight import (
     SupportCheck,
     cause_in_data,
@@ -133,7 +133,8 @@ def fit(
         epochs: passes over the data, at most.
         batch_size: data per step.
         shuffle: a new order in each epoch; must be ``False`` for a guide that keeps a parameter for each datum in its place,
-            such as an autoguide, with all data in one batch.
+            such as ``AutoNormal``, ``AutoDelta`` or ``AutoNormalMessenger``, with all data in one batch. Autoguides that draw
+            one vector for all data, such as ``AutoMultivariateNormal``, have no factor for each datum and are refused.
         lr: the learning rate.
         optimizer: ``"adam"``, another name, or a callable ``(parameters, lr=...)`` such as a torch optimizer class.
         schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), or a callable that makes a torch scheduler, which is
@@ -208,6 +209,8 @@ def fit(
             inspect_pair(model, guide, *held_out.peek())
         check_held = None if check_batch.check_early(held_out) else check_batch
     check_other_batches(elbo, model, guide, example, start.parameters, train)
+    if train.num_data is None or train.num_data % len(example[0]):
+        check_steady_scale(model, guide, example, start.info)
     loss = rehearse(elbo, model, guide, example, start.parameters)
     check_first_loss(loss / start.info.count(example), start.info.num_dims, model, guide, example)
 

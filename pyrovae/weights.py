@@ -25,7 +25,9 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from .checks import look_at
 from .registry import positive_integer
+from .sites import is_factor, is_point, is_reparameterized, masks_of, reaches_beyond
 from .traces import (
     Gate,
     Gradients,
@@ -33,11 +35,11 @@ from .traces import (
     Program,
     Traces,
     check_same_latents,
-    check_scale,
     check_scores,
+    common_scale,
     data_plate,
     find_nesting,
-    law_of,
+    latents_of,
     log_prob_of,
     num_dims_of,
     per_datum,
@@ -81,6 +83,9 @@ class LogWeights:
         log_prior: log p(z), shape (K, B).
         log_guide: log q(z|x), shape (K, B).
         scale: N/B of a subsampled data plate, else 1.0; it multiplies an objective, never a weight.
+        common_scale: what one poutine.scale around all sites says, else 1.0; it too multiplies an objective only.
+        log_guide_factors: the sum of the guide's ``pyro.factor`` sites, shape (K, B), where it has some: terms of its loss,
+            which an objective loses as Pyro's does, and of no weight.
         num_dims: how many observed numbers one datum has.
         not_reparameterized: guide sites through which no gradient flows.
         masked: latent sites of the guide whose density is masked for some data.
@@ -96,6 +101,8 @@ class LogWeights:
     log_prior: Tensor
     log_guide: Tensor
     scale: float = 1.0
+    common_scale: float = 1.0
+    log_guide_factors: Tensor | None = None
     num_dims: int = 0
     not_reparameterized: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
@@ -209,7 +216,7 @@ def log_weights(
         num_particles: K.
         vectorize_particles: run once with K particles in a plate on the left, or K times. Programs whose networks accept
             leading dimensions want ``True``.
-        max_plate_nesting: how many plate dimensions the pair uses; found by one extra run when not given.
+        max_plate_nesting: how many plate dimensions the pair uses; when not given, an extra run finds it and checks the pair.
         gradients: ``"total"`` as reparameterised samples give them; ``"split"`` also the part of log q that reaches the guide's
             parameters at fixed samples, so that :meth:`LogWeights.surrogate` can weigh model, path and score apart;
             ``"score"`` samples detached, for latents without a path; ``"leaf"`` samples as leaves of the graph. A guide
@@ -222,7 +229,8 @@ def log_weights(
 
     Raises:
         ValueError: there is no data plate, a site lies outside it, plates and shapes disagree, a latent of one program is
-            missing from the other, or only some sites are scaled. The message says what to write.
+            missing from the other or of another kind there, the guide has no density, or only some sites are scaled. The
+            message says what to write.
 
     References:
         Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016.
@@ -237,8 +245,8 @@ def log_weights(
     if not torch.is_grad_enabled():
         gradients = "total"
     together = num_particles if vectorize_particles else 1
-    if max_plate_nesting is None and together > 1:
-        max_plate_nesting = find_nesting(model, guide, args, kwargs)
+    if max_plate_nesting is None:
+        max_plate_nesting = look_at(model, guide, args, kwargs)
 
     # Runs one by one must score the same rows of a subsampled plate, or a datum's particles would be of several data.
     rows = None if together == num_particles else Trace()
@@ -285,7 +293,10 @@ def prior_weights(
             layout = Layout(together, weights.num_data, plate_nesting(traces.model, traces.guide), data_plate(sites).dim)
             for site in sites_of(traces.guide):
                 with suppress(NotImplementedError):  # torch's word for a distribution that declares no support
-                    beyond = ~support_of(site["fn"]).check(site["value"])
+                    support = support_of(site["fn"])
+                    if not reaches_beyond(support_of(traces.model.nodes[site["name"]]["fn"]), support):
+                        continue
+                    beyond = ~support.check(site["value"])
                     outside = outside | (layout.gather(beyond.to(weights.log_guide.dtype), 0) > 0)
         return replace(weights, log_guide=torch.where(outside, -torch.inf, weights.log_guide))
 
@@ -304,7 +315,7 @@ def dreamt_log_guide(model: Program, guide: Program, *args: Any, **kwargs: Any) 
     shown = dreamt_args(dream, (*args, *values))
     dreamt, dreamt_kwargs = shown[: len(args)], dict(zip(kwargs, shown[len(args) :], strict=True))
     trace = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*dreamt, **dreamt_kwargs)
-    sites = list(sites_of(prune_subsample_sites(trace)))
+    sites = latents_of(prune_subsample_sites(trace))
     data, nesting = data_plate(sites), plate_nesting(trace)
     return torch.cat([per_datum(site, log_prob_of(site), data, 1, nesting) for site in sites]).sum(0)
 
@@ -317,7 +328,7 @@ def dreamt_args(dream: Trace, args: tuple) -> tuple:
     """
     swaps: dict[int, Tensor] = {}
     for site in sites_of(dream):
-        if "was_observed" not in site["infer"] or type(site["fn"]).__name__ == "Unit":
+        if "was_observed" not in site["infer"] or is_factor(site):
             continue
         obs = site["infer"]["obs"]
         shown = [arg for arg in args if arg is obs] or [arg for arg in args if _same_values(arg, obs)][:1]
@@ -370,6 +381,7 @@ def _concatenate(draws: list[LogWeights]) -> LogWeights:
         log_prior=join(lambda draw: draw.log_prior),
         log_guide=join(lambda draw: draw.log_guide),
         log_guide_score=join(lambda draw: draw.log_guide_score),
+        log_guide_factors=join(lambda draw: draw.log_guide_factors),
         sites=tuple(join_site(index) for index in range(len(first.sites))),
         gates=tuple(gate for draw in draws for gate in draw.gates),
         leaves=tuple(leaf._replace(rows=slice(row, row + 1)) for row, draw in enumerate(draws) for leaf in draw.leaves),
@@ -380,10 +392,9 @@ def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "tot
     """Log-weights from the traces of one run."""
     model_sites, guide_sites = list(sites_of(traces.model)), list(sites_of(traces.guide))
     check_same_latents(model_sites, guide_sites)
-    sites = model_sites + guide_sites
+    factors = traces.guide_factors
+    sites = model_sites + guide_sites + factors
     data = data_plate(sites)
-    scale = data.full_size / data.size
-    check_scale(sites, scale, data.name)
     nesting = plate_nesting(traces.model, traces.guide)
     zeros = log_prob_of(sites[0]).new_zeros(num_particles, data.size)
 
@@ -411,22 +422,21 @@ def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "tot
     if traces.gate is not None:
         traces.gate.layout = layout
     if gradients == "leaf" and traces.rescored is not None:
-        for site in (site for site in guide_sites if not site["is_observed"]):
+        for site in guide_sites:
             name, value = site["name"], traces.rescored.nodes[site["name"]]["value"]
             prior = priors[name]["fn"] if name in priors else None
-            is_point = isinstance(law_of(site), pyro.distributions.Delta)
-            terms = (site["value"], value, site["fn"].event_dim, prior, is_point, log_prior.get(name, zeros))
+            terms = (site["value"], value, site["fn"].event_dim, prior, is_point(site), log_prior.get(name, zeros))
             leaves.append(Leaf(name, *terms, slice(0, num_particles), layout))
     return LogWeights(
         log_likelihood=sum((read(site) for site in observed), zeros),
         log_prior=sum(log_prior.values(), zeros),
         log_guide=rescored if rescored is not None and gradients == "leaf" else sum(log_guide.values(), zeros),
-        scale=scale,
+        scale=data.full_size / data.size,
+        common_scale=common_scale(sites, data),
+        log_guide_factors=sum((read(site) for site in factors), zeros) if factors else None,
         num_dims=sum(num_dims_of(site, data) for site in observed),
-        masked=tuple(site["name"] for site in guide_sites if not site["is_observed"] and isinstance(site["mask"], Tensor)),
-        not_reparameterized=tuple(
-            site["name"] for site in guide_sites if not site["is_observed"] and not site["fn"].has_rsample
-        ),
+        masked=tuple(site["name"] for site in guide_sites if masks_of(site)),
+        not_reparameterized=tuple(site["name"] for site in guide_sites if not is_reparameterized(site)),
         gradients=gradients,
         log_guide_score=rescored if gradients == "split" else None,
         sites=tuple(
@@ -454,7 +464,9 @@ def _analytic_kls(priors: dict[str, dict], guide_sites: list[dict]) -> dict[str,
     order = list(priors)
     for site in guide_sites:
         name, prior = site["name"], priors.get(site["name"])
-        if prior is not None and site["mask"] is prior["mask"] and before.issuperset(order[: order.index(name)]):
+        # Of a Delta Pyro's closed form forgets the density that it was given.
+        alike = prior is not None and site["mask"] is prior["mask"] and not is_point(site)
+        if prior is not None and alike and before.issuperset(order[: order.index(name)]):
             with suppress(NotImplementedError):  # torch's word for a pair of families without a closed form
                 found[name] = scale_and_mask(kl_divergence(site["fn"], prior["fn"]), 1.0, site["mask"])
         before.add(name)

@@ -19,7 +19,7 @@ ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__
 LEAVES = {"registry", "checkpoint", "data", "evidence", "staging", "reachable", "cuda"}
 _BODIES = {"nn", "distributions"}
 _PARTS = {"priors", "likelihoods", "encoders"}
-_TRACES = {"traces", "weights", "pairs"}
+_TRACES = {"sites", "traces", "checks", "weights", "pairs"}
 _SCORING = _TRACES | {"estimators", "proposals", "marginal", "integration", "annealing", "diagnostics", "training"}
 ALLOWED: dict[str, set[str]] = {
     "nn": set(),
@@ -28,10 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "vae": _BODIES | _PARTS,
     # What all models of ours do the same way is in vae.
     **dict.fromkeys(("hierarchical", "conditional"), _BODIES | _PARTS | {"vae"}),
-    # The page has one room for these: traces reads, weights reduces, pairs inspects.
-    "traces": set(),
-    "weights": {"traces"},
-    "pairs": {"traces", "weights"},
+    # The page has one room for these: sites unwraps, traces reads, checks compares, weights reduces, pairs inspects.
+    "sites": set(),
+    "traces": {"sites"},
+    "checks": {"sites", "traces"},
+    "weights": {"sites", "traces", "checks"},
+    "pairs": {"sites", "traces", "checks", "weights"},
     "estimators": _TRACES,
     # Beyond the page: what importance sampling draws from, and what needs no sampling, have rooms of their own.
     "proposals": _TRACES,
