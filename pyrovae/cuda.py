@@ -247,4 +247,4 @@ def _difference(have: list[Tensor], want: list[Tensor]) -> float:
             return math.inf
         error += float((one - other)[finite].square().sum())
         size += float(other[finite].square().sum())
-    return math.sqrt(error / size) if error else 0.0
+    return math.sqrt(error / max(size, 1e-300))

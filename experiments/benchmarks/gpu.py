@@ -510,7 +510,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="all but the CUDA graphs, on a CPU")
     parser.add_argument("--root", default="../shared/data", help="the folder that holds MNIST/raw")
     parser.add_argument("--parts", nargs="+", choices=["checks", *PARTS], default=["checks", *PARTS], metavar="PART")
-    parser.add_argument("--out", type=Path, help="by default ../results/gpu_<card>.json")
+    parser.add_argument("--out", type=Path, help="by default ../results/gpu_<card>.json, and nothing there on a CPU")
     parser.add_argument("--seconds", type=float, default=270.0, help="parts that would begin later are left out")
     parser.add_argument("--numpyro", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -522,8 +522,8 @@ def main() -> int:
     if not on.cuda and not options.small:
         print("This torch finds no GPU: pass --small to run all but the CUDA graphs on the CPU.")
         return 1
-    card = torch.cuda.get_device_name().lower().replace(" ", "_") if on.cuda else "small"
-    out = options.out or common.RESULTS / f"gpu_{card}.json"
+    card = torch.cuda.get_device_name().lower().replace(" ", "_") if on.cuda else ""
+    out = options.out or (common.RESULTS / f"gpu_{card}.json" if on.cuda else Path(tempfile.gettempdir()) / "gpu_small.json")
     result = run_all(on, options.parts, out, options.seconds)
     print(table(result))
     return 1 if result["failed"] else 0
