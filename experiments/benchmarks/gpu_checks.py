@@ -373,6 +373,37 @@ def check_chunks_do_not_matter(on: Machine) -> dict[str, Any]:
     return found
 
 
+def check_data_from_anywhere(on: Machine) -> dict[str, Any]:
+    """A model on the GPU takes data of the CPU, of any type, and masks."""
+    vae, x = the_pair(on, CELLS["K=1 B=20"]), on.data(12).cpu()
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    for data in (x, x.bool(), x.double()):
+        assert vae.reconstruct(data).device.type == vae.embed(data).device.type == on.device.type
+    filled = vae.impute(x, mask, num_samples=20, seed=0)
+    assert torch.equal(filled.cpu()[mask], x[mask])
+    for data in (x, x.numpy(), (x, mask)):
+        assert np.isfinite(vae.log_marginal(data, num_samples=50, seed=0).log_px).all()
+    return {}
+
+
+def check_other_methods(on: Machine) -> dict[str, Any]:
+    """Refinement, mixture, annealing and quadrature of a pair of one latent agree on the GPU."""
+    torch.manual_seed(0)
+    vae, x = pv.make_vae(20, latent_dim=1, hidden=[10]).to(on.device), on.data(4)[:, :20]
+    exact = pv.exact(vae.model, vae.guide, x)
+    found: dict[str, Any] = {"exact": exact.mean, "method": exact.method}
+    for name, take in {
+        "refined": lambda: vae.log_marginal(x, num_samples=500, proposal="refined", seed=0),
+        "mixture": lambda: vae.log_marginal(x, num_samples=2_000, proposal="mixture", seed=0),
+        "target": lambda: vae.log_marginal(x, num_samples=2_000, target_se=0.02, seed=0),
+        "annealed": lambda: pv.ais(vae.model, vae.guide, x, num_chains=16, num_temperatures=30, seed=0),
+    }.items():
+        evidence = take()
+        found[name] = (evidence.mean, evidence.mean_se)
+        assert np.abs(evidence.log_px - exact.log_px).max() < 6 * evidence.se.max() + 1e-3, (name, found)
+    return found
+
+
 CHECKS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
 }
