@@ -15,13 +15,15 @@ import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from .config import Run
 
 if TYPE_CHECKING:
+    import torch
+
     from .data import Split
     from .diagnostics import Decomposition
     from .evidence import Evidence
@@ -64,6 +66,7 @@ def train(
     run: Path | None = None,
     /,
     *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     settings: Annotated[Run | None, Parameter(name="*")] = None,
 ) -> None:
     """Train a model, score it on held-out data, and write a report.
@@ -72,10 +75,11 @@ def train(
 
     Args:
         run: A TOML file that describes the run; options below win over it.
+        device: Short for --train.device.
         settings: The run's settings.
     """
-    del settings  # Declared for the help page and the spelling of options; what was given is in _given.
-    from .config import build_vae, load_split, read_run, run_name, with_likelihood, write_run
+    del device, settings  # Declared for the help page and the spelling of options; what was given is in _given.
+    from .config import build_vae, load_split, read_run, run_device, run_name, with_likelihood, write_run
 
     described = read_run(run, _given)
     import torch
@@ -84,10 +88,11 @@ def train(
     from .estimators import make_estimator
     from .training import fit
 
+    where = run_device(described)
     split = load_split(described)
     described = with_likelihood(described, split)
     torch.manual_seed(described.seed)
-    vae = build_vae(described, split)
+    vae = build_vae(described, split).to(where)
     estimator = make_estimator(described.estimator)
     folder = _new_folder(run_name(described), described.name is not None)
     records: list[dict[str, Any]] = []
@@ -109,6 +114,7 @@ def train(
                     board.add_scalar(name, record[name], record["step"])
 
     settings_of = described.train
+    print(f"On {_device_name(where)}.")
     print(textwrap.fill(f"Data: {split.note}.", 80, break_long_words=False, break_on_hyphens=False))
     print(textwrap.fill(f"Likelihood: {_likelihood_said(described, split)}.", 80))
     fit(
@@ -146,6 +152,7 @@ def evaluate(
     proposal: str | None = None,
     limit: int | None = None,
     decompose: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] | None = None,
     seed: int | None = None,
 ) -> None:
     """Score a trained run again, with other samples or more of them, and write its report anew.
@@ -157,15 +164,17 @@ def evaluate(
         proposal: What the samples come from: guide, refined (fitted to each datum), mixture or prior.
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
+        device: Where to score: a GPU if there is one, or the run's own.
         seed: Seeds the draws; by default the run's.
     """
     from . import checkpoint
-    from .config import load_split, load_vae
+    from .config import load_split, load_vae, run_device
 
     given = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "limit": limit, "decompose": decompose}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in given.items() if value is not None}}
+    overrides |= {} if device is None else {"train": {"device": device}}
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
-    vae = load_vae(run)
+    vae = load_vae(run).to(run_device(described))
     records = checkpoint.read_lines(run / "metrics.jsonl")
     _score(run, described, load_split(described), vae, records)
 
@@ -213,15 +222,15 @@ def estimators(
     import torch
 
     from . import checkpoint
-    from .config import build_vae, load_split, load_vae
+    from .config import build_vae, load_split, load_vae, run_device
     from .diagnostics import compare_estimators, train_estimators
 
     described = _described(run)
     split = load_split(described)
-    vae = load_vae(run)
+    vae = load_vae(run).to(run_device(described))
     torch.manual_seed(described.seed)
     x = split.train[torch.randperm(len(split.train))[:batch_size]]
-    x = x if split.transform is None else split.transform(x)
+    x = x.to(run_device(described)) if split.transform is None else split.transform(x).to(run_device(described))
     chosen = {name: _with_particles(name, num_particles) for name in names or _SELECTION}
     reference = {"kind": "dreg", "num_particles": reference_particles}
     options: dict[str, Any] = {"num_draws": num_draws, "reference": reference, "seed": described.seed}
@@ -232,7 +241,7 @@ def estimators(
     print(f"Figure: {run / 'estimators.png'}")
     if train_seconds is not None:
         torch.manual_seed(described.seed)
-        fresh = build_vae(described, split)
+        fresh = build_vae(described, split).to(run_device(described))
         ranking = train_estimators(
             fresh.model,
             fresh.guide,
@@ -274,6 +283,13 @@ def list_names() -> None:
             first = (inspect.getdoc(cls) or "").split("\n\n")[0] if own else f"Pyro's own pyro.infer.{cls.__name__}, as it is."
             plain = re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", " ".join(first.split()))
             print(textwrap.fill(plain, 80, initial_indent=f"  {name:<24}", subsequent_indent=" " * 26))
+
+
+def _device_name(device: torch.device) -> str:
+    """A processor or GPU in words."""
+    import torch
+
+    return "the CPU" if device.type == "cpu" else f"the GPU, an {torch.cuda.get_device_name(device)}"
 
 
 def _tensorboard() -> Any:
@@ -438,6 +454,8 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: float)
 
     import torch
 
+    from .config import run_device
+
     packages = ("pyrovae", "pyro-ppl", "arviz", "arviz-stats", "numpy")
     return {
         "data": split.note,
@@ -447,6 +465,7 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: float)
         "scored": f"{scored:.1f} s",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+        "device": _device_name(run_device(run)),
         "python": platform.python_version(),
         "torch": torch.__version__,
     } | {package: version for package in packages if (version := _version(package))}
@@ -487,7 +506,8 @@ def _collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
         if not argument.name.startswith("--"):
             continue
         for token in argument.tokens:
-            path: list[str] = [*argument.name.removeprefix("--").replace("-", "_").split("."), *token.keys]
+            name = {"--device": "--train.device"}.get(argument.name, argument.name)
+            path: list[str] = [*name.removeprefix("--").replace("-", "_").split("."), *token.keys]
             table, last = _given, path[-1]
             for parent in path[:-1]:
                 table = table.setdefault(parent, {})

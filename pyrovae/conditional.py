@@ -92,7 +92,7 @@ class _LabelledVAE(PairModule):
             self._check_labels(y)
         if y.dim() == 1:
             y = y[:, None] == torch.arange(self.num_classes, device=y.device)
-        return y.to(like.dtype)
+        return y.to(like)
 
     @abstractmethod
     def _check_labels(self, y: Tensor) -> None:

@@ -15,6 +15,8 @@ from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
+    import torch
+
     from .data import Split
     from .hierarchical import HierarchicalVAE
     from .vae import VAE
@@ -103,7 +105,8 @@ class TrainSection:
         validation: Fraction of the training data held out for the validation curve; 0 for none.
         patience: Stop after this many epochs without a better validation bound.
         compile: Capture and compile the training step: true, false, or "auto" for runs long enough to repay it.
-        precision: "float32", or "bfloat16" for products in it.
+        precision: Of matrix products: "float32", "tf32" on a GPU, or "bfloat16".
+        device: "cpu", "cuda", or "auto": a GPU if there is one. Scoring takes the same.
         tensorboard: Also log the curves for TensorBoard, in the run's folder.
     """
 
@@ -116,7 +119,8 @@ class TrainSection:
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     patience: Positive | None = None
     compile: bool | Literal["auto"] = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = False
 
 
@@ -289,6 +293,22 @@ def build_vae(run: Run, split: Split) -> VAE | HierarchicalVAE:
     else:
         vae = make_vae(split.data_shape, latent_dim=model.latent_dim, **options)
     return vae.to(getattr(torch, model.dtype))
+
+
+def run_device(run: Run) -> torch.device:
+    """Where a run trains and scores.
+
+    Raises:
+        ValueError: it names a GPU, and this torch has none.
+    """
+    import torch
+
+    found = torch.cuda.is_available()
+    if run.train.device == "cuda" and not found:
+        raise ValueError(
+            'train.device must be "cpu" or "auto" where torch finds no GPU, got "cuda": leave it out, or install CUDA\'s torch.'
+        )
+    return torch.device("cuda" if found and run.train.device != "cpu" else "cpu")
 
 
 def load_vae(folder: str | Path) -> VAE | HierarchicalVAE:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .checks import refuse_no_weights
+from .cuda import check_precision, free_memory, products_in
 from .data import Batch, Batches, content_hash
 from .evidence import CONSTANT, FEWEST_SAMPLES, Evidence, curve_of, curve_sizes, pareto_smooth, tail_size
 from .pairs import FIRST_ROWS, SCORED_DATA, FirstRun, evidence_fields, inspect_pair, prepare, scored_data
@@ -41,6 +42,7 @@ from .proposals import (
     rows_at_once,
     usual_options,
 )
+from .psis import pareto_smooth_together
 from .registry import positive_integer, unknown
 from .staging import Staged, largest_value
 from .state import in_own_scope
@@ -62,6 +64,9 @@ GROUP = 256
 TEMPORARIES = 6
 # Log-weights of a datum, and of several data, that are summed at once: the sums are many small operations.
 REDUCED_AT_ONCE, REDUCED_JOINTLY = 2**13, 2**16
+# A GPU takes all data of a group together, of more data, and pairs by the hundred thousand: launches cost it more than memory,
+# of which a chunk may have this share of what is free.
+GPU_GROUP, GPU_REDUCED, GPU_PAIRS, GPU_SHARE = 2048, 2**24, 2**19, 0.25
 # Inductor's 5 to 20 seconds are repaid by so many chunks.
 CHUNKS_TO_COMPILE = 300
 # With a target for the standard error, the fewest draws that an estimate is from; others are this times a power of two.
@@ -83,10 +88,10 @@ def log_marginal(
     proposal: Kind | Refinement = "guide",
     prior_share: float = 0.1,
     chunk_size: int | None = None,
-    max_memory: float = 512.0,
+    max_memory: float | None = None,
     vectorize_particles: bool = True,
     compile: bool | Literal["auto"] = "auto",
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32",
     seed: int | None = None,
     resume: str | Path | None = None,
     progress: bool = False,
@@ -141,15 +146,17 @@ def log_marginal(
         proposal: a name from above, or what :func:`pyrovae.refine` returned for the same data in the same order.
         prior_share: :math:`\alpha`, the share of draws that ``"mixture"`` takes from the prior, rounded to whole draws.
         chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations, or where
-            compiled 8 MB of the widest value, or fewer where ``max_memory`` asks for it.
-        max_memory: MiB that a chunk's temporaries may fill, by their estimated number.
+            compiled 8 MB of the widest value, on a GPU half a million, or fewer where ``max_memory`` asks for it.
+        max_memory: MiB that a chunk's temporaries may fill, by their estimated number; by default 512, and on a GPU a quarter
+            of its free memory.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
         compile: capture and compile the scoring of a chunk (:mod:`pyrovae.staging`), for proposals from guide and prior;
             ``"auto"`` does so from three hundred chunks of 16 MB on, with a ``target_se`` as if it took a thousand
             draws. By default a compiled chunk is of another size than an eager one, and many normal numbers are not drawn
             by torch but made from a seed that is, on each thread: the estimates differ within their errors.
-        precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; all else stays as it is.
-            It is an approximation of the model, whose error no standard error shows.
+        precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; ``"tf32"`` takes an
+            NVIDIA GPU's faster units, which round them less, and is refused on a CPU; all else stays as it is. Either is an
+            approximation of the model, whose error no standard error shows; the evidence's ``notes`` have it.
         seed: makes the estimate reproducible, by how many processes it is made and however often it was interrupted; the global
             random stream is left alone. Without one, a seed is drawn from that stream. Eager numbers are the same to rounding
             on any number of threads; compiled ones differ with that number, within their errors.
@@ -178,7 +185,7 @@ def log_marginal(
     num_samples = positive_integer(num_samples, "num_samples")
     if target_se is not None and not (isinstance(target_se, int | float) and 0 < target_se < math.inf):
         raise ValueError(f"target_se is a positive number of nats, or None, not {target_se!r}.")
-    if not (isinstance(max_memory, int | float) and max_memory > 0):
+    if not (max_memory is None or (isinstance(max_memory, int | float) and max_memory > 0)):
         raise ValueError(f"max_memory is a positive number of MiB, not {max_memory!r}.")
     given = proposal if isinstance(proposal, Refinement) else None
     kind = "refined" if isinstance(proposal, Refinement) else proposal
@@ -188,23 +195,27 @@ def log_marginal(
         raise ValueError(f"prior_share lies between 0 and 1, not {prior_share!r}.")
     if kind == "mixture" and num_samples < 2:
         raise ValueError("A mixture takes at least two samples, one of the prior and one of the guide.")
-    if precision != "float32" and kind in ("mixture", "refined"):
+    if precision == "bfloat16" and kind in ("mixture", "refined"):
         raise ValueError(f"Only draws from guide and prior are compiled: leave precision out for proposal={kind!r}.")
     data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
     first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
     info, dtype, device, whole = first.info, first.dtype, first.device, first.whole
+    check_precision(precision, device)
+    on_gpu = _on_gpu(device)
     nesting = info.max_plate_nesting
     if info.scale != 1.0:
         raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
     width = max(info.num_dims, 256)
-    affordable = int(max_memory * 2**20 / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
-    if first.whole is not None and target_se is not None:
+    if whole is not None and target_se is not None:
         raise ValueError("The pair is tied to one set of data, of which none can stop before the others: leave target_se out.")
+    group, reduced = (GPU_GROUP, GPU_REDUCED) if on_gpu else (GROUP, REDUCED_JOINTLY)
+    memory = max_memory * 2**20 if max_memory is not None else GPU_SHARE * free_memory(device) if on_gpu else 2**29
+    affordable = int(memory / (TEMPORARIES * width * torch.finfo(dtype).bits / 8))
     data.to(dtype, device, first.floating)
-    data.batch_size = first.whole or GROUP
+    data.batch_size = whole or group
     if compile == "auto":
         usually = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
-        compile = precision != "float32" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
+        compile = precision == "bfloat16" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
     # Compiled chunks run side by side, one a thread, which keeps all threads busy where a chunk's own small parts would not.
     threads = torch.get_num_threads() if compile and kind in ("guide", "prior") and device.type == "cpu" else 1
     plain = (
@@ -221,7 +232,7 @@ def log_marginal(
     if chunk_size is not None:
         chunk = positive_integer(chunk_size, "chunk_size")
     else:
-        usual = (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width
+        usual = GPU_PAIRS if on_gpu else (COMPILED_CHUNK_NUMBERS if compile else CHUNK_NUMBERS) // width
         if compile and kind in ("guide", "prior") and device.type == "cpu":
             with torch.no_grad(), evaluation_mode(model, guide), pyro.validation_enabled(False):
                 number = largest_value(drawn_at, torch.empty(PROBED, 0, device=device), *one)
@@ -229,17 +240,17 @@ def log_marginal(
         chunk = max(1, min(usual, affordable // threads))
     num_prior = prior_count(num_samples, prior_share) if kind == "mixture" else 0
     looks = _looks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
-    rows = first.whole or min(max(1, chunk // looks[0]), GROUP)
+    rows = whole or min(max(1, chunk // looks[0]), group)
     together = rows
     if kind == "refined" and given is None:
         with evaluation_mode(model, guide):
             options = usual_options(FlatPair(model, guide, one, vectorize_particles=vectorize_particles).num_latents)
         # Steps of a fit cost for one datum as much as for many.
         together *= max(1, rows_at_once(info.num_dims, options) // rows)
-    if first.whole is None:
-        data.batch_size = math.ceil(GROUP / together) * together
+    if whole is None:
+        data.batch_size = math.ceil(group / together) * together
     else:
-        together = first.whole
+        together = whole
     if given is not None and (data.loader is not None or data.num_data != len(given)):
         raise ValueError(f"The refinement is of {len(given)} data in their order: give the same data, as arrays.")
     backend, eps = "inductor" if compile else "eager", torch.finfo(dtype).eps
@@ -275,7 +286,7 @@ def log_marginal(
         """What the proposal missed of each datum of a group, by draws of the prior."""
         missed = np.full(len(batch[0]), math.nan)
         try:
-            for chosen, most in _parts(torch.arange(len(batch[0])), probes, chunk, None, whole):
+            for chosen, most in _parts(torch.arange(len(batch[0])), probes, chunk, None, group, whole):
                 rows, part = chosen.numpy(), tuple(array[chosen] for array in batch)
                 seen = prior_probe(model, guide, vectorize_particles, nesting)
                 if fitted is not None:
@@ -296,7 +307,8 @@ def log_marginal(
 
         def calls(parts: list[tuple[Tensor, int]], done: int, step: int) -> Iterator[Callable[[], Tensor]]:
             for chosen, most in parts:
-                draw, part = draws(chosen, done), tuple(array[chosen] for array in batch)
+                place = chosen.to(device, non_blocking=True)
+                draw, part = draws(chosen, done), tuple(array[place] for array in batch)
                 yield from (draw(part, number) for number in _sizes(step, most))
 
         def more(
@@ -304,14 +316,15 @@ def log_marginal(
         ) -> Iterator[tuple[Tensor, dict[str, np.ndarray]]]:
             """Take some rows from so many draws to so many; their numbers, and what is known of them, as they are ready."""
             step = until - done
-            parts = list(_parts(active, step, chunk, first, whole))
+            parts = list(_parts(active, step, chunk, first, group, whole))
             blocks = _ahead(calls(parts, done, step), threads + 2 if threads > 1 else 0)
-            for joint in _joint(parts, step):
+            for joint in _joint(parts, step, reduced):
                 chosen = torch.cat([rows for rows, _ in joint])
                 held = {name: values[chosen] for name, values in sums.items()}
                 new = _score(_side_by_side(blocks, joint, step), held, num_samples, done, until)
                 for name, values in new.items():
                     sums[name][chosen] = values
+                new |= _tails_together(new, until, eps) if on_gpu else {}
                 found = {name: values.cpu().numpy() for name, values in new.items()}
                 yield chosen, found | _moments(found, until)
 
@@ -354,6 +367,7 @@ def log_marginal(
         evaluation_mode(model, guide),
         torch.random.fork_rng(generator_devices),
         contextlib.closing(staged),
+        products_in(precision, device),
         tqdm(total=data.num_data, desc="log p(x)", unit="datum", disable=not progress) as bar,
     ):
         start = 0
@@ -364,7 +378,7 @@ def log_marginal(
                     refuse_no_weights(seen.no_weights)
                 described = scored_data(seen, batch)
                 torch.manual_seed(store.seed_of(start))
-                if (start // GROUP).bit_count() == 1:  # other data than it was captured on, in groups 1, 2, 4, ...
+                if (start // group).bit_count() == 1:  # other data than it was captured on, in groups 1, 2, 4, ...
                     staged.recheck(f"from datum {start} on")
                 covered = None
                 if kind == "guide":
@@ -394,6 +408,7 @@ def log_marginal(
         scored["khat"][np.isnan(missed) & np.isneginf(scored["khat"])] = math.nan
     notes: dict[str, Any] = {} if target_se is None else {"target_se": float(target_se)}
     notes |= {"prior_not_asked": unprobed[0]} if unprobed else {}
+    notes |= {} if precision == "float32" else {"precision": precision}
     return Evidence(
         **scored,
         **fields,
@@ -405,6 +420,11 @@ def log_marginal(
         missed=None if missed is None or np.isnan(missed).all() else missed,
         notes=notes,
     )
+
+
+def _on_gpu(device: torch.device) -> bool:
+    """Whether launches cost more than memory."""
+    return device.type == "cuda"
 
 
 def _num_probes(num_samples: int, target_se: float | None) -> int:
@@ -442,7 +462,9 @@ def _looks(num_samples: int, target_se: float | None, every: int) -> list[int]:
     return [*looks[:-1], num_samples]
 
 
-def _parts(active: Tensor, step: int, chunk: int, first: int | None, whole: int | None = None) -> Iterator[tuple[Tensor, int]]:
+def _parts(
+    active: Tensor, step: int, chunk: int, first: int | None, group: int = GROUP, whole: int | None = None
+) -> Iterator[tuple[Tensor, int]]:
     """The rows that draw together, and how many draws each takes at once, to make ``step`` draws for all.
 
     Compiled graphs go by shape, so with a first look there are few: many rows of that many draws in the first rounds, one row
@@ -450,7 +472,7 @@ def _parts(active: Tensor, step: int, chunk: int, first: int | None, whole: int 
     run together, so many, are one part.
     """
     if first is None:
-        rows = whole or min(max(1, chunk // step), GROUP)
+        rows = whole or min(max(1, chunk // step), group)
         most = math.ceil(step / math.ceil(step / max(1, chunk // rows)))
         yield from ((chosen, most) for chosen in active.split(rows))
         return
@@ -472,9 +494,9 @@ def _sizes(number: int, most: int) -> Iterator[int]:
         yield number % most
 
 
-def _joint(parts: list[tuple[Tensor, int]], step: int) -> Iterator[list[tuple[Tensor, int]]]:
+def _joint(parts: list[tuple[Tensor, int]], step: int, numbers: int) -> Iterator[list[tuple[Tensor, int]]]:
     """The parts in runs whose log-weights are few enough to be summed together."""
-    number = max(1, REDUCED_JOINTLY // (step * max(len(rows) for rows, _ in parts)))
+    number = max(1, numbers // (step * max(len(rows) for rows, _ in parts)))
     yield from (parts[place : place + number] for place in range(0, len(parts), number))
 
 
@@ -664,6 +686,13 @@ def _score(blocks: Iterator[Tensor], sums: dict[str, Tensor], num_samples: int, 
     return new | {"tail": tail, "curve_sum": curve[0], "curve_square": curve[1]}
 
 
+def _tails_together(sums: dict[str, Tensor], drawn: int, precision: float) -> dict[str, Tensor]:
+    """Pareto k and the smoothed estimate of the data whose tails can be fitted on their device."""
+    tail = sums["tail"][:, : tail_size(drawn)]
+    khat, smoothed, ordinary = pareto_smooth_together(tail, sums["log_sum"], drawn, precision=precision)
+    return {"khat": khat, "log_px_psis": smoothed, "ordinary": ordinary}
+
+
 def _moments(sums: dict[str, np.ndarray], drawn: int) -> dict[str, np.ndarray]:
     """Estimate, standard error, effective sample size and mean log-weight from the sums over so many draws."""
     with np.errstate(all="ignore"):
@@ -679,7 +708,11 @@ def _moments(sums: dict[str, np.ndarray], drawn: int) -> dict[str, np.ndarray]:
 def _finished(found: dict[str, np.ndarray], drawn: int, num_samples: int, precision: float) -> dict[str, np.ndarray]:
     """The answer for some data, from their sums over so many draws and the moments of those."""
     names = ("log_px", "se", "ess", "elbo")
-    khat, smoothed = pareto_smooth(found["tail"][:, : tail_size(drawn)], found["log_px"], drawn, precision=precision)
+    size = len(found["log_px"])
+    khat, smoothed = found.get("khat", np.empty(size)), found.get("log_px_psis", np.empty(size))
+    rest = ~found["ordinary"] if "ordinary" in found else np.ones(size, dtype=bool)
+    tail = found["tail"][rest, : tail_size(drawn)]
+    khat[rest], smoothed[rest] = pareto_smooth(tail, found["log_px"][rest], drawn, precision=precision)
     # Where a datum stopped before K draws, its curve stays at what it had.
     reached = np.array(curve_sizes(num_samples)[:-1]) <= drawn
     curves = {

@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
 from torch.overrides import TorchFunctionMode
 
+from .cuda import STEPS_AT_ONCE, GraphedSteps, NotCaptured, check_precision, products_in, record
 from .kernels import SHIMS, SeededNormals, seeded
 from .reachable import changed_numbers, python_state
 from .rewrites import draws_as_inputs, fastest_products, join_decoders, rewrite, round_products
@@ -52,7 +53,8 @@ class Staged:
     Args:
         function: what to run; it may read live parameters and buffers, and draw from torch's random stream.
         backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
-        precision: ``"float32"`` leaves products as they are; ``"bfloat16"`` rounds the factors of float32 ones, where compiled.
+        precision: ``"float32"`` and ``"tf32"`` leave products as they are (:func:`pyrovae.cuda.products_in` is for those);
+            ``"bfloat16"`` rounds the factors of float32 ones, where compiled.
         threads: of a CPU, on which as many calls of :meth:`later` run side by side, each on one of them, where compiled.
         programs: whose Python state is watched for what a run changes in it; by default the function's own.
 
@@ -80,8 +82,8 @@ class Staged:
     ):
         if backend not in ("inductor", "aten", "eager"):
             raise ValueError(f'backend is "inductor", "aten" or "eager", not {backend!r}.')
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f'precision is "float32" or "bfloat16", not {precision!r}.')
+        if precision not in ("float32", "tf32", "bfloat16"):
+            raise ValueError(f'precision is "float32", "tf32" or "bfloat16", not {precision!r}.')
         if precision == "bfloat16" and backend != "inductor":
             raise ValueError("Products in bfloat16 belong to a compiled step: pass compile=True, or leave precision out.")
         self.function, self.backend, self.precision, self.threads = function, backend, precision, threads
@@ -96,6 +98,11 @@ class Staged:
     def captured(self) -> bool:
         """Whether it runs from a graph, compiled or not."""
         return self.backend != "eager" and bool(self._graphs)
+
+    @property
+    def touched(self) -> Tensors:
+        """What the captured function reads and may change: parameters, buffers and constants."""
+        return tuple(tensor for graph in self._graphs.values() for tensor in graph.outside)
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         """The function's value."""
@@ -112,6 +119,10 @@ class Staged:
     def due(self) -> bool:
         """Whether the next call runs as it is, beside its graph."""
         return any(graph.due for graph in self._graphs.values())
+
+    def leave_uncompiled(self) -> None:
+        """Stop at captured graphs from now on, which are there to be compared with."""
+        self.backend = "aten" if self.backend == "inductor" else self.backend
 
     def recheck(self, when: str) -> None:
         """Let the next call run as it is, beside its graph: where they differ, every later call runs as it is.
@@ -335,6 +346,7 @@ class Step:
         parameters: those that the optimizer holds.
         reached: those of them that the loss reaches, known after the first step.
         asynchronous: whether :meth:`ahead` returns before the step is over, as it does on a GPU.
+        reason: why it runs slower than asked, or ``None``.
     """
 
     def __init__(
@@ -353,23 +365,33 @@ class Step:
         self.estimator, self.model, self.guide, self.optimizer = estimator, model, guide, optimizer
         self.clip_norm, self.count = clip_norm, count or (lambda batch: len(batch[0]))
         self.load = load or (lambda *batch: batch)
+        self.precision, self._moving = precision, None if load is None else 1
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        check_precision(precision, self.parameters[0].device)
         self.reached: list[Tensor] = []
         self.asynchronous = any(parameter.is_cuda for parameter in self.parameters)
         self._outcomes: list[Outcome] = []
         self._unread: list[Tensor] = []
-        self._spoiled: Tensor | None = None
+        self._device = self.parameters[0].device
+        self._spoiled = torch.zeros((), dtype=torch.float32, device=self._device)  # as the optimizer's kernel reads it
+        self._graphs: dict[tuple, GraphedSteps] = {}
+        self._uses: dict[tuple, int] = {}
+        self._filling: GraphedSteps | None = None
+        self._settings: tuple | None = None
+        self._outside: str | None = None
+        self.recorder = record if self.asynchronous else None
         self._annealed: Tensor | None = None
         self._held: float | None = None
         self._update = _Update(optimizer)
         if not hasattr(estimator, "differentiable_loss"):
             backend = "eager"
+        self._backend = backend
         self._staged = Staged(self._differentiate, backend, precision, programs=(model, guide, estimator))
 
     @property
     def reason(self) -> str | None:
         """Why it runs slower than asked, or ``None``."""
-        return self._staged.reason
+        return self._staged.reason or self._outside
 
     @property
     def captured(self) -> bool:
@@ -382,7 +404,11 @@ class Step:
 
     def __call__(self, *inputs: Tensor) -> Outcome:
         """Take the step."""
-        loss, norm, *gradients = self._staged(*self._with_step_input(inputs))
+        if self.asynchronous:
+            self.ahead(*inputs)
+            *self._outcomes, outcome = self.outcomes()
+            return outcome
+        loss, norm, *gradients = self._staged(*self._with_beta(inputs, self._step_input()))
         outcome = Outcome(loss.item(), norm.item())
         if not math.isnan(outcome.loss) and math.isfinite(outcome.norm):
             self._update(self.reached, gradients)
@@ -397,28 +423,108 @@ class Step:
         if not self.asynchronous:
             self._outcomes.append(self(*inputs))
             return
-        loss, norm, *gradients = self._staged(*self._with_step_input(inputs))
-        spoiled = (torch.isnan(loss) | ~torch.isfinite(norm)).float()
-        self._spoiled = spoiled if self._spoiled is None else torch.maximum(self._spoiled, spoiled)
-        self._unread.append(torch.stack([loss, norm]))
+        beta = self._step_input()
+        graphed = self._graph_for(inputs, beta)
+        if self._filling is not None and self._filling is not graphed:
+            self._unread += self._filling.flush()
+        self._filling = graphed
+        if graphed is not None:
+            self._unread += graphed.ahead(inputs, float(self.optimizer.param_groups[0]["lr"]), beta)
+            if graphed.update is None:
+                self._update(self.reached, list(graphed.gradients[2:]), self._spoiled)
+            return
+        with products_in(self.precision, self._device):
+            loss, norm, *gradients = self._staged(*self._with_beta(inputs, beta))
+        self._unread.append(self._noted(loss, norm)[None])
         self._update(self.reached, gradients, self._spoiled)
 
     def outcomes(self) -> list[Outcome]:
         """What came of the steps taken :meth:`ahead` since the last call, in order."""
+        if self._filling is not None:
+            self._unread += self._filling.flush()
         if self._unread:
-            self._outcomes += [Outcome(*pair) for pair in torch.stack(self._unread).tolist()]
-        outcomes, self._outcomes, self._unread, self._spoiled = self._outcomes, [], [], None
+            self._outcomes += [Outcome(*pair) for pair in torch.cat(self._unread).tolist()]
+            self._spoiled.zero_()
+        outcomes, self._outcomes, self._unread = self._outcomes, [], []
         return outcomes
 
-    def _with_step_input(self, inputs: Tensors) -> Tensors:
-        annealed = self._step_input()
-        if annealed is None:
+    def _noted(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Loss and norm side by side; from the first on that is no number, ``_spoiled`` is 1."""
+        spoiled = (torch.isnan(loss) | ~torch.isfinite(norm)).to(self._spoiled.dtype)
+        self._spoiled.copy_(torch.maximum(self._spoiled, spoiled))
+        return torch.stack([loss, norm]).double()
+
+    def _graph_for(self, inputs: Tensors, beta: float | None) -> GraphedSteps | None:
+        """The CUDA graphs that take such a step; ``None`` where it is taken without."""
+        settings, before = self._update.settings(), self._settings
+        self._settings = settings
+        if self.recorder is None or before is None or not self._staged.captured or (self._graphs and self._staged.due):
+            return None
+        if self._graphs and not self._update.is_current():  # as after a checkpoint was loaded
+            self._graphs.clear()
+        if settings != before:
+            self._launch_singly("the optimizer's settings change, and not its learning rate alone")
+            return None
+        moving = len(inputs) if self._moving is None else self._moving
+        key = (tuple([(each.shape, each.dtype, each.device) for each in inputs[:moving]]), tuple(map(id, inputs[moving:])))
+        if key not in self._graphs:
+            uses = self._uses[key[0]] = self._uses.get(key[0], 0) + 1
+            if (not self._graphs or uses >= USES_BEFORE_CAPTURE) and len(self._graphs) < MOST_GRAPHS:
+                self._graph(key, inputs, moving, beta)
+        return self._graphs.get(key)
+
+    def _graph(self, key: tuple, inputs: Tensors, moving: int, beta: float | None) -> None:
+        assert self.recorder is not None
+        programs = (self.model, self.guide, self.estimator)
+        staged = Staged(self._differentiate_and_note, self._backend, self.precision, programs=programs)
+
+        def compute(*given: Tensor) -> Tensors:
+            outputs = staged(*given)
+            if not staged.captured:
+                raise NotCaptured("its captured function gives other numbers")
+            return outputs
+
+        def update(outputs: Tensors, rate: Tensor) -> None:
+            self._update(self.reached, list(outputs[2:]), self._spoiled, rate)
+
+        inside, rate = self._update.is_kernel(self.reached), self.optimizer.param_groups[0]["lr"]
+        touched = [*self._staged.touched, *self._update.touched, self._spoiled]
+        # A batch made outside may have come of random numbers, which a step that waits would draw too late.
+        at_once = STEPS_AT_ONCE if inside and self._moving is not None else 1
+        try:
+            with products_in(self.precision, self._device):
+                self._graphs[key] = GraphedSteps(
+                    compute, update if inside else None, inputs, moving, float(rate), beta, touched, at_once, self.recorder
+                )
+            self._staged.leave_uncompiled()
+        except NotCaptured as error:
+            self._launch_singly(str(error))
+        if not inside and self._outside is None:
+            name = type(self.optimizer).__name__
+            self._outside = f"{name} runs outside the step's CUDA graph, which takes longer: choose 'adam' or 'adamw'."
+            warnings.warn(self._outside, RuntimeWarning, stacklevel=5)
+
+    def _launch_singly(self, why: str) -> None:
+        self._graphs.clear()
+        self.recorder = None
+        self._outside = f"The kernels of this step are launched one by one, since {why}: pass compile=False to run it as it is."
+        warnings.warn(self._outside, RuntimeWarning, stacklevel=5)
+
+    def _differentiate_and_note(self, *inputs: Tensor) -> Tensors:
+        """As :meth:`_differentiate`, and loss and norm are written to the last input: it asks nothing of the host."""
+        *given, outcome = inputs
+        loss, norm, *gradients = self._differentiate(*given)
+        outcome.copy_(self._noted(loss, norm))
+        return (loss, norm, *gradients)
+
+    def _with_beta(self, inputs: Tensors, beta: float | None) -> Tensors:
+        if beta is None:
             return inputs
         if self._annealed is None:
-            self._annealed = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
-        if annealed != self._held:
-            self._held = annealed
-            self._annealed.fill_(annealed)
+            self._annealed = torch.zeros((), dtype=torch.float64, device=self._device)
+        if beta != self._held:
+            self._held = beta
+            self._annealed.fill_(beta)
         return (*inputs, self._annealed)
 
     def _step_input(self) -> float | None:
@@ -439,9 +545,13 @@ class Step:
         pairs = [(par, grad) for par, grad in zip(self.parameters, gradients, strict=True) if grad is not None]
         if not pairs:
             raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")
-        self.reached, found = [par for par, _ in pairs], tuple(grad for _, grad in pairs)
-        # Not get_total_norm, which a compiler leaves as it is: one call for each parameter.
-        norm = torch.stack([gradient.square().sum() for gradient in found]).sum().sqrt()
+        reached, found = [par for par, _ in pairs], tuple(grad for _, grad in pairs)
+        if list(map(id, reached)) != list(map(id, self.reached)):  # else the list by which the optimizer's kernel knows them
+            self.reached = reached
+        if self._device.type == "cuda":  # four kernels, where the sums below are two for each parameter
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
+        else:  # not get_total_norm, which a compiler leaves as it is: one call for each parameter
+            norm = torch.stack([gradient.square().sum() for gradient in found]).sum().sqrt()
         if self.clip_norm is not None:
             found = torch._foreach_mul(found, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return (loss.detach(), norm, *found)
@@ -468,11 +578,15 @@ class _Update:
         self._parameters: list[Tensor] = []
         self._state: tuple[Any, int] | None = None
 
-    def __call__(self, parameters: list[Tensor], gradients: list[Tensor], spoiled: Tensor | None = None) -> None:
-        """Take it; or not, where ``spoiled`` is 1: the kernel finds that out on its device, for others it is read here."""
+    def __call__(
+        self, parameters: list[Tensor], gradients: list[Tensor], spoiled: Tensor | None = None, rate: Tensor | None = None
+    ) -> None:
+        """Take it; or not, where ``spoiled`` is 1: the kernel finds that out on its device, for others it is read here.
+
+        ``rate`` is for a CUDA graph, which cannot have the optimizer's own learning rate, a number of the host.
+        """
         optimizer, group = self.optimizer, self.optimizer.param_groups[0]
-        plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and len(optimizer.param_groups) == 1
-        if not (plain and group["fused"] and self._know(parameters)):
+        if not self.is_kernel(parameters):
             if spoiled is not None and spoiled.item():
                 return
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -491,7 +605,7 @@ class _Update:
             self._squares,
             self._largest if group["amsgrad"] else [],
             self._steps,
-            lr=group["lr"],
+            lr=group["lr"] if rate is None else rate,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=group["weight_decay"],
@@ -501,14 +615,33 @@ class _Update:
             found_inf=spoiled,
         )
 
+    def is_kernel(self, parameters: list[Tensor]) -> bool:
+        """Whether it is a kernel's call and nothing else."""
+        optimizer, group = self.optimizer, self.optimizer.param_groups[0]
+        plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and len(optimizer.param_groups) == 1
+        return bool(plain and group["fused"] and self._know(parameters))
+
+    def settings(self) -> tuple:
+        """What its kernel is called with, but for the learning rate."""
+        group = self.optimizer.param_groups[0]
+        return tuple([group.get(name) for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize")])
+
+    @property
+    def touched(self) -> list[Tensor]:
+        """The optimizer's tensors that its kernel changes."""
+        return [self._count, *self._means, *self._squares, *self._largest] if self._state is not None else []
+
+    def is_current(self) -> bool:
+        """Whether the optimizer's moments are those at hand, or it never had any at hand."""
+        # Loading a checkpoint puts another state in its place, and clearing it leaves none.
+        state = self.optimizer.state
+        return self._state is None or (self._state[0] is state and len(state) == self._state[1])
+
     def _know(self, parameters: list[Tensor]) -> bool:
         """Whether the optimizer keeps its moments of all these parameters, which are then at hand."""
         state = self.optimizer.state
-        if self._parameters is parameters and self._state is not None:
-            # Loading a checkpoint puts another state in its place, and clearing it leaves none.
-            seen, size = self._state
-            if seen is state and len(state) == size:
-                return True
+        if self._parameters is parameters and self._state is not None and self.is_current():
+            return True
         self._state = None
         if not all(parameter in state for parameter in parameters):
             return False
@@ -671,7 +804,7 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
     # Not torch.compile: its guards read every parameter at each call, a tenth of a small step, and shapes are all they find.
     # Nor its own checks of sizes and strides, a twentieth: graphs are kept by shape, and their inputs made contiguous.
     options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
-    options |= {"triton.cudagraphs": True} if on_gpu else {}
+    # Not Inductor's own CUDA graphs, which copy all parameters at each call: see pyrovae.cuda.
     options |= {"cpp.threads": 1} if apart else {}
     if not on_gpu:
         module = join_decoders(module, rounded)
@@ -694,6 +827,7 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
     with torch.no_grad(), warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):  # torch's own, about torch
             warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # precision="tf32" asks for them
         if not on_gpu:
             # Kernels that call each other in C++ save a tenth of a small step; some operations have no such form.
             with contextlib.suppress(Exception):

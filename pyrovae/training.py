@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .cuda import check_precision, products_in
 from .data import Batches, binarize, dequantize
 from .estimators import check_estimator, make_estimator, runs_together
 from .pairs import PairInfo, check_steady_scale, inspect_pair, prepare
@@ -64,12 +65,14 @@ class History:
         records: dictionaries with ``epoch``, ``step``, ``bound`` and ``validation`` (nats per datum; ``None`` without
             validation data), ``lr`` and ``seconds`` since the start.
         stopped: why training ended.
+        precision: of matrix products and convolutions.
     """
 
     estimator: str
     num_particles: int
     records: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = "all epochs done"
+    precision: str = "float32"
 
     @property
     def bound(self) -> list[float]:
@@ -110,7 +113,7 @@ def fit(
     patience: int | None = None,
     max_seconds: float | None = None,
     compile: bool | Literal["auto"] = "auto",
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32",
     transform: Callable[[Tensor], Tensor] | None = None,
     progress: bool = True,
     seed: int | None = None,
@@ -145,12 +148,15 @@ def fit(
         max_seconds: stop after the step that crosses this time, counted from the first step.
         compile: capture the step as one graph and compile it (:mod:`pyrovae.staging`); ``"auto"`` does so for runs of 3,000
             steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
-            to rounding. A pair that cannot be captured trains as it is, and a warning says why: one that reads values of
-            tensors into Python, or keeps a count there. The graph is compared with the pair in the second step, after an
+            to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them
+            (:mod:`pyrovae.cuda`). A pair that cannot be captured trains as it is, and a warning says why: one that reads values
+            of tensors into Python, or keeps a count there. The graph is compared with the pair in the second step, after an
             ``on_epoch`` that changed an object which the pair can reach, and at the start of an epoch once 500 steps (on a GPU
             2,000) have been taken since; where they differ, training goes on without the graph and a warning says since when.
-        precision: ``"bfloat16"`` rounds the factors of matrix products and convolutions, and compiles; parameters, sums and
-            log-weights stay in float32. It is for processors with units for it; the README has what it does to the numbers.
+        precision: of matrix products and convolutions. ``"float32"`` is that on a GPU too, whatever torch's settings are;
+            ``"tf32"`` takes an NVIDIA GPU's faster units, which round factors to 10 bits, and is refused on a CPU.
+            ``"bfloat16"`` rounds factors to 7 bits, and compiles; parameters, sums and log-weights stay in float32. It is
+            for processors with units for it; the README has what it does to the numbers.
         transform: applied to the first tensor of each training batch, such as :func:`pyrovae.data.binarize`.
         progress: show a bar with the bound in nats per datum.
         seed: seeds torch's random stream, for the order, the draws and the transform.
@@ -194,6 +200,7 @@ def fit(
         raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
     train.to(start.dtype, start.device, start.floating)
     check_estimator(elbo, start.info)
+    check_precision(precision, start.device)
     with torch.random.fork_rng():
         example = train.peek()
     check_batch = SupportCheck(model, guide, example)
@@ -221,7 +228,7 @@ def fit(
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ValueError("ReduceLROnPlateau waits for a metric, and a schedule here follows the step: choose 'cosine'.")
     if compile == "auto":
-        compile = precision != "float32" or (steps is not None and steps >= STEPS_TO_COMPILE)
+        compile = precision == "bfloat16" or (steps is not None and steps >= STEPS_TO_COMPILE)
     # Data in memory are gathered and drawn within a compiled step, unless by a program that need not be tensor operations.
     inside = compile and shuffle and train.loader is None and transform in (None, binarize, dequantize)
     with buffers_kept(model, guide):
@@ -237,7 +244,7 @@ def fit(
             backend="inductor" if compile else "eager",
             precision=precision,
         )
-    history = History(type(elbo).__name__, elbo.num_particles)
+    history = History(type(elbo).__name__, elbo.num_particles, precision=precision)
     best, best_epoch, best_state = -math.inf, 0, None
     modules, infinite = modules_of(model, guide).values(), list[int]()
     began, step, compared = time.perf_counter(), 0, 0
@@ -267,7 +274,11 @@ def fit(
         return max_seconds is not None and time.perf_counter() - began > max_seconds
 
     # The data have been checked, so the per-call validation that Pyro would repeat at each step is off; NaN is still caught.
-    with pyro.validation_enabled(False), tqdm(total=steps, unit="step", disable=not progress) as bar:
+    with (
+        pyro.validation_enabled(False),
+        products_in(precision, start.device),
+        tqdm(total=steps, unit="step", disable=not progress) as bar,
+    ):
         for epoch in range(1, epochs + 1):
             total, seen = 0.0, 0.0
             if step - compared >= (STEPS_BETWEEN_CHECKS_ON_GPU if take_step.asynchronous else STEPS_BETWEEN_CHECKS):

@@ -147,8 +147,8 @@ class PairModule(nn.Module):
                 f"The data have shape {tuple(x.shape)}, but the model takes (N, {', '.join(map(str, self.data_shape))}): "
                 f"reshape them, or build the model for that shape."
             )
-        # Counts come as integers and pixels as bytes; the networks want their own floating type.
-        return x.to(next(self.parameters()).dtype)
+        # Counts come as integers and pixels as bytes, and from anywhere; the networks want their own floating type and device.
+        return x.to(next(self.parameters()))
 
     def _shown(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The data as an encoder sees them: zeros where they are missing."""
@@ -164,7 +164,7 @@ class PairModule(nn.Module):
                 f"A mask is a boolean tensor of the data's shape {tuple(x.shape)}, true where a value was observed, not one of "
                 f"{mask.dtype} and shape {tuple(mask.shape)}."
             )
-        return mask
+        return mask.to(next(self.parameters()).device)
 
 
 class VAE(PairModule):

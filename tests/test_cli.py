@@ -56,7 +56,21 @@ def test_train_writes_everything_and_says_what_it_found(in_folder: Path, capsys:
     for text in (f"{evidence.mean:.2f}", f"{evidence.bits_per_dim:.3f}", "nats per image", "runs/mine/report.html"):
         assert text in out
     assert max(map(len, out.splitlines())) <= 110
-    assert all(len(line) <= 80 for line in out.splitlines()[1:])
+    assert out.startswith("On the CPU.\n") or torch.cuda.is_available()
+    assert all(len(line) <= 80 for line in out.splitlines()[2:])
+
+
+@pytest.mark.parametrize("option", ["--device", "--train.device"])
+def test_the_device_is_chosen(in_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, option: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["train", "--name", "mine", *QUICK, option, "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("On the CPU.\n")
+    run = pv.config.read_run(in_folder / "runs" / "mine" / "run.toml")
+    assert run.train.device == "cpu"
+    assert main(["train", *QUICK, option, "cuda"]) == 2
+    assert 'train.device must be "cpu" or "auto" where torch finds no GPU, got "cuda"' in capsys.readouterr().err
+    assert main(["evaluate", "runs/mine", "--device", "cuda"]) == 2
+    assert main(["train", *QUICK, option, "tpu"]) == 2
 
 
 def test_toml_file_and_overrides(in_folder: Path):

@@ -765,7 +765,7 @@ def test_bfloat16_is_refused_where_nothing_is_compiled() -> None:
         vae.log_marginal(X, compile=False, precision="bfloat16")
     with pytest.raises(ValueError, match="leave precision out"):
         vae.log_marginal(X, proposal="refined", precision="bfloat16")
-    with pytest.raises(ValueError, match='precision is "float32" or "bfloat16"'):
+    with pytest.raises(ValueError, match='precision is "float32", "tf32" or "bfloat16"'):
         pv.fit(*pair_of(vae), X, precision="half", progress=False)
 
 
