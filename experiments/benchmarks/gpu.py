@@ -423,6 +423,7 @@ def run_all(on: Machine, parts: list[str], out: Path, seconds: float) -> dict[st
     if out.exists():  # parts that are not asked for stay as they were
         result |= json.loads(out.read_text())
     result |= about(on)
+    refused_before = result.get("refusals", [])
 
     def write() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -440,7 +441,7 @@ def run_all(on: Machine, parts: list[str], out: Path, seconds: float) -> dict[st
             keep(found)
             errors = errors_in(found)
             failed = bool(errors)
-            result["refusals"] = REFUSALS
+            result["refusals"] = refused_before + REFUSALS
             result["failed"] += [name] * failed
             took = time.perf_counter() - started
             result["seconds"][name] = round(took, 2)
