@@ -594,6 +594,11 @@ class _Update:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return
+        if self._counted is None:  # a GPU's kernel wants the parameters' own strides, which a product's transpose has not
+            gradients = [
+                gradient if gradient.stride() == value.stride() else torch.empty_like(value).copy_(gradient)
+                for gradient, value in zip(gradients, self._values, strict=True)
+            ]
         if spoiled is not None or self._counted is None:
             self._count.add_(1 if spoiled is None else 1 - spoiled)
         else:
