@@ -16,6 +16,7 @@ def _fresh_state() -> Iterator[None]:
     # Pyro's store and the default dtype belong to the process: what one test leaves there another would find.
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    pyro.enable_validation(True)  # importing zuko turns torch's off
     yield
     pyro.clear_param_store()
     torch.set_default_dtype(torch.float32)
