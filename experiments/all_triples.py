@@ -28,7 +28,7 @@ import record
 import torch
 
 import pyrovae as pv
-from pyrovae.pairs import inspect_pair
+from pyrovae.programs.inspect import inspect_pair
 from pyrovae.registry import names
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -15,9 +15,10 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from . import distributions
+from ._validation import positive_integer, positive_number
 from .distributions import FlowDistribution, check_sphere, flow_transform, normalizing_flow
 from .nn import as_shape, as_widths
-from .registry import build, find, positive_integer, positive_number, register
+from .registry import build, find, register
 
 
 class Encoder(nn.Module):

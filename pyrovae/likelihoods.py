@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from . import distributions
+from ._validation import positive_integer, positive_number
 from .nn import Body, Shape, as_shape
-from .registry import build, find, positive_integer, positive_number, register
+from .registry import build, find, register
 
 # Where a likelihood reads the library size off its datum and there is none, as for draws from the prior: counts per ten
 # thousand, as single-cell data are commonly normalised.

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .registry import positive_integer, register, unknown
+from ._validation import positive_integer, unknown
+from .registry import register
 
 Shape = int | Sequence[int]
 Activation = str | Callable[[], nn.Module]

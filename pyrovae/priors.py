@@ -11,9 +11,10 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from . import distributions
+from ._validation import positive_integer, positive_number
 from .distributions import FlowDistribution, flow_transform, mixture, normalizing_flow
 from .nn import Shape, as_shape, as_widths
-from .registry import positive_integer, positive_number, register
+from .registry import register
 
 
 class Prior(nn.Module):

@@ -11,35 +11,30 @@ entry's name is the class's, as in ``[project.entry-points."pyrovae.prior"]`` wi
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from ._validation import unknown
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 T = TypeVar("T", bound=type)
-
 # Each kind with the room whose import registers its classes.
 _ROOMS = {
     "prior": "priors",
     "likelihood": "likelihoods",
     "encoder": "encoders",
     "body": "nn",
-    "guide": "hierarchical",
+    "guide": "models.guides",
     "estimator": "estimators",
 }
-
 KINDS = tuple(_ROOMS)
-
 _classes: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
-
 # Kinds whose entry points have been read, and those of them that are in no use.
 _read: set[str] = set()
 _refused: dict[str, dict[str, EntryPoint]] = {kind: {} for kind in KINDS}
@@ -158,46 +153,6 @@ def describe(component: Any, kind: str) -> dict[str, Any]:
             )
         found[argument] = _plain(given[argument] if argument in given else getattr(component, argument), f"{name}.{argument}")
     return found
-
-
-def positive_integer(value: Any, what: str) -> int:
-    """``value`` as a plain integer.
-
-    Raises:
-        ValueError: it is no positive whole number; the message calls it ``what``.
-
-    Example:
-        >>> from pyrovae.registry import positive_integer
-        >>> positive_integer(5e3, "num_samples")
-        5000
-    """
-    if not (isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())) or value < 1:
-        raise ValueError(f"{what} is a positive integer, not {value!r}.")
-    return int(value)
-
-
-def positive_number(value: Any, what: str) -> float:
-    """``value`` as a plain float.
-
-    Raises:
-        ValueError: it is no positive, finite number; the message calls it ``what``.
-
-    Example:
-        >>> from pyrovae.registry import positive_number
-        >>> positive_number(2, "scale")
-        2.0
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{what} is a positive number, not {value!r}.")
-    return float(value)
-
-
-def unknown(what: str, name: str, known: Any) -> str:
-    """One sentence for a name that does not exist, with the nearest that does."""
-    known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    cure = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}."
-    return f"There is no {what} {name!r}; {cure}"
 
 
 def snake_case(name: str) -> str:

@@ -10,8 +10,8 @@ from scipy import stats
 from tqdm import tqdm
 
 import pyrovae as pv
-from pyrovae.annealing import _betas, _Field, _Gradient, _Path, _Tuned
-from pyrovae.traces import FlatPair
+from pyrovae.evidence.annealing import _betas, _Field, _Gradient, _Path, _Tuned
+from pyrovae.programs.unconstrained import FlatPair
 
 
 @pytest.mark.usefixtures("float64")

@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN section 2), read off the source."""
+"""Who may import whom (the house of ARCHITECTURE.md), read off the source."""
 
 from __future__ import annotations
 
@@ -13,108 +13,106 @@ import pytest
 import pyrovae
 
 ROOT = Path(pyrovae.__file__).parent
-ROOMS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
-
-# Leaves import no room but each other here, and any room may import them.
-LEAVES = {"registry", "checkpoint", "data", "evidence", "staging", "reachable", "cuda"}
-_BODIES = {"nn", "distributions"}
-_PARTS = {"priors", "likelihoods", "encoders"}
-_TRACES = {"sites", "state", "traces", "checks", "weights", "probes", "pairs"}
-_SCORING = _TRACES | {"estimators", "proposals", "marginal", "integration", "annealing", "diagnostics", "training"}
-ALLOWED: dict[str, set[str]] = {
-    "nn": set(),
-    "distributions": set(),
-    **dict.fromkeys(_PARTS, _BODIES),
-    "vae": _BODIES | _PARTS,
-    # What all models of ours do the same way is in vae.
-    **dict.fromkeys(("hierarchical", "conditional"), _BODIES | _PARTS | {"vae"}),
-    # One room in the page: sites unwraps, traces reads, checks compares, weights reduces, pairs inspects; state is what
-    # a pair leaves behind, and probes what is checked before it is believed.
-    "sites": set(),
-    "state": set(),
-    "traces": {"sites", "state"},
-    "checks": {"sites", "traces"},
-    "weights": {"sites", "traces", "checks"},
-    "probes": {"sites", "traces"},
-    "pairs": {"sites", "state", "traces", "checks", "weights", "probes"},
-    "estimators": _TRACES,
-    # Beyond the page: what importance sampling draws from, and what needs no sampling, have rooms of their own.
-    "proposals": _TRACES,
-    "marginal": _TRACES | {"proposals", "psis"},
-    "psis": set(),
-    "integration": _TRACES | {"quadrature"},
-    "quadrature": set(),
-    "annealing": _TRACES,
-    # Beyond the page's arrow from weights: a comparison trains and scores, with estimators found by name.
-    "diagnostics": _TRACES | {"estimators", "marginal", "training"},
-    "training": _TRACES | {"estimators", "preflight"},
-    "preflight": _TRACES,
-    **{leaf: set() for leaf in LEAVES},
-    # What the data door is made of: which array goes where, and what comes from torch's loaders.
-    "matching": set(),
-    "streams": set(),
-    "support": set(),
-    "data": {"matching", "streams", "support"},
-    # Beyond the page: what is done to a graph between capture and compiler.
-    "kernels": set(),
-    "rewrites": {"kernels"},
-    "staging": {"kernels", "rewrites", "reachable", "cuda"},
-    "config": set(ROOMS) - {"report", "cli"},
-    "report": set(ROOMS) - {"cli"},
-    "cli": set(ROOMS),
+# Folders and files directly below the package, from the ground up: each may import the floors below, and its own files.
+FLOORS: list[set[str]] = [
+    {"_lazy", "_validation", "files"},
+    {"registry", "plots", "data"},
+    {"nn", "distributions", "programs"},
+    {"priors", "encoders", "likelihoods", "compile", "estimators"},
+    {"evidence"},
+    {"training"},
+    {"diagnostics"},
+    {"models"},
+    {"cli"},
+]
+# Beyond what the floors say: these take programs and never import our components or models.
+TAKE_CALLABLES = {"programs", "compile", "estimators", "evidence", "training", "diagnostics"}
+COMPONENTS = {"nn", "distributions", "priors", "encoders", "likelihoods", "models"}
+ONLY_IN = {
+    "torchvision": ("data.datasets",),
+    "arviz": ("evidence.psis",),
+    "pyro.poutine": ("programs", "models", "diagnostics", "evidence", "training"),
+    "torch.fx": ("compile",),
+    "torch._inductor": ("compile",),
+    "torch._dynamo": ("compile",),
+    "ctypes": ("compile",),
 }
-# The convenience methods of a VAE call into the second and third chain, inside the method.
-# A History plots itself, and plots live in report.
-LAZY: dict[str, set[str]] = {**dict.fromkeys(("vae", "hierarchical", "conditional"), _SCORING), "training": {"report"}}
-ONLY_IN = {"torchvision": {"data"}, "arviz": {"evidence"}, "torch.fx": {"staging", "rewrites"}, "torch._dynamo": {"staging"}}
+FILES = sorted(path for path in ROOT.rglob("*.py"))
 
 
-def _imports(room: str) -> Iterator[tuple[str, bool]]:
-    """Absolute names of what a room imports, and whether it does when it is imported itself."""
-    tree = ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8"))
-    later = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+def _name(path: Path) -> str:
+    """A file's dotted name below the package."""
+    return ".".join(part for part in path.relative_to(ROOT).with_suffix("").parts if part != "__init__")
+
+
+MODULES = {_name(path): path for path in FILES}
+
+
+def _imports(module: str) -> Iterator[str]:
+    """Absolute names of all that a module imports: at once, later, or for types alone."""
+    path = MODULES[module]
+    package = ("pyrovae", *path.relative_to(ROOT).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) not in later) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parent = ".".join(part for part in ("pyrovae" if node.level else "", node.module or "") if part)
-            # `from . import x` names rooms; `from .x import y` names one.
-            yield from ((f"{parent}.{alias.name}", id(node) not in later) for alias in node.names)
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            parent = ".".join(part for part in (base, node.module) if part)
+            # `from . import x` names modules; `from .x import y` names one.
+            yield from (f"{parent}.{alias.name}" for alias in node.names)
 
 
-def _rooms(room: str, *, now: bool) -> set[str]:
-    found = {name.split(".")[1] for name, at_once in _imports(room) if name.startswith("pyrovae.") and at_once == now}
-    return found & set(ROOMS)
+def _modules(module: str) -> set[str]:
+    """The package's modules that a module imports."""
+    found = set()
+    for name in _imports(module):
+        inner = name.removeprefix("pyrovae.").split(".") if name.startswith("pyrovae.") else []
+        for length in range(len(inner), 0, -1):
+            if ".".join(inner[:length]) in MODULES:
+                found.add(".".join(inner[:length]))
+                break
+    return found - {module, ""}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_keep_to_the_design(room: str) -> None:
-    assert room in ALLOWED, f"{room}.py is no room of DESIGN section 2: give it its place in ALLOWED"
-    allowed = ALLOWED[room] | (LEAVES - {room} if room not in LEAVES else {"registry", "checkpoint"} - {room})
-    assert _rooms(room, now=True) <= allowed
-    assert _rooms(room, now=False) <= allowed | LAZY.get(room, set())
+def _room(module: str) -> str:
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_special_libraries_have_one_door(room: str) -> None:
-    for name, _ in _imports(room):
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_imports_go_down(module: str) -> None:
+    assert _room(module) in FLOOR, f"{module} has no floor: give it its place in FLOORS and in ARCHITECTURE.md"
+    for other in _modules(module):
+        own = _room(module) == _room(other)
+        assert own or FLOOR[_room(other)] < FLOOR[_room(module)], f"{module} imports {other}, which is no floor below"
+        assert not (_room(module) in TAKE_CALLABLES and _room(other) in COMPONENTS), (
+            f"{module} takes programs, and imports {other}"
+        )
+
+
+def test_no_cycle_of_imports() -> None:
+    waiting = {module: _modules(module) for module in MODULES if module}
+    while waiting:
+        free = {module for module, others in waiting.items() if not others & waiting.keys()}
+        assert free, f"a cycle among {sorted(waiting)}"
+        waiting = {module: others for module, others in waiting.items() if module not in free}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_special_libraries_have_one_door(module: str) -> None:
+    for name in _imports(module):
         for library, doors in ONLY_IN.items():
             # arviz_stats and arviz_base are arviz.
             inside = name == library or name.startswith((f"{library}.", f"{library}_"))
-            assert not inside or room in doors, f"{room}.py imports {name}, which belongs in {doors}"
+            assert not inside or module.startswith(doors), f"{module} imports {name}, which belongs in {doors}"
 
 
 def test_the_reader_sees_imports_of_every_form() -> None:
     # Guards the guards: were nothing found, everything above would pass.
-    assert _rooms("vae", now=True) >= {"checkpoint", "encoders", "likelihoods", "nn", "priors", "registry"}
-    assert _rooms("vae", now=False) >= {"training", "marginal"}
-    assert "torch" in {name.split(".")[0] for name, _ in _imports("nn")}
+    assert _modules("models.base") >= {"registry", "training.loop", "evidence.importance"}
+    assert "torch" in {name.split(".")[0] for name in _imports("nn")}
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -126,7 +124,19 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_the_index_keeps_what_it_promises() -> None:
     for name in pyrovae.__all__:
-        assert (ROOT / f"{name}.py").exists() or name in pyrovae._NAMES
-    assert set(pyrovae._NAMES) <= set(pyrovae.__all__)
+        assert getattr(pyrovae, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = pyrovae.nonsense
+
+
+def test_modules_that_moved_can_still_be_imported() -> None:
+    code = (
+        "import warnings; warnings.simplefilter('error', DeprecationWarning)\n"
+        "try:\n    import pyrovae.marginal\nexcept DeprecationWarning as warning:\n    print(warning)\n"
+        "warnings.simplefilter('ignore')\n"
+        "from pyrovae.vae import VAE; from pyrovae.traces import FlatPair; import pyrovae as pv; print(VAE is pv.VAE)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, same = done.stdout.strip().splitlines()
+    assert "pyrovae.marginal moved to pyrovae.evidence.importance" in said
+    assert same == "True"

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pyrovae import checkpoint
+from pyrovae import files
 from pyrovae.nn import MLP
 
 
@@ -29,18 +29,18 @@ def _snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_round_trip_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
     source, target = MLP(3, [4], 2).to(dtype), MLP(3, [4], 2).to(dtype)
-    checkpoint.save_weights(tmp_path / "w", source)
-    checkpoint.load_weights(tmp_path / "w", target)
+    files.save_weights(tmp_path / "w", source)
+    files.load_weights(tmp_path / "w", target)
     assert _same(source, target.state_dict())
 
 
 def test_precision_is_the_modules_or_with_cast_the_files(tmp_path: Path) -> None:
     source, target = MLP(3, [4], 2).double(), MLP(3, [4], 2)
     identity = [id(parameter) for parameter in target.parameters()]
-    checkpoint.save_weights(tmp_path / "w", source)
-    checkpoint.load_weights(tmp_path / "w", target)
+    files.save_weights(tmp_path / "w", source)
+    files.load_weights(tmp_path / "w", target)
     assert {parameter.dtype for parameter in target.parameters()} == {torch.float32}
-    checkpoint.load_weights(tmp_path / "w", target, cast=True)
+    files.load_weights(tmp_path / "w", target, cast=True)
     assert _same(source, target.state_dict())
     # An optimizer that holds the parameters still does.
     assert [id(parameter) for parameter in target.parameters()] == identity
@@ -53,8 +53,8 @@ def test_tied_weights_round_trip(tmp_path: Path) -> None:
         return net
 
     source, target = tied(), tied()
-    checkpoint.save_weights(tmp_path / "w", source)
-    checkpoint.load_weights(tmp_path / "w", target)
+    files.save_weights(tmp_path / "w", source)
+    files.load_weights(tmp_path / "w", target)
     assert _same(source, target.state_dict())
     assert target[1].weight is target[0].weight
 
@@ -63,27 +63,27 @@ def test_arrays_round_trip_with_notes(tmp_path: Path) -> None:
     base = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
     # Views of one tensor, transposed and strided: safetensors by itself refuses them.
     arrays = {"base": base, "transposed": base.T, "slice": base[:, ::2], "row": base[1], "flags": base > 3, "empty": base[:0]}
-    checkpoint.write_arrays(tmp_path / "a", arrays, {"method": "iwae", "n": 5, "nested": {"x": [1, 2.5]}})
-    found, notes = checkpoint.read_arrays(tmp_path / "a")
+    files.write_arrays(tmp_path / "a", arrays, {"method": "iwae", "n": 5, "nested": {"x": [1, 2.5]}})
+    found, notes = files.read_arrays(tmp_path / "a")
     assert set(found) == set(arrays)
     assert all(torch.equal(found[name], arrays[name]) and found[name].dtype == arrays[name].dtype for name in arrays)
     assert notes == {"method": "iwae", "n": 5, "nested": {"x": [1, 2.5]}}
-    checkpoint.write_arrays(tmp_path / "b", {})
-    assert checkpoint.read_arrays(tmp_path / "b") == ({}, {})
+    files.write_arrays(tmp_path / "b", {})
+    assert files.read_arrays(tmp_path / "b") == ({}, {})
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
-    checkpoint.write_text(tmp_path / "deep" / "t.json", '{"å": "β\\n"}')
+    files.write_text(tmp_path / "deep" / "t.json", '{"å": "β\\n"}')
     assert (tmp_path / "deep" / "t.json").read_bytes() == '{"å": "β\\n"}'.encode()
-    assert checkpoint.read_json(tmp_path / "deep" / "t.json") == {"å": "β\n"}
+    assert files.read_json(tmp_path / "deep" / "t.json") == {"å": "β\n"}
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_mode_is_the_umasks(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        checkpoint.write_text(tmp_path / "t", "x")
-        checkpoint.save_weights(tmp_path / "w", MLP(1, [], 1))
+        files.write_text(tmp_path / "t", "x")
+        files.save_weights(tmp_path / "w", MLP(1, [], 1))
         assert os.umask(umask) == umask  # a write leaves the process's umask alone
     finally:
         os.umask(before)
@@ -92,7 +92,7 @@ def test_mode_is_the_umasks(tmp_path: Path, umask: int) -> None:
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 @pytest.mark.parametrize(
-    "write", [lambda path: checkpoint.write_text(path, "new"), lambda path: checkpoint.save_weights(path, MLP(1, [], 1))]
+    "write", [lambda path: files.write_text(path, "new"), lambda path: files.save_weights(path, MLP(1, [], 1))]
 )
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, write: object
@@ -112,18 +112,18 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 
 def test_readers_never_see_a_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    checkpoint.write_text(path, "old")
+    files.write_text(path, "old")
     seen = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(path.read_text()), fsync(handle)))
-    checkpoint.write_text(path, "new and longer")
+    files.write_text(path, "new and longer")
     assert seen == ["old"]
     assert path.read_text() == "new and longer"
 
 
 def _damaged(folder: Path, how: str) -> Path:
     path = folder / "w"
-    checkpoint.save_weights(path, MLP(3, [4], 2))
+    files.save_weights(path, MLP(3, [4], 2))
     whole = path.read_bytes()
     content = {
         "empty": b"",
@@ -142,7 +142,7 @@ def test_damaged_weights_are_refused_and_the_module_stays(tmp_path: Path, how: s
     module = MLP(3, [4], 2)
     before = _snapshot(module)
     with pytest.raises(ValueError, match=r"cannot be read .*truncated or not a safetensors file") as caught:
-        checkpoint.load_weights(_damaged(tmp_path, how), module)
+        files.load_weights(_damaged(tmp_path, how), module)
     assert "\n" not in str(caught.value)
     assert _same(module, before)
 
@@ -157,11 +157,11 @@ def test_damaged_weights_are_refused_and_the_module_stays(tmp_path: Path, how: s
     ],
 )
 def test_weights_of_another_model_are_refused_and_the_module_stays(tmp_path: Path, other: nn.Module, name: str) -> None:
-    checkpoint.save_weights(tmp_path / "w", other.double())
+    files.save_weights(tmp_path / "w", other.double())
     module = MLP(3, [4], 2)
     before = _snapshot(module)
     with pytest.raises(ValueError, match=f"does not fit the model: {name} is missing, unexpected or of another shape"):
-        checkpoint.load_weights(tmp_path / "w", module, cast=True)
+        files.load_weights(tmp_path / "w", module, cast=True)
     assert _same(module, before)
 
 
@@ -169,11 +169,11 @@ def test_weights_of_another_model_are_refused_and_the_module_stays(tmp_path: Pat
 def test_damaged_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "j").write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot be read .*truncated or not JSON") as caught:
-        checkpoint.read_json(tmp_path / "j")
+        files.read_json(tmp_path / "j")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [checkpoint.read_json, checkpoint.read_arrays])
+@pytest.mark.parametrize("read", [files.read_json, files.read_arrays])
 @pytest.mark.parametrize("what", ["missing", "folder"])
 def test_missing_files_are_named(tmp_path: Path, read: object, what: str) -> None:
     (tmp_path / "folder").mkdir()
@@ -184,7 +184,7 @@ def test_missing_files_are_named(tmp_path: Path, read: object, what: str) -> Non
 def test_notes_that_are_not_json_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "a", {"notes": "{oops"})
     with pytest.raises(ValueError, match="cannot be read"):
-        checkpoint.read_arrays(tmp_path / "a")
+        files.read_arrays(tmp_path / "a")
     # A file of someone else's, without notes, is fine.
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "b")
-    assert checkpoint.read_arrays(tmp_path / "b")[1] == json.loads("{}")
+    assert files.read_arrays(tmp_path / "b")[1] == json.loads("{}")

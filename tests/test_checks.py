@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 import pyrovae as pv
-from pyrovae.estimators import make_estimator
+from pyrovae.estimators.base import make_estimator
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pyrovae as pv
-from pyrovae.cli import _decomposed, main
+from pyrovae.cli.app import _decomposed, main
 
 # Without the decomposition but where it is the point.
 QUICK = [

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 import pyrovae as pv
-from pyrovae.conditional import ConditionalVAE, SemiSupervisedVAE, make_conditional_vae, make_semi_supervised_vae
+from pyrovae.compile.step import Step
 from pyrovae.encoders import DiagonalNormal, Encoder
 from pyrovae.likelihoods import Bernoulli, Normal
+from pyrovae.models.conditional import ConditionalVAE, SemiSupervisedVAE, make_conditional_vae, make_semi_supervised_vae
 from pyrovae.nn import MLP
-from pyrovae.pairs import inspect_pair
 from pyrovae.priors import Prior, StandardNormal
+from pyrovae.programs.inspect import inspect_pair
 from pyrovae.registry import names
-from pyrovae.staging import Step
 
 C = 3
 MAKERS = [make_conditional_vae, make_semi_supervised_vae]

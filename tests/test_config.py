@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pyrovae.conditional import make_conditional_vae
-from pyrovae.config import SECTIONS, Run, build_vae, load_split, load_vae, read_run, run_name, with_likelihood, write_run
-from pyrovae.hierarchical import HierarchicalVAE, make_hierarchical_vae
-from pyrovae.vae import VAE, make_vae
+from pyrovae.cli.config import SECTIONS, Run, build_vae, load_split, load_vae, read_run, run_name, with_likelihood, write_run
+from pyrovae.models.conditional import make_conditional_vae
+from pyrovae.models.hierarchical import HierarchicalVAE, make_hierarchical_vae
+from pyrovae.models.vae import VAE, make_vae
 
 
 def test_written_runs_read_back_equal(tmp_path: Path):

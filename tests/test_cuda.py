@@ -18,11 +18,15 @@ from pairs import two_latents_pair
 from torch import Tensor, nn
 
 import pyrovae as pv
-from pyrovae import cuda, marginal, staging
-from pyrovae.data import Batches, binarize
-from pyrovae.pairs import find_parameters
-from pyrovae.psis import pareto_smooth_together
-from pyrovae.staging import Step
+from pyrovae.compile import cuda
+from pyrovae.compile import cuda as compile_cuda
+from pyrovae.compile import graph as compile_graph
+from pyrovae.compile.step import Step
+from pyrovae.data.batches import Batches
+from pyrovae.data.datasets import binarize
+from pyrovae.evidence import importance, psis_together
+from pyrovae.evidence.psis_together import pareto_smooth_together
+from pyrovae.programs.inspect import find_parameters
 
 X = torch.bernoulli(torch.full((12, 6), 0.3), generator=torch.Generator().manual_seed(0))
 ADAM = {
@@ -102,7 +106,7 @@ def test_only_the_graph_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.append(module)
         return module
 
-    monkeypatch.setattr(staging, "_inductor", compiler)
+    monkeypatch.setattr(compile_graph, "_inductor", compiler)
     vae = a_vae()
     step = Step(pv.estimators.ELBO(), vae.model, vae.guide, ADAM["adam"](vae.parameters()))
     step.asynchronous, step.recorder = True, replayed
@@ -130,7 +134,7 @@ def test_ragged_batches_take_their_own_way_in_their_turn(monkeypatch: pytest.Mon
     batches = [(X,), (X.flip(0),), (X[:5],)] * 9
     one = steps_of(batches, graphs=False)
     for uses, number in ((50, 1), (3, 2)):
-        monkeypatch.setattr(staging, "USES_BEFORE_CAPTURE", uses)
+        monkeypatch.setattr(compile_graph, "USES_BEFORE_CAPTURE", uses)
         other = steps_of(batches, graphs=True)
         assert len(other.step._graphs) == number
         assert_same(one, other)
@@ -285,9 +289,9 @@ def test_other_pairs_are_graphed_too(pair: str) -> None:
 def test_a_gpu_scores_in_large_groups_and_fits_tails_together(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     vae, x = a_vae(), torch.bernoulli(torch.full((700, 6), 0.4))
     expected = vae.log_marginal(x, num_samples=300, seed=0, **options)
-    monkeypatch.setattr(marginal, "_on_gpu", lambda device: True)
-    monkeypatch.setattr(marginal, "free_memory", lambda device: 2**26)
-    monkeypatch.setattr(marginal, "GPU_GROUP", 300)
+    monkeypatch.setattr(importance, "_on_gpu", lambda device: True)
+    monkeypatch.setattr(compile_cuda, "free_memory", lambda device: 2**26)
+    monkeypatch.setattr(importance, "GPU_GROUP", 300)
     fitted: list[Tensor] = []
 
     def together(*given: Any, **options: Any) -> Any:
@@ -297,14 +301,14 @@ def test_a_gpu_scores_in_large_groups_and_fits_tails_together(options: dict[str,
     def no_tail_is_ordinary(*given: Any, **options: Any) -> Any:
         return *pareto_smooth_together(*given, **options)[:2], torch.zeros(len(given[0]), dtype=torch.bool)
 
-    monkeypatch.setattr(marginal, "pareto_smooth_together", together)
+    monkeypatch.setattr(psis_together, "pareto_smooth_together", together)
     found = vae.log_marginal(x, num_samples=300, chunk_size=3060, seed=0, **options)
     # Other groups have other seeds, so the numbers agree within their errors.
     error = (expected.se**2 + found.se**2) ** 0.5
     assert abs(found.log_px - expected.log_px).max() < 5 * error.max()
     assert abs(found.mean - expected.mean) < 4 * (expected.mean_se**2 + found.mean_se**2) ** 0.5
     assert fitted
-    monkeypatch.setattr(marginal, "pareto_smooth_together", no_tail_is_ordinary)
+    monkeypatch.setattr(psis_together, "pareto_smooth_together", no_tail_is_ordinary)
     by_arviz = vae.log_marginal(x, num_samples=300, chunk_size=3060, seed=0, **options)
     for one, other in [(found.khat, by_arviz.khat), (found.log_px_psis, by_arviz.log_px_psis), (found.log_px, by_arviz.log_px)]:
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)

@@ -8,8 +8,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Dataset
 
-from pyrovae.data import Batches, arguments, as_arrays, binarize, dequantize, load
-from pyrovae.vae import make_vae
+from pyrovae.data.batches import Batches, arguments, as_arrays
+from pyrovae.data.datasets import binarize, dequantize, load
+from pyrovae.models.vae import make_vae
 
 MNIST = Path(__file__).parents[2] / "shared" / "data"
 needs_mnist = pytest.mark.skipif(not (MNIST / "MNIST" / "raw").is_dir(), reason=f"the MNIST files are not under {MNIST}")

@@ -14,7 +14,9 @@ from torch import Tensor
 
 import pyrovae as pv
 from pyrovae import diagnostics
-from pyrovae.diagnostics import compare_estimators, decompose, posterior_draws, train_estimators
+from pyrovae.diagnostics.decomposition import decompose
+from pyrovae.diagnostics.gradients import compare_estimators, train_estimators
+from pyrovae.diagnostics.posterior import posterior_draws
 
 
 class Scalar:

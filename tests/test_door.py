@@ -26,8 +26,8 @@ from torch.utils.data import (
 )
 
 import pyrovae as pv
-from pyrovae.data import Batches, arguments, as_arrays
-from pyrovae.streams import in_order, is_one_pass
+from pyrovae.data.batches import Batches, arguments, as_arrays
+from pyrovae.data.streams import in_order, is_one_pass
 
 X = torch.linspace(-2.0, 2.0, 20)
 

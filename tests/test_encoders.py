@@ -25,10 +25,10 @@ from pyrovae.encoders import (
     PowerSpherical,
     RelaxedOneHot,
 )
-from pyrovae.estimators import make_estimator
+from pyrovae.estimators.base import make_estimator
+from pyrovae.models.vae import make_vae
 from pyrovae.nn import MLP, ConvEncoder
 from pyrovae.registry import build, names
-from pyrovae.vae import make_vae
 
 pytestmark = pytest.mark.usefixtures("float64")
 

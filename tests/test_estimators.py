@@ -21,9 +21,9 @@ from pyro.distributions.transforms import AffineTransform, SigmoidTransform, Spl
 from torch import Tensor, nn
 
 from pyrovae import estimators as est
-from pyrovae.pairs import inspect_pair
+from pyrovae.programs.inspect import inspect_pair
+from pyrovae.programs.log_weights import LogWeights, log_weights
 from pyrovae.registry import build, describe, names
-from pyrovae.weights import LogWeights, log_weights
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -18,22 +18,17 @@ from scipy.special import logsumexp
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae import checkpoint, evidence, marginal
-from pyrovae.annealing import ais
-from pyrovae.evidence import (
-    Curve,
-    Draws,
-    Evidence,
-    Measure,
-    compare,
-    curve_of,
-    curve_sizes,
-    pareto_khat,
-    pareto_smooth,
-    tail_size,
-)
-from pyrovae.integration import exact
-from pyrovae.marginal import log_marginal
+from pyrovae import files
+from pyrovae.evidence import importance as evidence_importance
+from pyrovae.evidence import psis
+from pyrovae.evidence.annealing import ais
+from pyrovae.evidence.comparison import compare
+from pyrovae.evidence.draws import Draws
+from pyrovae.evidence.exact import exact
+from pyrovae.evidence.importance import log_marginal
+from pyrovae.evidence.measure import Measure
+from pyrovae.evidence.psis import pareto_khat, pareto_smooth, tail_size
+from pyrovae.evidence.results import Curve, Evidence, curve_of, curve_sizes
 
 
 def made(log_px: object, **changes: object) -> Evidence:
@@ -48,11 +43,11 @@ def line(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Each line of ArviZ that is installed, whichever this Python gets by itself."""
     if request.param == "1.x":
         pytest.importorskip("arviz_stats")
-        monkeypatch.setattr(evidence, "_psislw", evidence._psislw_of_1)
+        monkeypatch.setattr(psis, "_psislw", psis._psislw_of_1)
     else:
         if not version("arviz").startswith("0."):
             pytest.skip("ArviZ 0.23 is not installed")
-        monkeypatch.setattr(evidence, "_psislw", evidence._psislw_of_023)
+        monkeypatch.setattr(psis, "_psislw", psis._psislw_of_023)
     return request.param
 
 
@@ -60,7 +55,7 @@ def line(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize("num_samples", [30, 100, 224, 226, 300, 2000, 5000])
 def test_the_tail_alone_gives_arviz_answer_on_all_weights(num_samples: int):
     log_w = np.random.default_rng(0).normal(size=(4, num_samples))
-    psislw, negates = evidence._psislw()
+    psislw, negates = psis._psislw()
     whole = [float(psislw(-row)[1] if negates else psislw(row.copy())[1]) for row in log_w]
     tail = pareto_khat(np.sort(log_w)[:, -tail_size(num_samples) :], num_samples)
     # The 1.x line rounds the tail's size down where the paper and 0.23 round up.
@@ -82,7 +77,7 @@ def test_the_tail_alone_gives_arviz_smoothed_mean_of_all_weights(num_samples: in
     # Sizes at which both lines fit the same tail; far from zero, and one of weight zero.
     log_w = 1.5 * np.random.default_rng(0).normal(size=(4, num_samples)) - np.array([[0], [1000], [-1000], [7]])
     log_w[3, 0] = -math.inf
-    psislw, negates = evidence._psislw()
+    psislw, negates = psis._psislw()
     expected = []
     for row in np.maximum(log_w, -1e4):
         smoothed = psislw(-row)[0] if negates else psislw(row.copy())[0]
@@ -138,7 +133,7 @@ def test_a_guide_narrower_by_w_has_the_pareto_k_of_its_law():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("chunk", [1500, 700, 8])
 def test_the_curve_is_the_estimate_from_the_first_samples(chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(marginal, "_num_probes", lambda *_: 0)
+    monkeypatch.setattr(evidence_importance, "_num_probes", lambda *_: 0)
     log_w = np.random.default_rng(0).normal(size=(1500, 3))
     size = math.ceil(1500 / math.ceil(1500 / chunk))  # chunks are as even as can be
     weights = iter(part for datum in torch.as_tensor(log_w).split(1, 1) for part in datum.split(size))
@@ -319,7 +314,7 @@ def test_save_and_load_round_trip_and_truncation(tmp_path: Path):
         Evidence.load(tmp_path / "none")
     arrays = {name: torch.zeros(2) for name in ("log_px", "se", "ess", "khat", "elbo")}
     for notes in ({"evidence": 3}, {"evidence": {"foo": 1}}, {}):
-        checkpoint.write_arrays(path, arrays, notes)
+        files.write_arrays(path, arrays, notes)
         with pytest.raises(ValueError, match="holds no evidence"):
             Evidence.load(path)
 
@@ -595,8 +590,8 @@ def test_arviz_compare_gives_our_differences_and_errors():
     base = random.normal(-90, 10, size=(3, 150))
     scored = {name: made(row) for name, row in zip("abc", base, strict=True)}
     ours = compare(scored)
-    elpds = {name: evidence._elpd(e.log_px, e.khat, e.num_samples, e.khat_threshold) for name, e in scored.items()}
-    table = evidence._comparison()[0](elpds).loc[ours.names]
+    elpds = {name: psis._elpd(e.log_px, e.khat, e.num_samples, e.khat_threshold) for name, e in scored.items()}
+    table = psis._comparison()[0](elpds).loc[ours.names]
     # 0.23 counts the difference from the best downwards; both divide by N where we divide by N - 1.
     np.testing.assert_allclose(np.abs(table["elpd_diff"].astype(float)), np.abs(150 * ours.difference), rtol=1e-10)
     np.testing.assert_allclose(table["dse"].astype(float), ours.difference_se * math.sqrt(150 * 149), rtol=1e-10)

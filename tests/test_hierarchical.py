@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 import pyrovae as pv
+from pyrovae.compile.step import Step
 from pyrovae.encoders import DiagonalNormal, FullCovarianceNormal
-from pyrovae.hierarchical import BottomUp, HierarchicalVAE, Ladder, Structured, make_hierarchical_vae
 from pyrovae.likelihoods import Normal
+from pyrovae.models.guides import BottomUp, Ladder, Structured
+from pyrovae.models.hierarchical import HierarchicalVAE, make_hierarchical_vae
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
 from pyrovae.registry import names
-from pyrovae.staging import Step
 
 GUIDES = names("guide")
 

@@ -21,8 +21,10 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 
 import pyrovae as pv
-from pyrovae import kernels, rewrites, staging
-from pyrovae.rewrites import fastest_products, join_decoders, rewrite
+from pyrovae.compile import graph as compile_graph
+from pyrovae.compile import kernels, matmul, rewrites
+from pyrovae.compile.matmul import fastest_products
+from pyrovae.compile.rewrites import join_decoders, rewrite
 
 TANH, RELU = 0, 1
 pytestmark = pytest.mark.skipif(kernels.compiled() is None, reason="no C++ compiler")
@@ -177,7 +179,7 @@ def targets(
 ) -> tuple[Callable[..., Tensor], list[object]]:
     """As ``stage`` captures it."""
     with torch.no_grad():
-        graph, _ = staging._capture(lambda *given: (function(*given),), inputs)
+        graph, _ = compile_graph._capture(lambda *given: (function(*given),), inputs)
     graph.run = rewrite(join_decoders(graph.module, rounded))
     return lambda *given: graph(given, ())[0], [node.target for node in graph.module.graph.nodes]
 
@@ -250,7 +252,7 @@ def test_logits_of_two_dimensions_that_are_read_stay() -> None:
 def test_decoders_in_float64_and_in_training_stay() -> None:
     decoder = Decoder([12, 100, 784], nn.Tanh)
     z, x = torch.randn(400, 1, 12), torch.rand(1, 784).round()
-    graph, _ = staging._capture(lambda z, x: torch.autograd.grad(decoder(z, x).sum(), list(decoder.parameters())), (z, x))
+    graph, _ = compile_graph._capture(lambda z, x: torch.autograd.grad(decoder(z, x).sum(), list(decoder.parameters())), (z, x))
     assert all(node.target is not OPERATION for node in join_decoders(graph.module).graph.nodes)
     _, found = targets(decoder.double(), z.double(), x.double())
     assert OPERATION not in found
@@ -408,7 +410,7 @@ def test_a_product_keeps_nothing_of_its_factors() -> None:
 
 
 def _products(left: Tensor, right: Tensor) -> list[object]:
-    graph, _ = staging._capture(lambda left, right: (left @ right,), (left, right))
+    graph, _ = compile_graph._capture(lambda left, right: (left @ right,), (left, right))
     return [node.target for node in fastest_products(graph.module, threads=2).graph.nodes]
 
 
@@ -416,8 +418,8 @@ def _products(left: Tensor, right: Tensor) -> list[object]:
 def test_our_tiles_multiply_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     large, deep = torch.ones(100, 100), torch.ones(100, 4_000)
     tiles = torch.ops.pyrovae.product.default
-    monkeypatch.setattr(rewrites, "_faster_way", lambda *shape: None)
-    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_faster_way", lambda *shape: None)
+    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
     assert tiles in _products(large, large)
     thin = torch.ones(10, 100)
     for left, right in (
@@ -427,7 +429,7 @@ def test_our_tiles_multiply_where_they_are_faster(monkeypatch: pytest.MonkeyPatc
         (large, thin.t()),
     ):
         assert tiles not in _products(left, right)
-    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: False)
+    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: False)
     assert tiles not in _products(large, large)
 
 
@@ -440,14 +442,14 @@ def test_our_tiles_have_to_be_clearly_faster(
     def seconds(contenders: dict[str, Callable[[], Tensor]], laps: int) -> dict[str, float]:
         return {name: share if name.startswith("tiles") else 1.0 for name in contenders}
 
-    monkeypatch.setattr(rewrites, "_seconds", seconds)
-    assert rewrites._tiles_are_faster.__wrapped__(2, rounded) is chosen
+    monkeypatch.setattr(matmul, "_seconds", seconds)
+    assert matmul._tiles_are_faster.__wrapped__(2, rounded) is chosen
 
 
 @PRODUCTS
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step_by_our_tiles_is_the_eager_one(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
     x, losses = torch.rand(30, 60).round(), []
     for backend in ("inductor", "eager"):
         torch.manual_seed(0)
@@ -468,10 +470,10 @@ def test_a_step_by_our_tiles_is_the_eager_one(precision: str, monkeypatch: pytes
     reason="a torch whose graphs dispatch all",
 )
 def test_a_compiled_graph_calls_products_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
     counters["inductor"].clear()
     weight = torch.randn(60, 40, requires_grad=True)
-    gradient = staging.Staged(lambda x: torch.autograd.grad((x @ weight).tanh().sum(), weight))
+    gradient = compile_graph.Staged(lambda x: torch.autograd.grad((x @ weight).tanh().sum(), weight))
     x = torch.randn(50, 60)
     gradient(x), gradient(x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -498,12 +500,12 @@ def test_other_libraries_find_none_of_their_names_in_ours() -> None:
 @PRODUCTS
 def test_rounded_products_are_our_tiles_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles, faster = torch.ops.pyrovae.product.default, True
-    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: faster and rounded)
+    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: faster and rounded)
 
     def targets(rows: int) -> tuple[list[object], list[object], Tensor, Tensor]:
         left, right, bias = torch.randn(rows, 70), torch.randn(70, 90), torch.randn(90)
-        graph, _ = staging._capture(lambda left, right: (torch.addmm(bias, left, right),), (left, right))
-        module = rewrites.round_products(graph.module, threads=1)
+        graph, _ = compile_graph._capture(lambda left, right: (torch.addmm(bias, left, right),), (left, right))
+        module = matmul.round_products(graph.module, threads=1)
         exact = bias.double() + left.bfloat16().double() @ right.bfloat16().double()
         rounded = [node.args[3] for node in module.graph.nodes if node.target is tiles]
         return rounded, [node.target for node in module.graph.nodes], module(left, right, bias)[0].double() - exact, exact
@@ -530,7 +532,7 @@ def test_many_squares_are_added_up_in_double(rounded: bool) -> None:
 
 @PRODUCTS
 def test_squares_of_what_is_changed_in_between_are_not_taken_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
     left, right = torch.randn(30, 40), torch.randn(40, 50)
 
     def changed(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
@@ -538,14 +540,14 @@ def test_squares_of_what_is_changed_in_between_are_not_taken_before(monkeypatch:
         product.view(-1).add_(1.0)
         return (product.square().sum(),)
 
-    graph, exact = staging._capture(changed, (left, right))
+    graph, exact = compile_graph._capture(changed, (left, right))
     (found,) = fastest_products(graph.module, threads=1)(left, right)
     assert found.item() == pytest.approx(exact[0].item(), rel=1e-5)
 
 
 @PRODUCTS
 def test_the_squares_of_a_gradient_come_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
     left, right = torch.randn(30, 40), torch.randn(40, 50)
 
     def gradient_and_norms(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
@@ -553,7 +555,7 @@ def test_the_squares_of_a_gradient_come_with_it(monkeypatch: pytest.MonkeyPatch)
         gradient = product.t()
         return gradient, gradient.square().sum(), gradient.pow(3).sum(), gradient.square().sum(0), product.square().sum()
 
-    graph, exact = staging._capture(gradient_and_norms, (left, right))
+    graph, exact = compile_graph._capture(gradient_and_norms, (left, right))
     module = fastest_products(graph.module, threads=1)
     targets = [node.target for node in module.graph.nodes]
     assert torch.ops.pyrovae.product_and_squares.default in targets
@@ -568,7 +570,7 @@ def test_without_torchs_stable_functions_products_stay(monkeypatch: pytest.Monke
     monkeypatch.setattr(kernels, "STABLE", ("none_such",))
     assert not kernels.products.__wrapped__()
     monkeypatch.setattr(rewrites.kernels, "products", lambda: False)
-    assert not rewrites._tiles_are_faster.__wrapped__(1, False)
+    assert not matmul._tiles_are_faster.__wrapped__(1, False)
 
 
 def threefry(counter: np.ndarray, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -704,11 +706,11 @@ def test_many_normals_come_from_a_seed_of_the_stream(shape: list[int], dtype: to
     ids=["randn", "normal_", "others", "float64", "in turn"],
 )
 def test_no_number_depends_on_what_ran_before(draw: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_inductor", lambda module, *options: module)
-    monkeypatch.setattr(staging, "USES_BEFORE_CAPTURE", 3)
+    monkeypatch.setattr(compile_graph, "_inductor", lambda module, *options: module)
+    monkeypatch.setattr(compile_graph, "USES_BEFORE_CAPTURE", 3)
 
     def numbers(rows: list[int]) -> list[Tensor]:
-        staged = staging.Staged(lambda length: (draw(len(length)),), threads=2)
+        staged = compile_graph.Staged(lambda length: (draw(len(length)),), threads=2)
         found = []
         for size in rows:
             torch.manual_seed(size)

@@ -19,8 +19,9 @@ from scipy import integrate, special, stats
 from torch import Tensor, nn
 
 from pyrovae import distributions
-from pyrovae.data import dequantize
-from pyrovae.estimators import ELBO
+from pyrovae.compile.step import Step
+from pyrovae.data.datasets import dequantize
+from pyrovae.estimators.elbo import ELBO
 from pyrovae.likelihoods import (
     TYPICAL_LIBRARY,
     Bernoulli,
@@ -40,11 +41,10 @@ from pyrovae.likelihoods import (
     StudentT,
     ZeroInflatedNegativeBinomial,
 )
+from pyrovae.models.vae import VAE, make_vae
 from pyrovae.nn import MLP, ConvDecoder
-from pyrovae.pairs import inspect_pair
+from pyrovae.programs.inspect import inspect_pair
 from pyrovae.registry import build, describe, find, names
-from pyrovae.staging import Step
-from pyrovae.vae import VAE, make_vae
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -22,12 +22,13 @@ from scipy.special import logsumexp
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae import marginal, staging
-from pyrovae.evidence import pareto_smooth, tail_size
-from pyrovae.marginal import _looks, _parts, log_marginal
-from pyrovae.pairs import inspect_pair, prepare
-from pyrovae.probes import covered_data
-from pyrovae.weights import log_weights
+from pyrovae.compile import graph
+from pyrovae.evidence import importance
+from pyrovae.evidence.importance import _looks, _parts, log_marginal
+from pyrovae.evidence.psis import pareto_smooth, tail_size
+from pyrovae.programs.coverage import covered_data
+from pyrovae.programs.inspect import inspect_pair, prepare
+from pyrovae.programs.log_weights import log_weights
 
 
 @pytest.mark.usefixtures("float64")
@@ -79,14 +80,14 @@ def test_draws_exactly_that_many_samples_per_datum(num_samples: int, chunk_size:
     drawn.clear()
     log_marginal(pair.model, guide, x, num_samples=num_samples, chunk_size=chunk_size)
     parts = math.ceil(2 / max(1, chunk_size // num_samples))
-    probes = marginal._num_probes(num_samples, None)
+    probes = importance._num_probes(num_samples, None)
     assert probes == {1: 0, 7: 0, 1000: 16, 5000: 78}[num_samples]
     assert sum(drawn) == looked + parts * num_samples + math.ceil(2 / max(1, chunk_size // max(probes, 1))) * probes
 
 
 @pytest.mark.usefixtures("float64")
 def test_streaming_equals_the_formulas_on_the_same_weights(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(marginal, "_num_probes", lambda *_: 0)
+    monkeypatch.setattr(importance, "_num_probes", lambda *_: 0)
     pair = LinearGaussian(spread=1.5)
     x = pair.sample(3)
     torch.manual_seed(5)
@@ -282,7 +283,7 @@ def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, threads: int, m
 
         return run
 
-    monkeypatch.setattr(staging, "_inductor", compiler)
+    monkeypatch.setattr(graph, "_inductor", compiler)
     _equal(eager, vae.log_marginal(x, num_samples=103, chunk_size=20, seed=0, proposal=proposal, compile=True), rtol=1e-6)
     assert len(compiled) == 1
     assert {number for _, number in ran_on - {(threading.get_ident(), threads)}} == ({1} if threads > 1 else set())
@@ -292,23 +293,23 @@ def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, threads: int, m
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_chunks_grow_as_wide_values_go(loaded: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(staging, "_inductor", lambda module, inputs, rounded, apart: module)
-    monkeypatch.setattr(marginal, "COMPILED_CHUNK_NUMBERS", 300 * 40)
-    monkeypatch.setattr(marginal, "NARROWEST", 10)
+    monkeypatch.setattr(graph, "_inductor", lambda module, inputs, rounded, apart: module)
+    monkeypatch.setattr(importance, "COMPILED_CHUNK_NUMBERS", 300 * 40)
+    monkeypatch.setattr(importance, "NARROWEST", 10)
     captured = []
-    widest = marginal.largest_value
-    monkeypatch.setattr(marginal, "largest_value", lambda *args: captured.append(args) or widest(*args))
-    plain = marginal._parts
+    widest = graph.largest_value
+    monkeypatch.setattr(graph, "largest_value", lambda *args: captured.append(args) or widest(*args))
+    plain = importance._parts
     chunks = []
     monkeypatch.setattr(
-        marginal, "_parts", lambda active, step, chunk, *rest: chunks.append(chunk) or plain(active, step, chunk, *rest)
+        importance, "_parts", lambda active, step, chunk, *rest: chunks.append(chunk) or plain(active, step, chunk, *rest)
     )
     vae = pv.make_vae(6, latent_dim=2, hidden=[40])
     x = torch.bernoulli(torch.full((20, 6), 0.4))
     data = torch.utils.data.DataLoader(x, batch_size=5) if loaded else x
     vae.log_marginal(data, num_samples=50, seed=0, compile=True)
     (_, length, one), *_ = captured
-    assert (len(length), one.shape) == (marginal.PROBED, (1, 6))
+    assert (len(length), one.shape) == (importance.PROBED, (1, 6))
     assert set(chunks) == {300}  # 40 hidden values a draw are the widest
     vae.log_marginal(data, num_samples=50, seed=0, compile=True, chunk_size=7)
     assert len(captured) == 1
@@ -328,7 +329,7 @@ def test_a_law_that_depends_on_the_data_runs_in_turn(threads: int, monkeypatch: 
 
     x = torch.tensor([0.0, 1.0, 4.0])
     eager = log_marginal(model, guide, x, num_samples=60, chunk_size=20, seed=0, compile=False)
-    monkeypatch.setattr(staging, "_inductor", lambda module, inputs, rounded, apart: module if not apart else None)
+    monkeypatch.setattr(graph, "_inductor", lambda module, inputs, rounded, apart: module if not apart else None)
     _equal(eager, log_marginal(model, guide, x, num_samples=60, chunk_size=20, seed=0, compile=True), rtol=1e-6)
 
 
@@ -340,7 +341,7 @@ def test_without_a_compiler_the_captured_chunks_give_the_eager_numbers(threads: 
     vae = pv.make_vae(6, latent_dim=2, hidden=[8])
     x = torch.bernoulli(torch.full((9, 6), 0.4))
     eager = vae.log_marginal(x, num_samples=103, chunk_size=20, seed=0, compile=False)
-    monkeypatch.setattr(staging, "_inductor", no_compiler)
+    monkeypatch.setattr(graph, "_inductor", no_compiler)
     with pytest.warns(RuntimeWarning, match="No working C\\+\\+ compiler found"):
         captured = vae.log_marginal(x, num_samples=103, chunk_size=20, seed=0, compile=True)
     _equal(eager, captured, rtol=1e-6)
@@ -361,7 +362,7 @@ def test_what_goes_wrong_on_a_thread_is_raised_and_gives_the_threads_back(thread
 
         return run
 
-    monkeypatch.setattr(staging, "_inductor", compiler)
+    monkeypatch.setattr(graph, "_inductor", compiler)
     with pytest.raises(RuntimeError, match="out of memory"):
         vae.log_marginal(torch.ones(9, 6), num_samples=103, chunk_size=20, compile=True)
     assert torch.get_num_threads() == threads
@@ -428,7 +429,7 @@ def test_a_target_error_out_of_reach_takes_the_most_and_says_so():
 
 @pytest.mark.usefixtures("float64")
 def test_a_pilot_decides_and_the_estimate_is_from_fresh_draws(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(marginal, "_num_probes", lambda *_: 0)
+    monkeypatch.setattr(importance, "_num_probes", lambda *_: 0)
     # Weights that depend on the datum alone and on how many came before: hard data take more of them.
     random = np.random.default_rng(0)
     log_w = random.normal(size=(3, 1400)) * np.array([[0.1], [0.4], [3.0]])
@@ -490,7 +491,7 @@ def test_a_target_error_resumes_and_compiles_to_the_same_numbers(tmp_path: Path,
         np.testing.assert_array_equal(whole.drawn, kept.drawn)
     with pytest.raises(ValueError, match="keeps another evaluation"):
         vae.log_marginal(x, **options | {"target_se": 0.01}, resume=file)
-    monkeypatch.setattr(staging, "_inductor", lambda module, inputs, rounded, apart: module)
+    monkeypatch.setattr(graph, "_inductor", lambda module, inputs, rounded, apart: module)
     compiled = vae.log_marginal(x, **options | {"compile": True})
     np.testing.assert_array_equal(whole.drawn, compiled.drawn)
     _equal(whole, compiled, rtol=1e-4)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyrovae as pv
-from pyrovae.data import Batches
-from pyrovae.pairs import find_parameters
-from pyrovae.preflight import SupportCheck, check_other_batches
+from pyrovae.data.batches import Batches
+from pyrovae.programs.inspect import find_parameters
+from pyrovae.training.preflight import SupportCheck, check_other_batches
 
 
 class Pair(nn.Module):
@@ -486,7 +486,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     parameters = find_parameters(pair.model, pair.guide, x)
-    from pyrovae.preflight import rehearse
+    from pyrovae.training.preflight import rehearse
 
     torch.manual_seed(5)
     loss = rehearse(elbo, pair.model, pair.guide, (x,), parameters)

@@ -18,13 +18,13 @@ from parts import COMBINATIONS, encoder_for, parts_for, spec
 from scipy import special, stats
 from torch import Tensor
 
+from pyrovae.compile.step import Step
 from pyrovae.encoders import DiagonalNormal
-from pyrovae.estimators import make_estimator
+from pyrovae.estimators.base import make_estimator
+from pyrovae.models.vae import VAE, make_vae
 from pyrovae.nn import MLP
 from pyrovae.priors import Flow, Laplace, LearnedNormal, Mixture, Prior, StandardNormal, StudentT, Vamp
 from pyrovae.registry import build, find, names
-from pyrovae.staging import Step
-from pyrovae.vae import VAE, make_vae
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae import probes
-from pyrovae.data import Batches
-from pyrovae.pairs import find_parameters, prepare
-from pyrovae.state import modules_of, own_scope
+from pyrovae.data.batches import Batches
+from pyrovae.programs import coverage as programs_coverage
+from pyrovae.programs.inspect import find_parameters, prepare
+from pyrovae.programs.state import modules_of, own_scope
 from tests.pairs import pyro_module_function_pair
 
 Law = Callable[[Tensor], Any]
@@ -210,7 +210,7 @@ def test_constrained_latents_masks_and_vectors_are_judged_by_site():
 
     x, mask = torch.ones(4), torch.tensor([True, False, True, False])
     shape: dict[str, Any] = {"plate": "data", "nesting": 1, "num_dims": 1}
-    found = [probes.covered_data(model, guide(*how), (x, mask), **shape) for how in ((9.0, False), (0.5, True))]
+    found = [programs_coverage.covered_data(model, guide(*how), (x, mask), **shape) for how in ((9.0, False), (0.5, True))]
     assert found[0].tolist() == [True] * 4
     assert found[1].tolist() == [False, True, False, True]
 

@@ -14,9 +14,9 @@ from scipy import optimize
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae.proposals import mixture_draws, prior_count
-from pyrovae.traces import FlatPair
-from pyrovae.weights import log_weights, prior_weights
+from pyrovae.evidence.proposals import mixture_draws, prior_count
+from pyrovae.programs.log_weights import log_weights, prior_weights
+from pyrovae.programs.unconstrained import FlatPair
 
 KINDS = ["guide", "prior", "mixture", "refined"]
 

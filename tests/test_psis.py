@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrovae import psis
-from pyrovae.evidence import pareto_smooth, tail_size
-from pyrovae.psis import pareto_smooth_together
+from pyrovae.evidence import psis_together
+from pyrovae.evidence.psis import pareto_smooth, tail_size
+from pyrovae.evidence.psis_together import pareto_smooth_together
 
 LAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "Pareto 0.2": lambda u: -0.2 * torch.log(u),
@@ -32,7 +32,7 @@ def weights(law: str, rows: int, samples: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("samples", [225, 1000, 5000])
 @pytest.mark.parametrize("law", LAWS)
 def test_together_is_one_by_one(law: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psis, "MOST_NUMBERS", 10_000)  # in several parts
+    monkeypatch.setattr(psis_together, "MOST_NUMBERS", 10_000)  # in several parts
     largest, log_sum = weights(law, 6, samples)
     khat, smoothed, ordinary = pareto_smooth_together(largest, log_sum, samples)
     expected = pareto_smooth(largest.numpy(), (log_sum - math.log(samples)).numpy(), samples)

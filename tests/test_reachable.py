@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae.reachable import changed, changed_numbers, modules_of, python_state, reachable
+from pyrovae.programs.reachable import changed, changed_numbers, modules_of, python_state, reachable
 
 LEVEL = 1.0
 

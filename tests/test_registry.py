@@ -25,13 +25,13 @@ from torch.distributions import Distribution
 
 import pyrovae
 from pyrovae import registry
-from pyrovae.cli import main
+from pyrovae.cli.app import main
 from pyrovae.encoders import DiagonalNormal
 from pyrovae.likelihoods import Bernoulli, Normal
+from pyrovae.models.vae import make_vae
 from pyrovae.nn import MLP
 from pyrovae.priors import Prior, StandardNormal
 from pyrovae.registry import build, describe, find, names, register, snake_case
-from pyrovae.vae import make_vae
 
 LATENT, DATA = 2, (2,)
 

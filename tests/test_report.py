@@ -14,9 +14,11 @@ import pytest
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
-from pyrovae.diagnostics import Decomposition
-from pyrovae.evidence import Curve, Evidence
-from pyrovae.report import image_grid, learning_curve, write_report
+from pyrovae.cli.figures import image_grid
+from pyrovae.cli.report import write_report
+from pyrovae.diagnostics.decomposition import Decomposition
+from pyrovae.evidence.results import Curve, Evidence
+from pyrovae.plots import learning_curve
 
 RECORDS = [
     {"epoch": e, "bound": -150 + 3.0 * e, "validation": -152 + 2.5 * e, "lr": 1e-3, "seconds": 0.5 * e, "step": 20 * e}

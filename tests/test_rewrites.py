@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from pyrovae import rewrites
-from pyrovae.rewrites import draws_as_inputs, fastest_products, rewrite, round_products
+from pyrovae.compile import matmul, rewrites
+from pyrovae.compile.matmul import fastest_products, round_products
+from pyrovae.compile.rewrites import draws_as_inputs, rewrite
 
 aten = torch.ops.aten
 
@@ -275,8 +276,8 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="th
 
 def chosen(monkeypatch: pytest.MonkeyPatch, shares: Callable[..., dict[str, float]], *inputs: Tensor) -> list[object]:
     """The ways of the products x @ weight.T (1000 x 50 x 200, 2 threads) and 3 x 4 x 5 of which oneDNN has taken the first."""
-    monkeypatch.setattr(rewrites, "_shares", shares)
-    monkeypatch.setattr(rewrites, "_tiles_are_faster", lambda threads, rounded: False)
+    monkeypatch.setattr(matmul, "_shares", shares)
+    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: False)
 
     def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return x @ weight.t(), a @ b
@@ -322,7 +323,7 @@ def test_products_stay_without_onednn_and_in_float64(monkeypatch: pytest.MonkeyP
 
 
 def test_rounded_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrites, "_shares", lambda *product: {"straight": 0.1, "flipped": 0.1})
+    monkeypatch.setattr(matmul, "_shares", lambda *product: {"straight": 0.1, "flipped": 0.1})
     inputs = torch.randn(1000, 50), torch.randn(50, 200)
     module = fastest_products(rewrite(round_products(make_fx(torch.mm)(*inputs))), threads=1)
     (product,) = module.graph.find_nodes(op="call_function", target=aten.mm.default)
@@ -334,8 +335,8 @@ def test_rounded_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_product_is_timed_in_float32_whatever_the_default() -> None:
     seen = []
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu"):
-        patch.setattr(rewrites, "_seconds", lambda each: {name: float(seen.append(run()) or 1) for name, run in each.items()})
-        assert rewrites._shares.__wrapped__(64, 32, 16, (True, True), 1) == {"straight": 1.0, "flipped": 1.0}
+        patch.setattr(matmul, "_seconds", lambda each: {name: float(seen.append(run()) or 1) for name, run in each.items()})
+        assert matmul._shares.__wrapped__(64, 32, 16, (True, True), 1) == {"straight": 1.0, "flipped": 1.0}
     assert [each.dtype for each in seen] == [torch.float32] * 3
 
 
@@ -343,8 +344,8 @@ def test_a_build_without_such_products_keeps_its_own(monkeypatch: pytest.MonkeyP
     def refused(each: object) -> None:
         raise RuntimeError("itensor_view_from_dense")
 
-    monkeypatch.setattr(rewrites, "_seconds", refused)
-    assert rewrites._shares.__wrapped__(64, 32, 16, (True, True), 1) == {}
+    monkeypatch.setattr(matmul, "_seconds", refused)
+    assert matmul._shares.__wrapped__(64, 32, 16, (True, True), 1) == {}
 
 
 def test_the_module_can_be_loaded_again() -> None:
@@ -355,7 +356,7 @@ def test_the_module_can_be_loaded_again() -> None:
 @onednn
 def test_timing_a_product_leaves_threads_and_random_numbers_alone() -> None:
     before, state = torch.get_num_threads(), torch.get_rng_state()
-    shares = rewrites._shares.__wrapped__(64, 32, 16, (False, True), before + 1)
+    shares = matmul._shares.__wrapped__(64, 32, 16, (False, True), before + 1)
     assert set(shares) == {"straight", "flipped"}
     assert all(share > 0 for share in shares.values())
     assert torch.get_num_threads() == before

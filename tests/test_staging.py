@@ -20,10 +20,15 @@ from pairs import bare_param_pair, nested_plates_pair, pyro_nn_pair, two_latents
 from torch import Tensor, fx, nn
 
 import pyrovae as pv
-from pyrovae import rewrites, staging, training
-from pyrovae.pairs import find_parameters
+from pyrovae.compile import graph as compile_graph
+from pyrovae.compile import matmul, patterns, rewrites
+from pyrovae.compile import optimizer as compile_optimizer
+from pyrovae.compile.graph import Staged
+from pyrovae.compile.step import Step
+from pyrovae.programs import reachable
+from pyrovae.programs.inspect import find_parameters
 from pyrovae.registry import names
-from pyrovae.staging import Staged, Step
+from pyrovae.training import loop
 
 X = torch.bernoulli(torch.full((12, 6), 0.3), generator=torch.Generator().manual_seed(0))
 UNCAPTURED = {"trace_graph_elbo", "trace_enum_elbo", "renyi_elbo"}  # Pyro's, without a differentiable loss
@@ -159,8 +164,8 @@ def test_compiled_equals_eager_on_foreign_pairs(pair: str) -> None:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("way", ["straight", "flipped"])
 def test_compiled_with_onednn_products_equals_eager(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrites, "_shares", lambda *product: {way: 0.1})
-    monkeypatch.setattr(rewrites, "FEWEST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(matmul, "_shares", lambda *product: {way: 0.1})
+    monkeypatch.setattr(patterns, "FEWEST_MULTIPLICATIONS", 0)
     runs, scores = [], []
     for backend in ("eager", "inductor"):
         vae = a_vae()
@@ -199,13 +204,13 @@ def test_products_with_parameters_themselves_are_rewritten_too(how: str, monkeyp
     products = []
 
     def compiler(module: fx.GraphModule, inputs: Any, rounded: bool, apart: bool) -> Any:
-        module = rewrites.round_products(module) if rounded else rewrites.fastest_products(rewrites.rewrite(module), 1)
+        module = matmul.round_products(module) if rounded else matmul.fastest_products(rewrites.rewrite(module), 1)
         products.extend(node for node in module.graph.nodes if node.target in (torch.ops.aten.mm.default, ONEDNN))
         return module
 
-    monkeypatch.setattr(staging, "_inductor", compiler)
-    monkeypatch.setattr(rewrites, "_shares", lambda *product: {"straight": 0.1})
-    monkeypatch.setattr(rewrites, "FEWEST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(compile_graph, "_inductor", compiler)
+    monkeypatch.setattr(matmul, "_shares", lambda *product: {"straight": 0.1})
+    monkeypatch.setattr(patterns, "FEWEST_MULTIPLICATIONS", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run = train(Bare(), X, "elbo", "inductor", precision="bfloat16" if how == "bfloat16" else "float32")
@@ -272,7 +277,7 @@ def test_without_a_compiler_the_captured_graph_runs(monkeypatch: pytest.MonkeyPa
     def no_compiler(*args: Any) -> None:
         raise RuntimeError("No working C++ compiler found.\nmore lines")
 
-    monkeypatch.setattr(staging, "_inductor", no_compiler)
+    monkeypatch.setattr(compile_graph, "_inductor", no_compiler)
     with pytest.warns(RuntimeWarning, match="captured, but not compiled.*No working C\\+\\+ compiler found\\)") as caught:
         staged = train(a_vae(), X, "elbo", "inductor")
     assert len(caught) == 1
@@ -365,7 +370,7 @@ def fitted(kind: str, compile: bool, **options: Any) -> tuple[list[float], list[
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The captured graph itself in place of what a compiler makes of it, which takes seconds."""
-    monkeypatch.setattr(staging, "_inductor", lambda module, *args: module)
+    monkeypatch.setattr(compile_graph, "_inductor", lambda module, *args: module)
 
 
 STATE_OF = {
@@ -411,9 +416,9 @@ def test_what_does_not_change_stays_captured() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_state_out_of_sight_is_found_at_an_epochs_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "STEPS_BETWEEN_CHECKS", 3)
-    monkeypatch.setattr(staging, "python_state", lambda *programs: {})
-    monkeypatch.setattr(training, "python_state", lambda *programs: {})
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 3)
+    monkeypatch.setattr(reachable, "python_state", lambda *programs: {})
+    monkeypatch.setattr(reachable, "python_state", lambda *programs: {})
     with pytest.warns(RuntimeWarning, match="other numbers at the start of epoch 3; they agreed at the start of epoch 2"):
         staged = fitted("attribute", compile=True)
     assert staged[0] == pytest.approx(fitted("attribute", compile=False)[0], rel=1e-6)
@@ -429,7 +434,7 @@ def test_checks_take_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(step, *inputs)
 
     monkeypatch.setattr(Step, "_differentiate", counted)
-    monkeypatch.setattr(training, "STEPS_BETWEEN_CHECKS", 50)
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 50)
     pair = Changeable("none").eval()
     pv.fit(pair.model, pair.guide, X, epochs=120, batch_size=4, progress=False, compile=True, on_epoch=lambda record: None)
     assert counts["eager"] == 2 + 360 // 51  # captured, compared, and once after each 17 epochs of 3 steps
@@ -566,10 +571,10 @@ def test_ragged_and_many_shapes_make_few_graphs() -> None:
         for size in range(1, 30):
             assert staged(torch.ones(size))[0] == size
     assert len(staged._graphs) == 1
-    for _ in range(staging.USES_BEFORE_CAPTURE):
+    for _ in range(compile_graph.USES_BEFORE_CAPTURE):
         for size in range(1, 30):
             staged(torch.ones(size))
-    assert len(staged._graphs) == staging.MOST_GRAPHS
+    assert len(staged._graphs) == compile_graph.MOST_GRAPHS
 
 
 def test_nothing_moves_on_nan() -> None:
@@ -633,7 +638,7 @@ def test_the_kernel_alone_is_the_optimizers_step(kind: type[torch.optim.Optimize
     ours, theirs = ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(2, 2))] for _ in range(2))
     options = {"lr": 0.1, "weight_decay": 0.1, "amsgrad": amsgrad, "betas": (0.8, 0.9), "eps": 1e-3}
     one, other = kind(ours, fused=True, **options), kind(theirs, **options)
-    update = staging._Update(one)
+    update = compile_optimizer._Update(one)
     for turn in range(12):
         if turn == 4:  # as resuming from a checkpoint does
             one.load_state_dict(one.state_dict())
@@ -777,7 +782,7 @@ def test_compile_is_refused_where_it_is_no_choice() -> None:
 
 
 def test_short_runs_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_inductor", lambda *args: pytest.fail("compiled"))
+    monkeypatch.setattr(compile_graph, "_inductor", lambda *args: pytest.fail("compiled"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pv.fit(*pair_of(a_vae()), X, epochs=3, progress=False)

@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyrovae as pv
-from pyrovae import training
-from pyrovae.staging import Step
-from pyrovae.training import fit
+from pyrovae.compile import step as compile_step
+from pyrovae.compile.step import Step
+from pyrovae.training import loop
+from pyrovae.training.loop import fit
 
 
 def pca_data(num: int = 400, data_dim: int = 6, latent_dim: int = 2, noise: float = 0.6) -> torch.Tensor:
@@ -320,7 +321,7 @@ def test_nan_stops_with_one_sentence_and_keeps_the_last_parameters():
 def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyPatch):
     x = torch.bernoulli(torch.full((50, 4), 0.5))
     starts, looked = [], []
-    of, outcomes = training.stage, Step.outcomes
+    of, outcomes = compile_step.stage, Step.outcomes
 
     def stage(*args, asynchronous: bool, **options):
         step = of(*args, **options)
@@ -331,10 +332,10 @@ def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyP
         looked.append(outcomes(step))
         return looked[-1]
 
-    monkeypatch.setattr(training, "LOOK_EVERY", 7)
+    monkeypatch.setattr(loop, "LOOK_EVERY", 7)
     monkeypatch.setattr(Step, "outcomes", counted)
     for asynchronous in (False, True):
-        monkeypatch.setattr(training, "stage", partial(stage, asynchronous=asynchronous))
+        monkeypatch.setattr(compile_step, "stage", partial(stage, asynchronous=asynchronous))
         looked.clear()
         vae = pv.make_vae(4, latent_dim=2, hidden=[8])
         with torch.no_grad():
@@ -348,7 +349,7 @@ def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyP
 
     said = []
     for asynchronous in (False, True):
-        monkeypatch.setattr(training, "stage", partial(stage, asynchronous=asynchronous))
+        monkeypatch.setattr(compile_step, "stage", partial(stage, asynchronous=asynchronous))
         torch.manual_seed(0)
         vae = pv.make_vae(4, latent_dim=2, hidden=[8], likelihood={"kind": "normal", "scale": "shared"})
         with pytest.raises(FloatingPointError) as error:

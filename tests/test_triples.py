@@ -8,7 +8,7 @@ import random
 import all_triples as script
 import pytest
 
-from pyrovae.vae import VAE
+from pyrovae.models.vae import VAE
 
 FITTING = [triple for triple in script.triples() if script.fit_together(triple.prior, triple.encoder)]
 USUAL = script.Triple("standard_normal", "bernoulli", "diagonal_normal")
@@ -48,5 +48,5 @@ def test_a_refusal_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def talkative(*_: object) -> None:
         raise ValueError("One. Two.")
 
-    monkeypatch.setattr("pyrovae.vae._check_supports", talkative)
+    monkeypatch.setattr("pyrovae.models.base._check_supports", talkative)
     assert script.outcome(wrong, 0).startswith("RuntimeError: This is not one sentence")

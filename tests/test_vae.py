@@ -24,13 +24,15 @@ from scipy import stats
 from torch import Tensor, nn
 
 from pyrovae.encoders import DiagonalNormal, FullCovarianceNormal
-from pyrovae.estimators import ELBO, IWAE, DReG
+from pyrovae.estimators.doubly_reparameterized import DReG
+from pyrovae.estimators.elbo import ELBO
+from pyrovae.estimators.importance_weighted import IWAE
 from pyrovae.likelihoods import Bernoulli, Normal
+from pyrovae.models.vae import VAE, make_vae
 from pyrovae.nn import MLP, ConvEncoder, GatedMLP
-from pyrovae.pairs import inspect_pair
 from pyrovae.priors import StandardNormal
+from pyrovae.programs.inspect import inspect_pair
 from pyrovae.registry import build, names
-from pyrovae.vae import VAE, make_vae
 
 NAMED = {spec if isinstance(spec, str) else spec["kind"] for spec in LIKELIHOODS}
 

@@ -27,10 +27,10 @@ from scipy import stats
 from torch import Tensor, nn
 from torch import distributions as td
 
-from pyrovae.estimators import make_estimator
-from pyrovae.pairs import find_parameters, inspect_pair
-from pyrovae.vae import make_vae
-from pyrovae.weights import LogWeights, log_weights, prior_weights, without_specks
+from pyrovae.estimators.base import make_estimator
+from pyrovae.models.vae import make_vae
+from pyrovae.programs.inspect import find_parameters, inspect_pair
+from pyrovae.programs.log_weights import LogWeights, log_weights, prior_weights, without_specks
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -49,8 +49,9 @@ from gpu_checks import CELLS, CHECKS, OTHERS, Cell, Machine, rows_of, the_pair, 
 from torch import Tensor
 
 import pyrovae as pv
-from pyrovae import staging
-from pyrovae.data import binarize
+from pyrovae.compile import cuda as compile_cuda
+from pyrovae.compile import graph as compile_graph
+from pyrovae.data.datasets import binarize
 
 # Measurements.
 
@@ -335,7 +336,7 @@ def part_command_line(on: Machine, keep: Callable[[dict[str, Any]], None]) -> di
     """``pyrovae train`` and ``evaluate`` on the digits, which say where they run."""
     if on.small:
         return {"left_out": "tests/test_cli.py runs it"}
-    from pyrovae.cli import main as pyrovae
+    from pyrovae.cli.app import main as pyrovae
 
     before, said = Path.cwd(), io.StringIO()
     quick = ["--train.epochs", "3", "--evaluate.num-samples", "200", "--evaluate.decompose", "10", "--name", "gpu"]
@@ -366,8 +367,8 @@ def watch() -> None:
 
         return run
 
-    staging._capture, staging._inductor = watched(staging._capture), watched(staging._inductor)
-    staging.GraphedSteps.__init__ = watched(staging.GraphedSteps.__init__)  # type: ignore[method-assign]
+    compile_graph._capture, compile_graph._inductor = watched(compile_graph._capture), watched(compile_graph._inductor)
+    compile_cuda.GraphedSteps.__init__ = watched(compile_cuda.GraphedSteps.__init__)  # type: ignore[method-assign]
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:

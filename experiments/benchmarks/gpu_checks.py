@@ -24,9 +24,9 @@ from common import Network
 from torch import Tensor, nn
 
 import pyrovae as pv
-from pyrovae.data import binarize
-from pyrovae.pairs import find_parameters
-from pyrovae.staging import Step
+from pyrovae.compile.step import Step
+from pyrovae.data.datasets import binarize
+from pyrovae.programs.inspect import find_parameters
 
 ADAM = torch.optim.Adam
 Pair = Any  # something with a model and a guide, whose parameters a step finds

@@ -45,7 +45,7 @@ from common import LeftOut, Network, library
 from torch import Tensor
 
 import pyrovae as pv
-from pyrovae.staging import Step
+from pyrovae.compile.step import Step
 
 LR, SEED, CHECKED_BLOCKS = 1e-12, 0, 10
 OURS, ROUNDED, BASELINE = "pyrovae staged", "pyrovae staged, bfloat16", "hand-written eager"

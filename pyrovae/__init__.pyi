@@ -1,0 +1,47 @@
+# The index of the package: what `import pyrovae as pv` offers, and where it lives. Read at run time too (see _lazy.py).
+from . import data as data
+from . import diagnostics as diagnostics
+from . import distributions as distributions
+from . import encoders as encoders
+from . import estimators as estimators
+from . import evidence as evidence
+from . import likelihoods as likelihoods
+from . import models as models
+from . import nn as nn
+from . import plots as plots
+from . import priors as priors
+from . import programs as programs
+from . import registry as registry
+from . import training as training
+from .compile.step import stage as stage
+from .diagnostics.decomposition import Decomposition as Decomposition
+from .diagnostics.decomposition import decompose as decompose
+from .diagnostics.gradients import EstimatorComparison as EstimatorComparison
+from .diagnostics.gradients import compare_estimators as compare_estimators
+from .diagnostics.gradients import train_estimators as train_estimators
+from .diagnostics.posterior import posterior_draws as posterior_draws
+from .evidence.annealing import Sandwich as Sandwich
+from .evidence.annealing import ais as ais
+from .evidence.annealing import bdmc as bdmc
+from .evidence.comparison import Comparison as Comparison
+from .evidence.comparison import compare as compare
+from .evidence.draws import Draws as Draws
+from .evidence.exact import exact as exact
+from .evidence.importance import log_marginal as log_marginal
+from .evidence.proposals import Refinement as Refinement
+from .evidence.refine import refine as refine
+from .evidence.results import Evidence as Evidence
+from .models.conditional import ConditionalVAE as ConditionalVAE
+from .models.conditional import SemiSupervisedVAE as SemiSupervisedVAE
+from .models.conditional import make_conditional_vae as make_conditional_vae
+from .models.conditional import make_semi_supervised_vae as make_semi_supervised_vae
+from .models.hierarchical import HierarchicalVAE as HierarchicalVAE
+from .models.hierarchical import make_hierarchical_vae as make_hierarchical_vae
+from .models.vae import VAE as VAE
+from .models.vae import make_vae as make_vae
+from .programs.log_weights import LogWeights as LogWeights
+from .programs.log_weights import log_weights as log_weights
+from .training.loop import History as History
+from .training.loop import fit as fit
+
+__version__: str

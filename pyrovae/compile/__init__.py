@@ -1,0 +1,1 @@
+"""Compilation: training and scoring steps captured as graphs; the only code that touches torch's private names."""

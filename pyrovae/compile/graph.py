@@ -1,0 +1,408 @@
+"""Graphs: a function of tensors captured once, compiled, and run without Pyro in between."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
+from torch.overrides import TorchFunctionMode
+
+from ..programs.reachable import changed_numbers, python_state
+from .inductor import Tensors, _computed, _inductor
+from .kernels import SeededNormals, seeded
+from .rewrites import draws_as_inputs, join_decoders
+
+# A graph for every shape that batches come in would be a recompile storm; the shapes past these run uncaptured.
+MOST_GRAPHS = 4
+# A second shape, such as a ragged last batch, repays its own graph only if it keeps coming.
+USES_BEFORE_CAPTURE = 50
+
+
+class Staged:
+    """A function of tensors that returns a tuple of tensors, captured on its first call and compiled on its second.
+
+    One graph serves one set of shapes. The function must do the same whatever the values are: what it reads into Python
+    (``.item()``, ``if x.sum() > 0``) cannot be captured, and then it runs as it is.
+
+    Args:
+        function: what to run; it may read live parameters and buffers, and draw from torch's random stream.
+        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
+        precision: ``"float32"`` and ``"tf32"`` leave products as they are (:func:`pyrovae.cuda.products_in` is for those);
+            ``"bfloat16"`` rounds the factors of float32 ones, where compiled.
+        threads: of a CPU, on which as many calls of :meth:`later` run side by side, each on one of them, where compiled.
+        programs: whose Python state is watched for what a run changes in it; by default the function's own.
+
+    Attributes:
+        reason: why it runs slower than asked, one sentence, or ``None``.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.compile.graph import Staged
+        >>> scale = torch.tensor(2.0)
+        >>> double = Staged(lambda x: (scale * x,), backend="aten")
+        >>> first = double(torch.ones(1))
+        >>> _ = scale.fill_(3.0)
+        >>> double(torch.ones(1))
+        (tensor([3.]),)
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensors],
+        backend: str = "inductor",
+        precision: str = "float32",
+        threads: int = 1,
+        programs: tuple[Any, ...] | None = None,
+    ):
+        if backend not in ("inductor", "aten", "eager"):
+            raise ValueError(f'backend is "inductor", "aten" or "eager", not {backend!r}.')
+        if precision not in ("float32", "tf32", "bfloat16"):
+            raise ValueError(f'precision is "float32", "tf32" or "bfloat16", not {precision!r}.')
+        if precision == "bfloat16" and backend != "inductor":
+            raise ValueError("Products in bfloat16 belong to a compiled step: pass compile=True, or leave precision out.")
+        self.function, self.backend, self.precision, self.threads = function, backend, precision, threads
+        self.programs = (function,) if programs is None else programs
+        self.reason: str | None = None
+        self._agreed = ""
+        self._pool: _SideBySide | None = None
+        self._graphs: dict[tuple, _Graph] = {}
+        self._uses: dict[tuple, int] = {}
+
+    @property
+    def captured(self) -> bool:
+        """Whether it runs from a graph, compiled or not."""
+        return self.backend != "eager" and bool(self._graphs)
+
+    @property
+    def touched(self) -> Tensors:
+        """What the captured function reads and may change: parameters, buffers and constants."""
+        return tuple(tensor for graph in self._graphs.values() for tensor in graph.outside)
+
+    def __call__(self, *inputs: Tensor) -> Tensors:
+        """The function's value."""
+        if self.backend == "eager":
+            return self.function(*inputs)
+        key = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
+        graph = self._graphs.get(key)
+        if graph is None:
+            return self._first(key, inputs) if self._captures(key) else self.function(*inputs)
+        inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
+        return self._checked(graph, inputs) if graph.due else graph(inputs, graph.drawn())
+
+    @property
+    def due(self) -> bool:
+        """Whether the next call runs as it is, beside its graph."""
+        return any(graph.due for graph in self._graphs.values())
+
+    def leave_uncompiled(self) -> None:
+        """Stop at captured graphs from now on, which are there to be compared with."""
+        self.backend = "aten" if self.backend == "inductor" else self.backend
+
+    def recheck(self, when: str) -> None:
+        """Let the next call run as it is, beside its graph: where they differ, every later call runs as it is.
+
+        Args:
+            when: what the warning then calls this moment, such as ``"at the start of epoch 3"``.
+        """
+        for graph in self._graphs.values():
+            graph.due = graph.due or when
+
+    def later(self, *inputs: Tensor) -> Callable[[], Tensors]:
+        """What to call for the function's value; with several threads it may be computed meanwhile, until :meth:`close`.
+
+        Its random numbers, or the seed of them where they are many, are drawn now: they do not depend on what else runs.
+        """
+        if self.backend == "eager":
+            value = self.function(*inputs)
+            return lambda: value
+        key = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
+        if key not in self._graphs and not self._captures(key):
+            with SeededNormals() if any(graph.draws for graph in self._graphs.values()) else contextlib.nullcontext():
+                value = self.function(*inputs)
+            return lambda: value
+        graph = self._graphs.get(key)
+        if graph is None or graph.due:
+            # Captured and compiled aside, so that no number depends on what was computed before.
+            random = _random_state(inputs)
+            self(*inputs) if graph else self._first(key, inputs)
+            _set_random_state(random)
+            return self.later(*inputs)
+        inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
+        if not graph.draws:
+            value = graph(inputs, ())
+            return lambda: value
+        if self._pool is None:
+            self._pool = _SideBySide(self.threads)
+        drawn = [seeded(draw) for draw in graph.draws]
+        return self._pool.submit(lambda: graph(inputs, tuple([numbers() for numbers in drawn]))).result
+
+    def close(self) -> None:
+        """Drop what has not begun, and give the threads back."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def _captures(self, key: tuple) -> bool:
+        """Whether another call with such inputs is worth a graph."""
+        uses = self._uses[key] = self._uses.get(key, 0) + 1
+        return not self._graphs or (uses >= USES_BEFORE_CAPTURE and len(self._graphs) < MOST_GRAPHS)
+
+    def _first(self, key: tuple, inputs: Tensors) -> Tensors:
+        random = _random_state(inputs)
+        try:
+            self._graphs[key], outputs = _capture(self.function, _distinct(inputs))
+            self._graphs[key].captured_on = inputs
+        except Exception as error:  # whatever stops the tracer: run as it is, the program says what is wrong
+            _set_random_state(random)
+            self._fall_back("eager", f"it cannot be captured ({_first_line(error)})")
+            return self.function(*inputs)
+        return outputs
+
+    def _checked(self, graph: _Graph, inputs: Tensors) -> Tensors:
+        """One call as it is, whose value is returned, beside what the graph makes of the same inputs and random numbers."""
+        when, graph.due = graph.due, ""
+        state = _State(graph, inputs)
+        captured = graph.value_of(graph.module, inputs)
+        state.put_back()
+        before = python_state(*self.programs)
+        value = self.function(*inputs)
+        counted = changed_numbers(before, python_state(*self.programs))
+        agrees = graph.close(captured, value, inputs, exactly=True)
+        # Inputs that are the captured ones show nothing of a value that was read from them: their rows in another order do.
+        if agrees and not counted and graph.captured_on is not None and all(map(torch.equal, graph.captured_on, inputs)):
+            agrees = self._agrees_on(graph, tuple(each.roll(1, 0) if each.dim() else each for each in inputs))
+        graph.captured_on = None
+        if counted:
+            self._fall_back("eager", f"it keeps a state in Python, which a graph does not: {', '.join(counted)}")
+        elif not agrees:
+            since = f" {when}; {self._agreed}" if self._agreed else ""
+            self._fall_back(
+                "eager",
+                f"its captured graph gives other numbers{since}: it reads a tensor's value into Python, or keeps a state there",
+            )
+        elif graph.run is None:
+            self._compile(graph, inputs, state, value)
+        if agrees:
+            self._agreed = f"they agreed {when}, so what was computed in between may belong to an older state"
+        return value
+
+    def _agrees_on(self, graph: _Graph, inputs: Tensors) -> bool:
+        """Whether graph and function agree on other inputs; nothing is left of either."""
+        state = _State(graph, inputs)
+        captured = graph.value_of(graph.module, inputs)
+        state.put_back()
+        value = tuple(tensor.detach().clone() for tensor in self.function(*inputs))
+        state.put_back()
+        return graph.close(captured, value, inputs, exactly=True)
+
+    def _compile(self, graph: _Graph, inputs: Tensors, state: _State, value: Tensors) -> None:
+        """Compile a graph that agrees with its function, whose value on the inputs and from the state is known."""
+        graph.run, inputs = graph.module, _distinct(inputs)
+        if self.backend != "inductor":
+            return
+        rounded, after = self.precision == "bfloat16", _State(graph, inputs)
+        try:
+            apart = self.threads > 1 and graph.draw_first()
+            state.put_back()
+            example = (*inputs, *graph.outside, *graph.drawn())
+            state.put_back()
+            graph.run = _inductor(graph.module, example, rounded, apart)
+            compiled = graph.value_of(graph.run, inputs)
+        except Exception as error:  # no C++ compiler, say; the graph is right without
+            self._fall_back("aten", f"the compiler failed ({_first_line(error)})")
+            return
+        finally:
+            after.put_back()
+        # Rounded products give other numbers by design.
+        if not (rounded or graph.close(compiled, value, inputs, exactly=False)):
+            self._fall_back("eager", "its compiled graph gives other numbers, which is the compiler's fault")
+
+    def _fall_back(self, backend: str, why: str) -> None:
+        self.backend = backend
+        slower = "with Pyro's handlers at every step" if backend == "eager" else "captured, but not compiled"
+        self.reason = f"This step runs {slower}, since {why}: pass compile=False to run it as it is."
+        warnings.warn(self.reason, RuntimeWarning, stacklevel=5)
+
+
+def _distinct(inputs: Tensors) -> Tensors:
+    """The inputs as tensors of their own: a graph captured from one that came twice would read one place alone ever after."""
+    places = {id(tensor): place for place, tensor in reversed(list(enumerate(inputs)))}
+    return tuple(tensor if places[id(tensor)] == place else tensor.clone() for place, tensor in enumerate(inputs))
+
+
+class _SideBySide(ThreadPoolExecutor):
+    """Threads whose operations stay on them; while they are there the caller's do too, as idle ones of its own would spin."""
+
+    def __init__(self, number: int):
+        super().__init__(number, initializer=torch.set_num_threads, initargs=(1,))
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        torch.set_num_threads(self.before)
+
+
+def _capture(function: Callable[..., Tensors], inputs: Tensors) -> tuple[_Graph, Tensors]:
+    """Record one run; return the graph, and what that run itself returned."""
+    returned: list[Tensors] = []
+
+    def run(*given: Tensor) -> Tensors:
+        outputs = function(*given)
+        returned.append(tuple(tensor.detach() for tensor in outputs))
+        return outputs
+
+    with _values_stay_tensors(), _NoValuesRead():
+        module = make_fx(run)(*inputs)
+    return _Graph(module), returned[-1]
+
+
+class _NoValuesRead(TorchFunctionMode):
+    """Refuse to read values that follow from inputs or parameters: a graph would keep the first ones for ever.
+
+    The tracer itself refuses what goes through its operations, and never sees ``.numpy()``, ``.tolist()`` and their kin.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS and args and isinstance(args[0], Tensor):
+            tracing, tensor = get_proxy_mode(), args[0]
+            if tensor.requires_grad or (tracing is not None and has_proxy_slot(tensor, tracing.tracer)):
+                raise RuntimeError(f"it reads a tensor's values into Python, by {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+_READS = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__float__", "__int__", "__index__", "__bool__", "__complex__"}
+
+
+def largest_value(function: Callable[..., Tensors], *inputs: Tensor) -> int | None:
+    """How many numbers a compiled graph's largest value has; ``None`` of a function that cannot be captured."""
+    random = _random_state(inputs)
+    try:
+        graph, _ = _capture(function, _distinct(inputs))
+    except Exception:  # whatever stops the tracer: the function's own call will say it
+        return None
+    finally:
+        _set_random_state(random)
+    return max((value.numel() for value in _computed(join_decoders(graph.module))), default=0)
+
+
+class _Graph:
+    """A captured function: a module over its inputs and then over all it met from outside, and what to call for it.
+
+    What it met from outside are inputs too, so that no compiler takes a parameter for a constant.
+    """
+
+    def __init__(self, module: fx.GraphModule):
+        graph = module.graph
+        self.outside: list[Tensor] = []
+        self.draws: list[partial[Tensor]] = []
+        self.run: Callable[..., Any] | None = None
+        self.due = "at its second call"  # when to run as it is beside the graph: a moment's name, or nothing
+        self.captured_on: Tensors | None = None
+        placed: dict[int, fx.Node] = {}
+        last = list(graph.find_nodes(op="placeholder"))[-1]
+        for node in list(graph.find_nodes(op="get_attr")):
+            tensor = getattr(module, node.target)
+            if id(tensor) not in placed:
+                with graph.inserting_after(last):
+                    last = placed[id(tensor)] = graph.placeholder(f"outside_{len(self.outside)}")
+                self.outside.append(tensor.detach())  # shares the storage, so it follows an optimizer's updates
+                last.meta["val"] = self.outside[-1]
+            node.replace_all_uses_with(placed[id(tensor)])
+            graph.erase_node(node)
+        self.module = fx.GraphModule(nn.Module(), graph)
+
+    def __call__(self, inputs: Tensors, drawn: Tensors) -> Tensors:
+        """The function's value, from random numbers drawn before."""
+        assert self.run is not None
+        return tuple(self.run(*inputs, *self.outside, *drawn))
+
+    def draw_first(self) -> bool:
+        """Make random numbers inputs of the graph, where it draws any and all can be drawn before the rest."""
+        self.draws = draws_as_inputs(self.module)
+        return bool(self.draws)
+
+    def drawn(self) -> Tensors:
+        """The random numbers that are inputs."""
+        return tuple(draw() for draw in self.draws)
+
+    def value_of(self, run: Callable[..., Any], inputs: Tensors) -> Tensors:
+        """What a form of the graph makes of the inputs, kept from what may change later."""
+        with torch.no_grad():
+            return tuple(tensor.clone() for tensor in run(*inputs, *self.outside, *self.drawn()))
+
+    def close(self, staged: Tensors, eager: Tensors, inputs: Tensors, *, exactly: bool) -> bool:
+        """Whether the values agree: as the same kernels' do, or as a compiler's own do with them."""
+        tensors = [tensor for tensor in (*self.outside, *inputs, *eager) if tensor.is_floating_point()]
+        coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+        return _close(staged, eager, tolerance=min(3 * coarsest ** (0.75 if exactly else 0.5), 0.1))
+
+
+class _State:
+    """The random stream and all tensors that a graph met from outside, to be put back: a run draws, and moves buffers."""
+
+    def __init__(self, graph: _Graph, inputs: Tensors):
+        self.outside, self.random = graph.outside, _random_state(inputs)
+        self.values = [tensor.clone() for tensor in graph.outside]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        _set_random_state(self.random)
+        for tensor, value in zip(self.outside, self.values, strict=True):
+            tensor.copy_(value)
+
+
+def _close(staged: Tensors, eager: Tensors, tolerance: float) -> bool:
+    if len(staged) != len(eager):
+        return False
+    largest = max(float(torch.nan_to_num(tensor, 0.0, 0.0, 0.0).double().norm()) for tensor in eager)
+    for have, want in zip(staged, eager, strict=True):
+        if have.shape != want.shape or not torch.equal(torch.isfinite(have), torch.isfinite(want)):
+            return False
+        finite = torch.isfinite(want)
+        error = float((have[finite].double() - want[finite].double()).norm())
+        if error > tolerance * (float(want[finite].double().norm()) + 1e-2 * largest) + 1e-12:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _values_stay_tensors() -> Iterator[None]:
+    """Let Pyro's own losses be captured: they read values to report and to warn, not to decide anything."""
+    from pyro.infer import trace_elbo, trace_mean_field_elbo
+
+    def detached(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) else value
+
+    with contextlib.ExitStack() as stack:
+        for module in (trace_elbo, trace_mean_field_elbo):
+            for name, stand_in in [("torch_item", detached), ("warn_if_nan", lambda value, *args, **kwargs: value)]:
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, stand_in))
+        yield
+
+
+def _random_state(inputs: Tensors) -> list[tuple[torch.device, Tensor]]:
+    gpus = {tensor.device for tensor in inputs if tensor.is_cuda}
+    return [(torch.device("cpu"), torch.get_rng_state())] + [(gpu, torch.cuda.get_rng_state(gpu)) for gpu in gpus]
+
+
+def _set_random_state(states: list[tuple[torch.device, Tensor]]) -> None:
+    for device, state in states:
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:200]

@@ -1,0 +1,318 @@
+"""A training step of a pair: draw, weigh, differentiate, clip, update."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from .cuda import STEPS_AT_ONCE, GraphedSteps, NotCaptured, check_precision, products_in, record
+from .graph import MOST_GRAPHS, USES_BEFORE_CAPTURE, Staged
+from .inductor import Tensors
+from .optimizer import _Update
+
+
+class Outcome(NamedTuple):
+    """What one training step returns.
+
+    Attributes:
+        loss: minus the objective's bound, summed over the batch, in nats.
+        norm: the norm of the mean gradient, before clipping.
+    """
+
+    loss: float
+    norm: float
+
+
+def stage(
+    estimator: pyro.infer.ELBO,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    example: Tensor | Tensors,
+    *,
+    clip_norm: float | None = None,
+    count: Callable[[Tensors], float] | None = None,
+    load: Callable[..., Tensors] | None = None,
+    backend: str = "inductor",
+    precision: str = "float32",
+) -> Step:
+    """A training step for a loop of your own; :func:`pyrovae.fit` makes its own.
+
+    Args:
+        estimator: any ``pyro.infer.ELBO``; one without a differentiable loss runs uncaptured.
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x); takes the same arguments.
+        optimizer: holds the pair's parameters; Adam and AdamW made with ``fused=True`` go straight to their kernel.
+        example: a batch, or a tuple of tensors for programs of several arguments. It is scored once with Pyro's validation,
+            which the steps leave out; the random stream does not notice.
+        clip_norm: the largest norm that the gradient of all parameters together may have.
+        count: from a batch to the number of data that its loss stands for; by default their number.
+        load: makes a batch of the tensors that a step is called with, such as rows and the whole data, by tensor operations
+            that then belong to the graph; by default they are the batch.
+        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
+        precision: of products, as in :func:`pyrovae.fit`.
+
+    Returns:
+        A step: called with a batch's tensors it updates the parameters and returns loss and gradient norm.
+
+    Raises:
+        ValueError: the pair or the estimator refuses the example.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+        >>> x, adam = torch.ones(50, 9), torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
+        >>> step = pv.stage(pv.estimators.IWAE(5), vae.model, vae.guide, adam, x, backend="aten")
+        >>> first, second = step(x), step(x)
+        >>> first.loss > 0, first.norm > 0
+        (True, True)
+    """
+    batch = example if isinstance(example, tuple) else (example,)
+    devices = [tensor.device for tensor in batch if tensor.is_cuda]
+    with torch.random.fork_rng(devices), torch.no_grad():
+        estimator.loss(model, guide, *batch)
+    return Step(
+        estimator, model, guide, optimizer, clip_norm=clip_norm, count=count, load=load, backend=backend, precision=precision
+    )
+
+
+class Step:
+    """One training step of a pair: draw, weigh, differentiate, clip, update.
+
+    Nothing moves where the loss is NaN or the gradient NaN or infinite. Learning rates are read from the optimizer at each
+    step, and an annealed beta from the estimator.
+
+    Made by :func:`stage`, whose arguments it has.
+
+    Attributes:
+        parameters: those that the optimizer holds.
+        reached: those of them that the loss reaches, known after the first step.
+        asynchronous: whether :meth:`ahead` returns before the step is over, as it does on a GPU.
+        reason: why it runs slower than asked, or ``None``.
+    """
+
+    def __init__(
+        self,
+        estimator: pyro.infer.ELBO,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+        count: Callable[[Tensors], float] | None = None,
+        load: Callable[..., Tensors] | None = None,
+        backend: str = "inductor",
+        precision: str = "float32",
+    ):
+        self.estimator, self.model, self.guide, self.optimizer = estimator, model, guide, optimizer
+        self.clip_norm, self.count = clip_norm, count or (lambda batch: len(batch[0]))
+        self.load = load or (lambda *batch: batch)
+        self.precision, self._moving = precision, None if load is None else 1
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        check_precision(precision, self.parameters[0].device)
+        self.reached: list[Tensor] = []
+        self.asynchronous = any(parameter.is_cuda for parameter in self.parameters)
+        self._outcomes: list[Outcome] = []
+        self._unread: list[Tensor] = []
+        self._device = self.parameters[0].device
+        self._spoiled = torch.zeros((), dtype=torch.float32, device=self._device)  # as the optimizer's kernel reads it
+        self._graphs: dict[tuple, GraphedSteps] = {}
+        self._uses: dict[tuple, int] = {}
+        self._filling: GraphedSteps | None = None
+        self._settings: tuple | None = None
+        self._outside: str | None = None
+        self.recorder = record if self.asynchronous else None
+        self._annealed: Tensor | None = None
+        self._held: float | None = None
+        self._update = _Update(optimizer)
+        if not hasattr(estimator, "differentiable_loss"):
+            backend = "eager"
+        self._backend = backend
+        self._staged = Staged(self._differentiate, backend, precision, programs=(model, guide, estimator))
+
+    @property
+    def reason(self) -> str | None:
+        """Why it runs slower than asked, or ``None``."""
+        return self._staged.reason or self._outside
+
+    @property
+    def captured(self) -> bool:
+        """Whether it runs from a graph, compiled or not."""
+        return self._staged.captured
+
+    def recheck(self, when: str) -> None:
+        """Let the next step run as it is, beside its graph, as :meth:`Staged.recheck` says."""
+        self._staged.recheck(when)
+
+    def __call__(self, *inputs: Tensor) -> Outcome:
+        """Take the step."""
+        if self.asynchronous:
+            self.ahead(*inputs)
+            *self._outcomes, outcome = self.outcomes()
+            return outcome
+        loss, norm, *gradients = self._staged(*self._with_beta(inputs, self._step_input()))
+        outcome = Outcome(loss.item(), norm.item())
+        if not math.isnan(outcome.loss) and math.isfinite(outcome.norm):
+            self._update(self.reached, gradients)
+        return outcome
+
+    def ahead(self, *inputs: Tensor) -> None:
+        """Take the step without waiting for a GPU; :meth:`outcomes` says later what came of it.
+
+        Where a loss or a gradient is no number, the steps taken ahead after it move nothing either, until :meth:`outcomes` has
+        said so. Optimizers other than a fused Adam ask that of each step, and so wait.
+        """
+        if not self.asynchronous:
+            self._outcomes.append(self(*inputs))
+            return
+        beta = self._step_input()
+        graphed = self._graph_for(inputs, beta)
+        if self._filling is not None and self._filling is not graphed:
+            self._unread += self._filling.flush()
+        self._filling = graphed
+        if graphed is not None:
+            self._unread += graphed.ahead(inputs, float(self.optimizer.param_groups[0]["lr"]), beta)
+            if graphed.update is None:
+                self._update(self.reached, list(graphed.gradients[2:]), self._spoiled)
+            return
+        with products_in(self.precision, self._device):
+            loss, norm, *gradients = self._staged(*self._with_beta(inputs, beta))
+        self._unread.append(self._noted(loss, norm)[None])
+        self._update(self.reached, gradients, self._spoiled)
+
+    def outcomes(self) -> list[Outcome]:
+        """What came of the steps taken :meth:`ahead` since the last call, in order."""
+        if self._filling is not None:
+            self._unread += self._filling.flush()
+        if self._unread:
+            self._outcomes += [Outcome(*pair) for pair in torch.cat(self._unread).tolist()]
+            self._spoiled.zero_()
+        outcomes, self._outcomes, self._unread = self._outcomes, [], []
+        return outcomes
+
+    def _noted(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Loss and norm side by side; from the first on that is no number, ``_spoiled`` is 1."""
+        spoiled = (torch.isnan(loss) | ~torch.isfinite(norm)).to(self._spoiled.dtype)
+        self._spoiled.copy_(torch.maximum(self._spoiled, spoiled))
+        return torch.stack([loss, norm]).double()
+
+    def _graph_for(self, inputs: Tensors, beta: float | None) -> GraphedSteps | None:
+        """The CUDA graphs that take such a step; ``None`` where it is taken without."""
+        settings, before = self._update.settings(), self._settings
+        self._settings = settings
+        if self.recorder is None or before is None or not self._staged.captured or (self._graphs and self._staged.due):
+            return None
+        if self._graphs and not self._update.is_current():  # as after a checkpoint was loaded
+            self._graphs.clear()
+        if settings != before:
+            self._launch_singly("the optimizer's settings change, and not its learning rate alone")
+            return None
+        moving = len(inputs) if self._moving is None else self._moving
+        key = (tuple([(each.shape, each.dtype, each.device) for each in inputs[:moving]]), tuple(map(id, inputs[moving:])))
+        if key not in self._graphs:
+            uses = self._uses[key[0]] = self._uses.get(key[0], 0) + 1
+            if (not self._graphs or uses >= USES_BEFORE_CAPTURE) and len(self._graphs) < MOST_GRAPHS:
+                self._graph(key, inputs, moving, beta)
+        return self._graphs.get(key)
+
+    def _graph(self, key: tuple, inputs: Tensors, moving: int, beta: float | None) -> None:
+        assert self.recorder is not None
+        programs = (self.model, self.guide, self.estimator)
+        staged = Staged(self._differentiate_and_note, self._backend, self.precision, programs=programs)
+
+        def compute(*given: Tensor) -> Tensors:
+            outputs = staged(*given)
+            if not staged.captured:
+                raise NotCaptured("its captured function gives other numbers")
+            return outputs
+
+        def update(outputs: Tensors, rate: Tensor) -> None:
+            self._update(self.reached, list(outputs[2:]), self._spoiled, rate)
+
+        inside, rate = self._update.is_kernel(self.reached), self.optimizer.param_groups[0]["lr"]
+        touched = [*self._staged.touched, *self._update.touched, self._spoiled]
+        # A batch made outside may have come of random numbers, which a step that waits would draw too late.
+        at_once = STEPS_AT_ONCE if inside and self._moving is not None else 1
+        try:
+            with products_in(self.precision, self._device):
+                self._graphs[key] = GraphedSteps(
+                    compute, update if inside else None, inputs, moving, float(rate), beta, touched, at_once, self.recorder
+                )
+            self._staged.leave_uncompiled()
+        except NotCaptured as error:
+            self._launch_singly(str(error))
+        if not inside and self._outside is None:
+            name = type(self.optimizer).__name__
+            self._outside = f"{name} runs outside the step's CUDA graph, which takes longer: choose 'adam' or 'adamw'."
+            warnings.warn(self._outside, RuntimeWarning, stacklevel=5)
+
+    def _launch_singly(self, why: str) -> None:
+        self._graphs.clear()
+        self.recorder = None
+        self._outside = f"The kernels of this step are launched one by one, since {why}: pass compile=False to run it as it is."
+        warnings.warn(self._outside, RuntimeWarning, stacklevel=5)
+
+    def _differentiate_and_note(self, *inputs: Tensor) -> Tensors:
+        """As :meth:`_differentiate`, and loss and norm are written to the last input: it asks nothing of the host."""
+        *given, outcome = inputs
+        loss, norm, *gradients = self._differentiate(*given)
+        outcome.copy_(self._noted(loss, norm))
+        return (loss, norm, *gradients)
+
+    def _with_beta(self, inputs: Tensors, beta: float | None) -> Tensors:
+        if beta is None:
+            return inputs
+        if self._annealed is None:
+            self._annealed = torch.zeros((), dtype=torch.float64, device=self._device)
+        if beta != self._held:
+            self._held = beta
+            self._annealed.fill_(beta)
+        return (*inputs, self._annealed)
+
+    def _step_input(self) -> float | None:
+        # Pyro's own estimators have none.
+        return self.estimator.step_input() if hasattr(self.estimator, "step_input") else None
+
+    def _differentiate(self, *inputs: Tensor) -> Tensors:
+        """Loss, norm, and the gradient of each parameter that the loss reaches."""
+        with pyro.validation_enabled(False):
+            if self._annealed is None:
+                loss, gradients = self._loss_and_gradients(self.load(*inputs))
+            else:
+                self.estimator.held = inputs[-1]
+                try:
+                    loss, gradients = self._loss_and_gradients(self.load(*inputs[:-1]))
+                finally:
+                    self.estimator.held = None
+        pairs = [(par, grad) for par, grad in zip(self.parameters, gradients, strict=True) if grad is not None]
+        if not pairs:
+            raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")
+        reached, found = [par for par, _ in pairs], tuple(grad for _, grad in pairs)
+        if list(map(id, reached)) != list(map(id, self.reached)):  # else the list by which the optimizer's kernel knows them
+            self.reached = reached
+        if self._device.type == "cuda":  # four kernels, where the sums below are two for each parameter
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
+        else:  # not get_total_norm, which a compiler leaves as it is: one call for each parameter
+            norm = torch.stack([gradient.square().sum() for gradient in found]).sum().sqrt()
+        if self.clip_norm is not None:
+            found = torch._foreach_mul(found, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return (loss.detach(), norm, *found)
+
+    def _loss_and_gradients(self, batch: Tensors) -> tuple[Tensor, Sequence[Tensor | None]]:
+        count = self.count(batch)
+        if hasattr(self.estimator, "differentiable_loss"):
+            loss = self.estimator.differentiable_loss(self.model, self.guide, *batch)
+            if not loss.requires_grad:
+                return loss, [None] * len(self.parameters)
+            return loss, torch.autograd.grad(loss / count, self.parameters, allow_unused=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.as_tensor(self.estimator.loss_and_grads(self.model, self.guide, *batch), device=self.parameters[0].device)
+        gradients = [None if par.grad is None else par.grad / count for par in self.parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, gradients

@@ -1,0 +1,308 @@
+"""Batches: whatever a user brings, as batches of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from .._validation import positive_integer
+from .matching import MASK, Batch, match
+from .streams import Stream, in_order, is_one_pass
+
+# Likelihoods that a file of plain matrices is given where these are images.
+_OF_IMAGES = ("discretized_logistic", "continuous_bernoulli", "dequantized")
+
+
+class Batches:
+    """Minibatches of any data, each a tuple of tensors for the arguments of model and guide.
+
+    Arrays live on the device as whole tensors, so a batch is one gather. A ``Dataset`` goes through a ``DataLoader``; a
+    ``DataLoader`` is taken as it is, with its own batch size and order. A masked array becomes two arrays: its values, zero
+    where they are hidden, and a mask that is true where they are not.
+
+    Args:
+        data: an array, a tensor, a masked array, a tuple of them (one for each argument), a ``Dataset`` or a ``DataLoader``.
+        batch_size: data per batch; the last one may be smaller.
+        shuffle: a new order on each pass, from torch's random stream.
+        dtype: floating arrays are brought to it; integers stay, since they may be labels or indices.
+        device: where the batches go.
+        transform: applied to the first tensor of every batch, such as :func:`binarize`.
+        program: give the arrays that this program takes, as :func:`arguments` does; by default all.
+        ordered: give all data in the order of the data set, also where a ``DataLoader`` shuffles or drops its last batch.
+
+    Raises:
+        ValueError: the data are empty, ragged, of mixed length, hold NaN or infinity, or are no numbers; the program does not
+            take what they hold; or a sampler draws them at random, and they must be in order.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyrovae.data import Batches
+        >>> [x.shape[0] for (x,) in Batches(np.zeros((10, 3)), batch_size=4)]
+        [4, 4, 2]
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        program: Callable[..., Any] | None = None,
+        ordered: bool = False,
+    ):
+        self.batch_size, self.shuffle, self.transform = positive_integer(batch_size, "batch_size"), shuffle, transform
+        self.dtype, self.device, self.program = dtype, device, program
+        self.floating: tuple[int, ...] = ()
+        self.source: Dataset[Any] | DataLoader[Any] | None = None
+        self.arrays: Batch = ()
+        self._found_any = False
+        self._stream: Stream | None = None
+        if isinstance(data, DataLoader):
+            self.source = in_order(data) if ordered else data
+            # Processes that read a data set have their own copy of it in each pass.
+            if isinstance(data.dataset, IterableDataset) and not data.num_workers:
+                self._stream = Stream(self.source)
+        elif isinstance(data, IterableDataset):
+            self.source = self._stream = Stream(data)
+        elif isinstance(data, Dataset) and not isinstance(data, TensorDataset):
+            self.source = data
+        else:
+            labelled = isinstance(data, TensorDataset)
+            self.arrays = self._taken(data.tensors if labelled else data, strict=not labelled)
+            self.arrays = tuple(array.contiguous() for array in self.arrays)
+
+    @property
+    def loader(self) -> DataLoader[Any] | None:
+        """What reads the data, or ``None`` where they are in memory."""
+        if self.source is None or isinstance(self.source, DataLoader):
+            return self.source
+        iterable = isinstance(self.source, IterableDataset)
+        return DataLoader(self.source, batch_size=self.batch_size, shuffle=self.shuffle and not iterable)
+
+    def to(self, dtype: torch.dtype, device: torch.device, floating: tuple[int, ...] = ()) -> None:
+        """Bring floating arrays and those named to a type, and everything to a device, now and in later batches."""
+        self.dtype, self.device, self.floating = dtype, device, floating
+        if self.arrays:
+            self.arrays = self._moved(self.arrays)
+
+    @property
+    def num_data(self) -> int | None:
+        """How many data there are, or ``None`` where a loader cannot say."""
+        if self.loader is None:
+            return len(self.arrays[0])
+        try:
+            return len(self.loader.dataset)  # type: ignore[arg-type]
+        except TypeError:  # an iterable dataset without a length
+            return None
+
+    @property
+    def num_batches(self) -> int | None:
+        """How many batches one pass has, or ``None`` where a loader cannot say."""
+        if self.loader is None:
+            return math.ceil(len(self.arrays[0]) / self.batch_size)
+        try:
+            return len(self.loader)
+        except TypeError:  # an iterable dataset without a length
+            return None
+
+    def check_passes(self, passes: int) -> None:
+        """Refuse several passes over a stream that gives its data once.
+
+        Raises:
+            ValueError: the data are such a stream.
+        """
+        if passes > 1 and self._stream is not None and is_one_pass(self.source.dataset):  # type: ignore[union-attr]
+            raise ValueError(
+                f"The data are a stream that can be read only once, so epochs must be 1, got {passes}: pass epochs=1, or a "
+                f"dataset whose __iter__ starts anew."
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass over the data."""
+        return (self.load(*inputs) for inputs in self.inputs())
+
+    def peek(self) -> Batch:
+        """The first batch; the next pass over a stream gives it again."""
+        if self._stream is None:
+            return next(iter(self))
+        by_rows = self._stream is self.source
+        found = self._stream.take(self.batch_size if by_rows else 1)
+        if not found:
+            self._refuse_empty()
+        return self.load(*self._taken(default_collate(found) if by_rows else found[0]))
+
+    def inputs(self) -> Iterator[Batch]:
+        """One pass, as what :meth:`load` makes batches of: rows and the whole arrays, or a part of the data as it is."""
+        loader = self.loader
+        if loader is not None:
+            empty = True
+            for item in loader if self._stream in (None, self.source) else self._stream:
+                empty, self._found_any = False, True
+                yield self._taken(item)
+            if empty:
+                self._refuse_empty()
+            return
+        size, step = len(self.arrays[0]), self.batch_size
+        if self.shuffle:
+            order = torch.randperm(size, device="cpu").to(self.arrays[0].device)
+            for start in range(0, size, step):
+                yield (order[start : start + step], *self.arrays)
+        else:
+            for start in range(0, size, step):
+                yield tuple(array[start : start + step] for array in self.arrays)
+
+    def load(self, *inputs: Tensor) -> Batch:
+        """A batch, gathered and transformed by nothing but tensor operations, so that a compiled step can do it."""
+        batch = inputs
+        if self.source is None and self.shuffle:
+            rows, *arrays = inputs
+            batch = tuple(array.index_select(0, rows) for array in arrays)
+        return batch if self.transform is None else (self.transform(batch[0]), *batch[1:])
+
+    def _taken(self, item: Any, *, strict: bool = False) -> Batch:
+        """The arrays of the data, or of a part of them, that the program takes."""
+        item = tuple(item) if self.source is not None and isinstance(item, list) else item
+        return self._moved(as_arrays(item, self.dtype, self.device, program=self.program, strict=strict))
+
+    def _moved(self, arrays: Batch) -> Batch:
+        moved = [_as_tensor(array, self.dtype, self.device) for array in arrays]
+        for index in self.floating:
+            moved[index] = moved[index].to(self.dtype)
+        return tuple(moved)
+
+    def _refuse_empty(self) -> None:
+        if self._found_any:
+            raise ValueError(
+                "The data loader gave no batch in a second pass, since its dataset can be read only once; what the first pass "
+                "trained is kept: pass epochs=1, or a dataset whose __iter__ starts anew."
+            )
+        raise ValueError("The data loader gave no batch: the data are empty, or a stream that has been read already.")
+
+
+def as_arrays(
+    data: Any,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    program: Callable[..., Any] | None = None,
+    strict: bool = True,
+) -> Batch:
+    """Arrays or tensors as a tuple of tensors, checked; a masked array as its values and, last, a mask of what it shows.
+
+    Args:
+        data: an array, a tensor, a masked array, or a tuple of them.
+        dtype: floating arrays are brought to it.
+        device: where they go.
+        program: give only the arrays that this program takes, in its order.
+        strict: refuse arrays beside labels that the program does not take.
+
+    Raises:
+        ValueError: empty, ragged, of mixed length, NaN or infinite, or no numbers; or not what the program takes.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyrovae.data import as_arrays
+        >>> as_arrays(np.ma.masked_array([1.0, 1e3], mask=[False, True]))
+        (tensor([1., 0.], dtype=torch.float64), tensor([ True, False]))
+    """
+    items, names = _unmasked(data if isinstance(data, tuple) else (data,))
+    arrays = tuple(_as_tensor(item, dtype, device) for item in items)
+    if not arrays or any(array.dim() == 0 or array.numel() == 0 for array in arrays):
+        raise ValueError("The data are empty: give at least one datum, with data along the first dimension.")
+    lengths = [len(array) for array in arrays]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"The arrays have different lengths {lengths}: give each argument one entry per datum.")
+    for array in arrays:
+        bad = ~torch.isfinite(array).flatten(1).all(1) if array.dim() > 1 else ~torch.isfinite(array)
+        if bool(bad.any()):
+            raise ValueError(
+                f"The data hold NaN or infinite values in {int(bad.sum())} of {len(bad)} rows, first row "
+                f"{int(bad.nonzero()[0])}: drop or repair them; where values are missing, pass a mask beside zeros."
+            )
+    return arrays if program is None else match(program, arrays, names, strict=strict)
+
+
+def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
+    """The tensors of a batch that a program takes; labels that it does not ask for are left out.
+
+    Required parameters are filled in order. A parameter whose default is ``None`` takes one of the tensors that are left, one
+    with "mask" in its name a mask only; any other default, such as ``temperature=1.0``, stays.
+
+    Raises:
+        ValueError: the program needs more arguments than the batch has, or takes no mask where the batch has one.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.data import arguments
+        >>> len(arguments(lambda x: None, (torch.zeros(3, 2), torch.zeros(3))))
+        1
+    """
+    return match(program, batch)
+
+
+def fingerprints(batch: Batch) -> np.ndarray:
+    """A 64-bit hash of each datum's first array, shape (B,): the same in float32 and float64, and whatever its event's shape.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.data import fingerprints
+        >>> x = torch.eye(3)
+        >>> bool((fingerprints((x.double().reshape(3, 3, 1),)) == fingerprints((x,))).all())
+        True
+    """
+    # Zero is added, as minus zero is equal to zero but of other bits.
+    rows = batch[0].detach().to("cpu", torch.float32).reshape(len(batch[0]), -1).numpy() + np.float32(0)
+    hashes = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return np.frombuffer(hashes, np.int64).copy()
+
+
+def content_hash(arrays: Iterable[Tensor]) -> str:
+    """A hash of tensors' shapes, types and values, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        values = array.detach().cpu().contiguous()
+        digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    try:
+        tensor = item if isinstance(item, Tensor) else torch.as_tensor(_plain(np.asarray(item)))
+    except (TypeError, ValueError) as error:
+        what = f"dtype {item.dtype}" if isinstance(item, np.ndarray) else type(item).__name__
+        raise ValueError(
+            f"The data are no array of numbers ({what}): give an array, a tensor, a tuple of them, a Dataset or a DataLoader."
+        ) from error
+    if tensor.is_complex():
+        raise ValueError("The data are complex: give real numbers, for example real and imaginary parts side by side.")
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]]:
+    """A masked array as its values, zero where they are hidden, and at the end a mask of what it shows; and the mask's name."""
+    masked = [item for item in items if isinstance(item, np.ma.MaskedArray)]
+    if len(masked) > 1:
+        raise ValueError(
+            f"The data hold {len(masked)} masked arrays, and a mask beside the data belongs to one: pass the others filled, "
+            f"with their masks as arrays."
+        )
+    plain = tuple(item.filled(0) if isinstance(item, np.ma.MaskedArray) else item for item in items)
+    shown = tuple(~np.ma.getmaskarray(item) for item in masked)
+    return (*plain, *shown), [*[None] * len(plain), *[MASK] * len(shown)]
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same numbers in an order of bytes and strides that torch takes, and writable."""
+    native = array.dtype.isnative and array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    return array if native else np.array(array, dtype=array.dtype.newbyteorder("="), order="C")

@@ -1,0 +1,292 @@
+"""Data sets by name and from files."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._validation import unknown
+from .batches import _OF_IMAGES, as_arrays
+from .support import choose_likelihood, is_whole
+
+# Data that share the random bits which few of their pixels need.
+SHARING = 16
+
+
+def binarize(x: Tensor) -> Tensor:
+    """Draw 0 or 1 with the grey value as probability, afresh at each call (Burda et al. 2016).
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.data import binarize
+        >>> binarize(torch.tensor([0.0, 1.0]))
+        tensor([0., 1.])
+    """
+    # Eight random bits decide all but one pixel in 256. Sixteen more decide those, and serve sixteen data, so that two pixels
+    # have the same once in 65,536. As fine as float32's own random numbers in a fifth of the time, which a small step feels.
+    size, dtype = x.numel(), torch.promote_types(x.dtype, torch.float32)
+    rows = max(1, len(x)) if x.dim() else 1
+    groups, width = -(-rows // SHARING), size // rows
+    words = torch.randint(-(2**63), 2**63 - 1, ((size + groups * width) // 8 + 1,), device=x.device)
+    parts = words.view(torch.uint8)
+
+    def shared(start: int) -> Tensor:
+        each = parts[start : start + groups * width].view(groups, 1, width).expand(groups, SHARING, width)
+        return each.reshape(groups * SHARING, width)[:rows].view(x.shape).to(dtype)
+
+    first, second, third = parts[:size].view(x.shape).to(dtype), shared(size), shared(size + 1)
+    return first.mul_(2**8).sub_(x, alpha=2**16).add_(second).add_(third, alpha=2**-8).lt_(0).to(x.dtype)
+
+
+def dequantize(x: Tensor) -> Tensor:
+    """Add uniform noise to integer levels, afresh at each call, for a ``dequantized`` likelihood (Theis et al. 2016).
+
+    Level k becomes a number inside (k, k + 1), in torch's default type if it was an integer.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.data import dequantize
+        >>> dequantize(torch.tensor([0, 255], dtype=torch.uint8)).floor()
+        tensor([  0., 255.])
+    """
+    levels = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    # Neither end of the bin: zero may be outside a support, and rounding must not reach the next level.
+    noisy = levels + torch.rand_like(levels).clamp(min=2**-25)
+    return torch.minimum(noisy, torch.nextafter(levels + 1, levels))
+
+
+@dataclass(frozen=True)
+class Split:
+    """A data set, split once and for all.
+
+    Attributes:
+        name: what it is called.
+        train: training data, shape (N, *data_shape).
+        test: held-out data, shape (M, *data_shape), binarised once if at all.
+        test_labels: classes of the held-out data, shape (M,), or ``None``.
+        likelihood: the likelihood that fits these numbers, as a registry table.
+        transform: applied to every training batch, or ``None``.
+        note: one sentence on where the data come from and what was done to them.
+        reason: why that likelihood fits.
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    test_labels: Tensor | None
+    likelihood: dict[str, Any]
+    transform: Callable[[Tensor], Tensor] | None
+    note: str
+    reason: str = ""
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """The shape of one datum."""
+        return tuple(self.train.shape[1:])
+
+    @property
+    def unit(self) -> str:
+        """What to call one datum."""
+        matrix_of_pixels = len(self.data_shape) == 2 and self.likelihood["kind"] in _OF_IMAGES
+        return "image" if len(self.data_shape) == 3 or matrix_of_pixels else "datum"
+
+
+def load(
+    name: str = "digits",
+    *,
+    path: str | None = None,
+    root: str = "data",
+    binarize: str | None = None,
+    download: bool = False,
+    test_fraction: float = 0.2,
+) -> Split:
+    """A data set by name, or an array file.
+
+    Args:
+        name: ``"digits"`` (scikit-learn's 1,797 images of 8 x 8 counts 0..16, which ship with it) or ``"mnist"``.
+        path: a ``.npy`` file of shape (N, ...) instead; its rows are split by a fixed permutation, and the likelihood is one
+            whose support holds its values (:func:`pyrovae.support.choose_likelihood`).
+        root: the folder that torchvision keeps MNIST in.
+        binarize: for MNIST, and for files of 8-bit levels or of grey values in [0, 1]: ``"dynamic"`` draws training pixels
+            afresh at each batch, ``"static"`` draws them once, ``"none"`` keeps grey values in [0, 1], ``"levels"`` keeps the
+            levels 0..255, and ``"dequantized"`` adds uniform noise to those, afresh at each batch. The test set is drawn once
+            in all cases, from a fixed seed. By default MNIST is ``"dynamic"``, and a file stays as it is.
+        download: let torchvision fetch MNIST; never without this.
+        test_fraction: the held-out part of a ``.npy`` file.
+
+    Raises:
+        ValueError: an unknown name or option, or a file that is no array of numbers.
+        FileNotFoundError: the files are not there.
+
+    Example:
+        >>> from pyrovae.data import load
+        >>> split = load("digits")
+        >>> len(split.train), len(split.test), split.data_shape
+        (1437, 360, (1, 8, 8))
+    """
+    if binarize is not None and binarize not in WAYS:
+        raise ValueError(unknown("binarisation", binarize, WAYS))
+    if path is not None:
+        return _from_file(Path(path), test_fraction, binarize)
+    loaders = {"digits": _digits, "mnist": lambda: _mnist(root, binarize or "dynamic", download)}
+    if name not in loaders:
+        raise ValueError(unknown("data set", name, loaders))
+    if name == "digits" and binarize is not None:
+        raise ValueError(f"binarize={binarize!r} is for MNIST and for files, and the digits are counts 0..16: leave it out.")
+    return loaders[name]()
+
+
+def _digits() -> Split:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.as_tensor(bunch.images, dtype=torch.get_default_dtype())[:, None]
+    order = torch.as_tensor(np.random.default_rng(0).permutation(len(images)))
+    train, test = order[:1437], order[1437:]
+    return Split(
+        name="digits",
+        train=images[train],
+        test=images[test],
+        test_labels=torch.as_tensor(bunch.target)[test],
+        likelihood={"kind": "binomial", "total_count": 16},
+        transform=None,
+        note="scikit-learn's handwritten digits, 8 x 8 counts 0..16; 1,437 train, 360 test, by a fixed permutation",
+        reason="the pixels are counts 0..16",
+    )
+
+
+WAYS = {
+    "dynamic": "training pixels binarised afresh at each batch, test pixels once",
+    "static": "all pixels binarised once",
+    "none": "grey values in [0, 1]",
+    "levels": "grey levels 0..255",
+    "dequantized": "grey levels 0..255 plus uniform noise, in training afresh at each batch, in the test set once",
+}
+_FITTING: dict[str, dict[str, Any]] = {
+    "none": {"kind": "continuous_bernoulli"},
+    "levels": {"kind": "discretized_logistic"},
+    "dequantized": {"kind": "dequantized", "likelihood": {"kind": "normal", "scale": "shared"}},
+}
+
+
+def _mnist(root: str, how: str, download: bool) -> Split:
+    datasets = _torchvision_datasets()
+    try:
+        parts = [datasets.MNIST(root, train=train, download=download) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"MNIST is not under {root!r}: point --data.root at the folder that holds MNIST/raw, or pass --data.download."
+        ) from error
+    split = Split(
+        name="mnist",
+        train=parts[0].data[:, None],
+        test=parts[1].data[:, None],
+        test_labels=parts[1].targets,
+        likelihood={},
+        transform=None,
+        note="MNIST, 60,000 train and 10,000 test images of 28 x 28",
+    )
+    return _treated(split, how, 255)
+
+
+def _treated(split: Split, how: str, largest: int) -> Split:
+    """Images of grey values from zero to ``largest``, binarised or not, and what fits them."""
+    unit = 1 if how in ("levels", "dequantized") else largest
+    train, test = ((part / unit).to(torch.get_default_dtype()) for part in (split.train, split.test))
+    generator = torch.Generator().manual_seed(0)
+    if how in ("dynamic", "static"):
+        test = torch.bernoulli(test, generator=generator)
+    if how == "static":
+        train = torch.bernoulli(train, generator=generator)
+    if how == "dequantized":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            test = dequantize(test)
+    return replace(
+        split,
+        train=train,
+        test=test,
+        likelihood=_FITTING.get(how, {"kind": "bernoulli"}),
+        transform={"dynamic": binarize, "dequantized": dequantize}.get(how),
+        note=f"{split.note}; {WAYS[how]}",
+        reason="the pixels are binarised" if how in ("dynamic", "static") else f"the pixels are {WAYS[how]}",
+    )
+
+
+def _from_file(path: Path, test_fraction: float, how: str | None) -> Split:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no data file {path}: give the path of a .npy array.")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction lies between 0 and 1, not {test_fraction!r}.")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a .npy array of numbers ({error}): write it with numpy.save.") from error
+    if not isinstance(array, np.ndarray) or array.ndim < 2:
+        raise ValueError(f"{path} must hold one array of shape (N, ...), one datum a row.")
+    (data,) = as_arrays(array, torch.get_default_dtype())
+    data = data.to(torch.get_default_dtype())
+    order = torch.as_tensor(np.random.default_rng(0).permutation(len(data)))
+    held_out = round(len(data) * test_fraction)
+    if not 0 < held_out < len(data):
+        raise ValueError(f"{len(data)} data cannot be split with test_fraction {test_fraction}: give more data.")
+    likelihood, reason = choose_likelihood(array)
+    split = Split(
+        name=path.stem,
+        train=data[order[:-held_out]],
+        test=data[order[-held_out:]],
+        test_labels=None,
+        likelihood=likelihood,
+        transform=None,
+        note=f"{path}, {len(data) - held_out:,} train and {held_out:,} test rows, by a fixed permutation",
+        reason=reason,
+    )
+    return split if how is None else _treated(split, how, _largest(path, array, how))
+
+
+def _largest(path: Path, array: np.ndarray, how: str) -> int:
+    """White in a file of grey values: 255 of 8-bit levels, or 1."""
+    low, high = array.min(), array.max()
+    if low >= 0 and high <= 255 and is_whole(array) and (high > 1 or how in ("levels", "dequantized")):
+        return 255
+    if low >= 0 and high <= 1 and how not in ("levels", "dequantized"):
+        return 1
+    wanted = "" if how in ("levels", "dequantized") else ", or grey values in [0, 1]"
+    raise ValueError(
+        f"binarize={how!r} must be given 8-bit levels 0..255{wanted}, and {path} holds values from {low:g} to {high:g}: leave "
+        f"binarize out."
+    )
+
+
+def _torchvision_datasets() -> Any:
+    """Import torchvision's datasets, also beside a torch without CUDA.
+
+    The registry's torchvision is built for CUDA and its extension does not load beside a CPU-only torch; then the operators
+    that its Python code names at import have no schema. Reading MNIST needs none of them, so declaring the schemas is enough.
+    Loading the extension first, to see whether it loads, is no way: loaded twice it aborts the process.
+    """
+    global _schemas
+    try:
+        return importlib.import_module("torchvision.datasets")
+    except ModuleNotFoundError as error:
+        raise ValueError("MNIST is read through torchvision, which is not installed: pip install torchvision.") from error
+    except RuntimeError as error:
+        if "torchvision::" not in str(error) or _schemas is not None:
+            raise
+    for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[module]  # half imported
+    _schemas = torch.library.Library("torchvision", "FRAGMENT")  # kept alive: schemas die with it
+    for operator in ("nms", "qnms"):
+        _schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("torchvision.datasets")
+
+
+_schemas: torch.library.Library | None = None

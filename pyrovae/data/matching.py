@@ -1,0 +1,143 @@
+"""Which array of the data goes to which parameter of a program."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, ...]
+Parameters = list[inspect.Parameter]
+MASK = "mask"  # the name of an array that says what was observed
+_SETTING = re.compile(r"\b(float|int|bool|str)\b")
+
+
+def match(program: Callable[..., Any], batch: Batch, names: Sequence[str | None] = (), *, strict: bool = False) -> Batch:
+    """The arrays of a batch that a program takes, in the order of its parameters.
+
+    Required parameters are filled in order. A parameter whose default is ``None`` takes one of the arrays that are left, one
+    with "mask" in its name a mask only. Any other default, such as ``temperature=1.0``, is a setting, which no array replaces.
+
+    Args:
+        program: the model.
+        batch: the arrays, one entry per datum each.
+        names: :data:`MASK` for an array that is a mask, ``None`` for one given by its place; by default all are.
+        strict: the arrays were put together for this program, and do not come from a data set with labels of its own.
+
+    Raises:
+        ValueError: a required parameter has no array, or a mask, or an array meant for a setting, has no parameter.
+    """
+    # A module's own signature is that of __call__, which takes anything.
+    called = program.forward if isinstance(program, torch.nn.Module) else program
+    parameters = list(inspect.signature(called).parameters.values())
+    names = [*names, *[None] * (len(batch) - len(names))]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return _without_a_mask(batch, names)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    places = _places(positional, batch, names)
+    needed = [p.name for p in positional if p.default is p.empty]
+    if not set(needed) <= set(places):
+        and_mask = " and a mask, which only a parameter named 'mask' takes" if MASK in names else ""
+        raise ValueError(
+            f"The model takes {', '.join(needed)}, but the data give {len(batch) - names.count(MASK)} array(s){and_mask}: "
+            f"pass a tuple with one for each."
+        )
+    filled = [p.name for p in positional if p.name in places]
+    skipped = next((p.name for p, name in zip(positional, filled, strict=False) if p.name != name), None)
+    if skipped is not None:
+        raise ValueError(
+            f"The model takes {_signature(positional)}, and {_told(batch, places)}, but nothing goes to {skipped!r}, which "
+            f"stands before it: put the parameters that the data fill first."
+        )
+    for index in sorted(set(range(len(batch))) - set(places.values())):
+        _leave_out(index, positional, batch, names, places, strict)
+    return tuple(batch[places[name]] for name in filled)
+
+
+def _places(positional: Parameters, batch: Batch, names: Sequence[str | None]) -> dict[str, int]:
+    """The index of the array that each parameter takes, by the parameter's name."""
+    places: dict[str, int] = {}
+    left = list(range(len(batch)))
+
+    def place(parameter: inspect.Parameter, fits: Callable[[int], bool]) -> None:
+        index = next((i for i in left if fits(i)), None)
+        if parameter.name not in places and index is not None:
+            places[parameter.name] = index
+            left.remove(index)
+
+    def by_place(index: int) -> bool:
+        return names[index] is None
+
+    required = [p for p in positional if p.default is p.empty]
+    optional = [p for p in positional if p.default is None and not _is_setting(p)]
+    for parameter in (p for p in [*required, *optional] if MASK in p.name):
+        place(parameter, lambda index: names[index] == MASK)
+    for parameter in required:
+        place(parameter, by_place)
+    for parameter in (p for p in optional if MASK in p.name):
+        place(parameter, lambda index: by_place(index) and index > 0 and _has_the_form_of_a_mask(batch[index], batch[0]))
+    for parameter in (p for p in optional if MASK not in p.name):
+        place(parameter, by_place)
+    return places
+
+
+def _without_a_mask(batch: Batch, names: Sequence[str | None]) -> Batch:
+    """The arrays for a program of any number of them, whose parameters have no names."""
+    for array, name in zip(batch, names, strict=True):
+        if name == MASK and not bool(array.all()):
+            raise ValueError(
+                "The model takes any number of arrays (*args), so a masked array cannot tell which is its mask: pass the tuple "
+                "(filled, ~mask), or name the model's parameters."
+            )
+    return tuple(array for array, name in zip(batch, names, strict=True) if name != MASK)
+
+
+def _leave_out(
+    index: int, positional: Parameters, batch: Batch, names: Sequence[str | None], places: dict[str, int], strict: bool
+) -> None:
+    """Refuse an array that no parameter takes, unless nothing is lost without it."""
+    array, x = batch[index], batch[0]
+    settings = [p.name for p in positional if p.name not in places and not (p.default is None and MASK in p.name)]
+    told = f"The model takes {_signature(positional)}, and {_told(batch, places)}"
+    if names[index] == MASK or (_has_the_form_of_a_mask(array, x) and bool(((array == 0) | (array == 1)).all())):
+        if bool((array != 0).all()):
+            return  # which hides nothing
+        raise ValueError(
+            f"{told}, but nothing takes the mask that hides values: give the model and the guide a positional parameter "
+            f"mask=None, and score with .mask(mask), or pass data without missing values."
+        )
+    whole = not array.is_floating_point() and array.dim() == 1
+    indicators = array.dim() == 2 and array.shape != x.shape and bool(((array == 0) | (array == 1)).all())
+    if strict and (settings or not (whole or indicators)):
+        kept = f" ({', '.join(settings)}: a setting that no array replaces)" if settings else ""
+        raise ValueError(
+            f"{told}, but nothing takes array {index + 1} of shape {tuple(array.shape)}{kept}: leave it out, or give the "
+            f"model and the guide a parameter for it."
+        )
+
+
+def _has_the_form_of_a_mask(array: Tensor, x: Tensor) -> bool:
+    # A vector beside vectors is as likely a label.
+    return array.shape == x.shape and (array.dtype == torch.bool or x.dim() > 1)
+
+
+def _is_setting(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter that may be ``None`` is annotated as a number or a word."""
+    annotation = parameter.annotation
+    said = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return "Tensor" not in said and _SETTING.search(said) is not None
+
+
+def _signature(positional: Parameters) -> str:
+    return ", ".join(str(p.replace(annotation=p.empty)) for p in positional)
+
+
+def _told(batch: Batch, places: dict[str, int]) -> str:
+    """What each array went to."""
+    return ", ".join(
+        f"array {index + 1} of shape {tuple(batch[index].shape)} goes to {name!r}" for name, index in places.items()
+    )

@@ -1,0 +1,14 @@
+"""Diagnostics: estimators compared, evidence decomposed, posteriors drawn."""
+
+from .decomposition import Decomposition, decompose
+from .gradients import EstimatorComparison, compare_estimators, train_estimators
+from .posterior import posterior_draws
+
+__all__ = [
+    "Decomposition",
+    "EstimatorComparison",
+    "compare_estimators",
+    "decompose",
+    "posterior_draws",
+    "train_estimators",
+]

@@ -1,0 +1,382 @@
+"""Estimators compared: bounds, gradient noise, bias and cost on the same pair and data."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro.infer
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.batches import Batches, as_arrays
+from ..estimators.base import check_estimator, loss_and_grads, make_estimator, runs_together
+from ..evidence.comparison import Comparison, compare
+from ..evidence.importance import log_marginal
+from ..programs.inspect import FIRST_ROWS, FirstRun, prepare
+from ..programs.log_weights import log_weights
+from ..programs.sites import Program
+from ..programs.state import in_own_scope
+from ..training.loop import fit
+from .posterior import Array
+
+if TYPE_CHECKING:
+    import xarray
+    from matplotlib.figure import Figure
+
+GROUPS = ("model", "guide")
+PER_GROUP = ("norm", "bias", "bias_p", "variance", "snr", "snr_per_second")
+
+
+@dataclass(frozen=True)
+class EstimatorComparison:
+    r"""Estimators side by side, at one set of parameters and on one batch.
+
+    Arrays are over E estimators, those of gradients over (E, 2), for the parameters of the model and of the guide.
+
+    Attributes:
+        names: the estimators.
+        num_particles: K of each.
+        bound: the mean bound, in nats per datum.
+        bound_se: its standard error over draws, in nats per datum.
+        norm: Euclidean norm of the mean gradient per datum, the estimate's own noise subtracted.
+        bias: norm of the mean difference from the reference's gradient, relative to the reference's norm, noise subtracted.
+        bias_p: p-value of no such difference: sign-flip test on the paired draws.
+        variance: summed variance of the gradient's coordinates.
+        snr: signal-to-noise ratio, norm over the root of the variance.
+        seconds: median time of one step's loss and gradients.
+        snr_per_second: signal-to-noise ratio of a second's mean gradient, snr / sqrt(seconds).
+        reference: what the bias is against.
+        num_draws: draws of each gradient.
+    """
+
+    names: list[str]
+    num_particles: Array
+    bound: Array
+    bound_se: Array
+    norm: Array
+    bias: Array
+    bias_p: Array
+    variance: Array
+    snr: Array
+    seconds: Array
+    snr_per_second: Array
+    reference: str
+    num_draws: int
+
+    def __str__(self) -> str:
+        """A table of 80 columns, two lines for each estimator."""
+        width = max(9, *(len(name) for name in self.names))
+        head = f"{'estimator':<{width}} {'K':>4} {'bound':>9} {'se':>6} {'ms':>7}"
+        lines = [f"{head}  {'of':<5} {'bias':>6} {'p':>5} {'SNR':>7} {'SNR 1s':>7}"]
+        for e, name in enumerate(self.names):
+            left = f"{name:<{width}} {self.num_particles[e]:>4} {self.bound[e]:>9.3f} {self.bound_se[e]:>6.3f}"
+            left += f" {1e3 * self.seconds[e]:>7.2f}"
+            for g, group in enumerate(GROUPS):
+                bias = "-" if math.isnan(self.bias[e, g]) else f"{self.bias[e, g]:.0%}"
+                p = "-" if math.isnan(self.bias_p[e, g]) else f"{self.bias_p[e, g]:.2f}"
+                lines.append(
+                    f"{left if g == 0 else '':<{len(left)}}  {group:<5} {bias:>6} {p:>5} {self.snr[e, g]:>7.3g} "
+                    f"{self.snr_per_second[e, g]:>7.3g}"
+                )
+        lines.append(f"bound in nats per datum; gradient bias against {self.reference}, paired test's p")
+        lines.append(f"SNR = |mean| / sd over {self.num_draws} gradients; SNR 1s: of a second's mean gradient")
+        return "\n".join(lines)
+
+    def to_dataset(self) -> xarray.Dataset:
+        """The numbers as an xarray ``Dataset`` with dimensions ``estimator`` and ``parameters``."""
+        import xarray
+
+        per_estimator = {name: ("estimator", getattr(self, name)) for name in ("num_particles", "bound", "bound_se", "seconds")}
+        per_group = {name: (("estimator", "parameters"), getattr(self, name)) for name in PER_GROUP}
+        return xarray.Dataset(
+            per_estimator | per_group,
+            coords={"estimator": self.names, "parameters": list(GROUPS)},
+            attrs={"reference": self.reference, "num_draws": self.num_draws, "units": "nats per datum, seconds"},
+        )
+
+    def plot(self) -> Figure:
+        """Bounds, signal-to-noise ratios and their worth per second, side by side."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 0.9 + 0.42 * len(self.names)), layout="constrained")
+        bounds, ratios, worth = figure.subplots(1, 3, sharey=True)
+        rows = np.arange(len(self.names))
+        bounds.errorbar(self.bound, rows, xerr=1.96 * self.bound_se, fmt="o", color="#333333", capsize=3)
+        bounds.set_xlabel("bound (nats per datum)")
+        bounds.set_yticks(rows, [f"{name}, K = {k}" for name, k in zip(self.names, self.num_particles, strict=True)])
+        bounds.invert_yaxis()
+        for ax, values, label in (
+            (ratios, self.snr, "signal-to-noise ratio of one gradient"),
+            (worth, self.snr_per_second, "of a second's mean gradient"),
+        ):
+            for g, (group, marker, color) in enumerate(zip(GROUPS, "os", ("#0072B2", "#D55E00"), strict=True)):
+                ax.plot(values[:, g], rows, marker, color=color, label=f"{group}'s parameters")
+            ax.set_xscale("log")
+            ax.set_xlabel(label)
+        ratios.legend(frameon=False, fontsize="small")
+        for ax in (bounds, ratios, worth):
+            ax.grid(axis="y", alpha=0.3)
+            ax.spines[["top", "right"]].set_visible(False)
+        return figure
+
+
+@in_own_scope()
+def compare_estimators(
+    model: Program,
+    guide: Program,
+    x: Any,
+    estimators: Iterable[Any] | Mapping[str, Any],
+    *,
+    num_draws: int = 100,
+    reference: Any = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> EstimatorComparison:
+    r"""Compare estimators at the pair's present parameters, with common random numbers, on one batch.
+
+    For the gradient draws :math:`g_r` of one group of parameters, the squared signal is estimated without the draws' own noise,
+
+    .. math:: \widehat{\|E g\|^2} = \frac{1}{R (R-1)} \sum_{r \ne s} g_r^\top g_s, \qquad
+        \mathrm{SNR} = \sqrt{\widehat{\|E g\|^2} / \operatorname{tr} \widehat{\operatorname{Var}}(g)},
+
+    and the bias likewise from the paired differences to the reference's draws; its test flips their signs. For the model the
+    reference is nearly the gradient of log p(x). The guide's objectives differ by design (the ELBO's is not IWAE's), so there
+    the bias says how far an estimator pulls elsewhere, not that it is wrong. Parameters belong
+    to the model if log p(x, z) at fixed z depends on them, to the guide if log q(z|x) does, to both if they are shared.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        x: the batch, or a tuple for programs of several arguments.
+        estimators: names, tables or instances; a mapping gives them names of one's own.
+        num_draws: R, gradient draws of each, at least 10.
+        reference: the estimator whose gradients the biases are against; by default ``dreg`` with 512 particles, whose model
+            gradient is nearly that of log p(x), or ``vimco`` where a site is not reparameterised.
+        seed: seeds draw r with ``seed + r`` for every estimator alike.
+        progress: show bars.
+
+    Returns:
+        The comparison. The pair's parameters are as before.
+
+    Raises:
+        ValueError: an unknown estimator, one that the pair does not fit, or bad data.
+
+    References:
+        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+        >>> result = pv.compare_estimators(vae.model, vae.guide, torch.ones(20, 9), ["elbo", "iwae"], num_draws=10,
+        ...                                reference={"kind": "iwae", "num_particles": 20})
+        >>> result.names, result.snr.shape
+        (['elbo', 'iwae'], (2, 2))
+    """
+    if num_draws < 10:
+        raise ValueError(f"num_draws must be at least 10 to tell a gradient from its noise, not {num_draws}.")
+    named = _named(estimators)
+    ours = [*named.values(), *([] if reference is None else [make_estimator(reference)])]
+    together = reference is None or any(map(runs_together, ours))
+    data = Batches(as_arrays(x, program=model), batch_size=1)
+    data.batch_size = len(data.arrays[0])
+    start = prepare(model, guide, data, particles=together, each=False)
+    data.to(start.dtype, start.device, start.floating)
+    batch = data.arrays
+    usual = "vimco" if start.info.not_reparameterized else "dreg"
+    against = make_estimator({"kind": usual, "num_particles": 512} if reference is None else reference)
+    for estimator in (*named.values(), against):
+        check_estimator(estimator, start.info)
+    groups = _groups(model, guide, batch, start.parameters)
+
+    def draws(estimator: pyro.infer.ELBO) -> tuple[Array, list[Array]]:
+        steps = range(seed, seed + num_draws)
+        drawn = [
+            _gradients(estimator, model, guide, batch, start, s, groups) for s in tqdm(steps, disable=not progress, leave=False)
+        ]
+        return np.array([bound for bound, _ in drawn]), [np.stack([g[i] for _, g in drawn]) for i in range(len(GROUPS))]
+
+    random = np.random.default_rng(seed)
+    rows: dict[str, list[Any]] = {name: [] for name in ("bound", "bound_se", "norm", "bias", "bias_p", "variance", "snr")}
+    with torch.random.fork_rng():
+        reference_draws = draws(against)[1]
+        for estimator in named.values():
+            bounds, gradients = draws(estimator)
+            rows["bound"].append(bounds.mean())
+            rows["bound_se"].append(bounds.std(ddof=1) / math.sqrt(num_draws))
+            judged = [_judge(own, ref, random) for own, ref in zip(gradients, reference_draws, strict=True)]
+            for key in ("norm", "bias", "bias_p", "variance", "snr"):
+                rows[key].append([judgement[key] for judgement in judged])
+        seconds = _times(list(named.values()), model, guide, batch, start.parameters)
+    arrays = {name: np.array(values) for name, values in rows.items()}
+    return EstimatorComparison(
+        names=list(named),
+        num_particles=np.array([estimator.num_particles for estimator in named.values()]),
+        **arrays,
+        seconds=seconds,
+        snr_per_second=arrays["snr"] / np.sqrt(seconds)[:, None],
+        reference=f"{type(against).__name__}, K = {against.num_particles}",
+        num_draws=num_draws,
+    )
+
+
+@in_own_scope()
+def train_estimators(
+    model: Program,
+    guide: Program,
+    data: Any,
+    estimators: Iterable[Any] | Mapping[str, Any],
+    *,
+    seconds: float,
+    held_out: Any,
+    num_samples: int = 1000,
+    seed: int = 0,
+    **fit_options: Any,
+) -> Comparison:
+    """Train each estimator from the pair's present parameters for the same time, and compare held-out log p(x).
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        data: training data, as :func:`pyrovae.fit` takes them.
+        estimators: names, tables or instances; a mapping gives them names of one's own.
+        seconds: training time of each.
+        held_out: the data that are scored, by importance sampling.
+        num_samples: importance samples per held-out datum.
+        seed: seeds training and scoring of every estimator alike.
+        **fit_options: passed to :func:`pyrovae.fit`.
+
+    Returns:
+        The ranking, with paired standard errors. The pair's parameters are as before.
+
+    Raises:
+        ValueError: as :func:`pyrovae.fit`, or fewer than two estimators.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae, x = pv.make_vae(9, latent_dim=2, hidden=[16]), torch.ones(50, 9)
+        >>> ranking = pv.train_estimators(vae.model, vae.guide, x, ["elbo", "iwae"], seconds=0.1, held_out=x,
+        ...                               num_samples=50, progress=False)
+        >>> sorted(ranking.names)
+        ['elbo', 'iwae']
+    """
+    named = _named(estimators)
+    if len(named) < 2:
+        raise ValueError("A comparison takes at least two estimators.")
+    first = prepare(model, guide, Batches(data, FIRST_ROWS, program=model), particles=False, each=False)
+    parameters = first.parameters
+    start = [parameter.detach().clone() for parameter in parameters]
+    results = {}
+    for name, estimator in named.items():
+        try:
+            fit(model, guide, data, estimator=estimator, max_seconds=seconds, **({"epochs": 10**6, "seed": seed} | fit_options))
+            results[name] = log_marginal(model, guide, held_out, num_samples=num_samples, seed=seed)
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, start, strict=True):
+                    parameter.copy_(value)
+    return compare(results)
+
+
+def _named(estimators: Iterable[Any] | Mapping[str, Any]) -> dict[str, pyro.infer.ELBO]:
+    # Copies, because some count their steps.
+    if isinstance(estimators, Mapping):
+        return {name: copy.copy(make_estimator(spec)) for name, spec in estimators.items()}
+    named: dict[str, pyro.infer.ELBO] = {}
+    for spec in [estimators] if isinstance(estimators, str) else estimators:
+        estimator = copy.copy(make_estimator(spec))
+        name = spec if isinstance(spec, str) else spec["kind"] if isinstance(spec, Mapping) else type(estimator).__name__
+        while name in named:
+            name += "'"
+        named[name] = estimator
+    if not named:
+        raise ValueError("There is nothing to compare: name at least one estimator.")
+    return named
+
+
+def _groups(model: Program, guide: Program, batch: tuple, parameters: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters of log p(x, z) at fixed z, and those of log q(z|x)."""
+    weights = log_weights(model, guide, *batch, num_particles=1, gradients="score")
+    groups = []
+    for term in (weights.log_likelihood + weights.log_prior, weights.log_guide):
+        touched: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if term.requires_grad:
+            touched = torch.autograd.grad(term.sum(), parameters, allow_unused=True, retain_graph=True)
+        groups.append([parameter for parameter, gradient in zip(parameters, touched, strict=True) if gradient is not None])
+    return groups
+
+
+def _gradients(
+    estimator: Any, model: Program, guide: Program, batch: tuple, start: FirstRun, seed: int, groups: list[list[Tensor]]
+) -> tuple[float, list[Array]]:
+    """One draw: the bound per datum, and the gradient per datum of each group as one vector (of the bound, upwards)."""
+    torch.manual_seed(seed)
+    size = start.info.count(batch)
+    _clear(start.parameters)
+    loss = loss_and_grads(estimator, model, guide, *batch)
+    vectors = [
+        np.concatenate([np.zeros(0), *(_numpy(p.grad if p.grad is not None else torch.zeros_like(p)) for p in group)]) / -size
+        for group in groups
+    ]
+    _clear(start.parameters)
+    return -loss / size, vectors
+
+
+def _numpy(gradient: Tensor) -> Array:
+    return gradient.detach().cpu().numpy().ravel()
+
+
+def _clear(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _judge(own: Array, reference: Array, random: np.random.Generator) -> dict[str, float]:
+    """Signal, noise and bias of one group's draws, each (R, P)."""
+    num_draws = len(own)
+    signal = math.sqrt(max(0.0, _squared_mean(own @ own.T)))
+    variance = float(own.var(0, ddof=1).sum())
+    difference = own - reference
+    gram = difference @ difference.T
+    squared_bias = _squared_mean(gram)
+    reference_norm = math.sqrt(max(0.0, _squared_mean(reference @ reference.T)))
+    if np.any(gram):
+        # Under no bias a paired difference is as likely as its negative, so flipping signs draws from the null.
+        signs = random.choice([-1.0, 1.0], size=(999, num_draws))
+        null = ((signs @ gram) * signs).sum(1) - np.trace(gram)
+        p = (1 + np.sum(null >= gram.sum() - np.trace(gram))) / 1000
+    else:
+        p = 1.0
+    return {
+        "norm": signal,
+        "bias": math.sqrt(max(0.0, squared_bias)) / reference_norm if reference_norm else math.nan,
+        "bias_p": float(p),
+        "variance": variance,
+        "snr": signal / math.sqrt(variance) if variance else math.inf if signal else math.nan,
+    }
+
+
+def _squared_mean(gram: Array) -> float:
+    """An unbiased estimate of the squared norm of the mean, from the draws' Gram matrix."""
+    num_draws = len(gram)
+    return float((gram.sum() - np.trace(gram)) / (num_draws * (num_draws - 1)))
+
+
+def _times(estimators: list[Any], model: Program, guide: Program, batch: tuple, parameters: list[Tensor]) -> Array:
+    """Median time of each estimator's loss and gradients, measured in turn so that drift hits all alike."""
+    times = np.zeros((12, len(estimators)))
+    for lap in times:
+        for e, estimator in enumerate(estimators):
+            began = time.perf_counter()
+            loss_and_grads(estimator, model, guide, *batch)
+            if batch[0].device.type == "cuda":
+                torch.cuda.synchronize()
+            lap[e] = time.perf_counter() - began
+            _clear(parameters)
+    return np.median(times[2:], 0)

@@ -1,0 +1,75 @@
+"""Wake-sleep objectives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..programs.log_weights import LogWeights
+from ..programs.sites import Program
+from ..programs.wake_sleep import dreamt_log_guide
+from ..registry import register
+from .base import Coefficients, _iwae, _ManyParticles
+
+
+@register("estimator")
+class RWS(_ManyParticles):
+    r"""Reweighted wake-sleep.
+
+    The reported bound is :class:`IWAE`'s, a lower bound, and the model gets its gradient, the wake phase of theta. The guide
+    follows no bound: it fits the posterior, as the weights show it (wake) or as the model dreams it (sleep),
+
+    .. math:: g_\phi^{wake} = \sum_k \tilde w_k \, \partial_\phi \log q_\phi(z_k \mid x), \qquad
+        g_\phi^{sleep} = \partial_\phi \log q_\phi(z \mid x), \quad (x, z) \sim p_\theta
+
+    with as many dreams as data. Wake is biased at finite K, sleep is unbiased for the model's own data. Any site will do.
+
+    Args:
+        num_particles: K.
+        guide_phase: ``"wake"`` or ``"sleep"``.
+        vectorize_particles: see :class:`Estimator`.
+
+    Raises:
+        ValueError: an unknown phase; in sleep, a model that observes something else than the arguments it was given.
+
+    References:
+        Bornschein and Bengio, Reweighted Wake-Sleep, 2015. Le et al., Revisiting Reweighted Wake-Sleep, 2019.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+        >>> pv.estimators.RWS(guide_phase="sleep").differentiable_loss(vae.model, vae.guide, torch.zeros(5, 9)).shape
+        torch.Size([])
+    """
+
+    gradients = "score"
+
+    def __init__(
+        self, num_particles: int = 5, *, guide_phase: Literal["wake", "sleep"] = "wake", vectorize_particles: bool = True
+    ):
+        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+        if guide_phase not in ("wake", "sleep"):
+            raise ValueError(f'guide_phase is "wake" or "sleep", not {guide_phase!r}.')
+        self.guide_phase = guide_phase
+
+    def reduce(self, weights: LogWeights) -> Tensor:
+        """The log of the mean weight, shape (B,)."""
+        return _iwae(weights)
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        """Normalised weights for the model, and for the guide's log q where it learns awake."""
+        share, zeros = torch.softmax(log_w, 0), torch.zeros_like(log_w)
+        return Coefficients(share, zeros, -share if self.guide_phase == "wake" else zeros)
+
+    def _objective(self, weights: LogWeights) -> Tensor:
+        objective = super()._objective(weights)
+        return objective if weights.log_dream is None else objective + weights.log_dream
+
+    def _draw(self, model: Program, guide: Program, args: tuple, kwargs: dict, **options: Any) -> LogWeights:
+        weights = super()._draw(model, guide, args, kwargs, **options)
+        if self.guide_phase == "sleep" and torch.is_grad_enabled():
+            weights = replace(weights, log_dream=dreamt_log_guide(model, guide, *args, **kwargs))
+        return weights

@@ -1,0 +1,19 @@
+"""Evidence: estimates of log p(x) per datum, by every method, and what tells whether to believe them."""
+
+from .comparison import Comparison, compare
+from .draws import Draws
+from .psis import pareto_khat, pareto_smooth, tail_size
+from .results import Curve, Evidence, curve_of, curve_sizes
+
+__all__ = [
+    "Comparison",
+    "Curve",
+    "Draws",
+    "Evidence",
+    "compare",
+    "curve_of",
+    "curve_sizes",
+    "pareto_khat",
+    "pareto_smooth",
+    "tail_size",
+]

@@ -1,0 +1,1 @@
+"""Models: the pairs of programs that this package writes for you."""

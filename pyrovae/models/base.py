@@ -1,0 +1,276 @@
+"""What every model of ours does the same way."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import pyro
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from .. import files
+from .._validation import unknown
+from ..encoders import Encoder
+from ..likelihoods import Likelihood
+from ..nn import Activation, Shape, as_shape, as_widths
+from ..priors import Prior
+from ..registry import build, describe, find, names
+
+if TYPE_CHECKING:
+    from ..evidence.results import Evidence
+    from ..training.loop import History
+
+_counter = itertools.count()
+
+
+class PairModule(nn.Module):
+    """A module whose ``model`` and ``guide`` are Pyro programs: what every such model does the same way.
+
+    A concrete one writes the two programs, and names in ``parts`` the arguments of its ``__init__``, which it keeps as
+    attributes: each with its kind in the registry, or ``None`` for plain data.
+
+    Args:
+        name: the name under which Pyro's parameter store knows this instance; unique unless set, so that two models in one
+            process never share parameters.
+    """
+
+    parts: ClassVar[dict[str, str | None]]
+    prior: Prior
+    likelihood: Likelihood
+
+    def __init__(self, name: str | None = None):
+        super().__init__()
+        self.name = name or _fresh_name()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's store hangs a weak reference on every parameter that it hands out, which pickle refuses; the next run hangs
+        # it on again.
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy has parameters of its own: under the original's name Pyro's store would hand it the original's.
+        super().__setstate__(state)
+        self.name = _fresh_name()
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """The shape of one datum."""
+        return self.likelihood.event_shape
+
+    @abstractmethod
+    def model(self, *args: Any, **kwargs: Any) -> None:
+        """The joint as a Pyro program."""
+
+    @abstractmethod
+    def guide(self, *args: Any, **kwargs: Any) -> None:
+        """The variational posterior as a Pyro program; takes what ``model`` takes."""
+
+    def fit(self, data: Any, **options: Any) -> History:
+        """Train on data; see :func:`pyrovae.fit`."""
+        from ..training.loop import fit
+
+        return fit(self.model, self.guide, data, **options)
+
+    def log_marginal(self, x: Any, **options: Any) -> Evidence:
+        """Importance-sampled log p(x) of every datum; see :func:`pyrovae.log_marginal`."""
+        from ..evidence.importance import log_marginal
+
+        return log_marginal(self.model, self.guide, x, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.json`` (what to build) and ``model.safetensors`` (its weights) into a folder.
+
+        Raises:
+            ValueError: a part is not registered, so it could not be built again.
+        """
+        parts = {part: _describe(getattr(self, part), kind) for part, kind in self.parts.items()}
+        described = {"model": type(self).__name__} | parts
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.save_weights(folder / "model.safetensors", self)
+        files.write_text(folder / "model.json", json.dumps(described, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Build the model that :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: the folder or a file in it is missing.
+            ValueError: a file is truncated, does not fit the other, or describes a model of another class. Nothing unpickles.
+        """
+        folder = Path(folder)
+        parts = files.read_json(folder / "model.json")
+        named = parts.pop("model", cls.__name__) if isinstance(parts, dict) else cls.__name__
+        if named != cls.__name__:
+            raise ValueError(
+                f"{folder / 'model.json'} does not describe a {cls.__name__} but a {named}: call {named}.from_pretrained."
+            )
+        if not isinstance(parts, dict) or set(parts) != set(cls.parts):
+            *most, last = cls.parts
+            needs = f"{', '.join(most)} and {last}"
+            raise ValueError(f"{folder / 'model.json'} does not describe a {cls.__name__}: it needs {needs}.")
+        model = cls(**{part: _build(parts[part], kind) for part, kind in cls.parts.items()})
+        files.load_weights(folder / "model.safetensors", model, cast=True)
+        return model
+
+    def _register(self) -> None:
+        pyro.module(self.name, self)
+        store = pyro.get_param_store()
+        for name, parameter in self.named_parameters():
+            key = f"{self.name}$$${name}"
+            # Not where torch.func.functional_call has put plain tensors in the parameters' place.
+            ours = isinstance(parameter, nn.Parameter) and parameter.requires_grad
+            if ours and key in store and store[key].unconstrained() is not parameter:
+                raise ValueError(
+                    f"Another model is called {self.name!r} in Pyro's parameter store, so this one would never train: set "
+                    f"vae.name to a name of its own, or call pyro.clear_param_store()."
+                )
+
+    def _as_data(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"The model takes a tensor, not {type(x).__name__}: write torch.as_tensor(x).")
+        if tuple(x.shape[1:]) != self.data_shape:
+            raise ValueError(
+                f"The data have shape {tuple(x.shape)}, but the model takes (N, {', '.join(map(str, self.data_shape))}): "
+                f"reshape them, or build the model for that shape."
+            )
+        # Counts come as integers and pixels as bytes, and from anywhere; the networks want their own floating type and device.
+        return x.to(next(self.parameters()))
+
+    def _shown(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The data as an encoder sees them: zeros where they are missing."""
+        x, mask = self._as_data(x), self._as_mask(x, mask)
+        return self.likelihood.shown(x if mask is None else torch.where(mask, x, 0.0))
+
+    def _as_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        # Labels beside the data, as a labelled data set gives them, are left out as ever: they are not of the data's shape.
+        if mask is None or (mask.dtype != torch.bool and mask.shape != x.shape):
+            return None
+        if mask.dtype != torch.bool or mask.shape != x.shape:
+            raise ValueError(
+                f"A mask is a boolean tensor of the data's shape {tuple(x.shape)}, true where a value was observed, not one of "
+                f"{mask.dtype} and shape {tuple(mask.shape)}."
+            )
+        return mask.to(next(self.parameters()).device)
+
+
+def build_likelihood(spec: Any, data_shape: tuple[int, ...], decoder: Callable[[Shape], nn.Module]) -> Likelihood:
+    """A likelihood from a name, a table or a ready object; ``decoder`` makes the network for an ``out_shape``.
+
+    Raises:
+        ValueError: an unknown name or option, or something that is no likelihood.
+    """
+    if isinstance(spec, str):
+        spec = {"kind": spec}
+    if isinstance(spec, Mapping) and "kind" in spec:
+        family: type[Likelihood] = find("likelihood", spec["kind"])
+        return build("likelihood", spec, decoder=decoder(family.decoder_shape(data_shape, spec)))
+    if isinstance(spec, Likelihood):
+        return spec
+    raise ValueError('The likelihood is a name, a table with its kind = "bernoulli" or the like, or a Likelihood.')
+
+
+def check_parts(*parts: tuple[Any, type]) -> None:
+    """Refuse a part that is not of its family.
+
+    Raises:
+        ValueError: the first such part.
+    """
+    for part, family in parts:
+        if not isinstance(part, family):
+            kind = family.__name__
+            raise ValueError(
+                f"The {kind.lower()} must be a {family.__module__}.{kind}, not a {type(part).__name__}: build one, or "
+                f"subclass it."
+            )
+
+
+def check_sizes(where: str, **said: Any) -> None:
+    """Refuse parts that say different sizes; ``None`` says nothing.
+
+    Raises:
+        ValueError: they disagree.
+    """
+    found = {part: size for part, size in said.items() if size is not None}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{part} {size}" for part, size in found.items())
+        raise ValueError(f"The parts disagree {where} ({listed}): build them with the same one.")
+
+
+def in_shape_of(body: nn.Module) -> tuple[int, ...] | None:
+    """The event shape that a network takes, if it says it."""
+    said: Any = getattr(body, "in_shape", None)
+    return None if said is None else as_shape(said)
+
+
+def in_size_of(body: nn.Module) -> int | None:
+    """How many numbers a network takes, if it says it."""
+    shape = in_shape_of(body)
+    return None if shape is None else math.prod(shape)
+
+
+def _check_supports(prior: Prior, encoder: Encoder) -> None:
+    wanted, given = str(prior.support), str(encoder.support)
+    if prior.support is None or wanted == given:
+        return
+    known: dict[str, type[Encoder]] = {name: find("encoder", name) for name in names("encoder")}
+    fitting = [name for name, family in known.items() if str(family.support) == wanted]
+    choose = f"choose the encoder {' or '.join(map(repr, fitting))}" if fitting else "write an encoder for that set"
+    raise ValueError(
+        f"The prior {type(prior).__name__} is a law on {_SETS.get(wanted, wanted)} and the encoder {type(encoder).__name__} "
+        f"one on {_SETS.get(given, given)}, so their densities do not compare: {choose}, or another prior."
+    )
+
+
+_SETS = {
+    str(constraints.real_vector): "all real vectors",
+    str(constraints.sphere): "the unit sphere",
+    str(constraints.simplex): "the simplex",
+    str(constraints.one_hot): "one-hot vectors",
+}
+
+
+def _fresh_name() -> str:
+    return f"pyrovae.vae{next(_counter)}"
+
+
+def _describe(part: Any, kind: str | None) -> Any:
+    if kind is None:
+        return part
+    return [describe(each, kind) for each in part] if isinstance(part, nn.ModuleList) else describe(part, kind)
+
+
+def _build(spec: Any, kind: str | None) -> Any:
+    if kind is None:
+        return spec
+    return [build(kind, each) for each in spec] if isinstance(spec, list) else build(kind, spec)
+
+
+def body_pair(
+    body: str, hidden: Sequence[int] | None, activation: Activation | None = None
+) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+    """Names of the encoder's body and of the decoder's, then the options of each.
+
+    Raises:
+        ValueError: an unknown name, or widths that are no positive integers.
+    """
+    known = names("body")
+    pairs = [name.removesuffix("_encoder") for name in known if name.endswith("_encoder")]
+    chosen = {} if activation is None else {"activation": activation}
+    if body in pairs:
+        options: dict[str, Any] = chosen if hidden is None else {"hidden": as_widths(hidden)} | chosen
+        return f"{body}_encoder", f"{body}_decoder", options, options
+    single = [name for name in known if not name.endswith(("_encoder", "_decoder"))]
+    if body not in single:
+        raise ValueError(unknown("body", body, single + pairs))
+    widths = [200, 200] if hidden is None else as_widths(hidden)
+    return body, body, {"hidden": widths} | chosen, {"hidden": widths[::-1]} | chosen

@@ -1,0 +1,383 @@
+"""Conditions: models of data beside a label, which is always known, or known for some data and summed out for the rest."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.poutine.util import is_validation_enabled
+from torch import Tensor, nn
+
+from .._validation import positive_integer
+from ..encoders import Encoder
+from ..likelihoods import Likelihood
+from ..nn import Activation, Shape, as_shape
+from ..priors import Prior
+from ..registry import build
+from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
+
+
+class _LabelledVAE(PairModule):
+    """What models of data and labels share: labels stand beside the input of encoder and decoder."""
+
+    parts: ClassVar[dict[str, str | None]] = {
+        "prior": "prior",
+        "likelihood": "likelihood",
+        "encoder": "encoder",
+        "num_classes": None,
+    }
+
+    def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, num_classes: int, name: str | None = None):
+        super().__init__(name)
+        check_parts((prior, Prior), (likelihood, Likelihood), (encoder, Encoder))
+        self.num_classes = positive_integer(num_classes, "num_classes")
+        check_sizes("on the latent dimension", prior=prior.latent_dim, encoder=encoder.latent_dim)
+        check_sizes(
+            "on what the decoder takes",
+            **{"latent and label": prior.latent_dim + self.num_classes, "decoder": in_size_of(likelihood.decoder)},
+        )
+        if prior.mixes_posteriors:
+            raise ValueError(
+                f"The prior {type(prior).__name__} mixes posteriors of data alone, and this encoder takes labels too: choose "
+                f"another prior."
+            )
+        shape = likelihood.event_shape
+        beside = (math.prod(shape) + self.num_classes,)
+        planes = (shape[0] + self.num_classes, *shape[1:])
+        takes = in_shape_of(encoder.body)
+        self._as_planes = takes == planes and len(shape) == 3
+        if not self._as_planes:
+            check_sizes("on what the encoder takes", **{"data and label": beside, "encoder": takes})
+        self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
+
+    @property
+    def latent_dim(self) -> int:
+        """L, the number of latent dimensions."""
+        return self.prior.latent_dim
+
+    def encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
+        """q(z|x,y), batch shape ``(B,)`` and event shape ``(L,)``."""
+        x = self._as_data(x)
+        return self._encode(x, self._as_labels(y, x))
+
+    def _encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
+        # The encoder scales all that it takes, and a label has unit size already.
+        x, y = self.likelihood.shown(x), y / self.encoder.in_scale
+        if self._as_planes:
+            return self.encoder(torch.cat([x, y[..., None, None].expand(*y.shape, *x.shape[-2:])], -3))
+        return self.encoder(torch.cat([x.flatten(-self.likelihood.event_dim), y], -1))
+
+    def _decode(self, z: Tensor, y: Tensor, x: Tensor | None = None) -> dist.Distribution:
+        """p(x|z,y); a likelihood that reads something off the datum, such as its total, does where ``x`` is given."""
+        batch = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
+        both = torch.cat([part.expand(*batch, part.shape[-1]) for part in (z, y)], -1)
+        return self.likelihood(both) if x is None else self.likelihood.given(both, x)
+
+    def _as_labels(self, y: Tensor, like: Tensor) -> Tensor:
+        """Labels as numbers (B, C)."""
+        if not isinstance(y, Tensor):
+            raise TypeError(f"Labels are a tensor, not {type(y).__name__}: write torch.as_tensor(y).")
+        shapes = {1: (len(like),), 2: (len(like), self.num_classes)}
+        if tuple(y.shape) != shapes.get(y.dim()) or (y.dim() == 1 and y.is_floating_point()):
+            raise ValueError(
+                f"Labels are integers of shape ({len(like)},) or one-hot of shape ({len(like)}, {self.num_classes}), not "
+                f"{y.dtype} of shape {tuple(y.shape)}: bring them to one of these."
+            )
+        # As distributions check their values: not within a captured step, whose data have been checked.
+        if is_validation_enabled():
+            self._check_labels(y)
+        if y.dim() == 1:
+            y = y[:, None] == torch.arange(self.num_classes, device=y.device)
+        return y.to(like)
+
+    @abstractmethod
+    def _check_labels(self, y: Tensor) -> None:
+        """Refuse labels that mean nothing."""
+
+    def _check_range(self, y: Tensor, lowest: int) -> None:
+        if y.dim() == 1 and len(y) and not lowest <= int(y.min()) <= int(y.max()) < self.num_classes:
+            raise ValueError(
+                f"Labels lie between {lowest} and {self.num_classes - 1}, but these range from {int(y.min())} to "
+                f"{int(y.max())}: renumber them, or set num_classes."
+            )
+
+
+class ConditionalVAE(_LabelledVAE):
+    r"""A variational autoencoder of data given a label.
+
+    .. math:: p_\theta(x, z \mid y) = p(z) \, p_\theta(x \mid z, y), \qquad q_\phi(z \mid x, y) \approx p_\theta(z \mid x, y)
+
+    ``model`` and ``guide`` take ``(x, y)``; ``fit((x, y))`` and ``log_marginal((x, y))`` too, and the latter estimates
+    log p(x|y). Labels are integers ``(B,)`` or numbers ``(B, C)``, one-hot or any condition. They follow the latent in the
+    decoder's input, and the flattened data in the encoder's, or stand behind an image's channels as C constant planes.
+
+    Args:
+        prior: p(z).
+        likelihood: p(x|z,y), whose decoder takes ``L + C`` numbers.
+        encoder: q(z|x,y), whose body takes ``D + C`` numbers, or images of C more channels.
+        num_classes: C.
+        name: as in :class:`pyrovae.VAE`.
+
+    Raises:
+        ValueError: a part is not of its family, or they disagree on a size.
+
+    References:
+        Kingma et al., Semi-supervised Learning with Deep Generative Models, 2014. Sohn, Lee and Yan, Learning Structured
+        Output Representation using Deep Conditional Generative Models, 2015.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_conditional_vae(9, num_classes=3, latent_dim=2, hidden=[16])
+        >>> vae.sample(torch.tensor([0, 0, 2])).shape
+        torch.Size([3, 9])
+        >>> vae.log_marginal((torch.zeros(5, 9), torch.zeros(5, dtype=torch.long)), num_samples=10).log_px.shape
+        (5,)
+    """
+
+    def model(self, x: Tensor, y: Tensor) -> None:
+        """p(x, z|y) as a Pyro program; ``x`` has shape ``(B, *data_shape)``, ``y`` ``(B,)`` or ``(B, C)``."""
+        x = self._as_data(x)
+        y = self._as_labels(y, x)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
+            pyro.sample("x", self._decode(z, y, x), obs=x)  # batch (B,), event data_shape
+
+    def guide(self, x: Tensor, y: Tensor) -> None:
+        """q(z|x,y) as a Pyro program; takes what ``model`` takes."""
+        x = self._as_data(x)
+        y = self._as_labels(y, x)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
+
+    def decode(self, z: Tensor, y: Tensor) -> dist.Distribution:
+        """p(x|z,y), batch shape ``(B,)`` and event shape ``data_shape``."""
+        return self._decode(z, self._as_labels(y, z))
+
+    @torch.no_grad()
+    def sample(self, y: Tensor) -> Tensor:
+        """A draw from p(x|y) for each label, shape ``(B, *data_shape)``."""
+        return self.decode(self.prior().sample((len(y),)), y).sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean of p(x|z,y) at the mean of q(z|x,y), shape of ``x``."""
+        return self.decode(self.encode(x, y).mean, y).mean
+
+    def _check_labels(self, y: Tensor) -> None:
+        self._check_range(y, lowest=0)
+
+
+class SemiSupervisedVAE(_LabelledVAE):
+    r"""A variational autoencoder of data whose labels are known for some and summed out, exactly, for the rest.
+
+    .. math:: p_\theta(x, y, z) = p_\theta(y) \, p(z) \, p_\theta(x \mid z, y), \qquad
+        p_\theta(x, z) = p(z) \sum_y p_\theta(y) \, p_\theta(x \mid z, y)
+
+    A datum with a label is weighed by p(x, y, z), one without by p(x, z), whose sum is the density of the site ``"x"``. So no
+    latent is discrete, every estimator applies, and ``log_marginal`` gives log p(x, y) or log p(x). It is the model of Kingma
+    et al. (their M2); their bound weighs the classes by a network q(y|x), which makes it looser, and
+    :meth:`classify` is Bayes' rule here. Each step decodes every latent C times.
+
+    Labels are integers ``(B,)``, -1 where there is none, or one-hot ``(B, C)``, zeros where there is none. The sites are
+    ``"z"``, ``"y"`` (scored where it is known) and ``"x"``. A known label is no dimension of x, so ``num_dims`` leaves it out;
+    its probability is a part of log p(x, y), so ``measure`` counts it. For bits per dimension of x, score without labels.
+
+    Args:
+        prior: p(z).
+        likelihood: p(x|z,y), whose decoder takes ``L + C`` numbers.
+        encoder: q(z|x,y), whose body takes ``D + C`` numbers, or images of C more channels; zeros stand for no label.
+        num_classes: C; p(y) is learned, and starts uniform.
+        name: as in :class:`pyrovae.VAE`.
+
+    Raises:
+        ValueError: a part is not of its family, or they disagree on a size.
+
+    References:
+        Kingma, Rezende, Mohamed and Welling, Semi-supervised Learning with Deep Generative Models, 2014.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_semi_supervised_vae(9, num_classes=3, latent_dim=2, hidden=[16])
+        >>> x, y = torch.zeros(5, 9), torch.tensor([0, -1, 2, -1, -1])
+        >>> vae.log_marginal((x, y), num_samples=10).log_px.shape
+        (5,)
+        >>> vae.classify(x).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, num_classes: int, name: str | None = None):
+        super().__init__(prior, likelihood, encoder, num_classes, name)
+        self.label_logits = nn.Parameter(torch.zeros(self.num_classes))
+
+    def model(self, x: Tensor, y: Tensor) -> None:
+        """p(x, y, z), or p(x, z) where there is no label, as a Pyro program; shapes as for :class:`ConditionalVAE`."""
+        x = self._as_data(x)
+        y = self._as_labels(y, x)
+        known = y.sum(-1) > 0  # (B,)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
+            law = dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known)
+            pyro.sample("y", law, obs=y.argmax(-1), infer={"num_dims": 0})  # bits per dimension are those of the data
+            pyro.sample("x", self._mixture(z, y), obs=x)  # batch (B,), event data_shape
+
+    def guide(self, x: Tensor, y: Tensor) -> None:
+        """q(z|x,y), or q(z|x) without a label, as a Pyro program; takes what ``model`` takes."""
+        x = self._as_data(x)
+        y = self._as_labels(y, x)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
+
+    def decode(self, z: Tensor, y: Tensor) -> dist.Distribution:
+        """p(x|z,y), or p(x|z) without a label; batch shape ``(B,)`` and event shape ``data_shape``."""
+        return self._mixture(z, self._as_labels(y, z))
+
+    @torch.no_grad()
+    def classify(self, x: Tensor, num_samples: int = 100) -> Tensor:
+        r"""The probabilities p(y|x), shape ``(B, C)``, by importance sampling.
+
+        .. math:: \hat p(y \mid x) \propto p(y) \sum_k \frac{p(z_k)}{q(z_k \mid x)} \, p(x \mid z_k, y), \qquad
+            z_k \sim q(z \mid x)
+        """
+        x = self._as_data(x)
+        guide = self._encode(x, x.new_zeros(len(x), self.num_classes))
+        z = guide.sample((num_samples,))  # (K, B, L)
+        log_w = (self.prior().log_prob(z) - guide.log_prob(z))[..., None] + self._log_joint(x, z)
+        return torch.softmax(torch.logsumexp(log_w, 0), -1)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, y: Tensor | None = None) -> Tensor:
+        """Draws from p(x), or from p(x|y) for each of ``num_samples`` labels; shape ``(num_samples, *data_shape)``."""
+        z = self.prior().sample((num_samples,))
+        none = torch.full((num_samples,), -1, device=z.device)
+        return self.decode(z, none if y is None else y).sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean of p(x|z,y) at the mean of q(z|x,y), averaged over p(y|x,z) without a label; shape of ``x``."""
+        x = self._as_data(x)
+        y = self._as_labels(y, x)
+        z = self._encode(x, y).mean
+        weight = torch.where(y.sum(-1, keepdim=True) > 0, y, torch.softmax(self._log_joint(x, z), -1))  # (B, C)
+        means = self._components(z).mean  # (B, C, *data_shape)
+        return (weight.reshape(*weight.shape, *(1,) * self.likelihood.event_dim) * means).sum(1)
+
+    def _components(self, z: Tensor) -> dist.Distribution:
+        """p(x|z,y) for every y: batch shape ``(*z.shape[:-1], C)``."""
+        return self._decode(z[..., None, :], torch.eye(self.num_classes, dtype=z.dtype, device=z.device))
+
+    def _log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """Log p(y) + log p(x|z,y), shape ``(*z.shape[:-1], C)``."""
+        return torch.log_softmax(self.label_logits, -1) + self._components(z).log_prob(
+            x.unsqueeze(-1 - self.likelihood.event_dim)
+        )
+
+    def _mixture(self, z: Tensor, y: Tensor) -> dist.Distribution:
+        """p(x|z,y) where y says a label, the sum over p(y) elsewhere."""
+        unknown = y.sum(-1, keepdim=True) == 0
+        logits = torch.where(unknown, self.label_logits, torch.where(y > 0, 0.0, -torch.inf))  # (B, C)
+        components = self._components(z)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits.expand(components.batch_shape)), components)
+
+    def _check_labels(self, y: Tensor) -> None:
+        self._check_range(y, lowest=-1)
+        if y.dim() == 2 and not bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) <= 1)).all()):
+            raise ValueError("A row of one-hot labels has a single one, or zeros where there is no label: correct the others.")
+
+
+def make_conditional_vae(
+    data_shape: Shape,
+    *,
+    num_classes: int,
+    latent_dim: int,
+    prior: Any = "standard_normal",
+    likelihood: Any = "bernoulli",
+    encoder: Any = "diagonal_normal",
+    body: str = "mlp",
+    hidden: Sequence[int] | None = None,
+    activation: Activation | None = None,
+    name: str | None = None,
+) -> ConditionalVAE:
+    """A :class:`ConditionalVAE` from names.
+
+    Args:
+        data_shape: the shape of one datum.
+        num_classes: C, how many labels there are, or how many numbers a condition has.
+        latent_dim: L.
+        prior: as in :func:`pyrovae.make_vae`, and so the rest.
+        likelihood: p(x|z,y).
+        encoder: the family of q(z|x,y).
+        body: of ``"conv"`` and the like the labels enter as planes.
+        hidden: widths of the encoder's hidden layers, mirrored in the decoder.
+        activation: a name; by default the body's own.
+        name: see :class:`pyrovae.VAE`.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
+
+    Example:
+        >>> import pyrovae as pv
+        >>> pv.make_conditional_vae((1, 28, 28), num_classes=10, latent_dim=5, body="conv").encoder.body.in_shape
+        (11, 28, 28)
+    """
+    found = _named_parts(data_shape, num_classes, latent_dim, prior, likelihood, encoder, body, hidden, activation)
+    return ConditionalVAE(*found, num_classes, name)
+
+
+def make_semi_supervised_vae(
+    data_shape: Shape,
+    *,
+    num_classes: int,
+    latent_dim: int,
+    prior: Any = "standard_normal",
+    likelihood: Any = "bernoulli",
+    encoder: Any = "diagonal_normal",
+    body: str = "mlp",
+    hidden: Sequence[int] | None = None,
+    activation: Activation | None = None,
+    name: str | None = None,
+) -> SemiSupervisedVAE:
+    """A :class:`SemiSupervisedVAE` from names; the arguments are :func:`make_conditional_vae`'s.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
+
+    Example:
+        >>> import pyrovae as pv
+        >>> pv.make_semi_supervised_vae((1, 28, 28), num_classes=10, latent_dim=5).encoder.body.in_shape
+        (794,)
+    """
+    found = _named_parts(data_shape, num_classes, latent_dim, prior, likelihood, encoder, body, hidden, activation)
+    return SemiSupervisedVAE(*found, num_classes, name)
+
+
+def _named_parts(
+    data_shape: Shape,
+    num_classes: int,
+    latent_dim: int,
+    prior: Any,
+    likelihood: Any,
+    encoder: Any,
+    body: str,
+    hidden: Sequence[int] | None,
+    activation: Activation | None,
+) -> tuple[Prior, Likelihood, Encoder]:
+    shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
+    num_classes = positive_integer(num_classes, "num_classes")
+    inward, outward, networks, mirrored = body_pair(body, hidden, activation)
+    likelihood = build_likelihood(
+        likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim + num_classes, out_shape=out, **mirrored)
+    )
+    image = inward != outward and len(shape) == 3
+    in_shape = (shape[0] + num_classes, *shape[1:]) if image else (math.prod(shape) + num_classes,)
+    encoder_body = build("body", inward, in_shape=in_shape, **networks)
+    encoder = build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale)
+    return build("prior", prior, latent_dim=latent_dim), likelihood, encoder

@@ -1,0 +1,208 @@
+"""Hierarchies: several stochastic layers, and guides that infer them from the data up or from the top down.
+
+Layers are numbered from the data: ``z1`` is nearest to them, the last one has the prior. A conditional p(z_i|z_{i+1}) maps a
+vector to a distribution over a vector, so it is an :class:`pyrovae.encoders.Encoder`, and so is every factor of a guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from .._validation import positive_integer
+from ..distributions import centre
+from ..encoders import Encoder
+from ..likelihoods import Likelihood
+from ..nn import Activation, Shape, as_shape
+from ..priors import Prior
+from ..registry import build, find
+from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_size_of
+from .guides import Draw, Guide, Sizes, _encoder, _in
+
+
+class HierarchicalVAE(PairModule):
+    r"""A variational autoencoder of several stochastic layers, as a pair of Pyro programs.
+
+    .. math:: p_\theta(x, z) = p(z_n) \prod_{i=1}^{n-1} p(z_i \mid z_{i+1}) \; p(x \mid z_1), \qquad
+        q_\phi(z \mid x) \approx p_\theta(z \mid x)
+
+    The sites are ``"z1"``, nearest to the data, ``"z2"``, ... and ``"x"``, in the plate ``"data"`` at dim -1.
+
+    Args:
+        prior: p(z_n), any prior.
+        layers: p(z1|z2), p(z2|z3), ...: encoders from the layer above.
+        likelihood: p(x|z1), with its decoder.
+        inference: q(z|x): a :class:`BottomUp`, :class:`Ladder` or :class:`Structured` guide.
+        name: as in :class:`pyrovae.VAE`.
+
+    Raises:
+        ValueError: a part is not of its family, they disagree on a size, or the guide cannot use the model's layers.
+
+    References:
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016. Sonderby et al., Ladder Variational
+        Autoencoders, 2016.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_hierarchical_vae(9, latent_dims=[3, 2], hidden=[[16], [8]], guide="ladder")
+        >>> vae.sample(5).shape
+        torch.Size([5, 9])
+        >>> pv.log_weights(vae.model, vae.guide, torch.zeros(4, 9), num_particles=3).log_weights.shape
+        torch.Size([3, 4])
+    """
+
+    parts: ClassVar[dict[str, str | None]] = {
+        "prior": "prior",
+        "layers": "encoder",
+        "likelihood": "likelihood",
+        "inference": "guide",
+    }
+
+    def __init__(
+        self, prior: Prior, layers: Sequence[Encoder], likelihood: Likelihood, inference: Guide, name: str | None = None
+    ):
+        super().__init__(name)
+        if not isinstance(layers, Sequence) or not layers:
+            raise ValueError("layers is a list with at least one encoder, p(z1|z2): for one layer, make a VAE.")
+        check_parts((prior, Prior), *((layer, Encoder) for layer in layers), (likelihood, Likelihood), (inference, Guide))
+        dims = (*(layer.latent_dim for layer in layers), prior.latent_dim)
+        check_sizes("on the layers", guide=inference.latent_dims, model=dims)
+        check_sizes("on the size of z1", layer=dims[0], decoder=in_size_of(likelihood.decoder))
+        for i, layer in enumerate(layers):
+            check_sizes(f"on the size of z{i + 2}", **{"layer above": dims[i + 1], f"p(z{i + 1}|z{i + 2})": _in(layer)})
+        check_sizes("on the shape of one datum", guide=inference.data_shape, likelihood=likelihood.event_shape)
+        inference.check_layers(layers)
+        top = inference.top()
+        if top is not None:
+            prior.bind(top)
+        elif prior.mixes_posteriors:
+            raise ValueError(
+                f"The prior {type(prior).__name__} mixes q(z{len(dims)}|x), which {type(inference).__name__} has only as an "
+                f"integral: choose the guide 'ladder' or 'structured'."
+            )
+        self.prior, self.likelihood, self.inference = prior, likelihood, inference
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def latent_dims(self) -> tuple[int, ...]:
+        """The size of each layer, nearest to the data first."""
+        return self.inference.latent_dims
+
+    def model(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``, and so has a ``mask`` of what was observed."""
+        x, mask = self._as_data(x), self._as_mask(x, mask)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            z = self._descend(lambda i, law: pyro.sample(f"z{i + 1}", law))
+            law, seen = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", law, obs=seen)  # batch (B,), event data_shape
+
+    def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """q(z|x) as a Pyro program; takes what ``model`` takes."""
+        shown = self._shown(x, mask)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            self.inference(shown, self._layers, lambda i, law: pyro.sample(f"z{i + 1}", law))
+
+    def decode(self, z: Tensor) -> dist.Distribution:
+        """p(x|z1), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
+        return self.likelihood(z)
+
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One point for each datum, shape ``(B, L_1)``: where ``z1`` is if each layer of the guide is at its centre."""
+        return self.inference(self._shown(x, mask), self._layers, lambda i, law: centre(law))[0]
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
+        """Draws from p(x), shape ``(num_samples, *data_shape)``; or the means of p(x|z1) at draws of ``z1``."""
+        top = len(self.layers)
+        law = self.decode(self._descend(lambda i, law: law.sample((num_samples,) if i == top else ())))
+        return law.mean if mean else law.sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The mean of p(x|z1) where :meth:`embed` puts x, shape of ``x``."""
+        return self.decode(self.embed(x)).mean
+
+    @property
+    def _layers(self) -> list[Encoder]:
+        return [_encoder(layer) for layer in self.layers]
+
+    def _descend(self, draw: Draw) -> Tensor:
+        z = draw(len(self.layers), self.prior())  # event (L_n,)
+        for i in reversed(range(len(self.layers))):
+            z = draw(i, self.layers[i](z))  # event (L_{i+1},)
+        return z
+
+
+def make_hierarchical_vae(
+    data_shape: Shape,
+    *,
+    latent_dims: Sequence[int],
+    hidden: Sequence[Sequence[int]] | None = None,
+    guide: Any = "bottom_up",
+    prior: Any = "standard_normal",
+    likelihood: Any = "bernoulli",
+    layer: Any = "diagonal_normal",
+    encoder: Any = "diagonal_normal",
+    body: str = "mlp",
+    activation: Activation | None = "tanh",
+    name: str | None = None,
+) -> HierarchicalVAE:
+    """A :class:`HierarchicalVAE` from names; by default with the networks of Burda et al. (2016).
+
+    ``latent_dims=[100, 50]`` is their model of two layers: 784-200-200-100 and 100-100-100-50 up, the mirror image down.
+
+    Args:
+        data_shape: the shape of one datum, ``(1, 28, 28)`` or ``784``.
+        latent_dims: sizes of the stochastic layers, nearest to the data first; two or more.
+        hidden: widths of the deterministic layers below each stochastic one, mirrored on the way down; by default
+            ``[[200, 200], [100, 100], ...]``.
+        guide: ``"bottom_up"``, ``"ladder"``, ``"structured"``, or a ready guide.
+        prior: of the top layer: a name, a table or a ready object.
+        likelihood: p(x|z1), likewise.
+        layer: the family of p(z_i|z_{i+1}): an encoder's name or table.
+        encoder: the family of the guide's factors: an encoder's name or table.
+        body: as in :func:`pyrovae.make_vae`; of a pair such as ``"conv"`` the layers next to the data are made, and MLPs above.
+        activation: a name; ``None`` for the body's own.
+        name: see :class:`pyrovae.VAE`.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
+
+    Example:
+        >>> import pyrovae as pv
+        >>> vae = pv.make_hierarchical_vae((1, 28, 28), latent_dims=[100, 50], hidden=[[200, 200], [100, 100]])
+        >>> vae.latent_dims, sum(p.numel() for p in vae.parameters())
+        ((100, 50), 521084)
+    """
+    shape = as_shape(data_shape)
+    dims = tuple(positive_integer(size, "Each of latent_dims") for size in latent_dims)
+    if len(dims) < 2:
+        raise ValueError(f"A hierarchy has two or more layers, not latent_dims={list(dims)}: for one, call make_vae.")
+    widths = [[200, 200]] + [[100, 100]] * (len(dims) - 1) if hidden is None else list(hidden)
+    if len(widths) != len(dims):
+        raise ValueError(
+            f"hidden has a list of widths for each of {len(dims)} layers, as [[200, 200], [100, 100]], not {hidden}."
+        )
+    # A pair of image networks suits the data alone.
+    inward, outward, _, _ = body_pair(body, widths[0])
+    bodies = [body_pair(body if i == 0 or inward == outward else "mlp", each, activation) for i, each in enumerate(widths)]
+
+    def up(i: int, in_shape: Shape) -> nn.Module:
+        return build("body", bodies[i][0], in_shape=in_shape, **bodies[i][2])
+
+    def down(i: int, in_shape: Shape, **out: Any) -> nn.Module:
+        return build("body", bodies[i][1], in_shape=in_shape, **bodies[i][3], **out)
+
+    likelihood = build_likelihood(likelihood, shape, lambda out_shape: down(0, dims[0], out_shape=out_shape))
+    layers = [build("encoder", layer, body=down(i + 1, dims[i + 1]), latent_dim=dims[i]) for i in range(len(dims) - 1)]
+    if isinstance(guide, str):
+        family: type[Guide] = find("guide", guide)
+        guide = family.of_sizes(Sizes(shape, dims, encoder, likelihood.in_scale, up))
+    return HierarchicalVAE(build("prior", prior, latent_dim=dims[-1], data_shape=shape), layers, likelihood, guide, name)

@@ -1,0 +1,328 @@
+"""The most common pair: one latent, one observation, a prior, a likelihood and an encoder."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from .._validation import positive_integer
+from ..distributions import centre
+from ..encoders import Encoder
+from ..likelihoods import Likelihood
+from ..nn import Activation, Shape, as_shape
+from ..priors import Prior
+from ..registry import build
+from .base import PairModule, _check_supports, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
+
+
+class VAE(PairModule):
+    r"""A variational autoencoder as a pair of Pyro programs.
+
+    .. math:: p_\theta(x, z) = p_\theta(z) \, p_\theta(x \mid z), \qquad q_\phi(z \mid x) \approx p_\theta(z \mid x)
+
+    ``vae.model(x)`` and ``vae.guide(x)`` are valid Pyro: they run under ``pyro.infer.SVI``, ``Predictive`` and
+    ``poutine.trace``. The sites are ``"z"`` and ``"x"`` in the plate ``"data"`` at dim -1. Where values are missing, a mask
+    goes beside the data, ``vae.model(x, mask)``, of the shape of ``x`` and true where a value was observed: only those are
+    scored, so every bound and estimate is of log p(x_obs), and the encoder sees zeros in place of the others. Whatever takes
+    data takes the pair: ``vae.fit((x, mask))``, ``vae.log_marginal((x, mask))``.
+
+    Args:
+        prior: p(z).
+        likelihood: p(x|z), with its decoder.
+        encoder: q(z|x).
+        name: the name under which Pyro's parameter store knows this instance; unique unless set, so that two models in one
+            process never share parameters.
+
+    Raises:
+        ValueError: a part is no prior, likelihood or encoder, they disagree on the latent dimension or the data's shape, or
+            prior and encoder live on different sets, such as a sphere and all vectors.
+
+    References:
+        Kingma and Welling, Auto-Encoding Variational Bayes, 2014.
+
+    Example:
+        >>> import torch
+        >>> import pyrovae as pv
+        >>> vae = pv.VAE(prior=pv.priors.StandardNormal(2),
+        ...              likelihood=pv.likelihoods.Bernoulli(pv.nn.MLP(2, [16], 9)),
+        ...              encoder=pv.encoders.DiagonalNormal(pv.nn.MLP(9, [16]), 2))
+        >>> vae.sample(5).shape
+        torch.Size([5, 9])
+    """
+
+    parts: ClassVar[dict[str, str | None]] = {"prior": "prior", "likelihood": "likelihood", "encoder": "encoder"}
+
+    def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, name: str | None = None):
+        super().__init__(name)
+        check_parts((prior, Prior), (likelihood, Likelihood), (encoder, Encoder))
+        check_sizes(
+            "on the latent dimension",
+            prior=prior.latent_dim,
+            encoder=encoder.latent_dim,
+            decoder=in_size_of(likelihood.decoder),
+        )
+        check_sizes("on the shape of one datum", encoder=in_shape_of(encoder.body), likelihood=likelihood.event_shape)
+        _check_supports(prior, encoder)
+        prior.bind(encoder)
+        self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
+
+    @property
+    def latent_dim(self) -> int:
+        """L, the number of latent dimensions."""
+        return self.prior.latent_dim
+
+    def model(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``, and so has a ``mask`` of what was observed."""
+        x, mask = self._as_data(x), self._as_mask(x, mask)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
+            law, seen = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", law, obs=seen)  # batch (B,), event data_shape
+
+    def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """q(z|x) as a Pyro program; takes what ``model`` takes."""
+        encoding = self.encode(x, mask)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", encoding)  # batch (B,), event (L,)
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
+        """q(z|x), batch shape ``(B,)`` and event shape ``(L,)``; missing values are zeros to the encoder."""
+        return self.encoder(self._shown(x, mask))
+
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One point for each datum, shape ``(B, L)``: the mean of q(z|x), or its centre where there is no mean to be had."""
+        return centre(self.encode(x, mask))
+
+    def decode(self, z: Tensor) -> dist.Distribution:
+        """p(x|z), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
+        return self.likelihood(z)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
+        """Draws from p(x), shape ``(num_samples, *data_shape)``; or the means of p(x|z) at draws of z."""
+        law = self.decode(self.prior().sample((num_samples,)))
+        return law.mean if mean else law.sample()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean of p(x|z) where :meth:`embed` puts x, shape of ``x``."""
+        law, _ = self.likelihood.observe(self.embed(x, mask), self._as_data(x), self._as_mask(x, mask))
+        return law.mean
+
+    @torch.no_grad()
+    def interpolate(self, a: Tensor, b: Tensor, steps: int = 10) -> Tensor:
+        """Means of p(x|z) on the straight line between two encodings.
+
+        Args:
+            a: data ``(*data_shape)`` or ``(B, *data_shape)``, where the lines start.
+            b: data of the same shape, where they end.
+            steps: points on each line, both ends included.
+
+        Returns:
+            Shape ``(steps, *data_shape)`` or ``(steps, B, *data_shape)``.
+        """
+        if a.shape != b.shape:
+            raise ValueError(f"The ends must have one shape, not {tuple(a.shape)} and {tuple(b.shape)}.")
+        single = a.dim() == len(self.data_shape)
+        ends = [self.embed(x[None] if single else x) for x in (a, b)]
+        weight = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=ends[0].device)[:, None, None]
+        means = self.decode(ends[0] + weight * (ends[1] - ends[0])).mean
+        return means[:, 0] if single else means
+
+    def impute(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        *,
+        num_samples: int = 1000,
+        num_draws: int | None = None,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        r"""Fill in missing values by self-normalised importance sampling; observed ones are kept.
+
+        .. math:: \mathbb{E}[x_{mis} \mid x_{obs}] \approx \sum_{s=1}^S \bar w_s \, \mathbb{E}[x_{mis} \mid z_s], \qquad
+            \bar w_s \propto \frac{p(x_{obs} \mid z_s) \, p(z_s)}{q(z_s \mid x_{obs})}, \quad z_s \sim q(z \mid x_{obs})
+
+        Draws pick a latent with probability :math:`\bar w_s` and sample p(x|z) there, each draw afresh. Both are as good as
+        the weights: from 25 samples on, a warning says of how many data their Pareto k is too large. Where k is, a few latents
+        carry the answer; more samples help, or a guide that is closer to the posterior.
+
+        Args:
+            x: data, shape ``(B, *data_shape)``; what they hold where the mask is false does not matter.
+            mask: true where a value was observed, shape of ``x``.
+            num_samples: S, latents drawn for every datum.
+            num_draws: return so many draws of the missing values instead of their mean.
+            chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations.
+            seed: makes it reproducible and leaves the global random stream untouched.
+
+        Returns:
+            The posterior-predictive mean, shape of ``x``; or draws, shape ``(num_draws, B, *data_shape)``. With discrete data
+            only the draws lie in the support.
+
+        Raises:
+            ValueError: the mask is no boolean tensor of the shape of ``x``, or a number is not positive.
+
+        References:
+            Mattei and Frellsen, MIWAE: Deep generative modelling and imputation of incomplete data sets, 2019.
+
+        Example:
+            >>> import torch, pyrovae as pv
+            >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+            >>> x, mask = torch.ones(5, 9), torch.arange(9) < 6
+            >>> filled = vae.impute(x, mask.expand(5, 9), num_samples=1000, seed=0)
+            >>> filled[0, 0].item(), bool(filled[0, 8] < 1)
+            (1.0, True)
+        """
+        from ..evidence.importance import CHUNK_NUMBERS
+        from ..programs.tracing import evaluation_mode
+
+        num_samples = positive_integer(num_samples, "num_samples")
+        num_draws = None if num_draws is None else positive_integer(num_draws, "num_draws")
+        chunk = CHUNK_NUMBERS // max(math.prod(self.data_shape), 256) if chunk_size is None else chunk_size
+        chunk = positive_integer(max(chunk, 1) if chunk_size is None else chunk, "chunk_size")
+        x, known = self._as_data(x), self._as_mask(x, mask)
+        if known is None:
+            raise ValueError(f"The mask must be a boolean tensor of the data's shape {tuple(x.shape)}, true where observed.")
+        rows = max(1, chunk // num_samples)
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.no_grad(), evaluation_mode(self.model, self.guide), torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            parts = [
+                self._impute(data, seen, num_samples, num_draws, max(1, chunk // len(data)))
+                for data, seen in zip(x.split(rows), known.split(rows), strict=True)
+            ]
+        _warn_of_tails(torch.cat([tail for _, tail in parts]), num_samples, torch.finfo(x.dtype).eps)
+        return torch.cat([filled for filled, _ in parts], 0 if num_draws is None else 1)
+
+    def _impute(self, x: Tensor, mask: Tensor, num_samples: int, num_draws: int | None, chunk: int) -> tuple[Tensor, Tensor]:
+        """One batch, in chunks of particles; all weight so far is kept as one log-sum and the largest for each datum."""
+        from ..evidence.psis import tail_size
+        from ..programs.log_weights import log_weights
+
+        event = (1,) * len(self.data_shape)
+        log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+        tail, keep = log_sum[:, None][:, :0], tail_size(num_samples)
+        mean, latents = torch.zeros_like(x), x.new_zeros(num_draws or 0, len(x), self.latent_dim)
+        left = num_samples
+        while left:
+            size = min(left, chunk)
+            with _Seen() as seen:
+                weights = log_weights(self.model, self.guide, x, mask, num_particles=size, max_plate_nesting=1)
+            log_w = weights.log_weights.double()  # (size, B)
+            tail = torch.cat([tail, log_w.T], 1)
+            tail = torch.topk(tail, min(keep, tail.shape[1])).values
+            total = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
+            dead = total == -math.inf
+            kept = torch.where(dead, 1.0, torch.exp(log_sum - total))  # the earlier chunks' share of all weight so far
+            share = torch.where(dead, 0.0, torch.exp(log_w - total))
+            if num_draws is None:
+                share = share.to(x.dtype).reshape(*share.shape, *event)
+                mean = mean * kept.to(x.dtype).reshape(-1, *event) + (share * seen.law.mean.reshape(size, *x.shape)).sum(0)
+            else:
+                # Each draw moves to this chunk with the chunk's share, and picks within it by weight.
+                picked = torch.multinomial(torch.where(share.sum(0) > 0, share, 1.0).T, num_draws, replacement=True).T
+                moves = torch.rand(picked.shape, dtype=log_w.dtype, device=x.device) >= kept
+                drawn = seen.z.reshape(size, *latents.shape[1:]).gather(0, picked[..., None].expand(latents.shape))
+                latents = torch.where(moves[..., None], drawn, latents)
+            log_sum = total
+            left -= size
+        filled = mean
+        if num_draws is not None:
+            law, _ = self.likelihood.observe(latents, x, mask)
+            filled = law.sample()
+        # Where no latent explains what was observed, nothing can be said of the rest.
+        filled = filled.masked_fill((log_sum == -math.inf).reshape(-1, *event), math.nan)
+        return torch.where(mask, x, filled), tail
+
+
+def _warn_of_tails(tail: Tensor, num_samples: int, precision: float) -> None:
+    """Say of how many data the largest log-weights (N, 5 M) show that a few latents carry the answer."""
+    from ..evidence.psis import FEWEST_SAMPLES, khat_limit, pareto_khat
+
+    if num_samples < FEWEST_SAMPLES:
+        return
+    limit = khat_limit(num_samples)
+    bad = np.flatnonzero(pareto_khat(tail.cpu().numpy(), num_samples, precision=precision) >= limit)
+    if len(bad):
+        warnings.warn(
+            f"The weights of {len(bad)} of {len(tail)} data (first datum {bad[0]}) have a Pareto k of {limit:.2f} or more with "
+            f"{num_samples:,} samples, so a few latents carry what is filled in there: draw more samples.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def make_vae(
+    data_shape: Shape,
+    *,
+    latent_dim: int,
+    prior: Any = "standard_normal",
+    likelihood: Any = "bernoulli",
+    encoder: Any = "diagonal_normal",
+    body: str = "mlp",
+    hidden: Sequence[int] | None = None,
+    activation: Activation | None = None,
+    name: str | None = None,
+) -> VAE:
+    """A :class:`VAE` from names.
+
+    Args:
+        data_shape: the shape of one datum, ``(1, 28, 28)`` or ``784``.
+        latent_dim: L.
+        prior: a name, a table ``{"kind": name, ...}``, or a ready object; so too ``likelihood`` and ``encoder``.
+        likelihood: p(x|z).
+        encoder: the family of q(z|x).
+        body: ``"mlp"``, ``"gated_mlp"``, ``"conv"`` or ``"resnet"``; the last two stand for a pair, such as ``"conv_encoder"``
+            and ``"conv_decoder"``.
+        hidden: widths of the encoder's hidden layers, mirrored in the decoder; channels for such a pair. By default
+            ``[200, 200]``, or the pair's own channels.
+        activation: a name such as ``"tanh"``; by default the body's own.
+        name: see :class:`VAE`.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
+
+    Example:
+        >>> import pyrovae as pv
+        >>> vae = pv.make_vae((1, 28, 28), latent_dim=50, likelihood={"kind": "normal", "scale": "shared"})
+        >>> vae.data_shape, vae.latent_dim
+        ((1, 28, 28), 50)
+    """
+    shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
+    inward, outward, networks, mirrored = body_pair(body, hidden, activation)
+    likelihood = build_likelihood(
+        likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim, out_shape=out, **mirrored)
+    )
+    encoder_body = build("body", inward, in_shape=shape, **networks)
+    return VAE(
+        prior=build("prior", prior, latent_dim=latent_dim, data_shape=shape),
+        likelihood=likelihood,
+        encoder=build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale),
+        name=name,
+    )
+
+
+class _Seen(Messenger):
+    """Remembers z and p(x|z)."""
+
+    law: Any
+    z: Tensor
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == "z":
+            self.z = msg["value"]
+        elif msg["name"] == "x":
+            self.law = msg["fn"]

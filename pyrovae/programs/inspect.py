@@ -1,0 +1,408 @@
+"""Pairs: what one run of a model and a guide tells about them before they are trained or scored."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from ..data.batches import Batches
+from ..data.matching import Batch
+from .checks import check_finite, check_sites, check_support, why_no_weights
+from .independence import PROBED_ROWS, check_independence
+from .log_weights import read_weights
+from .sites import Program, data_plate, log_prob_of, num_known_of, num_observed_of, per_datum, plate_nesting, sites_of
+from .state import own_scope, parameters_held
+from .support import support_of
+from .tracing import Traces, evaluation_mode, same_random_stream, trace_pair
+from .wrappers import law_of
+
+# Data in the first batch that a pair is shown, where it is to be scored.
+FIRST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class PairInfo:
+    """What one run of a pair tells about it.
+
+    Attributes:
+        max_plate_nesting: how many plate dimensions it uses.
+        num_data: data in the batch.
+        scale: N/B of a subsampled data plate, else 1.0.
+        num_dims: numbers per datum, observed or masked.
+        common_scale: what one poutine.scale around all sites says, else 1.0.
+        no_weights: why p(x, z) / q(z|x) is no importance weight, where it is none; see :func:`pyrovae.checks.why_no_weights`.
+        num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
+        tied_to_data: whether the pair runs on all its data in their order only, as with a parameter for each datum, so that
+            neither a part of them nor another order is the same.
+        plate: the name of the data plate.
+        latents: names of the latent sites.
+        not_reparameterized: those of them without a reparameterised sampler.
+        enumerated: latent sites of the model that the guide leaves to Pyro's enumeration.
+        discrete: latent sites with a discrete support.
+        num_densities: those of the numbers observed that have a density.
+        num_probabilities: those that have a probability; a one-hot vector is one.
+        given: what of a datum the likelihood conditions on, as its distribution's ``conditional_on`` says.
+        rounding: what one rounding of a datum's largest term comes to, shape (B,), in nats.
+    """
+
+    max_plate_nesting: int
+    num_data: int
+    scale: float
+    num_dims: int
+    latents: tuple[str, ...]
+    not_reparameterized: tuple[str, ...]
+    enumerated: tuple[str, ...] = ()
+    num_observed: int = 0
+    common_scale: float = 1.0
+    no_weights: str | None = None
+    discrete: tuple[str, ...] = ()
+    num_densities: float = 0
+    num_probabilities: float = 0
+    given: tuple[str, ...] = ()
+    rounding: Tensor | None = None
+    tied_to_data: bool = False
+    plate: str = "data"
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What :func:`pyrovae.probes.covered_data` asks of a pair."""
+        return {"plate": self.plate, "nesting": self.max_plate_nesting, "num_dims": self.num_dims}
+
+    def count(self, batch: tuple) -> float:
+        """How many data the loss of a batch of such a pair is a sum over."""
+        # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
+        return (len(batch[0]) if self.scale == 1.0 else self.num_data * self.scale) * self.common_scale
+
+
+def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
+    """Run a pair once, without touching the random stream, and say what it is made of.
+
+    Raises:
+        ValueError: as :func:`log_weights`; also where an observed value lies outside its distribution's support.
+    """
+    check_finite((*args, *kwargs.values()))
+    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
+        traces = trace_pair(model, guide, args, kwargs, 1, None)
+        model_trace, guide_trace = traces.model, traces.guide
+        for site in sites_of(model_trace):
+            if site["is_observed"]:
+                check_support(site)
+        enumerated = tuple(
+            site["name"]
+            for site in sites_of(model_trace)
+            if site["infer"].get("enumerate") and not site["is_observed"] and site["name"] not in guide_trace
+        )
+        for name in enumerated:
+            model_trace.remove_node(name)
+        check_sites(traces)
+        weights = read_weights(traces, 1)
+        no_weights = why_no_weights(model, guide, args, kwargs, traces)
+        rounding = _rounding(traces)
+    observed = [site for site in sites_of(model_trace) if site["is_observed"]]
+    data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
+    latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
+    # A label that is no dimension of the data is a part of their probability all the same.
+    counted = [site | {"infer": {}} for site in observed]
+    numbers = [(num_known_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
+    return PairInfo(
+        max_plate_nesting=plate_nesting(model_trace, guide_trace),
+        num_data=weights.num_data,
+        scale=weights.scale,
+        num_dims=weights.num_dims,
+        latents=tuple(site["name"] for site in latent_sites),
+        not_reparameterized=weights.not_reparameterized,
+        enumerated=enumerated,
+        num_observed=sum(num_observed_of(site, data) for site in observed),
+        common_scale=weights.common_scale,
+        no_weights=no_weights,
+        plate=data.name,
+        discrete=tuple(site["name"] for site in latent_sites if _is_discrete(site)),
+        num_densities=sum(number * (1 - discrete) for number, discrete in numbers),
+        num_probabilities=sum(number * discrete for number, discrete in numbers),
+        given=tuple(sorted({what for site in observed for what in _conditions(site)})),
+        rounding=rounding,
+    )
+
+
+def _rounding(traces: Traces) -> Tensor:
+    """What one rounding of a datum's largest site comes to, before sites cancel, shape (B,), in nats."""
+    sites = [*sites_of(traces.model), *sites_of(traces.guide)]
+    data, nesting = data_plate(sites), plate_nesting(traces.model, traces.guide)
+    terms = [per_datum(site, log_prob_of(site), data, 1, nesting)[0] for site in sites]
+    largest = torch.stack([term.double().abs() for term in terms]).nan_to_num(posinf=0.0).amax(0)
+    return largest * max(torch.finfo(term.dtype).eps for term in terms)
+
+
+def _is_discrete(site: dict) -> bool:
+    try:
+        return bool(support_of(site["fn"]).is_discrete)
+    except NotImplementedError:  # torch's word for a distribution that declares no support
+        return False
+
+
+def _fraction_discrete(site: dict) -> float:
+    """The fraction of a site's numbers that have a probability and no density."""
+    return float(getattr(law_of(site), "fraction_discrete", _is_discrete(site)))
+
+
+def _redundant(site: dict) -> int:
+    """How many numbers stand for one: all of a one-hot vector."""
+    law = law_of(site)
+    return law.event_shape[-1] if _is_discrete(site) and "OneHot" in type(law).__name__ else 1
+
+
+def _conditions(site: dict) -> tuple[str, ...]:
+    """What of the datum a likelihood conditions on: what it says, and the total of a multinomial."""
+    law = site["fn"]
+    while not hasattr(law, "conditional_on") and hasattr(law, "base_dist"):
+        law = law.base_dist
+    if type(law_of(site)).__name__ in ("Multinomial", "DirichletMultinomial"):
+        return ("the total",)
+    return tuple(getattr(law, "conditional_on", ()))
+
+
+def check_steady_scale(model: Program, guide: Program, args: tuple[Tensor, ...], info: PairInfo) -> None:
+    """Refuse one poutine.scale around all sites that depends on the size of the batch, where batches are of several sizes."""
+    fewer = inspect_pair(model, guide, *(arg[:-1] for arg in args)) if info.common_scale != 1.0 else info
+    if abs(fewer.common_scale - info.common_scale) > 1e-6 * abs(info.common_scale):
+        raise ValueError(
+            f"The scale around all sites is {info.common_scale:g} for {len(args[0])} data and {fewer.common_scale:g} for one "
+            f"less, so the last and smaller batch would weigh otherwise: leave the scale out, since each step follows the mean "
+            f"per datum."
+        )
+
+
+def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """The unconstrained leaf parameters of a pair, as Pyro's SVI finds them, each once.
+
+    Parameters of an ``nn.Module`` whose bound method a program is come along, whether or not it calls ``pyro.module``. Where
+    Pyro's store holds another module's parameter of the same name, it is the pair's own that counts, as it does when the pair
+    runs.
+    """
+    return _leaves(model, guide, _parameter_sites(model, guide, args, kwargs))
+
+
+def _leaves(model: Program, guide: Program, sites: list[tuple[str, Tensor, Tensor]]) -> list[Tensor]:
+    """The leaves among the parameters of a pair, with those of the modules whose bound methods its programs are."""
+    found = {id(own): own for _, own, _ in sites}
+    for program in (model, guide):
+        owner = getattr(program, "__self__", program)
+        if isinstance(owner, nn.Module):
+            for parameter in owner.parameters():
+                found.setdefault(id(parameter), parameter)
+    return [parameter for parameter in found.values() if parameter.requires_grad and parameter.is_leaf]
+
+
+def _parameter_sites(model: Program, guide: Program, args: tuple, kwargs: dict) -> list[tuple[str, Tensor, Tensor]]:
+    """The name of each parameter that a pair names, with the one that it uses and the one that Pyro's store has."""
+    held = parameters_held(model, guide)
+    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block(), _EveryParam() as seen:
+        trace_pair(model, guide, args, kwargs, 1, None)
+    return [(name, given if id(given) in held else live, live) for name, given, live in seen.sites]
+
+
+class _EveryParam(Messenger):
+    """Records each parameter statement: in a trace, a second module of the same name would hide the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: list[tuple[str, Any, Tensor]] = []
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        given = msg["args"][1] if len(msg["args"]) > 1 else None
+        value = msg["value"]
+        self.sites.append((msg["name"], given, value.unconstrained() if hasattr(value, "unconstrained") else value))
+
+
+@dataclass(frozen=True)
+class FirstRun:
+    """What the first run of a pair on a batch settles for all later ones.
+
+    Attributes:
+        parameters: the unconstrained leaf parameters.
+        info: what the pair is made of.
+        dtype: the floating type that its data must have.
+        device: where its parameters live.
+        floating: places of the integer arguments that its networks take as floating-point numbers.
+        args: the batch, in this type and there.
+        whole: how many data have to run together, where the programs are tied to one set of data; else ``None``.
+    """
+
+    parameters: list[Tensor]
+    info: PairInfo
+    dtype: torch.dtype
+    device: torch.device
+    floating: tuple[int, ...] = ()
+    args: Batch = ()
+    whole: int | None = None
+
+
+def prepare(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    vectorize_particles: bool = True,
+    particles: bool = True,
+    each: bool = True,
+) -> FirstRun:
+    """The first look at a pair, before it is trained or scored: on a real batch, which leaves the pair's parameters made.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        data: as :class:`Batches` takes them, or those, in the batches that will run.
+        vectorize_particles: whether particles will run side by side.
+        particles: whether there will be several.
+        each: whether each datum is to have a number of its own, as in scoring. Training may mix data, as batch norm does, and
+            looks itself at what other batches do.
+
+    Raises:
+        ValueError: as :func:`inspect_pair`; or data or particles depend on each other, or a loader parts what is tied together.
+        RuntimeError: the pair does not run; the message is torch's.
+    """
+    batches = data if isinstance(data, Batches) else Batches(data, FIRST_ROWS, program=model)
+    batch = batches.peek()
+    first, whole = _look(model, guide, batch, batches) if each else (first_run(model, guide, *batch), None)
+    info, rows = first.info, len(first.args[0])
+    if info.num_data != rows or info.scale != 1.0 or info.enumerated:
+        return first
+    in_place, particles = False, particles and vectorize_particles
+    if each or particles:
+        args, others = first.args, None
+        if whole is None and (each or _runs(model, guide, first.args, min(rows, PROBED_ROWS))):
+            places = torch.arange(2 * PROBED_ROWS, device=first.device) % rows
+            args, others = (tuple(arg[part] for arg in first.args) for part in places.split(PROBED_ROWS))
+        with evaluation_mode(model, guide):
+            in_place = check_independence(
+                model, guide, args, info.max_plate_nesting, particles=particles, each=each, others=others
+            )
+    if in_place:
+        whole = batch if batches.loader is not None else _all_of(batches)
+        first = first_run(model, guide, *whole)
+    if whole is None:
+        return first
+    if batches.loader is not None and batches.num_data != len(whole[0]):
+        raise ValueError(
+            "The pair is tied to one set of data, as with a parameter for each datum, and a data loader gives them in parts: "
+            "give them as arrays."
+        )
+    # One whose plate has a constant size runs on so many data only, but on any.
+    tied = in_place or any(length % len(whole[0]) == 0 for parameter in first.parameters for length in parameter.shape)
+    return replace(first, info=replace(first.info, tied_to_data=tied), whole=len(whole[0]))
+
+
+class _TiedError(Exception):
+    """The pair does not run on some of its data as it does on all."""
+
+
+def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tuple[FirstRun, Batch | None]:
+    """The first run on a batch; or on all data, which it returns too, where a pair runs on them but not on some of them."""
+    size = len(batch[0])
+    total = size if batches.loader is not None else len(batches.arrays[0])
+    first: FirstRun | None = None
+    try:
+        with own_scope(model, guide, keep=True, undo=(Exception,)):
+            first = first_run(model, guide, *batch)
+            if size == 1 or first.info.num_data != size or first.info.scale != 1.0:
+                return first, None
+            if _runs(model, guide, first.args, (size + 1) // 2):
+                return first, None
+            raise _TiedError
+    except (ValueError, RuntimeError, IndexError, _TiedError) as error:
+        # Not for every mistake: all data at once may be many.
+        lengths = [length for parameter in _all_parameters(model, guide) for length in parameter.shape]
+        if first is None and (total == size or not (str(total) in str(error) or any(n % total == 0 for n in lengths))):
+            raise
+        whole = _all_of(batches) if total > size else batch
+        try:
+            with own_scope(model, guide, keep=True, undo=(Exception,)):
+                again = first_run(model, guide, *whole)
+                if again.info.num_data != total:
+                    raise _TiedError
+            return again, whole
+        except (ValueError, RuntimeError, IndexError, _TiedError):
+            if first is None:
+                raise error from None
+    return first_run(model, guide, *batch), None
+
+
+def _runs(model: Program, guide: Program, args: Batch, rows: int) -> bool:
+    """Whether a pair runs on the first rows; it is as it was before."""
+    try:
+        with own_scope(model, guide):
+            return inspect_pair(model, guide, *(arg[:rows] for arg in args)).num_data == rows
+    except (ValueError, RuntimeError, IndexError):
+        return False
+
+
+def _all_of(batches: Batches) -> Batch:
+    """All data as one batch, from arrays."""
+    with torch.random.fork_rng():
+        return batches.arrays if batches.transform is None else (batches.transform(batches.arrays[0]), *batches.arrays[1:])
+
+
+def _all_parameters(model: Program, guide: Program) -> list[Tensor]:
+    """What the pair's modules and Pyro's store hold."""
+    return [*parameters_held(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
+
+
+def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
+    """Find a pair's parameters, structure, floating type and device from one batch.
+
+    NumPy's arrays are float64 on the CPU, where most networks are float32 and some are on a GPU. Which a program wants shows
+    only when it runs, so a batch that fails as it is runs once more in torch's default type, then with integers (first those of
+    the first argument) in it too, then on the GPU.
+
+    Raises:
+        ValueError: as :func:`inspect_pair`.
+        RuntimeError: the pair fails in all of them; the message is torch's.
+    """
+    default = torch.get_default_dtype()
+    integers = tuple(i for i, arg in enumerate(args) if not arg.is_floating_point() and arg.dtype != torch.bool)
+    devices = [None, torch.device("cuda")] if torch.cuda.is_available() else [None]
+    casts = dict.fromkeys([(), integers[:1], integers])
+    attempts = [(args, ()), *((_moved(args, default, device, cast), cast) for device in devices for cast in casts)]
+    for attempt, cast in attempts:
+        try:
+            with own_scope(model, guide, keep=True, undo=(Exception,)):
+                parameters, floating = _own_parameters(model, guide, attempt), cast
+            break
+        except RuntimeError:
+            if attempt is attempts[-1][0]:
+                raise
+    given = next((arg for arg in attempt if arg.is_floating_point()), None)
+    like = next((parameter for parameter in parameters if parameter.is_floating_point()), given)
+    dtype, device = (default, attempt[0].device) if like is None else (like.dtype, like.device)
+    for index in floating:
+        warnings.warn(
+            f"The pair takes floating-point numbers, so array {index + 1} of the data, of {args[index].dtype}, is cast to "
+            f"{dtype}: pass floats to say so yourself.",
+            stacklevel=3,
+        )
+    moved = _moved(args, dtype, device, floating)
+    return FirstRun(parameters, inspect_pair(model, guide, *moved), dtype, device, floating, moved)
+
+
+def _own_parameters(model: Program, guide: Program, args: Batch) -> list[Tensor]:
+    """As :func:`find_parameters`, and the store lets go of what goes by the name of a parameter that the pair holds itself."""
+    store, sites = pyro.get_param_store(), _parameter_sites(model, guide, args, {})
+    others = {name for name, own, live in sites if own is not live and name in store}
+    for name in others:
+        del store[name]
+    return _leaves(model, guide, _parameter_sites(model, guide, args, {}) if others else sites)
+
+
+def _moved(
+    args: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device | None, floating: tuple[int, ...] = ()
+) -> tuple[Tensor, ...]:
+    """Arguments with those that float, or are to, in a type, and all on a device."""
+    cast = [arg.is_floating_point() or index in floating for index, arg in enumerate(args)]
+    return tuple(arg.to(device=device, dtype=dtype if each else None) for arg, each in zip(args, cast, strict=True))

@@ -1,0 +1,250 @@
+"""Sites: what a traced run recorded at each sample statement, and where particles and data stand in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .support import _outside
+from .wrappers import is_factor, mask_of
+
+Program = Callable[..., Any]
+PARTICLES = "_pyrovae_particles"
+
+
+class Layout(NamedTuple):
+    """Where the particles and the data of one traced run stand in its tensors."""
+
+    num_particles: int
+    num_data: int
+    nesting: int  # plate dimensions of the pair; particles stand to their left
+    data_dim: int
+
+    def spread(self, values: Tensor, like: Tensor, event_dim: int) -> Tensor:
+        """``values`` (K, B), to be multiplied with a site's value."""
+        shape = [self.num_particles] + [1] * self.nesting
+        shape[self.data_dim] = self.num_data
+        shape += [1] * event_dim
+        return values.reshape(shape[max(len(shape) - like.dim(), 0) :])
+
+    def gather(self, values: Tensor, event_dim: int) -> Tensor:
+        """A site's values, summed over all that belongs to one datum: (K, B)."""
+        values = values.sum(tuple(range(-event_dim, 0))) if event_dim else values
+        values = values.reshape((1,) * (self.nesting + 1 - values.dim()) + values.shape)
+        inner = [dim for dim in range(-self.nesting, 0) if dim != self.data_dim]
+        return (values.sum(inner) if inner else values).reshape(self.num_particles, self.num_data)
+
+    def place(self, numbers: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
+        """Each datum's numbers (K, B, n) as the value of a site whose plates have these sizes."""
+        inner = [size for dim, size in zip(range(-self.nesting, 0), sizes, strict=True) if dim != self.data_dim]
+        value = numbers.reshape(self.num_particles, self.num_data, *inner, *event_shape)
+        value = value.movedim(1, 1 + self.nesting + self.data_dim)
+        return value[0] if self.num_particles == 1 else value
+
+    def collect(self, value: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
+        """The inverse of :meth:`place`: (K, B, n)."""
+        value = value.expand(self.num_particles, *sizes, *event_shape)
+        return value.movedim(1 + self.nesting + self.data_dim, 1).reshape(self.num_particles, self.num_data, -1)
+
+
+def _latents_and_observed(guide_trace: Trace) -> tuple[Trace, tuple[dict, ...]]:
+    """A guide's trace without the sites that it observes, and those."""
+    observed = tuple(site for site in sites_of(guide_trace) if site["is_observed"] and not site_is_subsample(site))
+    if observed:
+        guide_trace = guide_trace.copy()
+        for site in observed:
+            guide_trace.remove_node(site["name"])
+    return guide_trace, observed
+
+
+def latents_of(trace: Trace) -> list[dict]:
+    """The sites of a guide's trace that make up q(z|x)."""
+    return [site for site in sites_of(trace) if not site["is_observed"]]
+
+
+def sites_of(trace: Trace) -> Iterator[dict]:
+    """The sample sites that have a density."""
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
+            yield site
+
+
+def plates_of(site: dict) -> list[Any]:
+    """The plates of a site but the particles'; one without a size has that of the site's own batch there."""
+    return [_sized(frame, site["fn"]) for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
+
+
+def _sized(frame: Any, law: Any) -> Any:
+    if frame.size != -1 or not frame.vectorized or len(law.batch_shape) < -frame.dim:
+        return frame
+    size = law.batch_shape[frame.dim]
+    return frame._replace(size=size, full_size=size)
+
+
+def plate_nesting(*traces: Trace) -> int:
+    """How many plate dimensions the sites use."""
+    dims = [frame.dim for trace in traces for site in sites_of(trace) for frame in plates_of(site) if frame.vectorized]
+    return -min(dims, default=0)
+
+
+def data_plate(sites: list[dict]) -> Any:
+    """The plate that holds every site, one index a datum."""
+    write = 'write "with pyro.plate("data", x.shape[0]):" around all its sample statements, in model and guide.'
+    frames: dict[str, Any] = {}
+    for site in sites:
+        for frame in plates_of(site):
+            held = frames.setdefault(frame.name, frame)
+            if -1 in (held.size, frame.size):  # a site of a plate without a size that has no batch of its own
+                frames[frame.name] = held if held.size == -1 else frame
+            elif (held.size, held.full_size) != (frame.size, frame.full_size):
+                raise ValueError(
+                    f"Plate {frame.name!r} has size {held.size} of {held.full_size} at one site and {frame.size} of "
+                    f"{frame.full_size} at site {site['name']!r}: give it one size in model and guide."
+                )
+    if not frames:
+        raise ValueError(f"The pair has no data plate, so its log-weights cannot be told apart by datum: {write}")
+    names = [{frame.name for frame in plates_of(site)} for site in sites]
+    shared = set(frames).intersection(*names)
+    if not shared:
+        plate = "data" if "data" in frames else max(frames, key=lambda name: sum(name in held for held in names))
+        outside = next(site for site, held in zip(sites, names, strict=True) if plate not in held)
+        raise ValueError(_outside(outside, plate, write))
+    if len(shared) > 1 and "data" not in shared:
+        raise ValueError(f"Plates {sorted(shared)} all hold every site: call the one over data pyro.plate('data', ...).")
+    frame = frames["data" if len(shared) > 1 else shared.pop()]
+    if not frame.vectorized:
+        raise ValueError(f"The data plate {frame.name!r} is a sequential loop: {write}")
+    if frame.size == -1:
+        raise ValueError(
+            f"The data plate {frame.name!r} has no size, so all data would share one draw at a site whose distribution has no "
+            f'batch of its own: write pyro.plate("{frame.name}", x.shape[0]).'
+        )
+    if frame.size == 0:
+        raise ValueError(f"The data plate {frame.name!r} is empty: give at least one datum.")
+    return frame
+
+
+# So many terms have a sum of which float32 leaves hundredths of a nat uncertain: at four million, half a nat.
+MANY_TERMS = 2**16
+
+
+def log_prob_of(site: dict) -> Tensor:
+    """A site's log-probability, masked but not scaled, in nats; in float64 where it sums very many terms."""
+    law, value, inner = site["fn"], site["value"], 0
+    if type(law).__name__ == "Independent" and law.event_shape.numel() >= MANY_TERMS:
+        law, inner = law.base_dist, law.reinterpreted_batch_ndims
+        if isinstance(getattr(law, "loc", None), Tensor):  # then constants, rounded alike in every term, are float64 too
+            value = value.double()
+    value = law.log_prob(value, *site["args"], **site["kwargs"])
+    value = _summed(value, tuple(range(-inner, 0)))
+    if "outside" in site:
+        value = torch.where(site["outside"], -torch.inf, value)
+    return scale_and_mask(value, 1.0, site["mask"])
+
+
+def _summed(terms: Tensor, dims: tuple[int, ...] | list[int]) -> Tensor:
+    """The sum over some dimensions, in float64 where they hold very many terms."""
+    if not dims:
+        return terms
+    many = math.prod(terms.shape[dim] for dim in dims) >= MANY_TERMS
+    return terms.sum(tuple(dims), dtype=torch.float64 if many else None)
+
+
+def per_datum(site: dict, log_prob: Tensor, data: Any, num_particles: int, nesting: int) -> Tensor:
+    """A site's log-probability as (K, B), summed over the plates inside a datum."""
+    size = {frame.dim: frame.size for frame in plates_of(site) if frame.vectorized} | {-nesting - 1: num_particles}
+    plates = [size.get(dim, 1) for dim in range(-nesting - 1, 0)]
+    check_batch(site, log_prob.shape, plates[1:] if num_particles == 1 else plates)
+    log_prob = log_prob.expand(plates)
+    inner = [dim for dim in range(-nesting, 0) if dim != data.dim]
+    return _summed(log_prob, inner).reshape(num_particles, data.size)
+
+
+def check_batch(site: dict, shape: torch.Size, plates: list[int]) -> None:
+    """Refuse a site whose batch dimensions are not its plates'."""
+    padded = [1] * (len(plates) - len(shape)) + list(shape)
+    if len(shape) > len(plates) or any(have not in (1, want) for have, want in zip(padded, plates, strict=True)):
+        raise ValueError(
+            f"Site {site['name']!r} has log-probabilities of shape {tuple(shape)}, but its plates have {tuple(plates)}: "
+            f"declare the dimensions within a datum with .to_event(n)."
+        )
+
+
+def num_dims_of(site: dict, data: Any) -> int:
+    """How many numbers a site observes of one datum; none at a site of ``infer={"num_dims": 0}``, such as a label's."""
+    return 0 if site["infer"].get("num_dims") == 0 else _num_numbers(site, data)
+
+
+def num_observed_of(site: dict, data: Any) -> int:
+    """How many of those numbers a site observes of all data together, without what a mask leaves out; read eagerly."""
+    return num_known_of(site, data) if num_dims_of(site, data) else 0
+
+
+def num_known_of(site: dict, data: Any) -> int:
+    """How many numbers of all data a site scores, a known label's too, without what a mask leaves out; read eagerly."""
+    number = _num_numbers(site, data)
+    mask = mask_of(site)
+    if not number or not isinstance(mask, Tensor):
+        return number * data.size if mask else 0
+    return int(mask.expand(site["fn"].batch_shape + site["fn"].event_shape).sum())
+
+
+def _num_numbers(site: dict, data: Any) -> int:
+    if is_factor(site):
+        return 0
+    event = site["fn"].event_shape.numel()
+    for frame in plates_of(site):
+        event *= frame.size if frame.vectorized and frame.name != data.name else 1
+    return event
+
+
+def common_scale(sites: list[dict], plate: Any) -> float:
+    """The factor that poutine.scale puts around all sites alike, besides the N/B of a subsampled data plate.
+
+    Raises:
+        ValueError: only some sites are scaled, or each datum apart.
+    """
+    own, scales = plate.full_size / plate.size, [_number(site["scale"]) for site in sites]
+    together = all(math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales)
+    for site, scale in zip(sites, scales, strict=True):
+        if not together and not math.isclose(scale, own, rel_tol=1e-6):
+            raise ValueError(
+                f"Site {site['name']!r} is scaled apart from the data plate {plate.name!r} (by poutine.scale, or by "
+                f"subsampling inside a datum), which is no weight of p(x, z): remove the scale or put one around all "
+                f"sites of model and guide, and use an estimator's beta to anneal."
+            )
+        for frame in plates_of(site):
+            if frame.name != plate.name and frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"Site {site['name']!r} lies in the plate {frame.name!r}, which subsamples what belongs to one datum, so "
+                    f"its weight is of other data each time: leave subsample_size out within a datum."
+                )
+    return 1.0 if math.isclose(scales[0], own, rel_tol=1e-6) else scales[0] / own
+
+
+def _number(scale: Any) -> float:
+    """A site's scale; of one for each datum, which is none of the objective, NaN, which is close to nothing."""
+    return float(scale) if not isinstance(scale, Tensor) or scale.numel() == 1 else math.nan
+
+
+def refuse_auxiliary(guide_sites: Iterator[dict] | list[dict]) -> None:
+    """Refuse latents that the guide has and the model has not."""
+    for site in guide_sites:
+        if site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"The guide's auxiliary site {site['name']!r} has no place in p(x, z), so the density q(z|x) is not known: use "
+                f'proposal="guide", which needs no density at other draws.'
+            )
+
+
+def plate_sizes(site: dict, nesting: int) -> list[int]:
+    """The sizes of a site's plates at the dimensions -nesting to -1; one where it has none."""
+    size = {frame.dim: frame.size for frame in plates_of(site) if frame.vectorized}
+    return [size.get(dim, 1) for dim in range(-nesting, 0)]

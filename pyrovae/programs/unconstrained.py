@@ -1,0 +1,259 @@
+"""The continuous latents of a pair as one vector of unconstrained numbers per datum."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from .checks import check_same_latents, refuse_masked
+from .sites import (
+    Layout,
+    Program,
+    common_scale,
+    data_plate,
+    latents_of,
+    log_prob_of,
+    per_datum,
+    plate_nesting,
+    plate_sizes,
+    refuse_auxiliary,
+    sites_of,
+)
+from .support import _Image, _Union, support_of
+from .tracing import Place, explained, in_particles, same_random_stream, trace_from_prior, trace_pair
+from .wrappers import is_factor, law_of
+
+
+class FlatTerms(NamedTuple):
+    """The parts of log p(x, u) for unconstrained latents u, each (K, B), in nats; densities are with respect to u."""
+
+    log_prior: Tensor
+    log_likelihood: Tensor
+    log_guide: Tensor | None
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, u), shape (K, B)."""
+        return self.log_prior + self.log_likelihood
+
+
+class FlatPair:
+    r"""The continuous latents of each datum of a batch as one vector u of L unconstrained numbers, for any pair.
+
+    .. math:: z = T(u), \qquad \log p(x, u) = \log p(x, T(u)) + \log \left| \det \frac{\partial T}{\partial u} \right|
+
+    T is what ``torch.distributions.biject_to`` gives for the support of each latent site in the model, which may depend on
+    earlier latents. Latents in plates within a datum are part of its vector. The integral of p(x, u) over u is p(x).
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x); takes the same arguments.
+        args: one batch of arguments.
+        vectorize_particles: as in :func:`pyrovae.log_weights`.
+
+    Attributes:
+        num_latents: L.
+        num_data: B.
+        latents: the model's latent sites, in the order of their numbers.
+
+    Raises:
+        ValueError: a latent is discrete, masked, in the guide only, or of a support that no bijection is known for; or the
+            pair is one that :func:`pyrovae.log_weights` refuses.
+    """
+
+    def __init__(self, model: Program, guide: Program, args: tuple, *, vectorize_particles: bool = True):
+        self.model, self.guide, self.args, self.vectorize = model, guide, args, vectorize_particles
+        with torch.no_grad(), same_random_stream(args), poutine.block():
+            traces = trace_pair(model, guide, args, {}, 1, None)
+        model_sites, guide_sites = list(sites_of(traces.model)), list(sites_of(traces.guide))
+        check_same_latents(model_sites, guide_sites)
+        refuse_auxiliary(guide_sites)
+        self.data = data_plate(model_sites + guide_sites)
+        common_scale(model_sites + guide_sites, self.data)
+        refuse_masked(model_sites + guide_sites)
+        if self.data.full_size != self.data.size:
+            raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
+        self.nesting, self.num_data = plate_nesting(traces.model, traces.guide), self.data.size
+        self.latents: tuple[str, ...] = ()
+        self._sizes: dict[str, list[int]] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self._columns: dict[str, slice] = {}
+        start = 0
+        for site in model_sites:
+            if site["is_observed"]:
+                continue
+            name, sizes = site["name"], plate_sizes(site, self.nesting)
+            shape = _unconstrained_shape(site)
+            width = shape.numel() * torch.Size(sizes).numel() // self.num_data
+            self.latents += (name,)
+            self._sizes[name], self._shapes[name], self._columns[name] = sizes, shape, slice(start, start + width)
+            start += width
+        self.num_latents = start
+        self.dtype = next((site["value"].dtype for site in model_sites if not site["is_observed"]), torch.get_default_dtype())
+        self.device = args[0].device
+
+    def terms(self, flat: Tensor, *, guide: bool = False) -> FlatTerms:
+        """The parts of log p(x, u) at ``flat`` (K, B, L), and with ``guide`` log q(u|x)."""
+        return self._in_turn(flat, lambda rows: self._terms(rows, guide))
+
+    def log_joint(self, flat: Tensor) -> Tensor:
+        """log p(x, u), shape (K, B), in nats, at ``flat`` (K, B, L); differentiable."""
+        return self.terms(flat).log_joint
+
+    def draw(self, num: int, start: Literal["prior", "guide"], *, inside: bool = False) -> Tensor:
+        """Draws of the prior or the guide, shape (num, B, L).
+
+        A guide may put draws where the model allows none. With ``inside`` draws of the prior stand in for those.
+
+        Raises:
+            ValueError: a draw lies outside the model's support, without ``inside``.
+        """
+        together = num if self.vectorize else 1
+        with torch.no_grad():
+            return torch.cat([self._draw(together, start, inside) for _ in range(num // together)])
+
+    def model_trace(self, flat: Tensor) -> tuple[Trace, Place]:
+        """The model's trace at ``flat`` (K, B, L), and what placed it there."""
+        return self._run(self.model, self._given(flat), len(flat), unconstrained=True)
+
+    def on(self, args: tuple) -> FlatPair:
+        """The same pair on another batch of the same shape."""
+        other = copy.copy(self)
+        other.args = args
+        return other
+
+    def follow(self, flat: Tensor, watch: Any) -> Trace:
+        """The model's trace at ``flat`` under a dispatch mode that holds the latents; they must be unconstrained themselves."""
+        given = self._given(flat)
+        for value in given.values():
+            watch.hold(value)
+        with watch:
+            return self._run(self.model, given, len(flat))[0]
+
+    def dream(self) -> tuple[Trace, Tensor]:
+        """One draw of p(x, z) per datum: the trace of the model, unconditioned, and u (1, B, L)."""
+        with torch.no_grad(), poutine.block():
+            trace = prune_subsample_sites(poutine.trace(poutine.uncondition(self.model)).get_trace(*self.args))
+        for site in sites_of(trace):
+            if is_factor(site):
+                raise ValueError(f"The model's pyro.factor {site['name']!r} cannot be simulated: remove it.")
+        return trace, self._flatten(trace, {name: trace.nodes[name]["value"] for name in self.latents}, 1)
+
+    def _terms(self, flat: Tensor, with_guide: bool) -> FlatTerms:
+        size = len(flat)
+        layout = self._layout(size)
+        trace, place = self.model_trace(flat)
+        prior = likelihood = flat.new_zeros(size, self.num_data)
+        for site in sites_of(trace):
+            term = per_datum(site, log_prob_of(site), self.data, size, self.nesting)
+            if site["is_observed"]:
+                likelihood = likelihood + term
+            else:
+                prior = prior + term
+        jacobian = sum((layout.gather(term, 0) for term in place.log_jacobian.values()), torch.zeros_like(prior))
+        log_guide = None
+        if with_guide:
+            values = {name: trace.nodes[name]["value"] for name in self.latents}
+            guide_trace, _ = self._run(self.guide, values, size)
+            try:
+                terms = [per_datum(site, log_prob_of(site), self.data, size, self.nesting) for site in latents_of(guide_trace)]
+            except (NotImplementedError, KeyError) as error:
+                raise ValueError(
+                    f"The guide's flow cannot be inverted ({str(error) or type(error).__name__}), so its density is not "
+                    f"known at draws that are not its own: start from the prior."
+                ) from error
+            log_guide = sum(terms, jacobian)
+        return FlatTerms(prior + jacobian, likelihood, log_guide)
+
+    def _draw(self, num: int, start: str, inside: bool) -> Tensor:
+        if start == "prior":
+            model_trace = trace_from_prior(self.model, None, self.args, num, self.nesting).model
+            return self._flatten(model_trace, {name: model_trace.nodes[name]["value"] for name in self.latents}, num)
+        traces = trace_pair(self.model, self.guide, self.args, {}, num, self.nesting)
+        values = {name: traces.guide.nodes[name]["value"] for name in self.latents}
+        if not inside:
+            return self._flatten(traces.model, values, num)
+        parts = [self._flat_site(traces.model.nodes[name], values[name], num) for name in self.latents]
+        kept = torch.stack([within.all(-1) for _, within in parts]).all(0)[..., None]
+        flat = torch.cat([part for part, _ in parts], -1)
+        return flat if bool(kept.all()) else torch.where(kept, flat, self._draw(num, "prior", True))
+
+    def _flatten(self, model_trace: Trace, values: dict[str, Tensor], num: int) -> Tensor:
+        parts = []
+        for name in self.latents:
+            flat, within = self._flat_site(model_trace.nodes[name], values[name], num)
+            if not bool(within.all()):
+                raise ValueError(
+                    f"A draw of the latent site {name!r} lies outside the support that the model declares for it: start from "
+                    f"the prior, or give the guide a distribution with that support."
+                )
+            parts.append(flat)
+        return torch.cat(parts, -1)
+
+    def _flat_site(self, site: dict, value: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """One site's unconstrained numbers, (num, B, n), and which of them stand for a value of its support."""
+        support = support_of(site["fn"])
+        flat = biject_to(support).inv(value)
+        within = torch.isfinite(flat)
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        if isinstance(support, constraints.interval | constraints.half_open_interval | _Union | _Image):
+            within = within & support.check(value)  # the inverse of a sigmoid takes what lies outside for an edge
+        name = site["name"]
+        flat, within = (self._layout(num).collect(part, self._sizes[name], self._shapes[name]) for part in (flat, within))
+        return flat, within
+
+    def _given(self, flat: Tensor) -> dict[str, Tensor]:
+        layout = self._layout(len(flat))
+        return {
+            name: layout.place(flat[..., self._columns[name]], self._sizes[name], self._shapes[name]) for name in self.latents
+        }
+
+    def _run(self, program: Program, given: dict[str, Tensor], num: int, *, unconstrained: bool = False) -> tuple[Trace, Place]:
+        place = Place(given, unconstrained=unconstrained)
+        with explained(num):
+            trace = poutine.trace(place(in_particles(program, num, self.nesting))).get_trace(*self.args)
+        return prune_subsample_sites(trace), place
+
+    def _layout(self, num: int) -> Layout:
+        return Layout(num, self.num_data, self.nesting, self.data.dim)
+
+    def _in_turn(self, flat: Tensor, score: Callable[[Tensor], FlatTerms]) -> FlatTerms:
+        if self.vectorize or len(flat) == 1:
+            return score(flat)
+        parts = [score(flat[k : k + 1]) for k in range(len(flat))]
+        guides = [terms.log_guide for terms in parts if terms.log_guide is not None]
+        return FlatTerms(
+            torch.cat([terms.log_prior for terms in parts]),
+            torch.cat([terms.log_likelihood for terms in parts]),
+            torch.cat(guides) if guides else None,
+        )
+
+
+def _unconstrained_shape(site: dict) -> torch.Size:
+    """The shape of one draw's unconstrained numbers."""
+    name, law = site["name"], type(law_of(site)).__name__
+    try:
+        support = support_of(site["fn"])
+        if support.is_discrete:
+            raise ValueError(
+                f"The latent site {name!r} ({law}) is discrete, and this needs continuous latents: use "
+                f'log_marginal, or pyrovae.exact(..., method="enumerate") where all are discrete.'
+            )
+        transform = biject_to(support)
+        # By a value and not by inverse_shape, which takes bounds that differ between data for dimensions of the draw.
+        batch_dim = site["value"].dim() - site["fn"].event_dim
+        return transform.inv(site["value"]).shape[batch_dim:]
+    except NotImplementedError as error:
+        raise ValueError(
+            f"No bijection from unconstrained numbers is known for the support of the latent site {name!r} ({law}): register "
+            f"one with torch.distributions.biject_to, or use log_marginal."
+        ) from error
