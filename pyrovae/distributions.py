@@ -17,10 +17,10 @@ from torch.distributions import AffineTransform
 from torch.distributions.kl import register_kl
 
 
-def centre(law: Any) -> Tensor:
-    """One point that stands for a law, of its batch and event shape.
+def centre(distribution: Any) -> Tensor:
+    """One point that stands for a distribution, of its batch and event shape.
 
-    It is the mean; for laws whose mean has no closed form or lies off their support, what they call their ``centre``.
+    It is the mean; for distributions whose mean has no closed form or lies off their support, what they call their ``centre``.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -30,18 +30,18 @@ def centre(law: Any) -> Tensor:
         >>> centre(PowerSpherical(torch.tensor([0.0, 1.0]), torch.tensor(3.0)))
         tensor([0., 1.])
     """
-    return law.centre if hasattr(law, "centre") else law.mean
+    return distribution.centre if hasattr(distribution, "centre") else distribution.mean
 
 
 class HypersphereUniform(dist.TorchDistribution):
-    r"""The uniform law on the unit sphere of R^L.
+    r"""The uniform distribution on the unit sphere of R^L.
 
     .. math:: p(z) = \frac{\Gamma(L/2)}{2 \pi^{L/2}}, \quad \|z\| = 1
 
     Densities on the sphere are with respect to its surface measure.
 
     Args:
-        like: a tensor of shape ``[..., L]`` whose batch, type and device the law takes on.
+        like: a tensor of shape ``[..., L]`` whose batch, type and device the distribution takes on.
 
     Raises:
         ValueError: L is below 2.
@@ -64,7 +64,7 @@ class HypersphereUniform(dist.TorchDistribution):
         super().__init__(like.shape[:-1], like.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HypersphereUniform:
-        """The same law over a larger batch."""
+        """The same distribution over a larger batch."""
         return HypersphereUniform(self.like.expand(Size(batch_shape) + self.event_shape), validate_args=False)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -83,7 +83,7 @@ class HypersphereUniform(dist.TorchDistribution):
 
 
 class PowerSpherical(dist.TorchDistribution):
-    r"""The power spherical law on the unit sphere of R^L, in whose place a von Mises-Fisher needs rejection to sample.
+    r"""The power spherical distribution on the unit sphere of R^L, in whose place a von Mises-Fisher needs rejection to sample.
 
     .. math:: q(z) = \frac{(1 + \mu^\top z)^\kappa}{N(\kappa)}, \quad
         N(\kappa) = 2^{\alpha + \beta} \pi^\beta \frac{\Gamma(\alpha)}{\Gamma(\alpha + \beta)}, \quad
@@ -106,8 +106,8 @@ class PowerSpherical(dist.TorchDistribution):
     Example:
         >>> import torch
         >>> from pyrovae.distributions import PowerSpherical
-        >>> law = PowerSpherical(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(50.0))
-        >>> bool(law.sample((100,)).mean(0)[2] > 0.9)
+        >>> distribution = PowerSpherical(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(50.0))
+        >>> bool(distribution.sample((100,)).mean(0)[2] > 0.9)
         True
     """
 
@@ -123,7 +123,7 @@ class PowerSpherical(dist.TorchDistribution):
         super().__init__(batch_shape, loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PowerSpherical:
-        """The same law over a larger batch."""
+        """The same distribution over a larger batch."""
         shape = Size(batch_shape)
         return PowerSpherical(self.loc.expand(shape + self.event_shape), self.concentration.expand(shape), validate_args=False)
 
@@ -296,7 +296,7 @@ class NormalMixture(dist.MixtureSameFamily):
         self._logits, self._normal = mixture_distribution.logits, component_distribution.base_dist
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> NormalMixture:
-        """The same law for each of a batch."""
+        """The same distribution for each of a batch."""
         new = super().expand(batch_shape, type(self).__new__(type(self)) if _instance is None else _instance)
         new._logits, new._normal = self._logits, self._normal
         return new
@@ -340,7 +340,7 @@ class OneHot(dist.OneHotCategorical):
 
 
 class RelaxedOneHot(dist.RelaxedOneHotCategorical):
-    r"""The concrete law on the simplex, a relaxed one-hot vector, kept off the edge where float32 rounds to zero.
+    r"""The concrete distribution on the simplex, a relaxed one-hot vector, kept off the edge where float32 rounds to zero.
 
     .. math:: q(z) = \Gamma(L) \, \tau^{L-1} \Big( \sum_l \pi_l z_l^{-\tau} \Big)^{-L} \prod_l \pi_l z_l^{-\tau - 1}
 
@@ -356,8 +356,8 @@ class RelaxedOneHot(dist.RelaxedOneHotCategorical):
     Example:
         >>> import torch
         >>> from pyrovae.distributions import RelaxedOneHot
-        >>> law = RelaxedOneHot(torch.tensor(0.1), logits=torch.tensor([0.0, 50.0]))
-        >>> bool(law.log_prob(law.sample((100,))).isfinite().all())
+        >>> distribution = RelaxedOneHot(torch.tensor(0.1), logits=torch.tensor([0.0, 50.0]))
+        >>> bool(distribution.log_prob(distribution.sample((100,))).isfinite().all())
         True
     """
 
@@ -393,8 +393,8 @@ class FlowDistribution(ZukoToPyro):
         >>> import pyro.distributions as dist, torch
         >>> from pyrovae.distributions import FlowDistribution, flow_transform, normalizing_flow
         >>> base = dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1)
-        >>> law = FlowDistribution(normalizing_flow(flow_transform("maf", 3)(), base))
-        >>> bool(torch.allclose(law.log_prob(torch.zeros(3)), base.log_prob(torch.zeros(3))))
+        >>> distribution = FlowDistribution(normalizing_flow(flow_transform("maf", 3)(), base))
+        >>> bool(torch.allclose(distribution.log_prob(torch.zeros(3)), base.log_prob(torch.zeros(3))))
         True
     """
 
@@ -414,7 +414,7 @@ class FlowDistribution(ZukoToPyro):
         return self.dist.log_prob(value)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
-        """The same law over a larger batch."""
+        """The same distribution over a larger batch."""
         return FlowDistribution(self.dist.expand(Size(batch_shape)))
 
     @property
@@ -489,7 +489,7 @@ def flow_transform(family: str, dim: int, *, context: int = 0, depth: int = 3, h
 
 
 def normalizing_flow(transform: Any, base: Any) -> Any:
-    """The law of x where ``transform(x)`` follows ``base``, as zuko has it: the inverse samples, the transform scores."""
+    """The distribution of x where ``transform(x)`` follows ``base``, as in zuko: the inverse samples, the transform scores."""
     return _zuko().distributions.NormalizingFlow(transform, base)
 
 
@@ -543,7 +543,7 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
         super().__init__(logits=logits, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ContinuousBernoulli:
-        """The same law over a larger batch."""
+        """The same distribution over a larger batch."""
         return ContinuousBernoulli(self.logits.expand(torch.Size(batch_shape)), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -622,7 +622,7 @@ class Beta(dist.Beta):
     support = _OpenUnitInterval()
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Beta:
-        """The same law over a larger batch."""
+        """The same distribution over a larger batch."""
         return super().expand(torch.Size(batch_shape), self._get_checked_instance(Beta, _instance))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -632,7 +632,7 @@ class Beta(dist.Beta):
         return value.clamp(limits.tiny, 1 - limits.eps)
 
 
-class Levels(dist.Categorical):
+class OrdinalCategorical(dist.Categorical):
     r"""A categorical distribution over the levels 0, 1, ..., n-1 of an ordered quantity, as floats.
 
     .. math:: P(x = k) = \operatorname{softmax}(a)_k
@@ -652,9 +652,9 @@ class Levels(dist.Categorical):
     def __init__(self, logits: Tensor, validate_args: bool | None = None):
         super().__init__(logits=logits, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Levels:
-        """The same law over a larger batch."""
-        return super().expand(torch.Size(batch_shape), self._get_checked_instance(Levels, _instance))
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> OrdinalCategorical:
+        """The same distribution over a larger batch."""
+        return super().expand(torch.Size(batch_shape), self._get_checked_instance(OrdinalCategorical, _instance))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, as floats."""
@@ -693,8 +693,8 @@ class DiscretizedLogistic(dist.TorchDistribution):
     Example:
         >>> import torch
         >>> from pyrovae.distributions import DiscretizedLogistic
-        >>> law = DiscretizedLogistic(torch.tensor(3.0), torch.tensor(50.0), num_levels=256)
-        >>> round(law.log_prob(torch.arange(256.0)).exp().sum().item(), 5)
+        >>> distribution = DiscretizedLogistic(torch.tensor(3.0), torch.tensor(50.0), num_levels=256)
+        >>> round(distribution.log_prob(torch.arange(256.0)).exp().sum().item(), 5)
         1.0
     """
 
@@ -711,7 +711,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
         return constraints.integer_interval(0, self.num_levels - 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiscretizedLogistic:
-        """The same law over a larger batch."""
+        """The same distribution over a larger batch."""
         shape = torch.Size(batch_shape)
         return DiscretizedLogistic(self.loc.expand(shape), self.scale.expand(shape), self.num_levels, validate_args=False)
 
@@ -800,8 +800,8 @@ class _EachColumn(constraints.Constraint):
         return torch.cat(checked, -1)[..., self.order]
 
 
-def conditioned(law: Any, *given: str) -> Any:
-    """The same law, which says as ``conditional_on`` what of the datum it conditions on, also when it has been expanded.
+def conditioned(distribution: Any, *given: str) -> Any:
+    """The same distribution, which says as ``conditional_on`` what of the datum it conditions on, also once it is expanded.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -809,13 +809,13 @@ def conditioned(law: Any, *given: str) -> Any:
         >>> conditioned(dist.Poisson(torch.ones(3)), "the total").expand((2, 3)).conditional_on
         ('the total',)
     """
-    inner = law
+    inner = distribution
     while isinstance(inner, torch.distributions.Independent):
         inner = inner.base_dist
     # An attribute of the class, as expand makes another instance and knows nothing of those of this one.
     family: Any = type(inner)
     inner.__class__ = _conditioned_class(family, given)
-    return law
+    return distribution
 
 
 @cache
@@ -823,56 +823,64 @@ def _conditioned_class(family: Any, given: tuple[str, ...]) -> Any:
     return type(family)(family.__name__, (family,), {"conditional_on": given, "__doc__": family.__doc__})
 
 
-class Columns(dist.TorchDistribution):
-    r"""Independent columns of a table, whose groups have laws of different kinds; its batch shape is ``(..., D)``.
+class HeterogeneousIndependent(dist.TorchDistribution):
+    r"""Independent columns of a table, whose groups have distributions of different kinds; its batch shape is ``(..., D)``.
 
     .. math:: \log p(x_d) = \log p_{g(d)}(x_d)
 
     Args:
-        laws: one for each group, batch shape ``(..., n_g)`` and empty event shape.
+        distributions: one for each group, batch shape ``(..., n_g)`` and empty event shape.
         columns: for each group the positions of its columns among the D, shape ``(n_g,)``.
         order: where each column stands when the groups are put side by side; worked out from ``columns`` if not given.
 
     Example:
         >>> import torch, pyro.distributions as dist
         >>> from pyrovae.distributions import Columns
-        >>> laws = [dist.Poisson(torch.ones(1)), dist.Normal(torch.zeros(2), 1.0)]
-        >>> Columns(laws, [torch.tensor([1]), torch.tensor([0, 2])]).log_prob(torch.zeros(3))
+        >>> distributions = [dist.Poisson(torch.ones(1)), dist.Normal(torch.zeros(2), 1.0)]
+        >>> Columns(distributions, [torch.tensor([1]), torch.tensor([0, 2])]).log_prob(torch.zeros(3))
         tensor([-0.9189, -1.0000, -0.9189])
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(
-        self, laws: Sequence[Any], columns: Sequence[Tensor], order: Tensor | None = None, validate_args: bool | None = None
+        self,
+        distributions: Sequence[Any],
+        columns: Sequence[Tensor],
+        order: Tensor | None = None,
+        validate_args: bool | None = None,
     ):
-        self.laws, self.columns = list(laws), list(columns)
+        self.distributions, self.columns = list(distributions), list(columns)
         self.order = torch.argsort(torch.cat(self.columns)) if order is None else order
-        leading = torch.broadcast_shapes(*(law.batch_shape[:-1] for law in self.laws))
+        leading = torch.broadcast_shapes(*(distribution.batch_shape[:-1] for distribution in self.distributions))
         super().__init__(torch.Size((*leading, len(self.order))), validate_args=validate_args)
 
     @constraints.dependent_property(event_dim=0)
     def support(self) -> Any:
         """Each column's own."""
-        supports = [law.support for law in self.laws]
+        supports = [distribution.support for distribution in self.distributions]
         discrete = all(support.is_discrete for support in supports)
         return _EachColumn(list(zip(supports, self.columns, strict=True)), self.order, discrete)
 
     @property
     def conditional_on(self) -> tuple[str, ...]:
-        """What of the datum the laws of the groups condition on."""
-        return tuple(what for law in self.laws for what in getattr(law, "conditional_on", ()))
+        """What of the datum the distributions of the groups condition on."""
+        return tuple(what for distribution in self.distributions for what in getattr(distribution, "conditional_on", ()))
 
     @property
     def fraction_discrete(self) -> float:
         """The fraction of columns that have a probability and no density."""
-        return sum(law.batch_shape[-1] for law in self.laws if law.support.is_discrete) / len(self.order)
+        return sum(
+            distribution.batch_shape[-1] for distribution in self.distributions if distribution.support.is_discrete
+        ) / len(self.order)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Columns:
-        """The same law over a larger batch."""
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HeterogeneousIndependent:
+        """The same distribution over a larger batch."""
         leading = tuple(batch_shape)[:-1]
-        laws = [law.expand(torch.Size((*leading, law.batch_shape[-1]))) for law in self.laws]
-        return Columns(laws, self.columns, self.order, validate_args=False)
+        distributions = [
+            distribution.expand(torch.Size((*leading, distribution.batch_shape[-1]))) for distribution in self.distributions
+        ]
+        return HeterogeneousIndependent(distributions, self.columns, self.order, validate_args=False)
 
     def _together(self, parts: list[Tensor]) -> Tensor:
         leading = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
@@ -880,21 +888,26 @@ class Columns(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Each column's own, in nats."""
-        return self._together([law.log_prob(value[..., columns]) for law, columns in zip(self.laws, self.columns, strict=True)])
+        return self._together(
+            [
+                distribution.log_prob(value[..., columns])
+                for distribution, columns in zip(self.distributions, self.columns, strict=True)
+            ]
+        )
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws."""
-        return self._together([law.sample(torch.Size(sample_shape)) for law in self.laws])
+        return self._together([distribution.sample(torch.Size(sample_shape)) for distribution in self.distributions])
 
     @property
     def mean(self) -> Tensor:
         """Each column's own."""
-        return self._together([law.mean for law in self.laws])
+        return self._together([distribution.mean for distribution in self.distributions])
 
     @property
     def variance(self) -> Tensor:
         """Each column's own."""
-        return self._together([law.variance for law in self.laws])
+        return self._together([distribution.variance for distribution in self.distributions])
 
 
 class _Noisy(constraints.Constraint):
@@ -911,12 +924,12 @@ class _Noisy(constraints.Constraint):
 
 
 class Dequantized(dist.TransformedDistribution):
-    r"""A law y on the unit scale, read as a density of v = n y, an integer level plus uniform noise.
+    r"""A distribution y on the unit scale, read as a density of v = n y, an integer level plus uniform noise.
 
     .. math:: \log p(v) = \log p_y(v / n) - \log n
 
     Args:
-        base_dist: the law of y, with an empty event shape.
+        base_dist: the distribution of y, with an empty event shape.
         num_levels: n, at least 2.
 
     References:
@@ -939,7 +952,7 @@ class Dequantized(dist.TransformedDistribution):
         return _Noisy(self.base_dist.support, self.num_levels)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Dequantized:
-        """The same law over a larger batch."""
+        """The same distribution over a larger batch."""
         return Dequantized(self.base_dist.expand(torch.Size(batch_shape)), self.num_levels, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:

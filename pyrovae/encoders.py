@@ -309,7 +309,7 @@ class Flow(Encoder):
 
 @register("encoder")
 class PowerSpherical(Encoder):
-    r"""A law about a direction on the unit sphere of R^L, for the prior ``hypersphere_uniform``.
+    r"""A distribution about a direction on the unit sphere of R^L, for the prior ``hypersphere_uniform``.
 
     .. math:: q(z \mid x) \propto (1 + \mu(x)^\top z)^{\kappa(x)}, \quad \|z\| = \|\mu\| = 1, \quad
         \kappa = (L - 1) \exp(s(x))

@@ -42,7 +42,7 @@ class Likelihood(nn.Module):
         ValueError: neither says the shape of a datum, or the decoder's output does not fit the parameters.
     """
 
-    filler: float | Tensor = 0.0  # a value inside the support, which stands where one is missing
+    fill_value: float | Tensor = 0.0  # a value inside the support, which stands where one is missing
 
     def __init__(self, decoder: nn.Module, event_shape: Shape | None = None, num_parameters: int = 1):
         super().__init__()
@@ -111,7 +111,7 @@ class Likelihood(nn.Module):
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
         raise TypeError(f"{type(self).__name__} must implement forward(z) and return a distribution.")
 
-    def shown(self, x: Tensor) -> Tensor:
+    def encoder_input(self, x: Tensor) -> Tensor:
         """What a VAE shows its encoder of data of shape ``[..., *event_shape]``: themselves, or log(1 + x) of unbounded counts.
 
         Raw counts in the thousands send an encoder's scales, which are exponentials, to infinity (Lopez et al. 2018).
@@ -143,17 +143,17 @@ class Likelihood(nn.Module):
         """
         if mask is None:
             return self.given(z, x), x
-        x = torch.where(mask, x, self.filler)
-        law = self.given(z, x, mask)
-        if not isinstance(law, torch.distributions.Independent) or law.base_dist.event_shape:
+        x = torch.where(mask, x, self.fill_value)
+        distribution = self.given(z, x, mask)
+        if not isinstance(distribution, torch.distributions.Independent) or distribution.base_dist.event_shape:
             raise ValueError(
                 f"{type(self).__name__} does not return independent dimensions (base.to_event(n)), so a part of a datum has "
                 f"no density of its own: choose another likelihood, or complete data."
             )
-        return law.base_dist.mask(mask).to_event(self.event_dim), x
+        return distribution.base_dist.mask(mask).to_event(self.event_dim), x
 
 
-class _Choosing(Likelihood):
+class _ScaleParameter(Likelihood):
     """A likelihood with a positive quantity that is fixed, learned, or given by the decoder as its last parameter."""
 
     quantity = "scale"
@@ -184,7 +184,7 @@ class _Choosing(Likelihood):
         return (*parameters, getattr(self, f"log_{self.quantity}").exp() if isinstance(choice, str) else choice)
 
 
-class _Given(Body):
+class _PrecomputedOutput(Body):
     """A decoder that has been run already: a slice of another one's output, in the shape that a likelihood wants."""
 
     def __init__(self, out_shape: Shape):
@@ -270,7 +270,7 @@ class Binomial(Likelihood):
 
 
 @register("likelihood")
-class Normal(_Choosing):
+class Normal(_ScaleParameter):
     r"""Real data with Gaussian noise.
 
     .. math:: \log p(x \mid z) = -\sum_d \tfrac12 \log 2\pi + \log \sigma_d + \tfrac{(x_d - \mu_d(z))^2}{2 \sigma_d^2}
@@ -335,7 +335,7 @@ class Normal(_Choosing):
 
 
 @register("likelihood")
-class Laplace(_Choosing):
+class Laplace(_ScaleParameter):
     r"""Real data with Laplace noise, which forgives outliers.
 
     .. math:: \log p(x \mid z) = -\sum_d \log 2 b_d + \tfrac{|x_d - \mu_d(z)|}{b_d}
@@ -368,7 +368,7 @@ class Laplace(_Choosing):
 
 
 @register("likelihood")
-class StudentT(_Choosing):
+class StudentT(_ScaleParameter):
     r"""Real data with Student's t noise, whose tails are polynomial.
 
     .. math:: \log p(x \mid z) = \sum_d \log \frac{\Gamma(\frac{\nu+1}2)}{\Gamma(\frac\nu2) \sqrt{\nu\pi} \, \sigma_d}
@@ -465,7 +465,7 @@ class Beta(Likelihood):
         torch.Size([5])
     """
 
-    filler = 0.5
+    fill_value = 0.5
 
     def __init__(self, decoder: nn.Module, event_shape: Shape | None = None):
         super().__init__(decoder, event_shape, 2)
@@ -488,7 +488,7 @@ class BetaBinomial(Likelihood):
     .. math:: \log p(x \mid z) = \sum_d \log \binom{n}{x_d}
         + \log \frac{B(x_d + \alpha_d(z), n - x_d + \beta_d(z))}{B(\alpha_d(z), \beta_d(z))}
 
-    A binomial whose probability is drawn from a beta distribution. A decoder at zero gives the uniform law on 0, ..., n.
+    A binomial whose probability is drawn from a beta distribution. A decoder at zero gives the uniform one on 0, ..., n.
 
     Args:
         decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, log alpha and log beta.
@@ -547,7 +547,7 @@ class Poisson(Likelihood):
     def __init__(self, decoder: nn.Module, event_shape: Shape | None = None):
         super().__init__(decoder, event_shape)
 
-    def shown(self, x: Tensor) -> Tensor:
+    def encoder_input(self, x: Tensor) -> Tensor:
         """log(1 + x)."""
         return _log_counts(x)
 
@@ -557,7 +557,7 @@ class Poisson(Likelihood):
         return dist.Poisson(log_rate.exp()).to_event(self.event_dim)
 
 
-class _Counts(_Choosing):
+class _Counts(_ScaleParameter):
     """Overdispersed counts with a mean that may be a share of a library size."""
 
     quantity = "dispersion"
@@ -571,7 +571,7 @@ class _Counts(_Choosing):
         self.dispersion: float | str
         self.library = library
 
-    def shown(self, x: Tensor) -> Tensor:
+    def encoder_input(self, x: Tensor) -> Tensor:
         """log(1 + x)."""
         return _log_counts(x)
 
@@ -592,14 +592,14 @@ class _Counts(_Choosing):
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
-        return self.law(z)
+        return self.distribution(z)
 
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
         """p(x|z), with the library size read off the datum where it is its total."""
-        law = self.law(z, x, mask)
-        return distributions.conditioned(law, "the total") if self.library == "total" else law
+        distribution = self.distribution(z, x, mask)
+        return distributions.conditioned(distribution, "the total") if self.library == "total" else distribution
 
-    def law(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
+    def distribution(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
         """The distribution, for a datum if there is one."""
         raise NotImplementedError
 
@@ -641,7 +641,7 @@ class NegativeBinomial(_Counts):
     ):
         super().__init__(decoder, dispersion, library, event_shape)
 
-    def law(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
+    def distribution(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
         """The distribution, for a datum if there is one."""
         raw, theta = self.split(z)
         logits = self.log_mean(raw, x, mask) - _log(theta)
@@ -656,8 +656,8 @@ class ZeroInflatedNegativeBinomial(_Counts):
         \mu_d = l \operatorname{softmax}(\rho(z))_d
 
     With ``library="total"`` l is the datum's own total (of what was observed, and then of the observed shares), a covariate as
-    in scVI: the law is one over counts given l, so compare its nats only with those of models that are given l too. Draws and
-    means without a datum, as of ``vae.sample``, are for a total of 10,000.
+    in scVI: the distribution is over counts given l, so compare its nats only with those of models that are given l too. Draws
+    and means without a datum, as of ``vae.sample``, are for a total of 10,000.
 
     Args:
         decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, the logits rho of the shares and the logits of pi; with
@@ -696,7 +696,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
         """Three where the decoder gives the dispersion, else two."""
         return 3 if options.get("dispersion") == "decoder" else 2
 
-    def law(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
+    def distribution(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
         """The distribution, for a datum if there is one."""
         raw, gate_logits, theta = self.split(z)
         logits = self.log_mean(raw, x, mask) - _log(theta)
@@ -749,7 +749,7 @@ class Categorical(Likelihood):
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
         logits = self.output(z).movedim(-self.event_dim - 1, -1)
-        return distributions.Levels(logits).to_event(self.event_dim)
+        return distributions.OrdinalCategorical(logits).to_event(self.event_dim)
 
 
 @register("likelihood")
@@ -809,12 +809,12 @@ class DiscretizedLogistic(Likelihood):
         # Components go last, where a mixture wants them.
         loc = ((loc + 1) * half).movedim(-self.event_dim - 1, -1)
         scale = (log_scale.clamp(min=-7.0).exp() * half).movedim(-self.event_dim - 1, -1)
-        law = distributions.DiscretizedLogistic(loc, scale, self.num_levels)
+        distribution = distributions.DiscretizedLogistic(loc, scale, self.num_levels)
         if not logits:
-            law = distributions.DiscretizedLogistic(loc[..., 0], scale[..., 0], self.num_levels)
-            return law.to_event(self.event_dim)
+            distribution = distributions.DiscretizedLogistic(loc[..., 0], scale[..., 0], self.num_levels)
+            return distribution.to_event(self.event_dim)
         weights = dist.Categorical(logits=logits[0].movedim(-self.event_dim - 1, -1))
-        return dist.MixtureSameFamily(weights, law).to_event(self.event_dim)
+        return dist.MixtureSameFamily(weights, distribution).to_event(self.event_dim)
 
 
 @register("likelihood")
@@ -854,7 +854,7 @@ class Dequantized(Likelihood):
         super().__init__(decoder, event_shape, self.count_parameters({"likelihood": likelihood}))
         self.likelihood, self.num_levels = likelihood, num_levels
         options = _as_table(likelihood)
-        given = _Given(_family(options).decoder_shape(self.event_shape, options))
+        given = _PrecomputedOutput(_family(options).decoder_shape(self.event_shape, options))
         self.inner: Likelihood = build("likelihood", options, decoder=given)
         support = self.inner(torch.zeros(given.in_shape)).support
         if support.is_discrete:
@@ -875,9 +875,9 @@ class Dequantized(Likelihood):
         return self.inner.in_scale / self.num_levels
 
     @property
-    def filler(self) -> float | Tensor:  # type: ignore[override]
+    def fill_value(self) -> float | Tensor:  # type: ignore[override]
         """That of the continuous likelihood, in levels."""
-        return self.inner.filler * self.num_levels
+        return self.inner.fill_value * self.num_levels
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
@@ -890,8 +890,8 @@ class Dequantized(Likelihood):
     def _flat(self, z: Tensor) -> Tensor:
         return self.output(z).flatten(-self.event_dim - (self.num_parameters > 1))
 
-    def _in_levels(self, law: Any) -> dist.Distribution:
-        return distributions.Dequantized(law.base_dist, self.num_levels).to_event(self.event_dim)
+    def _in_levels(self, distribution: Any) -> dist.Distribution:
+        return distributions.Dequantized(distribution.base_dist, self.num_levels).to_event(self.event_dim)
 
 
 @register("likelihood")
@@ -941,7 +941,8 @@ class Mixed(Likelihood):
         self.parts = [[columns, table] for columns, table in groups]
         self.sizes = sizes
         self.likelihoods = nn.ModuleList(
-            build("likelihood", table, decoder=_Given(shape)) for (_, table), shape in zip(groups, shapes, strict=True)
+            build("likelihood", table, decoder=_PrecomputedOutput(shape))
+            for (_, table), shape in zip(groups, shapes, strict=True)
         )
         self.out_size, self.event_shape = sum(sizes), (sum(len(columns) for columns, _ in groups),)
         order = torch.argsort(torch.tensor([column for columns, _ in groups for column in columns]))
@@ -949,12 +950,13 @@ class Mixed(Likelihood):
         for index, (columns, _) in enumerate(groups):
             self.register_buffer(f"columns{index}", torch.tensor(columns), persistent=False)
         fillers = [
-            torch.as_tensor(part.filler).expand(len(columns)) for part, (columns, _) in zip(self._each(), groups, strict=True)
+            torch.as_tensor(part.fill_value).expand(len(columns))
+            for part, (columns, _) in zip(self._each(), groups, strict=True)
         ]
         self.register_buffer("fill", torch.cat(fillers)[order], persistent=False)
 
     @property
-    def filler(self) -> Tensor:  # type: ignore[override]
+    def fill_value(self) -> Tensor:  # type: ignore[override]
         """That of each column."""
         return self.fill
 
@@ -981,10 +983,10 @@ class Mixed(Likelihood):
             ]
         )
 
-    def shown(self, x: Tensor) -> Tensor:
+    def encoder_input(self, x: Tensor) -> Tensor:
         """Each part's own, brought to about unit size."""
         groups = zip(self._each(), self._columns(), strict=True)
-        return torch.cat([part.shown(x[..., columns]) * part.in_scale for part, columns in groups], -1)[..., self.order]
+        return torch.cat([part.encoder_input(x[..., columns]) * part.in_scale for part, columns in groups], -1)[..., self.order]
 
     def _each(self) -> list[Likelihood]:
         return list(self.likelihoods)  # type: ignore[arg-type]
@@ -1001,8 +1003,9 @@ class Mixed(Likelihood):
             )
         return out.split(self.sizes, -1)
 
-    def _together(self, laws: list[Any]) -> dist.Distribution:
-        return distributions.Columns([law.base_dist for law in laws], self._columns(), self.order).to_event(1)
+    def _together(self, groups: list[Any]) -> dist.Distribution:
+        columns = [group.base_dist for group in groups]
+        return distributions.HeterogeneousIndependent(columns, self._columns(), self.order).to_event(1)
 
 
 def _log_counts(x: Tensor) -> Tensor:

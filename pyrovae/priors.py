@@ -326,7 +326,7 @@ class Flow(Prior):
 
 
 class _FixedScale(Prior):
-    """A law of independent dimensions about zero, of one fixed scale."""
+    """A distribution of independent dimensions about zero, of one fixed scale."""
 
     loc: Tensor
 
@@ -403,7 +403,7 @@ class StudentT(_FixedScale):
 
 @register("prior")
 class HypersphereUniform(Prior):
-    r"""The uniform law on the unit sphere of R^L, for the guide ``power_spherical``.
+    r"""The uniform distribution on the unit sphere of R^L, for the guide ``power_spherical``.
 
     .. math:: p(z) = \frac{\Gamma(L/2)}{2 \pi^{L/2}}, \quad \|z\| = 1
 
@@ -437,7 +437,7 @@ class HypersphereUniform(Prior):
 
 
 class _Probabilities(Prior):
-    """A law with one probability for each dimension."""
+    """A distribution with one probability for each dimension."""
 
     logits: Tensor
 

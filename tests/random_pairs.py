@@ -147,8 +147,8 @@ class Case:
             total = x.new_zeros(x.shape[0])
             for site in self.sites:
                 total = total + self._draw(site, site.family.make(site.offset + site.slope * total))
-            law = LIKELIHOODS[self.likelihood](total[..., None].expand(*total.shape, self.num_dims))
-            pyro.sample("x", (law if mask is None else law.mask(mask)).to_event(1), obs=x)
+            distribution = LIKELIHOODS[self.likelihood](total[..., None].expand(*total.shape, self.num_dims))
+            pyro.sample("x", (distribution if mask is None else distribution.mask(mask)).to_event(1), obs=x)
             if self.bonus is not None:
                 pyro.factor("bonus", self.bonus[0] + self.bonus[1] * torch.tanh(total))
 
@@ -165,11 +165,11 @@ class Case:
             if self.guide_factor is not None:
                 pyro.factor("in_guide", torch.full_like(x[:, 0], self.guide_factor))
 
-    def _draw(self, site: Site, law: Any) -> Tensor:
+    def _draw(self, site: Site, distribution: Any) -> Tensor:
         if site.copies == 1:
-            return site.weight * LINKS[site.link](pyro.sample(site.name, law).to(self.dtype))
+            return site.weight * LINKS[site.link](pyro.sample(site.name, distribution).to(self.dtype))
         with pyro.plate(f"plate_{site.name}", 2, dim=-2):
-            z = pyro.sample(site.name, law)
+            z = pyro.sample(site.name, distribution)
         return site.weight * LINKS[site.link](z.to(self.dtype)).sum(-2, keepdim=True)
 
     def _guide_law(self, site: Site, loc: Tensor, rows: Tensor) -> Any:
@@ -222,16 +222,20 @@ def _finite_guide(site: Site, fit: dict[str, Tensor]) -> Any:
     return dist.Poisson(mean + 0.3) if site.label == "poisson" else dist.Geometric(1 / (1.3 + mean))
 
 
-def _bounds(law: Any) -> tuple[Tensor, Tensor]:
-    return (law.low, law.high) if isinstance(law, dist.Uniform) else (torch.tensor(0.0), torch.tensor(1.0))
+def _bounds(distribution: Any) -> tuple[Tensor, Tensor]:
+    return (
+        (distribution.low, distribution.high)
+        if isinstance(distribution, dist.Uniform)
+        else (torch.tensor(0.0), torch.tensor(1.0))
+    )
 
 
 # --- the truth ----------------------------------------------------------------------------------------------------------
 
 
-def _rule(family: Family, law: Any, number: int) -> tuple[Tensor, Tensor]:
+def _rule(family: Family, distribution: Any, number: int) -> tuple[Tensor, Tensor]:
     """Values of one latent and the logarithms of their weights, both with the grid first."""
-    shape = [1] * len(law.batch_shape)
+    shape = [1] * len(distribution.batch_shape)
     if family.kind == "finite":
         values = torch.arange(family.most + 1, dtype=torch.float64).reshape(-1, *shape)
         return values, torch.zeros_like(values)
@@ -253,7 +257,7 @@ def _rule(family: Family, law: Any, number: int) -> tuple[Tensor, Tensor]:
     weights[[0, -1]] /= 2
     values, weights = values.reshape(-1, *shape), weights.reshape(-1, *shape)
     if family.kind == "interval":
-        low, high = _bounds(law)
+        low, high = _bounds(distribution)
         values, weights = low + (high - low) * values, weights * (high - low)
     return values, weights.log()
 
@@ -267,13 +271,13 @@ def integrate(case: Case, number: int) -> tuple[Tensor, list[tuple[Site, int, Te
     grids = []
     axis = 0
     for site in case.sites:
-        law = site.family.make(site.offset + site.slope * total)
+        distribution = site.family.make(site.offset + site.slope * total)
         added = torch.zeros_like(total)
         for _ in range(site.copies):
-            values, log_weights = _rule(site.family, law, number)
+            values, log_weights = _rule(site.family, distribution, number)
             # The grid came first: put it at this latent's own axis, where its parents have one entry.
             values, log_weights = (v.transpose(0, axis + 1).squeeze(0) for v in (values, log_weights))
-            log_prob = law.log_prob(values)
+            log_prob = distribution.log_prob(values)
             log_prob = torch.where(log_prob.isnan(), -math.inf, log_prob)
             log_joint = log_joint + log_prob + log_weights
             added = added + site.weight * LINKS[site.link](values)
@@ -484,7 +488,7 @@ def main() -> None:
     summary = {
         "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - began), "machine": platform.machine(),
         "torch": torch.__version__, "pyro": pyro.__version__, "pyrovae": pv.__version__,
-        "pairs": options.pairs, "first_seed": options.first, "outcomes": dict(outcomes), "estimates": data,
+        "pairs": options.pairs, "first_seed": options.first, "drain": dict(outcomes), "estimates": data,
         "reliable": reliable, "violations": violations,
     }  # fmt: skip
     print(f"{options.pairs} pairs, {data} estimates, {reliable} reliable, {len(violations)} violations; {dict(outcomes)}")

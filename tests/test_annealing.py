@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import pyrovae as pv
 from pyrovae.evidence.annealing import _betas, _Field, _Gradient, _Path, _Tuned
-from pyrovae.programs.unconstrained import FlatPair
+from pyrovae.programs.unconstrained import UnconstrainedPair
 
 
 @pytest.mark.usefixtures("float64")
@@ -74,7 +74,7 @@ def test_unbiased_for_px_even_with_few_temperatures():
 def test_a_transition_leaves_its_target_as_it_is():
     pair = counts_pair()
     y = torch.tensor([0.0, 3.0])
-    field = _Field(FlatPair(pair.model, pair.guide, (y,)), "prior", _Gradient("eager"))
+    field = _Field(UnconstrainedPair(pair.model, pair.guide, (y,)), "prior", _Gradient("eager"))
     path = _Path("prior", [0.0, 1.0], 5, 0.3, 0.65)
     posterior = dist.Gamma(3 + y, torch.tensor(2.5))
     state = field.at(posterior.sample((4000,)).log()[..., None])
@@ -91,7 +91,7 @@ def test_a_transition_leaves_its_target_as_it_is():
 def test_step_sizes_follow_temperature_and_datum():
     pair = LinearGaussian(latent_dim=1, data_dim=1, noise=0.02)
     x = pair.sample(3)
-    field = _Field(FlatPair(pair.model, pair.guide, (x,)), "prior", _Gradient("eager"))
+    field = _Field(UnconstrainedPair(pair.model, pair.guide, (x,)), "prior", _Gradient("eager"))
     path = _Path("prior", _betas("sigmoid", 100), 4, 0.01, 0.65)
     tuned: _Tuned = path.tune(field, 8, tqdm(disable=True))
     assert len(tuned.steps) == 101

@@ -134,7 +134,7 @@ def test_modules_that_moved_can_still_be_imported() -> None:
         "import warnings; warnings.simplefilter('error', DeprecationWarning)\n"
         "try:\n    import pyrovae.marginal\nexcept DeprecationWarning as warning:\n    print(warning)\n"
         "warnings.simplefilter('ignore')\n"
-        "from pyrovae.vae import VAE; from pyrovae.traces import FlatPair; import pyrovae as pv; print(VAE is pv.VAE)"
+        "from pyrovae.vae import VAE; from pyrovae.traces import UnconstrainedPair; import pyrovae as pv; print(VAE is pv.VAE)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said, same = done.stdout.strip().splitlines()

@@ -298,9 +298,9 @@ def test_a_factor_of_the_guide_has_no_score(kind: str) -> None:
 
 def test_a_sleeping_guide_does_not_learn_what_it_observes() -> None:
     pyro.set_rng_seed(0)
-    plain = pv.weights.dreamt_log_guide(model, guide, _x())
+    plain = pv.weights.simulated_log_guide(model, guide, _x())
     pyro.set_rng_seed(0)
-    assert_allclose(pv.weights.dreamt_log_guide(model, _observing(both=True), _x()), plain)
+    assert_allclose(pv.weights.simulated_log_guide(model, _observing(both=True), _x()), plain)
 
 
 @pytest.mark.parametrize("make", [AutoNormalMessenger, AutoHierarchicalNormalMessenger])
@@ -339,15 +339,15 @@ def _number(prior: Callable[[], Any]) -> Program:
     return _in_data(body)
 
 
-def _drawn(law: Callable[[Tensor], Any]) -> Program:
-    return _in_data(lambda x: pyro.sample("z", law(x)))
+def _drawn(distribution: Callable[[Tensor], Any]) -> Program:
+    return _in_data(lambda x: pyro.sample("z", distribution(x)))
 
 
 _half, _ones, _two = torch.tensor(0.5), torch.ones(3), torch.tensor([1.0, 2.0])
 
 
 @pytest.mark.parametrize(
-    ("program", "law", "match"),
+    ("program", "distribution", "match"),
     [
         (
             _one_hot(lambda: dist.OneHotCategorical(torch.ones(3))),
@@ -389,14 +389,14 @@ _half, _ones, _two = torch.tensor(0.5), torch.ones(3), torch.tensor([1.0, 2.0])
         ),
     ],
 )
-def test_a_density_never_divides_a_mass(program: Program, law: Any, match: str) -> None:
-    _assert_refused(program, _drawn(law), match)
+def test_a_density_never_divides_a_mass(program: Program, distribution: Any, match: str) -> None:
+    _assert_refused(program, _drawn(distribution), match)
     with pytest.raises(ValueError, match=match):
-        pv.fit(program, _drawn(law), _x(), epochs=1, progress=False)
+        pv.fit(program, _drawn(distribution), _x(), epochs=1, progress=False)
 
 
 @pytest.mark.parametrize(
-    ("program", "law"),
+    ("program", "distribution"),
     [
         (
             _one_hot(lambda: dist.OneHotCategorical(torch.ones(3))),
@@ -425,8 +425,8 @@ def test_a_density_never_divides_a_mass(program: Program, law: Any, match: str) 
         ),
     ],
 )
-def test_measures_of_one_kind_are_fine(program: Program, law: Any) -> None:
-    assert np.isfinite(_score(program, _drawn(law), _x()).log_px).all()
+def test_measures_of_one_kind_are_fine(program: Program, distribution: Any) -> None:
+    assert np.isfinite(_score(program, _drawn(distribution), _x()).log_px).all()
 
 
 # -- draws outside the prior's support -------------------------------------------------------------------------------------
@@ -435,13 +435,15 @@ def test_measures_of_one_kind_are_fine(program: Program, law: Any) -> None:
 def _positive(prior: Callable[[], Any]) -> Program:
     def body(x: Tensor) -> None:
         z = pyro.sample("z", prior())
-        pyro.sample("x", dist.Normal(z.sqrt(), 1.0), obs=x)  # no number, and refused by the law itself, where z is negative
+        pyro.sample(
+            "x", dist.Normal(z.sqrt(), 1.0), obs=x
+        )  # no number, and refused by the distribution itself, where z is negative
 
     return _in_data(body)
 
 
 @pytest.mark.parametrize(
-    ("prior", "law", "density"),
+    ("prior", "distribution", "density"),
     [
         (lambda: dist.Gamma(2.0, 1.0), lambda x: dist.Normal(1.5, 1.5), stats.gamma(2.0).pdf),
         (lambda: dist.HalfNormal(2.0), lambda x: dist.Laplace(1.0, 1.5), stats.halfnorm(scale=2.0).pdf),
@@ -459,16 +461,16 @@ def _positive(prior: Callable[[], Any]) -> Program:
         ),
     ],
 )
-def test_a_draw_outside_the_prior_weighs_nothing(prior: Any, law: Any, density: Any) -> None:
+def test_a_draw_outside_the_prior_weighs_nothing(prior: Any, distribution: Any, density: Any) -> None:
     program, x = _positive(prior), torch.tensor([0.3, 1.1, 2.0])
     grid = np.linspace(0, 40, 400_001)
     exact = [np.log(np.trapezoid(density(grid) * stats.norm(grid**0.5, 1).pdf(value), grid)) for value in x.numpy()]
     pyro.set_rng_seed(0)
-    weights = pv.log_weights(program, _drawn(law), x, num_particles=40_000).log_weights  # validation is on
+    weights = pv.log_weights(program, _drawn(distribution), x, num_particles=40_000).log_weights  # validation is on
     assert (weights == -torch.inf).any()
     assert not weights.isnan().any()
     assert_allclose(torch.logsumexp(weights, 0) - math.log(40_000), exact, atol=0.03)
-    evidence = _score(program, _drawn(law), x, num_samples=20_000)
+    evidence = _score(program, _drawn(distribution), x, num_samples=20_000)
     assert_allclose(evidence.log_px, exact, atol=0.04)
 
 
@@ -515,7 +517,7 @@ def _mask_inside(where: Callable[[Tensor], Any]) -> Program:
 
 
 @pytest.mark.parametrize(
-    ("program", "law"),
+    ("program", "distribution"),
     [
         (_mask_around(lambda x: x > 0), lambda x: dist.Normal(x / 2, 0.7)),
         (_mask_around(lambda x: False), lambda x: dist.Normal(x / 2, 0.7)),
@@ -524,21 +526,21 @@ def _mask_inside(where: Callable[[Tensor], Any]) -> Program:
         (_mask_inside(lambda x: x > 0), lambda x: dist.Normal(x[:, None] / 2, 0.7).mask(x[:, None] > -3).to_event(1)),
     ],
 )
-def test_masks_of_a_latent_agree_in_both_programs(program: Program, law: Any) -> None:
+def test_masks_of_a_latent_agree_in_both_programs(program: Program, distribution: Any) -> None:
     match = "latent site 'z' is masked otherwise in the model than in the guide"
-    _assert_refused(program, _drawn(law), match, proposals=("guide", "mixture", "prior", "refined"))
+    _assert_refused(program, _drawn(distribution), match, proposals=("guide", "mixture", "prior", "refined"))
     for scored in (pv.exact, pv.ais):
         with pytest.raises(ValueError, match=match):
-            scored(program, _drawn(law), _x())
+            scored(program, _drawn(distribution), _x())
     with pytest.raises(ValueError, match=match):
-        pv.fit(program, _drawn(law), _x(), epochs=1, progress=False)
+        pv.fit(program, _drawn(distribution), _x(), epochs=1, progress=False)
 
 
 def _steps(inner: bool) -> tuple[Program, Program]:
     """Sequences of two steps, of which some data have one: the mask inside the distribution, as in Pyro's dmm.py, or around."""
 
-    def place(law: Any, mask: Tensor) -> Any:
-        return law.mask(mask[:, None]).to_event(1) if inner else law.to_event(1)
+    def place(distribution: Any, mask: Tensor) -> Any:
+        return distribution.mask(mask[:, None]).to_event(1) if inner else distribution.to_event(1)
 
     def around(mask: Tensor) -> Any:
         return poutine.mask(mask=mask) if not inner else poutine.mask(mask=True)
@@ -664,16 +666,16 @@ def _plain_rows(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(x[:, None] / 2, 1.0))
 
 
-def _observes(law: Callable[[Tensor], Any], value: Callable[[Tensor], Tensor]) -> Program:
+def _observes(distribution: Callable[[Tensor], Any], value: Callable[[Tensor], Tensor]) -> Program:
     def body(x: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", law(z), obs=value(x))
+        pyro.sample("x", distribution(z), obs=value(x))
 
     return _in_data(body)
 
 
 @pytest.mark.parametrize(
-    ("law", "value", "match"),
+    ("distribution", "value", "match"),
     [
         (lambda z: dist.Normal(z[..., None], torch.ones(5)).to_event(1), lambda x: x[:, None], r"events of shape \(5,\)"),
         (
@@ -685,9 +687,9 @@ def _observes(law: Callable[[Tensor], Any], value: Callable[[Tensor], Tensor]) -
         (lambda z: dist.Normal(z[..., None], torch.ones(2)).to_event(1), lambda x: torch.ones(1, 2), "plate of size 20"),
     ],
 )
-def test_an_observed_value_is_not_broadcast(law: Any, value: Any, match: str) -> None:
+def test_an_observed_value_is_not_broadcast(distribution: Any, value: Any, match: str) -> None:
     _assert_refused(
-        _observes(law, value), guide, rf"value observed at site 'x' has shape .*{match}", proposals=("guide", "prior")
+        _observes(distribution, value), guide, rf"value observed at site 'x' has shape .*{match}", proposals=("guide", "prior")
     )
 
 

@@ -72,11 +72,11 @@ def steps_of(
     outcomes = []
     for batch in batches:
         if graphs:
-            step.ahead(*batch)
+            step.step_async(*batch)
         else:
             outcomes.append(step(*batch))
         scheduler.step()
-    outcomes += step.outcomes()
+    outcomes += step.drain()
     state = [value.clone() for each in made.state.values() for value in each.values() if isinstance(value, Tensor)]
     parameters = [parameter.detach().clone() for parameter in parameters]
     return SimpleNamespace(outcomes=outcomes, parameters=parameters, state=state, step=step, draw=torch.rand(1))
@@ -111,8 +111,8 @@ def test_only_the_graph_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(pv.estimators.ELBO(), vae.model, vae.guide, ADAM["adam"](vae.parameters()))
     step.asynchronous, step.recorder = True, replayed
     for _ in range(25):
-        step.ahead(X)
-    assert len(step.outcomes()) == 25
+        step.step_async(X)
+    assert len(step.drain()) == 25
     assert len(compiled) == 1
     (graphed,) = step._graphs.values()
     assert graphed.compute is not step._staged
@@ -215,17 +215,17 @@ def test_a_program_that_changes_is_noticed_when_it_is_asked_for(power: float) ->
             step.asynchronous, step.recorder = True, replayed
         torch.manual_seed(1)
         for _ in range(17):
-            step.ahead(X)
-        found = step.outcomes()
+            step.step_async(X)
+        found = step.drain()
         pair.power = power
         if power != 1.0:
             with pytest.warns(RuntimeWarning, match="its captured graph gives other numbers at half time"):
-                step.recheck("at half time"), step.ahead(X)
+                step.recheck("at half time"), step.step_async(X)
         else:
-            step.recheck("at half time"), step.ahead(X)
+            step.recheck("at half time"), step.step_async(X)
         for _ in range(17):
-            step.ahead(X)
-        runs.append(found + step.outcomes())
+            step.step_async(X)
+        runs.append(found + step.drain())
         if graphs:
             assert step.captured == (power == 1.0)
     torch.testing.assert_close(*map(torch.tensor, runs), rtol=1e-5, atol=0)

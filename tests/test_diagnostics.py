@@ -371,8 +371,8 @@ def test_chains_and_nested_plates_decompose(vectorize: bool):
     parts = decompose(nested.model, nested.guide, x, num_draws=60, mixture_draws=20 if vectorize else 3, num_samples=50,
                       vectorize_particles=vectorize, seed=0)  # fmt: skip
     centres, scales = torch.cat([0.4 * x.mean(1, keepdim=True), 0.8 * x], 1), torch.tensor([0.7, 0.4, 0.4, 0.4])
-    law = dist.Normal(centres, scales).to_event(1)
-    log_q = law.log_prob((centres + scales * torch.randn(4000, 10, 4))[:, :, None])
+    distribution = dist.Normal(centres, scales).to_event(1)
+    log_q = distribution.log_prob((centres + scales * torch.randn(4000, 10, 4))[:, :, None])
     exact = (log_q.diagonal(dim1=1, dim2=2) - log_q.logsumexp(-1)).mean().item() + math.log(10)
     assert parts.mutual_information == pytest.approx(exact, abs=0.1 if vectorize else 0.2)
     np.testing.assert_allclose(parts.mean_variances["u"], (0.8 * x).var(0).numpy(), rtol=1e-9)

@@ -38,15 +38,15 @@ def _direction(size: int) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(size), dim=0)
 
 
-def _over_cosines(law: PowerSpherical, function: object, size: int) -> float:
+def _over_cosines(distribution: PowerSpherical, function: object, size: int) -> float:
     """The integral over the sphere of a function of the log-density, a circle of one cosine at a time."""
     across = math.log(2) + (size - 1) / 2 * math.log(math.pi) - special.gammaln((size - 1) / 2)
     side = torch.nn.functional.normalize(torch.randn(size), dim=0)
-    side = torch.nn.functional.normalize(side - (side @ law.loc) * law.loc, dim=0)
+    side = torch.nn.functional.normalize(side - (side @ distribution.loc) * distribution.loc, dim=0)
 
     def integrand(angle: float) -> float:
-        point = math.cos(angle) * law.loc + math.sin(angle) * side
-        return function(law.log_prob(point).item()) * math.exp(across) * math.sin(angle) ** (size - 2)
+        point = math.cos(angle) * distribution.loc + math.sin(angle) * side
+        return function(distribution.log_prob(point).item()) * math.exp(across) * math.sin(angle) ** (size - 2)
 
     return integrate.quad(integrand, 0, math.pi, epsabs=1e-12)[0]
 
@@ -54,32 +54,32 @@ def _over_cosines(law: PowerSpherical, function: object, size: int) -> float:
 @pytest.mark.parametrize("kappa", [0.1, 3.0, 40.0])
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_power_spherical_by_quadrature(size: int, kappa: float) -> None:
-    law = PowerSpherical(_direction(size), torch.tensor(kappa))
-    assert _over_cosines(law, math.exp, size) == pytest.approx(1, abs=1e-8)
-    entropy = _over_cosines(law, lambda log: -log * math.exp(log) if log > -700 else 0.0, size)
-    assert law.entropy().item() == pytest.approx(entropy, abs=1e-8)
-    kl = kl_divergence(law, HypersphereUniform(torch.zeros(size)))
+    distribution = PowerSpherical(_direction(size), torch.tensor(kappa))
+    assert _over_cosines(distribution, math.exp, size) == pytest.approx(1, abs=1e-8)
+    entropy = _over_cosines(distribution, lambda log: -log * math.exp(log) if log > -700 else 0.0, size)
+    assert distribution.entropy().item() == pytest.approx(entropy, abs=1e-8)
+    kl = kl_divergence(distribution, HypersphereUniform(torch.zeros(size)))
     assert kl.item() == pytest.approx(log_area(size) - entropy, abs=1e-8)
     assert kl > 0
 
 
 def test_no_concentration_is_uniform() -> None:
-    law = PowerSpherical(_direction(5), torch.tensor(1e-9))
-    assert kl_divergence(law, HypersphereUniform(torch.zeros(5))).item() == pytest.approx(0, abs=1e-12)
+    distribution = PowerSpherical(_direction(5), torch.tensor(1e-9))
+    assert kl_divergence(distribution, HypersphereUniform(torch.zeros(5))).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_power_spherical_draws(size: int) -> None:
-    law = PowerSpherical(_direction(size), torch.tensor(2.5))
-    z = law.sample((20_000,))
-    assert law.support.check(z).all()
+    distribution = PowerSpherical(_direction(size), torch.tensor(2.5))
+    z = distribution.sample((20_000,))
+    assert distribution.support.check(z).all()
     error = z.std(0) / len(z) ** 0.5
-    assert ((z.mean(0) - law.mean).abs() < 5 * error).all()
-    cosine = (z @ law.loc).numpy()
+    assert ((z.mean(0) - distribution.mean).abs() < 5 * error).all()
+    cosine = (z @ distribution.loc).numpy()
     assert stats.kstest((1 + cosine) / 2, stats.beta((size - 1) / 2 + 2.5, (size - 1) / 2).cdf).pvalue > 1e-3
     # At right angles to mu no direction is better than another.
-    across = z - (z @ law.loc)[:, None] * law.loc
-    wanted = (torch.eye(size) - torch.outer(law.loc, law.loc)) * (across**2).sum(-1).mean() / (size - 1)
+    across = z - (z @ distribution.loc)[:, None] * distribution.loc
+    wanted = (torch.eye(size) - torch.outer(distribution.loc, distribution.loc)) * (across**2).sum(-1).mean() / (size - 1)
     assert_allclose(torch.cov(across.T), wanted, atol=0.02)
 
 
@@ -89,8 +89,8 @@ def test_power_spherical_gradients_are_those_of_its_mean(axis: int) -> None:
     loc = torch.eye(3)[axis].requires_grad_()
     kappa = torch.tensor(1.5, requires_grad=True)
     direction = torch.tensor([0.3, -1.0, 0.7])
-    law = PowerSpherical(loc / loc.norm(), kappa)
-    exact = torch.autograd.grad(law.mean @ direction, (loc, kappa))
+    distribution = PowerSpherical(loc / loc.norm(), kappa)
+    exact = torch.autograd.grad(distribution.mean @ direction, (loc, kappa))
     draws = []
     for _ in range(30):
         value = (PowerSpherical(loc / loc.norm(), kappa).rsample((2000,)) @ direction).mean()
@@ -105,23 +105,23 @@ def test_power_spherical_gradients_are_those_of_its_mean(axis: int) -> None:
 def test_power_spherical_is_finite_in_single_precision(kappa: float) -> None:
     loc = torch.tensor([0.6, -0.8, 0.0], dtype=torch.float32, requires_grad=True)
     concentration = torch.tensor(kappa, dtype=torch.float32, requires_grad=True)
-    law = PowerSpherical(loc, concentration)
-    z = law.rsample((5000,))
-    assert law.log_prob(z).isfinite().all()
-    assert law.log_prob(-loc.detach()).isfinite()
-    (z.sum() + law.log_prob(z).sum()).backward()
+    distribution = PowerSpherical(loc, concentration)
+    z = distribution.rsample((5000,))
+    assert distribution.log_prob(z).isfinite().all()
+    assert distribution.log_prob(-loc.detach()).isfinite()
+    (z.sum() + distribution.log_prob(z).sum()).backward()
     assert loc.grad.isfinite().all()
     assert concentration.grad.isfinite()
 
 
 def test_uniform_on_the_sphere() -> None:
-    law = HypersphereUniform(torch.zeros(4)).expand((20_000,))
-    z = law.sample()
-    assert law.support.check(z).all()
+    distribution = HypersphereUniform(torch.zeros(4)).expand((20_000,))
+    z = distribution.sample()
+    assert distribution.support.check(z).all()
     assert_allclose(torch.cov(z.T), torch.eye(4) / 4, atol=0.01)
-    # SciPy's von Mises-Fisher without concentration is the uniform law.
+    # SciPy's von Mises-Fisher without concentration is the uniform distribution.
     expected = stats.vonmises_fisher([1, 0, 0, 0], 1e-9).logpdf(z[:3].numpy())
-    assert_allclose(law.log_prob(z)[:3], expected, rtol=1e-6)
+    assert_allclose(distribution.log_prob(z)[:3], expected, rtol=1e-6)
 
 
 # -- the mixture's implicit gradients --------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _mixture(size: int) -> tuple[list[Tensor], object]:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_mixture_gradients_are_those_of_its_moments(size: int) -> None:
     """E[z_0^2] and E[z_0 z_last^2] have closed forms, in which every parameter has a part."""
-    parameters, law = _mixture(size)
+    parameters, distribution = _mixture(size)
     logits, loc, log_scale = parameters
     square = loc**2 + (2 * log_scale).exp()
     cross = loc[:, 0] * square[:, -1] if size > 1 else square[:, 0]
@@ -149,7 +149,7 @@ def test_mixture_gradients_are_those_of_its_moments(size: int) -> None:
     wanted = torch.cat([part.flatten() for part in exact])
     draws = []
     for _ in range(30):
-        z = law().rsample((2000,))
+        z = distribution().rsample((2000,))
         second = z[:, 0] * z[:, -1] ** 2 if size > 1 else z[:, 0] ** 2
         value = (z[:, 0] ** 2 + second).mean()
         draws.append(torch.cat([part.flatten() for part in torch.autograd.grad(value, parameters)]))
@@ -160,20 +160,20 @@ def test_mixture_gradients_are_those_of_its_moments(size: int) -> None:
 
 def test_mixture_draws_move_along_the_distributional_transform() -> None:
     """In one dimension dz/dphi = -(dF/dphi) / q(z), draw by draw."""
-    parameters, law = _mixture(1)
+    parameters, distribution = _mixture(1)
     logits, loc, log_scale = parameters
-    z = law().rsample()
+    z = distribution().rsample()
     found = torch.autograd.grad(z.sum(), parameters)
     cdf = (logits.softmax(0) * torch.special.ndtr((z.detach() - loc[:, 0]) / log_scale[:, 0].exp())).sum()
-    density = law().log_prob(z.detach()).exp().detach()
+    density = distribution().log_prob(z.detach()).exp().detach()
     for have, want in zip(found, torch.autograd.grad(cdf, parameters), strict=True):
         assert_allclose(have, -want / density, rtol=1e-9)
 
 
 def test_mixture_of_one_is_reparameterised_as_a_normal() -> None:
     loc, scale = torch.randn(1, 3, requires_grad=True), torch.rand(1, 3).add(0.5).requires_grad_()
-    law = DiagonalNormalMixture(dist.Categorical(logits=torch.zeros(1)), dist.Normal(loc, scale).to_event(1))
-    z = law.rsample((6,))
+    distribution = DiagonalNormalMixture(dist.Categorical(logits=torch.zeros(1)), dist.Normal(loc, scale).to_event(1))
+    z = distribution.rsample((6,))
     ones, noise = torch.autograd.grad((z * torch.arange(18.0).view(6, 3)).sum(), (loc, scale))
     weight = torch.arange(18.0).view(6, 3)
     assert_allclose(ones[0], weight.sum(0), rtol=1e-9)
@@ -184,8 +184,10 @@ def test_mixture_gradients_stay_finite_in_single_precision_and_many_dimensions()
     torch.manual_seed(0)
     loc = (10 * torch.randn(4, 50)).float().requires_grad_()
     logits = torch.zeros(4, dtype=torch.float32, requires_grad=True)
-    law = DiagonalNormalMixture(dist.Categorical(logits=logits), dist.Normal(loc, torch.ones(4, 50).float()).to_event(1))
-    z = law.expand((20,)).rsample((10,))
+    distribution = DiagonalNormalMixture(
+        dist.Categorical(logits=logits), dist.Normal(loc, torch.ones(4, 50).float()).to_event(1)
+    )
+    z = distribution.expand((20,)).rsample((10,))
     assert z.shape == (10, 20, 50)
     z.square().sum().backward()
     assert loc.grad.isfinite().all()
@@ -205,20 +207,20 @@ def _flow() -> tuple[torch.nn.Module, FlowDistribution]:
 
 
 def test_a_density_remembered_without_gradients_is_not_given_where_they_are_wanted() -> None:
-    transform, law = _flow()
-    z = law.sample()
-    log_prob = law.log_prob(z)
+    transform, distribution = _flow()
+    z = distribution.sample()
+    log_prob = distribution.log_prob(z)
     log_prob.backward()
     assert next(transform.parameters()).grad.abs().max() > 0
     with torch.no_grad():
-        assert_allclose(law.log_prob(z), log_prob.detach(), rtol=1e-9)
+        assert_allclose(distribution.log_prob(z), log_prob.detach(), rtol=1e-9)
 
 
 def test_a_flow_has_a_centre_and_no_mean() -> None:
-    _, law = _flow()
-    assert_allclose(law.centre.detach(), law.dist.transform.inv(torch.zeros(3)).detach())
+    _, distribution = _flow()
+    assert_allclose(distribution.centre.detach(), distribution.dist.transform.inv(torch.zeros(3)).detach())
     with pytest.raises(NotImplementedError, match="no closed form"):
-        _ = law.mean
+        _ = distribution.mean
 
 
 def test_zuko_leaves_validation_as_it_was() -> None:
@@ -237,13 +239,13 @@ def test_unknown_flow() -> None:
 
 
 def test_one_hot_draws() -> None:
-    law = OneHot(logits=torch.tensor([[0.0, 1.0, -1.0]]).expand(4000, 3))
-    z = law.sample()
-    assert law.support.check(z).all()
+    distribution = OneHot(logits=torch.tensor([[0.0, 1.0, -1.0]]).expand(4000, 3))
+    z = distribution.sample()
+    assert distribution.support.check(z).all()
     counts = z.sum(0).numpy()
     assert stats.chisquare(counts, 4000 * special.softmax([0.0, 1.0, -1.0])).pvalue > 1e-3
-    assert law.expand((2, 4000)).sample((5,)).shape == (5, 2, 4000, 3)
-    assert law.enumerate_support().shape == (3, 4000, 3)
+    assert distribution.expand((2, 4000)).sample((5,)).shape == (5, 2, 4000, 3)
+    assert distribution.enumerate_support().shape == (3, 4000, 3)
 
 
 def test_relaxed_draws_have_the_categories_probabilities_at_the_corner() -> None:
@@ -257,10 +259,10 @@ def test_relaxed_draws_have_the_categories_probabilities_at_the_corner() -> None
 
 def test_relaxed_draws_stay_off_the_edge_in_single_precision() -> None:
     logits = torch.tensor([0.0, 60.0, -60.0], dtype=torch.float32, requires_grad=True)
-    law = RelaxedOneHot(torch.tensor(0.3, dtype=torch.float32), logits=logits)
-    z = law.rsample((2000,))
+    distribution = RelaxedOneHot(torch.tensor(0.3, dtype=torch.float32), logits=logits)
+    z = distribution.rsample((2000,))
     assert (z > 0).all()
-    log_prob = law.log_prob(z)
+    log_prob = distribution.log_prob(z)
     log_prob.sum().backward()
     assert log_prob.isfinite().all()
     assert logits.grad.isfinite().all()
@@ -301,9 +303,9 @@ def _scipy_mixture(logits: Tensor, loc: Tensor, scale: Tensor, z: Tensor) -> np.
 def test_a_mixture_by_products_is_as_exact_as_float32(smallest: float) -> None:
     logits, loc, scale, z = _few_and_many(smallest)
     exact = _scipy_mixture(logits, loc, scale, z)
-    law = mixture(logits, dist.Normal(loc, scale).to_event(1))
-    assert type(law) is NormalMixture
-    found = law.log_prob(z)
+    distribution = mixture(logits, dist.Normal(loc, scale).to_event(1))
+    assert type(distribution) is NormalMixture
+    found = distribution.log_prob(z)
     assert found.dtype == torch.float32
     # To the last digit of float32, whatever the scales; the weights were rounded before.
     assert_allclose(found, exact, rtol=1.2e-7, atol=4e-7)
@@ -315,8 +317,8 @@ def test_a_mixture_by_products_has_the_gradients_of_the_sum(smallest: float) -> 
     found = [tensor.clone().requires_grad_() for tensor in given]
     exact = [tensor.double().requires_grad_() for tensor in given]
     for logits, loc, scale, z in (found, exact):
-        law = mixture(logits, dist.Normal(loc, scale).to_event(1))
-        (law.log_prob(z) * torch.linspace(-1, 1, len(z), dtype=z.dtype)).sum().backward()
+        distribution = mixture(logits, dist.Normal(loc, scale).to_event(1))
+        (distribution.log_prob(z) * torch.linspace(-1, 1, len(z), dtype=z.dtype)).sum().backward()
     for one, other in zip(found, exact, strict=True):
         assert_allclose(one.grad, other.grad, rtol=2e-5, atol=1e-5 * other.grad.abs().max().item())
 
@@ -324,26 +326,26 @@ def test_a_mixture_by_products_has_the_gradients_of_the_sum(smallest: float) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_mixture_by_products_spreads_over_plates(dtype: torch.dtype) -> None:
     logits, loc, scale, z = (tensor.to(dtype) for tensor in _few_and_many(0.1, C=4, L=3))
-    law = mixture(logits, dist.Normal(loc, scale).to_event(1))
+    distribution = mixture(logits, dist.Normal(loc, scale).to_event(1))
     exact = _scipy_mixture(logits, loc, scale, z)
-    spread = law.expand((7, 500)).mask(torch.ones(500, dtype=torch.bool))
+    spread = distribution.expand((7, 500)).mask(torch.ones(500, dtype=torch.bool))
     assert_allclose(spread.log_prob(z), np.broadcast_to(exact, (7, 500)), rtol=1e-6, atol=1e-6)
     assert spread.sample().shape == (7, 500, 3)
-    assert_allclose(law.log_prob(z.reshape(5, 100, 3)), exact.reshape(5, 100), rtol=1e-6, atol=1e-6)
-    assert_allclose(law.expand((6,)).log_prob(z[0]), np.full(6, exact[0]), rtol=1e-6, atol=1e-6)
+    assert_allclose(distribution.log_prob(z.reshape(5, 100, 3)), exact.reshape(5, 100), rtol=1e-6, atol=1e-6)
+    assert_allclose(distribution.expand((6,)).log_prob(z[0]), np.full(6, exact[0]), rtol=1e-6, atol=1e-6)
     # Components that differ by datum have no one matrix to multiply with.
     each = mixture(logits.expand(500, 4), dist.Normal(loc.expand(500, 4, 3), scale).to_event(1))
     assert_allclose(each.log_prob(z), exact, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="support"):
-        law.log_prob(z * torch.nan)
+        distribution.log_prob(z * torch.nan)
 
 
 def test_a_mixture_by_products_holds_no_number_for_each_dimension_of_each_component() -> None:
     logits, loc, scale, z = _few_and_many(0.1)
     loc.requires_grad_()
-    law = mixture(logits, dist.Normal(loc, scale).to_event(1))
+    distribution = mixture(logits, dist.Normal(loc, scale).to_event(1))
     with _Largest() as seen:
-        law.log_prob(z.requires_grad_()).sum().backward()
+        distribution.log_prob(z.requires_grad_()).sum().backward()
     assert seen.numbers <= len(z) * 2 * loc.shape[1]
 
 

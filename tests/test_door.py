@@ -52,8 +52,8 @@ def masked_model(x: Tensor, mask: Tensor | None = None) -> None:
     """Each number of a datum is the datum's z plus noise, where it was observed."""
     with pyro.plate("data", x.shape[0]):
         z = pyro.sample("z", dist.Normal(torch.zeros(()).to(x), 1.0))
-        law = dist.Normal(z[..., None].expand(*z.shape, x.shape[1]), 1.0)
-        pyro.sample("x", (law if mask is None else law.mask(mask)).to_event(1), obs=x)
+        distribution = dist.Normal(z[..., None].expand(*z.shape, x.shape[1]), 1.0)
+        pyro.sample("x", (distribution if mask is None else distribution.mask(mask)).to_event(1), obs=x)
 
 
 def masked_guide(x: Tensor, mask: Tensor | None = None) -> None:

@@ -75,7 +75,7 @@ def _flow(encoder: Encoder, h: torch.Tensor, z: np.ndarray) -> np.ndarray:
 
 
 def _power_spherical(encoder: Encoder, h: torch.Tensor, z: np.ndarray) -> np.ndarray:
-    """The density of the angle to mu, by the Beta law of its cosine, spread over the sphere at right angles."""
+    """The density of the angle to mu, by the Beta distribution of its cosine, spread over the sphere at right angles."""
     size = encoder.latent_dim
     loc = _numpy(encoder.loc(h))
     cosine = (z * loc / np.linalg.norm(loc, axis=-1, keepdims=True)).sum(-1)
@@ -135,11 +135,11 @@ def test_log_prob_is_the_reference(name: str, latent_dim: int) -> None:
 
 def test_full_covariance_is_not_its_transpose_and_not_diagonal() -> None:
     encoder = _perturbed(FullCovarianceNormal(MLP(3, []), 3))
-    law = encoder(torch.randn(3))
-    factor = law.scale_tril
+    distribution = encoder(torch.randn(3))
+    factor = distribution.scale_tril
     assert torch.equal(factor, factor.tril())
     assert (factor.tril(-1)[torch.ones(3, 3).tril(-1).bool()].abs() > 0.01).all()
-    z = law.sample((20_000,))
+    z = distribution.sample((20_000,))
     covariance = (factor @ factor.T).detach()
     variances = covariance.diag()
     error = ((variances[:, None] * variances + covariance**2) / len(z)).sqrt()
@@ -148,19 +148,19 @@ def test_full_covariance_is_not_its_transpose_and_not_diagonal() -> None:
 
 @pytest.mark.parametrize("name", names("encoder"))
 def test_scale_starts_the_same_for_every_datum(name: str) -> None:
-    law = build("encoder", name, body=MLP(4, [8]), latent_dim=2)(100 * torch.randn(9, 4))
+    distribution = build("encoder", name, body=MLP(4, [8]), latent_dim=2)(100 * torch.randn(9, 4))
     if name == "flow":
-        law = law.dist.base
+        distribution = distribution.dist.base
     if name == "mixture":
-        law = law.component_distribution
+        distribution = distribution.component_distribution
     if name == "power_spherical":
-        assert torch.equal(law.concentration, torch.ones(9))
+        assert torch.equal(distribution.concentration, torch.ones(9))
     elif name == "low_rank_normal":
-        assert torch.equal(law.cov_diag, torch.ones(9, 2))
-        assert torch.equal(law.cov_factor, law.cov_factor[:1].expand(9, 2, 2))
-        assert law.cov_factor.abs().max() < 1
+        assert torch.equal(distribution.cov_diag, torch.ones(9, 2))
+        assert torch.equal(distribution.cov_factor, distribution.cov_factor[:1].expand(9, 2, 2))
+        assert distribution.cov_factor.abs().max() < 1
     elif name not in ("relaxed_one_hot", "categorical"):  # which have no scale
-        assert torch.equal(law.stddev, torch.ones_like(law.mean))
+        assert torch.equal(distribution.stddev, torch.ones_like(distribution.mean))
 
 
 @pytest.mark.parametrize("family", ["iaf", "coupling", "nsf"])
@@ -187,10 +187,10 @@ def test_a_flow_starts_as_its_base_under_every_gradient(family: str, estimator: 
 def test_the_density_is_the_same_at_detached_draws(name: str) -> None:
     """What STL, DReG and their like read beside the density of a draw itself."""
     encoder = _perturbed(build("encoder", spec("encoder", name), body=MLP(4, [8]), latent_dim=3))
-    law = encoder(torch.randn(6, 4)).expand((7, 6))
-    z = law.rsample()
+    distribution = encoder(torch.randn(6, 4)).expand((7, 6))
+    z = distribution.rsample()
     assert z.requires_grad
-    assert_allclose(_numpy(law.log_prob(z.detach())), _numpy(law.log_prob(z)), rtol=1e-7)
+    assert_allclose(_numpy(distribution.log_prob(z.detach())), _numpy(distribution.log_prob(z)), rtol=1e-7)
 
 
 def test_the_body_of_a_flow_has_one_owner() -> None:
@@ -216,8 +216,8 @@ def test_counts_are_scaled_in_floating_point(dtype: torch.dtype) -> None:
 
 def test_convolutional_body() -> None:
     encoder = FullCovarianceNormal(ConvEncoder((1, 8, 8), [2, 3]), 2)
-    law = encoder(torch.randn(4, 5, 1, 8, 8))
-    assert (law.batch_shape, law.event_shape) == ((4, 5), (2,))
+    distribution = encoder(torch.randn(4, 5, 1, 8, 8))
+    assert (distribution.batch_shape, distribution.event_shape) == ((4, 5), (2,))
 
 
 def test_features_of_any_shape_are_flattened() -> None:

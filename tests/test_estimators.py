@@ -487,14 +487,14 @@ def location_scale(family: Any) -> Callable[[Tensor], tuple[Any, Callable[[Tenso
     """A prior of two dimensions over five numbers, and its sampler as a function of fixed noise, by hand."""
 
     def build(t: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
-        law = family(loc=t[:2], scale=t[2:4].exp())
-        return law.to_event(1), lambda z: t[:2] + t[2:4].exp() * ((z - t[:2]) / t[2:4].exp()).detach()
+        distribution = family(loc=t[:2], scale=t[2:4].exp())
+        return distribution.to_event(1), lambda z: t[:2] + t[2:4].exp() * ((z - t[:2]) / t[2:4].exp()).detach()
 
     return build
 
 
 def multivariate(t: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    """The lower triangle and the entry above it, which is no part of the law, are all leaves."""
+    """The lower triangle and the entry above it, which is no part of the distribution, are all leaves."""
     tril = torch.stack([t[2], t[4], t[3] - 0.7, t[3] + 1.0]).reshape(2, 2)  # t[4] above the diagonal
 
     def sampler(z: Tensor) -> Tensor:
@@ -541,8 +541,8 @@ def test_gdreg_moves_a_priors_every_parameter_along_its_sampler(build: Any, num_
     loss = est.GDReG(num_particles).differentiable_loss(model, guide, x)
     (ours,) = torch.autograd.grad(-loss, theta)
     z = seen["z"].detach().reshape(num_particles, 3, 2).requires_grad_()
-    law, sampler = build(theta)
-    log_prior, likelihood = law.log_prob(z), normal_log(x, z.prod(-1), 0.7)
+    distribution, sampler = build(theta)
+    log_prior, likelihood = distribution.log_prob(z), normal_log(x, z.prod(-1), 0.7)
     log_w = likelihood + log_prior - q.log_prob(z)
     share = torch.softmax(log_w.detach(), 0)
     slope = torch.autograd.grad((share * likelihood - share**2 * log_w).sum(), z)[0]
@@ -584,11 +584,11 @@ def mixture_guide() -> SimpleNamespace:
         "logits": torch.tensor([0.3, -0.2]),
     }
 
-    def law(p: Params, x: Tensor) -> Any:
+    def distribution(p: Params, x: Tensor) -> Any:
         locs = p["locs"] + 0.2 * x[:, None, None]
         return dist.MixtureOfDiagNormals(locs, p["scale"].expand(len(x), 2, 2), p["logits"].expand(len(x), 2))
 
-    return SimpleNamespace(params=params, laws={"z": lambda p, x, seen: law(p, x)})
+    return SimpleNamespace(params=params, distributions={"z": lambda p, x, seen: distribution(p, x)})
 
 
 def flow_guide() -> SimpleNamespace:
@@ -598,7 +598,7 @@ def flow_guide() -> SimpleNamespace:
     params = {name: value.detach().clone() for name, value in spline.named_parameters()}
     params |= {"loc": torch.tensor([0.3, -0.2]), "log_scale": torch.tensor([-0.2, 0.1]), "gain": torch.tensor([3.0, 4.0])}
 
-    def law(p: Params, x: Tensor) -> Any:
+    def distribution(p: Params, x: Tensor) -> Any:
         moved = copy.deepcopy(spline)
         for name, _ in spline.named_parameters():
             delattr(moved, name)
@@ -606,7 +606,7 @@ def flow_guide() -> SimpleNamespace:
         base = dist.Normal(p["loc"] + 0.5 * x[:, None], p["log_scale"].exp()).to_event(1)
         return dist.TransformedDistribution(base, [moved, SigmoidTransform(), AffineTransform(-1.5, p["gain"], event_dim=1)])
 
-    return SimpleNamespace(params=params, laws={"z": lambda p, x, seen: law(p, x)})
+    return SimpleNamespace(params=params, distributions={"z": lambda p, x, seen: distribution(p, x)})
 
 
 def dependent_guide() -> SimpleNamespace:
@@ -618,13 +618,13 @@ def dependent_guide() -> SimpleNamespace:
     def second(p: Params, x: Tensor, seen: Params) -> Any:
         return dist.Normal(p["d"] * seen["y"] + p["a"], (p["s"] + 0.1 * seen["y"]).exp()).to_event(1)
 
-    return SimpleNamespace(params=params, laws={"y": first, "z": second})
+    return SimpleNamespace(params=params, distributions={"y": first, "z": second})
 
 
 def auxiliary_guide() -> SimpleNamespace:
     """The same, with the first site in the guide alone."""
     setup = dependent_guide()
-    return SimpleNamespace(params=setup.params, laws=setup.laws, auxiliary="y")
+    return SimpleNamespace(params=setup.params, distributions=setup.distributions, auxiliary="y")
 
 
 @pytest.mark.parametrize("build", [mixture_guide, flow_guide, dependent_guide, auxiliary_guide])
@@ -635,7 +635,7 @@ def test_gradients_are_stopped_for_any_guide(build: Callable[[], SimpleNamespace
     theta = torch.tensor([0.8, -0.6], requires_grad=True)
     x, K = torch.tensor([0.2, -0.7, 1.1, 0.4]), 3
     auxiliary = getattr(setup, "auxiliary", "")
-    latents = [name for name in setup.laws if name != auxiliary]
+    latents = [name for name in setup.distributions if name != auxiliary]
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -645,8 +645,8 @@ def test_gradients_are_stopped_for_any_guide(build: Callable[[], SimpleNamespace
     def guide(x: Tensor) -> None:
         seen: Params = {}
         with pyro.plate("data", len(x)):
-            for name, law in setup.laws.items():
-                seen[name] = pyro.sample(name, law(phi, x, seen), infer={"is_auxiliary": name == auxiliary})
+            for name, distribution in setup.distributions.items():
+                seen[name] = pyro.sample(name, distribution(phi, x, seen), infer={"is_auxiliary": name == auxiliary})
 
     estimator = {"stl": est.STL, "dreg": est.DReG, "gdreg": est.GDReG}[kind](K)
     pyro.set_rng_seed(11)
@@ -658,9 +658,9 @@ def test_gradients_are_stopped_for_any_guide(build: Callable[[], SimpleNamespace
     pyro.set_rng_seed(11)
     with pyro.plate("particles", K, dim=-2):
         trace = poutine.trace(guide).get_trace(x)
-    seen = {name: trace.nodes[name]["value"] for name in setup.laws}
+    seen = {name: trace.nodes[name]["value"] for name in setup.distributions}
     still = frozen(phi)
-    log_q = sum(law(still, x, seen).log_prob(seen[name]) for name, law in setup.laws.items())
+    log_q = sum(distribution(still, x, seen).log_prob(seen[name]) for name, distribution in setup.distributions.items())
 
     def log_p(theta: Tensor) -> Tensor:
         log_prior = sum(normal_log(seen[name], 0.0, 1.0).sum(-1) for name in latents)
@@ -687,7 +687,7 @@ def test_gradients_are_stopped_within_nested_plates(data_dim: int, kind: str, ve
     phi = torch.tensor([0.4, -0.3, 0.7, -0.5], requires_grad=True)
     theta = torch.tensor([0.3, 0.6], requires_grad=True)
 
-    def laws(phi: Tensor, z: Any) -> tuple[Any, Any]:
+    def distributions(phi: Tensor, z: Any) -> tuple[Any, Any]:
         top = dist.Normal(phi[0] * x.mean(item_dim, keepdim=True), phi[1].exp())
         return top, dist.Normal(phi[2] * x + 0.2 * phi[0] * z, phi[3].exp())
 
@@ -705,9 +705,9 @@ def test_gradients_are_stopped_within_nested_plates(data_dim: int, kind: str, ve
     def guide(x: Tensor) -> None:
         data, items = plates()
         with data:
-            z = pyro.sample("z", laws(phi, 0.0)[0])
+            z = pyro.sample("z", distributions(phi, 0.0)[0])
             with items:
-                pyro.sample("u", laws(phi, z)[1])
+                pyro.sample("u", distributions(phi, z)[1])
 
     estimator = {"dreg": est.DReG, "gdreg": est.GDReG}[kind](K, vectorize_particles=vectorize)
     pyro.set_rng_seed(9)
@@ -725,7 +725,7 @@ def test_gradients_are_stopped_within_nested_plates(data_dim: int, kind: str, ve
     def total(per_datum: Tensor, per_item: Tensor) -> Tensor:
         return per_datum.squeeze(item_dim) + per_item.sum(item_dim)
 
-    first, second = laws(phi.detach(), z)
+    first, second = distributions(phi.detach(), z)
     log_q = total(first.log_prob(z), second.log_prob(u))
 
     def log_p(theta: Tensor) -> Tensor:
@@ -824,8 +824,8 @@ def raw(log_w: Tensor) -> LogWeights:
 def test_stl_is_silent_at_the_exact_posterior_and_the_elbo_is_not() -> None:
     pair = LinearGaussian()
     x = pair.sample(6)
-    law = pair.posterior(x)
-    loc, tril = law.loc.clone().requires_grad_(), law.scale_tril.clone().requires_grad_()
+    distribution = pair.posterior(x)
+    loc, tril = distribution.loc.clone().requires_grad_(), distribution.scale_tril.clone().requires_grad_()
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

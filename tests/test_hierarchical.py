@@ -177,14 +177,14 @@ def test_ladder_is_bayes_rule_for_normals() -> None:
     site = poutine.trace(vae.guide).get_trace(x).nodes
     z2 = site["z2"]["value"].detach().numpy()
     evidence = vae.inference.encoders[0](x)
-    law = site["z1"]["fn"]
+    distribution = site["z1"]["fn"]
     grid = np.linspace(-12, 12, 20_001)
     for i in range(chain.L1):
         prior = stats.norm((z2 @ chain.A.T + chain.a)[1, i], chain.s[i]).pdf(grid)
         seen = stats.norm(evidence.mean[1, i].item(), evidence.stddev[1, i].item()).pdf(grid)
         product = prior * seen / (prior * seen).sum()
-        assert_allclose(law.mean[1, i].item(), (grid * product).sum(), rtol=1e-8)
-        assert_allclose(law.variance[1, i].item(), (grid**2 * product).sum() - (grid * product).sum() ** 2, rtol=1e-6)
+        assert_allclose(distribution.mean[1, i].item(), (grid * product).sum(), rtol=1e-8)
+        assert_allclose(distribution.variance[1, i].item(), (grid**2 * product).sum() - (grid * product).sum() ** 2, rtol=1e-6)
 
 
 # -- valid Pyro, for every guide ---------------------------------------------------------------------------------------------

@@ -582,8 +582,8 @@ def test_uniforms_take_bounds_of_any_shape_and_from_earlier_latents():
             with pyro.plate("data", len(x)):
                 pyro.sample("z", prior(x))
 
-        law, datum = prior(x), x[:, 0].numpy()
-        low, high = law.low.numpy(), law.high.numpy()
+        distribution, datum = prior(x), x[:, 0].numpy()
+        low, high = distribution.low.numpy(), distribution.high.numpy()
         truth = np.log((stats.norm.cdf(high - datum) - stats.norm.cdf(low - datum)) / (high - low))
         np.testing.assert_allclose(pv.exact(model, guide, x).log_px, truth, atol=1e-5)
         refined = pv.log_marginal(model, guide, x, num_samples=4000, proposal="refined", seed=0)

@@ -23,7 +23,7 @@ from torch.nn import functional
 import pyrovae as pv
 from pyrovae.compile import graph as compile_graph
 from pyrovae.compile import kernels, matmul, rewrites
-from pyrovae.compile.matmul import fastest_products
+from pyrovae.compile.matmul import select_matmul_backend
 from pyrovae.compile.rewrites import join_decoders, rewrite
 
 TANH, RELU = 0, 1
@@ -411,7 +411,7 @@ def test_a_product_keeps_nothing_of_its_factors() -> None:
 
 def _products(left: Tensor, right: Tensor) -> list[object]:
     graph, _ = compile_graph._capture(lambda left, right: (left @ right,), (left, right))
-    return [node.target for node in fastest_products(graph.module, threads=2).graph.nodes]
+    return [node.target for node in select_matmul_backend(graph.module, threads=2).graph.nodes]
 
 
 @PRODUCTS
@@ -419,7 +419,7 @@ def test_our_tiles_multiply_where_they_are_faster(monkeypatch: pytest.MonkeyPatc
     large, deep = torch.ones(100, 100), torch.ones(100, 4_000)
     tiles = torch.ops.pyrovae.product.default
     monkeypatch.setattr(matmul, "_faster_way", lambda *shape: None)
-    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
     assert tiles in _products(large, large)
     thin = torch.ones(10, 100)
     for left, right in (
@@ -429,7 +429,7 @@ def test_our_tiles_multiply_where_they_are_faster(monkeypatch: pytest.MonkeyPatc
         (large, thin.t()),
     ):
         assert tiles not in _products(left, right)
-    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: False)
+    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: False)
     assert tiles not in _products(large, large)
 
 
@@ -443,13 +443,13 @@ def test_our_tiles_have_to_be_clearly_faster(
         return {name: share if name.startswith("tiles") else 1.0 for name in contenders}
 
     monkeypatch.setattr(matmul, "_seconds", seconds)
-    assert matmul._tiles_are_faster.__wrapped__(2, rounded) is chosen
+    assert matmul._native_is_faster.__wrapped__(2, rounded) is chosen
 
 
 @PRODUCTS
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step_by_our_tiles_is_the_eager_one(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
     x, losses = torch.rand(30, 60).round(), []
     for backend in ("inductor", "eager"):
         torch.manual_seed(0)
@@ -470,7 +470,7 @@ def test_a_step_by_our_tiles_is_the_eager_one(precision: str, monkeypatch: pytes
     reason="a torch whose graphs dispatch all",
 )
 def test_a_compiled_graph_calls_products_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
     counters["inductor"].clear()
     weight = torch.randn(60, 40, requires_grad=True)
     gradient = compile_graph.Staged(lambda x: torch.autograd.grad((x @ weight).tanh().sum(), weight))
@@ -500,7 +500,7 @@ def test_other_libraries_find_none_of_their_names_in_ours() -> None:
 @PRODUCTS
 def test_rounded_products_are_our_tiles_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles, faster = torch.ops.pyrovae.product.default, True
-    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: faster and rounded)
+    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: faster and rounded)
 
     def targets(rows: int) -> tuple[list[object], list[object], Tensor, Tensor]:
         left, right, bias = torch.randn(rows, 70), torch.randn(70, 90), torch.randn(90)
@@ -532,7 +532,7 @@ def test_many_squares_are_added_up_in_double(rounded: bool) -> None:
 
 @PRODUCTS
 def test_squares_of_what_is_changed_in_between_are_not_taken_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
     left, right = torch.randn(30, 40), torch.randn(40, 50)
 
     def changed(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
@@ -541,13 +541,13 @@ def test_squares_of_what_is_changed_in_between_are_not_taken_before(monkeypatch:
         return (product.square().sum(),)
 
     graph, exact = compile_graph._capture(changed, (left, right))
-    (found,) = fastest_products(graph.module, threads=1)(left, right)
+    (found,) = select_matmul_backend(graph.module, threads=1)(left, right)
     assert found.item() == pytest.approx(exact[0].item(), rel=1e-5)
 
 
 @PRODUCTS
 def test_the_squares_of_a_gradient_come_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
     left, right = torch.randn(30, 40), torch.randn(40, 50)
 
     def gradient_and_norms(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
@@ -556,7 +556,7 @@ def test_the_squares_of_a_gradient_come_with_it(monkeypatch: pytest.MonkeyPatch)
         return gradient, gradient.square().sum(), gradient.pow(3).sum(), gradient.square().sum(0), product.square().sum()
 
     graph, exact = compile_graph._capture(gradient_and_norms, (left, right))
-    module = fastest_products(graph.module, threads=1)
+    module = select_matmul_backend(graph.module, threads=1)
     targets = [node.target for node in module.graph.nodes]
     assert torch.ops.pyrovae.product_and_squares.default in targets
     assert torch.ops.pyrovae.product.default not in targets
@@ -570,7 +570,7 @@ def test_without_torchs_stable_functions_products_stay(monkeypatch: pytest.Monke
     monkeypatch.setattr(kernels, "STABLE", ("none_such",))
     assert not kernels.products.__wrapped__()
     monkeypatch.setattr(rewrites.kernels, "products", lambda: False)
-    assert not matmul._tiles_are_faster.__wrapped__(1, False)
+    assert not matmul._native_is_faster.__wrapped__(1, False)
 
 
 def threefry(counter: np.ndarray, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -714,7 +714,7 @@ def test_no_number_depends_on_what_ran_before(draw: Callable[[int], Tensor], mon
         found = []
         for size in rows:
             torch.manual_seed(size)
-            found.append(staged.later(torch.empty(size, 0)))
+            found.append(staged.submit(torch.empty(size, 0)))
         values = [value()[0] for value in found]
         staged.close()
         assert staged.reason is None

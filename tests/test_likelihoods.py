@@ -71,8 +71,8 @@ def _logistic_levels(x: np.ndarray, out: np.ndarray, n: int) -> np.ndarray:
     below = np.where(x == 0, -np.inf, (2 * x - 1) / (n - 1) - 1)
     # Mirrored into the lower tail, where a difference of distribution functions keeps its digits.
     upper = above + below > 2 * loc
-    law = stats.logistic(np.where(upper, -loc, loc), scale)
-    return np.log(law.cdf(np.where(upper, -below, above)) - law.cdf(np.where(upper, -above, below)))
+    distribution = stats.logistic(np.where(upper, -loc, loc), scale)
+    return np.log(distribution.cdf(np.where(upper, -below, above)) - distribution.cdf(np.where(upper, -above, below)))
 
 
 def _nbinom(x: np.ndarray, mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
@@ -285,8 +285,8 @@ def test_in_scale_brings_data_to_unit_size(make: Callable[[], Likelihood], scale
 def test_images_through_a_convolutional_decoder() -> None:
     likelihood = Normal(ConvDecoder(3, (2, 1, 8, 6), [4, 5]), scale="decoder")
     assert likelihood.event_shape == (1, 8, 6)
-    law = likelihood(torch.randn(5, 2, 3))
-    assert (law.batch_shape, law.event_shape) == ((5, 2), (1, 8, 6))
+    distribution = likelihood(torch.randn(5, 2, 3))
+    assert (distribution.batch_shape, distribution.event_shape) == ((5, 2), (1, 8, 6))
 
 
 def test_any_module_decodes_when_the_shape_is_given() -> None:
@@ -442,37 +442,39 @@ def _column_law(likelihood: Likelihood) -> dist.Distribution:
     return likelihood.given(torch.randn(3), torch.full(SHAPE, 2.4)).base_dist
 
 
-def _columns(likelihood: Likelihood, law: dist.Distribution) -> list[tuple[bool, float, float]]:
+def _columns(likelihood: Likelihood, distribution: dist.Distribution) -> list[tuple[bool, float, float]]:
     """For each column whether it is discrete, and the ends of its support."""
-    if isinstance(law, distributions.Columns):
+    if isinstance(distribution, distributions.HeterogeneousIndependent):
         found: dict[int, tuple[bool, float, float]] = {}
-        for part, columns in zip(law.laws, law.columns, strict=True):
+        for part, columns in zip(distribution.distributions, distribution.columns, strict=True):
             (kind,) = set(_columns(likelihood, part))
             found |= dict.fromkeys(columns.tolist(), kind)
         return [found[column] for column in range(len(found))]
     grid = torch.tensor([-1e3, -0.5, 0.0, 0.5, 1.0, 3.0, 4.5, 1e3])
-    inside = law.support.check(grid[:, None].expand(-1, *law.batch_shape))[:, 0].tolist()
-    if law.support.is_discrete or not inside[3]:
-        return [(True, 0, 6 if not inside[-1] else 3000)] * law.batch_shape[-1]
+    inside = distribution.support.check(grid[:, None].expand(-1, *distribution.batch_shape))[:, 0].tolist()
+    if distribution.support.is_discrete or not inside[3]:
+        return [(True, 0, 6 if not inside[-1] else 3000)] * distribution.batch_shape[-1]
     low = -math.inf if inside[0] else 0.0
-    high = math.inf if inside[-1] else 1.0 if not inside[5] else float(law.num_levels)
-    return [(False, low, high)] * law.batch_shape[-1]
+    high = math.inf if inside[-1] else 1.0 if not inside[5] else float(distribution.num_levels)
+    return [(False, low, high)] * distribution.batch_shape[-1]
 
 
 @over_specs
 @pytest.mark.usefixtures("float64")
 def test_every_column_sums_or_integrates_to_one(spec: dict) -> None:
     likelihood = _made(spec)
-    law = _column_law(likelihood)
-    filler = torch.as_tensor(likelihood.filler).expand(SHAPE)
-    for column, (discrete, low, high) in list(enumerate(_columns(likelihood, law)))[:: 1 if spec["kind"] == "mixed" else 3]:
+    distribution = _column_law(likelihood)
+    fill_value = torch.as_tensor(likelihood.fill_value).expand(SHAPE)
+    for column, (discrete, low, high) in list(enumerate(_columns(likelihood, distribution)))[
+        :: 1 if spec["kind"] == "mixed" else 3
+    ]:
 
         def density(value: Tensor, column: int = column) -> Tensor:
-            x = filler.repeat(len(value), 1)
+            x = fill_value.repeat(len(value), 1)
             x[:, column] = value
-            inside = law.support.check(x + 1e-9 * (spec["kind"] == "dequantized"))[:, column]
+            inside = distribution.support.check(x + 1e-9 * (spec["kind"] == "dequantized"))[:, column]
             found = torch.zeros(len(value))
-            found[inside] = law.log_prob(x[inside])[:, column].exp().detach()
+            found[inside] = distribution.log_prob(x[inside])[:, column].exp().detach()
             return found
 
         if discrete:
@@ -490,12 +492,12 @@ def test_every_column_sums_or_integrates_to_one(spec: dict) -> None:
 @over_specs
 @pytest.mark.usefixtures("float64")
 def test_samples_have_the_moments_of_the_law(spec: dict) -> None:
-    law = _column_law(_made(spec))
+    distribution = _column_law(_made(spec))
     with torch.no_grad():
-        mean, variance = law.mean, law.variance
-        drawn = law.sample((20_000,))
+        mean, variance = distribution.mean, distribution.variance
+        drawn = distribution.sample((20_000,))
     assert mean.shape == variance.shape == SHAPE
-    assert law.support.check(drawn).all()
+    assert distribution.support.check(drawn).all()
     error = (drawn.mean(0) - mean).abs() / (variance / len(drawn)).sqrt()
     assert error.max() < 5
     if spec.get("df") != "shared":  # four moments exist
@@ -509,23 +511,23 @@ def test_particles_stand_on_the_left_in_any_precision(spec: dict, dtype: torch.d
     likelihood = _made(spec)
     x = _data(likelihood, 4).to(dtype)
     z = torch.randn(3, 4, 3, dtype=dtype)
-    law, seen = likelihood.to(dtype).observe(z, x)
-    assert (law.batch_shape, law.event_shape) == ((3, 4), SHAPE)
-    assert law.sample().dtype == law.mean.dtype == law.log_prob(seen).dtype == dtype
-    assert law.log_prob(seen).isfinite().all()
+    distribution, seen = likelihood.to(dtype).observe(z, x)
+    assert (distribution.batch_shape, distribution.event_shape) == ((3, 4), SHAPE)
+    assert distribution.sample().dtype == distribution.mean.dtype == distribution.log_prob(seen).dtype == dtype
+    assert distribution.log_prob(seen).isfinite().all()
     one, _ = likelihood.eval().observe(z[1, 2], x[2])
     with torch.no_grad():
         together = likelihood.observe(z, x)[0].log_prob(x)[1, 2]
         torch.testing.assert_close(one.log_prob(x[2]), together, rtol=1e-5, atol=1e-6)
     # A plate may widen it.
-    assert law.expand(torch.Size((2, 3, 4))).sample().shape == (2, 3, 4, *SHAPE)
+    assert distribution.expand(torch.Size((2, 3, 4))).sample().shape == (2, 3, 4, *SHAPE)
 
 
 @over_specs
 def test_gradient_reaches_every_parameter(spec: dict) -> None:
     likelihood = _made(spec)
-    law, seen = likelihood.observe(torch.randn(20, 3), _data(likelihood, 20))
-    (law.log_prob(seen) * torch.randn(20)).sum().backward()
+    distribution, seen = likelihood.observe(torch.randn(20, 3), _data(likelihood, 20))
+    (distribution.log_prob(seen) * torch.randn(20)).sum().backward()
     for name, parameter in likelihood.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -633,25 +635,25 @@ def test_continuous_bernoulli_at_any_logit(logit: float, dtype: torch.dtype, tol
     import mpmath
 
     given = torch.tensor(logit, dtype=dtype, requires_grad=True)
-    law = distributions.ContinuousBernoulli(given)
+    distribution = distributions.ContinuousBernoulli(given)
     with mpmath.workdps(100):
         at = mpmath.mpf(given.item()) or mpmath.mpf(10) ** -40
         constant = mpmath.log(at / mpmath.expm1(at))
         mean = 1 - 1 / at + 1 / mpmath.expm1(at)
         variance = 1 / at**2 - 1 / (4 * mpmath.sinh(at / 2) ** 2)
         for x in (0.0, 0.3, 1.0):
-            log_prob = law.log_prob(torch.tensor(x, dtype=dtype))
+            log_prob = distribution.log_prob(torch.tensor(x, dtype=dtype))
             assert log_prob.item() == pytest.approx(float(at * mpmath.mpf(x) + constant), rel=tolerance, abs=10 * tolerance)
-        (gradient,) = torch.autograd.grad(law.log_prob(torch.tensor(0.5, dtype=dtype)), given)
+        (gradient,) = torch.autograd.grad(distribution.log_prob(torch.tensor(0.5, dtype=dtype)), given)
         assert gradient.item() == pytest.approx(float(mpmath.mpf(0.5) - mean), abs=300 * tolerance)
-    assert law.mean.item() == pytest.approx(float(mean), abs=10 * tolerance)
-    assert law.variance.item() == pytest.approx(float(variance), rel=300 * tolerance)
+    assert distribution.mean.item() == pytest.approx(float(mean), abs=10 * tolerance)
+    assert distribution.variance.item() == pytest.approx(float(variance), rel=300 * tolerance)
     level = torch.tensor([1e-3, 0.4, 0.9], dtype=dtype)
     sign = float(np.sign(logit)) or 1.0
     size = max(abs(logit), 1e-12)
     lower = level.double() if sign < 0 else 1 - level.double()
     quantile = -np.log1p(lower.numpy() * np.expm1(-size)) / size
-    assert_allclose(law.icdf(level).detach(), quantile if sign < 0 else 1 - quantile, atol=3e-6)
+    assert_allclose(distribution.icdf(level).detach(), quantile if sign < 0 else 1 - quantile, atol=3e-6)
 
 
 @pytest.mark.usefixtures("float64")
@@ -675,27 +677,27 @@ def test_quantiles_of_the_continuous_bernoulli_have_their_gradient(logit: float)
 
 def test_zero_inflation_scores_the_same_after_a_draw() -> None:
     """Pyro's own then takes another branch, and gives -inf where the gate rounds to one."""
-    law = distributions.ZeroInflatedNegativeBinomial(torch.tensor(2.0), torch.tensor(60.0), torch.tensor(60.0))
-    before = law.log_prob(torch.tensor(3.0))
-    assert law.mean.isfinite()
-    law.sample((2,))
-    assert torch.equal(law.log_prob(torch.tensor(3.0)), before)
+    distribution = distributions.ZeroInflatedNegativeBinomial(torch.tensor(2.0), torch.tensor(60.0), torch.tensor(60.0))
+    before = distribution.log_prob(torch.tensor(3.0))
+    assert distribution.mean.isfinite()
+    distribution.sample((2,))
+    assert torch.equal(distribution.log_prob(torch.tensor(3.0)), before)
     assert before.isfinite()
-    assert law.expand((2,)).batch_shape == (2,)
+    assert distribution.expand((2,)).batch_shape == (2,)
 
 
 @pytest.mark.usefixtures("float64")
 def test_levels_far_in_the_tails_keep_their_digits() -> None:
-    law = distributions.DiscretizedLogistic(torch.tensor([10.0, 250.0]), torch.tensor([0.5, 0.5]), 256)
-    # At many scales from the mean the law is exponential: the next level has exp(-1/s) of the probability.
-    found = law.log_prob(torch.tensor([[100.0, 100.0], [101.0, 99.0]]))
+    distribution = distributions.DiscretizedLogistic(torch.tensor([10.0, 250.0]), torch.tensor([0.5, 0.5]), 256)
+    # At many scales from the mean the distribution is exponential: the next level has exp(-1/s) of the probability.
+    found = distribution.log_prob(torch.tensor([[100.0, 100.0], [101.0, 99.0]]))
     assert_allclose(found[1] - found[0], [-2.0, -2.0], rtol=1e-12)
     assert distributions.DiscretizedLogistic(torch.tensor(0.3), torch.tensor(1e9), 2).log_prob(torch.ones(())).exp() == (
         pytest.approx(0.5)
     )
 
 
-class _Given(nn.Module):
+class _PrecomputedOutput(nn.Module):
     """A decoder whose output is given."""
 
     def __init__(self, out: Tensor):
@@ -713,26 +715,26 @@ def test_the_log_scale_of_a_logistic_stops_at_minus_seven(components: int) -> No
     loc = torch.tensor([0.3, -0.9])
     log_scale = torch.tensor([-7.5, -60.0])
     parts = [loc, log_scale] if components == 1 else [torch.zeros(2)] * 2 + [loc] * 2 + [log_scale] * 2
-    law = DiscretizedLogistic(_Given(torch.stack(parts)), 256, components, event_shape=2)(torch.zeros(3))
+    distribution = DiscretizedLogistic(_PrecomputedOutput(torch.stack(parts)), 256, components, event_shape=2)(torch.zeros(3))
     x, s = np.array([165.0, 12.0]), math.exp(-7) * 127.5
     mean = (loc.numpy() + 1) * 127.5
     exact = np.log(stats.logistic.cdf((x + 0.5 - mean) / s) - stats.logistic.cdf((x - 0.5 - mean) / s)).sum()
-    assert law.log_prob(torch.as_tensor(x)).item() == pytest.approx(exact, rel=1e-9)
+    assert distribution.log_prob(torch.as_tensor(x)).item() == pytest.approx(exact, rel=1e-9)
     assert exact < -1  # neither level is the likeliest
 
 
 @pytest.mark.usefixtures("float64")
 def test_a_dequantised_likelihood_conditions_on_the_unit_scale() -> None:
-    """The optimal scale is that of the residuals of x / n, under a law that is then stretched to n levels."""
+    """The optimal scale is that of the residuals of x / n, under a distribution that is then stretched to n levels."""
     n, mean = 8, torch.tensor([0.2, 0.5, 0.9])
-    likelihood = Dequantized(_Given(mean), {"kind": "normal", "scale": "optimal"}, num_levels=n, event_shape=3)
+    likelihood = Dequantized(_PrecomputedOutput(mean), {"kind": "normal", "scale": "optimal"}, num_levels=n, event_shape=3)
     x, mask = n * torch.rand(6, 3), torch.rand(6, 3) < 0.7
     for observed in (None, mask):
         error = (x / n - mean).square()
         scale = error.mean().sqrt() if observed is None else error[observed].mean().sqrt()
-        law = likelihood.given(torch.zeros(6, 2), x, observed)
+        distribution = likelihood.given(torch.zeros(6, 2), x, observed)
         exact = stats.norm.logpdf(x.numpy(), n * mean.numpy(), n * scale.item()).sum(-1)
-        assert_allclose(law.log_prob(x), exact, rtol=1e-12)
+        assert_allclose(distribution.log_prob(x), exact, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("float64")
@@ -741,7 +743,7 @@ def test_a_mixture_of_equal_logistics_is_one_logistic() -> None:
 
     z = torch.randn(4, 3)
     loc, log_scale = one.decoder(z).detach().unbind(-2)
-    many.decoder = _Given(torch.stack([torch.randn(4, 5), torch.randn(4, 5), loc, loc, log_scale, log_scale], -2))
+    many.decoder = _PrecomputedOutput(torch.stack([torch.randn(4, 5), torch.randn(4, 5), loc, loc, log_scale, log_scale], -2))
     x = torch.randint(0, 9, (4, 5)).double()
     assert_allclose(many(z).log_prob(x), one(z).log_prob(x).detach(), rtol=1e-12)
     assert_allclose(many(z).mean, one(z).mean.detach(), rtol=1e-12)
@@ -759,13 +761,13 @@ def test_mixed_is_the_sum_of_its_parts() -> None:
         + dist.Beta(out[..., 3].exp(), out[..., 4].exp()).log_prob(x[:, 1])
         + dist.Poisson(out[..., 5].exp()).log_prob(x[:, 4])
     )
-    law, seen = likelihood.observe(z, x)
-    assert_allclose(law.log_prob(seen).detach(), expected, rtol=1e-13)
+    distribution, seen = likelihood.observe(z, x)
+    assert_allclose(distribution.log_prob(seen).detach(), expected, rtol=1e-13)
     # And so where values are missing.
     mask = torch.tensor([True, False, True, True, False]).expand(7, 5)
-    law, seen = likelihood.observe(z, torch.where(mask, x, -7.0), mask)
+    distribution, seen = likelihood.observe(z, torch.where(mask, x, -7.0), mask)
     kept = expected - dist.Beta(out[..., 3].exp(), out[..., 4].exp()).log_prob(x[:, 1])
-    assert_allclose(law.log_prob(seen).detach(), kept - dist.Poisson(out[..., 5].exp()).log_prob(x[:, 4]), rtol=1e-12)
+    assert_allclose(distribution.log_prob(seen).detach(), kept - dist.Poisson(out[..., 5].exp()).log_prob(x[:, 4]), rtol=1e-12)
 
 
 @pytest.mark.usefixtures("float64")
@@ -773,17 +775,17 @@ def test_mixed_is_the_sum_of_its_parts() -> None:
 def test_library_is_the_total_of_what_was_observed(kind: str) -> None:
     likelihood = _made({"kind": kind, "library": "total"})
     z, x = torch.randn(3, 4, 3), torch.randint(1, 9, (4, 5)).double()
-    law, _ = likelihood.observe(z, x)
-    negative = law.base_dist.base_dist if kind.startswith("zero") else law.base_dist
+    distribution, _ = likelihood.observe(z, x)
+    negative = distribution.base_dist.base_dist if kind.startswith("zero") else distribution.base_dist
     assert_allclose(negative.mean.sum(-1).detach(), x.sum(-1).expand(3, 4), rtol=1e-12)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]]).bool()
-    law, _ = likelihood.observe(z, x, mask)
-    inner = law.base_dist.base_dist
+    distribution, _ = likelihood.observe(z, x, mask)
+    inner = distribution.base_dist.base_dist
     inner = inner.base_dist if kind.startswith("zero") else inner
     observed = (inner.mean * mask).sum(-1).detach()[:, [0, 2, 3]]
     assert_allclose(observed, (x * mask).sum(-1)[[0, 2, 3]].expand(3, 3), rtol=1e-12)
-    assert law.log_prob(x)[:, 1].eq(0).all()
-    gradients = torch.autograd.grad(law.log_prob(x).sum(), list(likelihood.parameters()))
+    assert distribution.log_prob(x)[:, 1].eq(0).all()
+    gradients = torch.autograd.grad(distribution.log_prob(x).sum(), list(likelihood.parameters()))
     assert all(gradient.isfinite().all() for gradient in gradients)
     # The shares stay what they are, whichever part was observed.
     shares = negative.mean / negative.mean.sum(-1, keepdim=True)
@@ -791,8 +793,8 @@ def test_library_is_the_total_of_what_was_observed(kind: str) -> None:
     # An empty datum, and one of an image's shape.
     assert likelihood.given(z, 0 * x).log_prob(0 * x).isfinite().all()
     image = build("likelihood", {"kind": "negative_binomial", "library": "total"}, decoder=MLP(3, [], (2, 3)))
-    law, _ = image.observe(z, torch.ones(4, 2, 3), torch.rand(4, 2, 3) < 0.5)
-    assert law.mean.shape == (3, 4, 2, 3)
+    distribution, _ = image.observe(z, torch.ones(4, 2, 3), torch.rand(4, 2, 3) < 0.5)
+    assert distribution.mean.shape == (3, 4, 2, 3)
 
 
 @pytest.mark.usefixtures("float64")
@@ -800,17 +802,17 @@ def test_optimal_scale_is_the_batchs_in_training_and_a_number_in_evaluation() ->
     likelihood = Normal(MLP(3, [], SHAPE), scale="optimal")
     z, x = torch.randn(2, 7, 3), torch.randn(7, *SHAPE)
     error = (x - likelihood.decoder(z)).square().detach()
-    law = likelihood.given(z, x)
-    assert_allclose(law.stddev.detach(), error.mean().sqrt().expand(2, 7, 5), rtol=1e-12)
+    distribution = likelihood.given(z, x)
+    assert_allclose(distribution.stddev.detach(), error.mean().sqrt().expand(2, 7, 5), rtol=1e-12)
     # No other scale gives this batch a higher density.
     scales = torch.linspace(0.5, 2.0, 101) * error.mean().sqrt()
     others = [dist.Normal(likelihood.decoder(z), scale).log_prob(x).sum().item() for scale in scales]
-    assert np.argmax(others) == 33 + 0 or max(others) <= law.log_prob(x).sum().item() + 1e-9
+    assert np.argmax(others) == 33 + 0 or max(others) <= distribution.log_prob(x).sum().item() + 1e-9
     running = 0.9 + 0.1 * error.mean()
     assert_allclose(likelihood.variance, running, rtol=1e-12)
     mask = torch.rand(7, *SHAPE) < 0.5
-    law = likelihood.given(z, x, mask)
-    assert_allclose(law.variance.detach().flatten()[0], (error * mask).sum() / (2 * mask.sum()), rtol=1e-12)
+    distribution = likelihood.given(z, x, mask)
+    assert_allclose(distribution.variance.detach().flatten()[0], (error * mask).sum() / (2 * mask.sum()), rtol=1e-12)
     # Scored, it is a number: one datum's density does not depend on the others.
     kept = likelihood.variance.clone()
     with torch.no_grad():
@@ -862,8 +864,8 @@ def test_dequantised_bits_per_dimension_of_known_laws() -> None:
     assert bits(Categorical(Constant(*[0.0] * 256), event_shape=6), levels) == pytest.approx(8.0, abs=1e-12)
     # Levels of a Gaussian of 20 levels' width: the mass of a bin against the bound with noise.
     drawn = (128 + 20 * torch.randn(4000, 6)).floor().clamp(0, 255)
-    law = stats.norm(128, 20)
-    exact = -np.log2(law.cdf(drawn.numpy() + 1) - law.cdf(drawn.numpy())).mean()
+    distribution = stats.norm(128, 20)
+    exact = -np.log2(distribution.cdf(drawn.numpy() + 1) - distribution.cdf(drawn.numpy())).mean()
     found = bits(Dequantized(Constant(0.5), {"kind": "normal", "scale": 20 / 256}, event_shape=6), dequantize(drawn))
     density = -stats.norm.logpdf(dequantize(drawn).numpy(), 128, 20).mean() / math.log(2)
     assert found == pytest.approx(density, abs=2e-3)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae.compile import graph
 from pyrovae.evidence import importance
-from pyrovae.evidence.importance import _looks, _parts, log_marginal
+from pyrovae.evidence.importance import _parts, _stopping_checks, log_marginal
 from pyrovae.evidence.psis import pareto_smooth, tail_size
 from pyrovae.programs.coverage import covered_data
 from pyrovae.programs.inspect import inspect_pair, prepare
@@ -380,7 +380,7 @@ def test_a_compiled_chunk_gives_the_eager_numbers(threads: int):
 def test_max_memory_makes_smaller_chunks_and_nonsense_is_refused():
     vae = pv.make_vae(6, latent_dim=2, hidden=[8])
     sizes = []
-    vae.likelihood.register_forward_hook(lambda module, z, law: sizes.append(z[0].numel()))
+    vae.likelihood.register_forward_hook(lambda module, z, distribution: sizes.append(z[0].numel()))
     vae.log_marginal(torch.ones(3, 6), num_samples=4000, max_memory=1.0)
     assert 100 < max(sizes) / 2 <= 2**20 / (6 * 256 * 4)
     with pytest.raises(ValueError, match="max_memory is a positive number of MiB"):
@@ -498,7 +498,7 @@ def test_a_target_error_resumes_and_compiles_to_the_same_numbers(tmp_path: Path,
 
 
 def test_the_shapes_of_a_target_are_few():
-    looks = _looks(100_000, 0.01, 1)
+    looks = _stopping_checks(100_000, 0.01, 1)
     assert looks == [250, 500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 100000]
     shapes = set()
     for before, look in itertools.pairwise([0, *looks]):
@@ -508,9 +508,9 @@ def test_the_shapes_of_a_target_are_few():
         assert all(len(chosen) * min(most, look - before) <= 4100 for chosen, most in parts)
     assert shapes == {(16, 250), (1, 4000)}
     # A mixture looks where its share is a whole number; no target looks only at the end.
-    assert _looks(5000, 0.01, 500) == [500, 1000, 2000, 4000, 5000]
-    assert _looks(5003, 0.01, 5003) == [5003]
-    assert _looks(5000, None, 1) == [5000]
+    assert _stopping_checks(5000, 0.01, 500) == [500, 1000, 2000, 4000, 5000]
+    assert _stopping_checks(5003, 0.01, 5003) == [5003]
+    assert _stopping_checks(5000, None, 1) == [5000]
     # Chunks smaller than a look are kept to.
     assert [most for _, most in _parts(torch.arange(2), 250, 20, 250)] == [20, 20]
 
@@ -771,7 +771,7 @@ def test_a_file_is_refused_where_anything_has_changed(tmp_path: Path):
 
 
 def test_a_file_is_refused_where_a_frozen_part_that_the_first_datum_never_meets_has_changed(tmp_path: Path):
-    class Levels(torch.nn.Module):
+    class OrdinalCategorical(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.level = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
@@ -786,7 +786,7 @@ def test_a_file_is_refused_where_a_frozen_part_that_the_first_datum_never_meets_
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(x / 2, 0.8))
 
-    pair, data = Levels(), (torch.zeros(4), torch.tensor([0, 1, 2, 1]))
+    pair, data = OrdinalCategorical(), (torch.zeros(4), torch.tensor([0, 1, 2, 1]))
     options = {"num_samples": 30, "resume": tmp_path / "scored"}
     log_marginal(pair.model, pair.guide, data, **options)
     for part in (pair.level, pair.offset):

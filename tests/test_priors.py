@@ -104,14 +104,18 @@ def _built(name: str, **options: object) -> Prior:
 def test_log_prob_is_the_reference(name: str) -> None:
     prior = _built(name)
     assert name in REFERENCE, f"add the density of {name} from SciPy, or by hand, to REFERENCE"
-    law = prior()
-    z = 2 * torch.randn(3, 5, LATENT) if str(prior.support) in (str(StandardNormal.support), "None") else law.sample((3, 5))
+    distribution = prior()
+    z = (
+        2 * torch.randn(3, 5, LATENT)
+        if str(prior.support) in (str(StandardNormal.support), "None")
+        else distribution.sample((3, 5))
+    )
     expected = REFERENCE[name](prior, z.numpy())
-    assert_allclose(_numpy(law.log_prob(z)), expected, rtol=1e-9)
+    assert_allclose(_numpy(distribution.log_prob(z)), expected, rtol=1e-9)
     # Particles and data to the left, as the plates of a pair put them.
-    assert_allclose(_numpy(law.expand((5,)).log_prob(z)), expected, rtol=1e-9)
-    assert_allclose(_numpy(law.expand((3, 5)).log_prob(z)), expected, rtol=1e-9)
-    assert law.expand((3, 5)).sample().shape == (3, 5, LATENT)
+    assert_allclose(_numpy(distribution.expand((5,)).log_prob(z)), expected, rtol=1e-9)
+    assert_allclose(_numpy(distribution.expand((3, 5)).log_prob(z)), expected, rtol=1e-9)
+    assert distribution.expand((3, 5)).sample().shape == (3, 5, LATENT)
 
 
 def test_standard_normal_samples() -> None:
@@ -183,9 +187,9 @@ def test_a_flow_samples_what_it_scores(family: str) -> None:
         back = prior.transform()(z)
     assert (z - back).abs().max() > 0.1
     assert stats.kstest(back.flatten().numpy(), "norm").pvalue > 1e-3
-    law = prior()
-    drawn = law.rsample((7,))
-    assert_allclose(_numpy(law.log_prob(drawn)), _numpy(law.log_prob(drawn.clone())), rtol=1e-6)
+    distribution = prior()
+    drawn = distribution.rsample((7,))
+    assert_allclose(_numpy(distribution.log_prob(drawn)), _numpy(distribution.log_prob(drawn.clone())), rtol=1e-6)
 
 
 # -- VampPrior -------------------------------------------------------------------------------------------------------------
@@ -343,7 +347,7 @@ def test_particles_stand_on_the_left(kind: str, name: str) -> None:
     [(prior, encoder) for prior in names("prior") for encoder in names("encoder") if (prior, encoder) not in COMBINATIONS],
 )
 def test_laws_on_different_sets_are_refused(prior: str, encoder: str) -> None:
-    with pytest.raises(ValueError, match=r"^The prior \w+ is a law on .*so their densities do not compare") as caught:
+    with pytest.raises(ValueError, match=r"^The prior \w+ is a distribution on .*so their densities do not compare") as caught:
         make_vae(6, latent_dim=3, hidden=[8], prior=spec("prior", prior), encoder=spec("encoder", encoder))
     assert "\n" not in str(caught.value)
     assert encoder_for(prior) in str(caught.value)

@@ -35,10 +35,10 @@ def base_model(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-def guided_by(law: Law, site: str = "z") -> Callable[[Tensor], None]:
+def guided_by(distribution: Law, site: str = "z") -> Callable[[Tensor], None]:
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            pyro.sample(site, law(x))
+            pyro.sample(site, distribution(x))
 
     return guide
 
@@ -58,7 +58,7 @@ def data(num: int = 20) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "law",
+    "distribution",
     [
         lambda x: dist.Uniform(torch.zeros(()), 1.0),
         lambda x: dist.Uniform(torch.tensor(-6.0), 6.0),  # outside are two draws of the prior in a thousand million
@@ -70,11 +70,15 @@ def data(num: int = 20) -> Tensor:
     ],
     ids=["uniform", "wide uniform", "half normal", "log-normal", "exponential", "underflow", "nan"],
 )
-def test_a_guide_that_misses_what_the_prior_allows_is_flagged(law: Law):
+def test_a_guide_that_misses_what_the_prior_allows_is_flagged(distribution: Law):
     x = data()
     with pyro.validation_enabled(False):
-        evidence = pv.log_marginal(base_model, guided_by(law), x, num_samples=100, seed=0)
-    missed = law(x).loc.isnan().numpy() if isinstance(law(x), dist.Normal) and law(x).loc.isnan().any() else np.ones(20, bool)
+        evidence = pv.log_marginal(base_model, guided_by(distribution), x, num_samples=100, seed=0)
+    missed = (
+        distribution(x).loc.isnan().numpy()
+        if isinstance(distribution(x), dist.Normal) and distribution(x).loc.isnan().any()
+        else np.ones(20, bool)
+    )
     np.testing.assert_array_equal(evidence.covered, ~missed)
     assert not evidence.reliable[missed].any()
     if np.isfinite(evidence.log_px).all():
@@ -100,7 +104,7 @@ def test_the_cures_of_a_guide_that_misses_are_right():
 
 
 @pytest.mark.parametrize(
-    "law",
+    "distribution",
     [
         lambda x: dist.Normal(x / 2, 0.05),  # far too narrow, which is for Pareto k to say
         lambda x: dist.StudentT(3.0, x / 2, 0.7),
@@ -109,8 +113,8 @@ def test_the_cures_of_a_guide_that_misses_are_right():
     ],
     ids=["narrow", "wide tail", "mixture", "transformed"],
 )
-def test_a_guide_of_full_support_covers(law: Law):
-    evidence = pv.log_marginal(base_model, guided_by(law), data(), num_samples=50, seed=0)
+def test_a_guide_of_full_support_covers(distribution: Law):
+    evidence = pv.log_marginal(base_model, guided_by(distribution), data(), num_samples=50, seed=0)
     assert evidence.covered.all()
 
 
@@ -137,7 +141,7 @@ def test_only_the_data_whose_discrete_values_are_ruled_out_are_flagged():
 
 
 @pytest.mark.parametrize(
-    ("prior", "law"),
+    ("prior", "distribution"),
     [
         (lambda: dist.Bernoulli(0.5), lambda x: dist.Bernoulli(torch.where(x > 0, 1.0, 0.5))),
         (lambda: dist.Bernoulli(0.5), lambda x: dist.Bernoulli(logits=torch.where(x > 0, -math.inf, 0.5))),
@@ -147,13 +151,13 @@ def test_only_the_data_whose_discrete_values_are_ruled_out_are_flagged():
     ],
     ids=["probability of one", "logits", "probability of zero", "binomial", "geometric"],
 )
-def test_a_value_of_probability_zero_is_flagged(prior: Callable[[], Any], law: Law):
+def test_a_value_of_probability_zero_is_flagged(prior: Callable[[], Any], distribution: Law):
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             s = pyro.sample("s", prior())
             pyro.sample("x", dist.Normal(s.float(), 1.0), obs=x)
 
-    evidence = pv.log_marginal(model, guided_by(law, "s"), torch.tensor([-1.0, 1.0]), num_samples=50, seed=0)
+    evidence = pv.log_marginal(model, guided_by(distribution, "s"), torch.tensor([-1.0, 1.0]), num_samples=50, seed=0)
     assert evidence.covered.tolist() == [True, False]
 
 
@@ -228,8 +232,8 @@ def test_what_is_not_known_is_not_judged():
 
 def test_covered_travels_with_the_evidence(tmp_path):
     x = data()
-    law: Law = lambda x: dist.Uniform(torch.where(x > 0, -1.0, -60.0), 60.0)  # noqa: E731
-    evidence = pv.log_marginal(base_model, guided_by(law), x, num_samples=30, seed=0)
+    distribution: Law = lambda x: dist.Uniform(torch.where(x > 0, -1.0, -60.0), 60.0)  # noqa: E731
+    evidence = pv.log_marginal(base_model, guided_by(distribution), x, num_samples=30, seed=0)
     np.testing.assert_array_equal(evidence.covered, ~(x > 0).numpy())
     evidence.save(tmp_path / "evidence.safetensors")
     again = pv.Evidence.load(tmp_path / "evidence.safetensors")
@@ -238,7 +242,7 @@ def test_covered_travels_with_the_evidence(tmp_path):
     assert evidence.to_datatree()["evidence"]["covered"].values.tolist() == evidence.covered.tolist()
     file = tmp_path / "resume.safetensors"
     for _ in range(2):
-        resumed = pv.log_marginal(base_model, guided_by(law), x, num_samples=30, seed=0, resume=file)
+        resumed = pv.log_marginal(base_model, guided_by(distribution), x, num_samples=30, seed=0, resume=file)
         np.testing.assert_array_equal(resumed.covered, evidence.covered)
         np.testing.assert_array_equal(resumed.log_px, evidence.log_px)
 
@@ -695,8 +699,8 @@ def test_parameters_of_both_programs_under_one_name_are_found():
 
         def forward(self, x: Tensor) -> None:
             with pyro.plate("data", len(x)):
-                law = dist.Normal(self.net(x), 1.0) if self.encodes else dist.Normal(torch.zeros(2), 1.0)
-                z = pyro.sample("z", law.to_event(1))
+                distribution = dist.Normal(self.net(x), 1.0) if self.encodes else dist.Normal(torch.zeros(2), 1.0)
+                z = pyro.sample("z", distribution.to_event(1))
                 if not self.encodes:
                     pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(1), obs=x)
 

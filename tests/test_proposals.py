@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae.evidence.proposals import mixture_draws, prior_count
 from pyrovae.programs.log_weights import log_weights, prior_weights
-from pyrovae.programs.unconstrained import FlatPair
+from pyrovae.programs.unconstrained import UnconstrainedPair
 
 KINDS = ["guide", "prior", "mixture", "refined"]
 
@@ -86,9 +86,9 @@ def test_weights_of_the_mixture_are_bounded_whatever_the_guide():
     def model(x: torch.Tensor) -> None:
         with pyro.plate("data", x.shape[0]):
             z = seen["z"] = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            law = dist.Normal(z @ pair.weight.T + pair.bias, pair.noise).to_event(1)
-            pyro.sample("x", law, obs=x)
-            seen.setdefault("likelihood", []).append(law.log_prob(x))
+            distribution = dist.Normal(z @ pair.weight.T + pair.bias, pair.noise).to_event(1)
+            pyro.sample("x", distribution, obs=x)
+            seen.setdefault("likelihood", []).append(distribution.log_prob(x))
 
     draw = mixture_draws(model, far_guide, True, 1, 100, 25)
     log_w = torch.cat([draw((x,), size) for size in (7, 1, 60, 32)])
@@ -317,7 +317,7 @@ def test_the_guides_density_in_unconstrained_space_has_its_jacobian():
 
     x = torch.tensor([0.5, -1.0])
     flat = torch.tensor([[[0.4, -1.0], [1.3, 0.2]], [[-0.7, 2.0], [0.0, -0.6]]])
-    log_guide = FlatPair(model, guide, (x,)).terms(flat, guide=True).log_guide
+    log_guide = UnconstrainedPair(model, guide, (x,)).terms(flat, guide=True).log_guide
     share = torch.sigmoid(flat[..., 1])
     expected = dist.Normal(0.3 * x, 0.8).log_prob(flat[..., 0])
     expected = expected + dist.Beta(3.0, 1.5).log_prob(share) + (share * (1 - share)).log()

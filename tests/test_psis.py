@@ -23,17 +23,17 @@ LAWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def weights(law: str, rows: int, samples: int) -> tuple[Tensor, Tensor]:
+def weights(distribution: str, rows: int, samples: int) -> tuple[Tensor, Tensor]:
     u = torch.rand(rows, samples, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    log_w = LAWS[law](u.clamp(1e-12, 1 - 1e-12))
+    log_w = LAWS[distribution](u.clamp(1e-12, 1 - 1e-12))
     return log_w.topk(tail_size(samples)).values, log_w.logsumexp(1)
 
 
 @pytest.mark.parametrize("samples", [225, 1000, 5000])
-@pytest.mark.parametrize("law", LAWS)
-def test_together_is_one_by_one(law: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("distribution", LAWS)
+def test_together_is_one_by_one(distribution: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psis_together, "MOST_NUMBERS", 10_000)  # in several parts
-    largest, log_sum = weights(law, 6, samples)
+    largest, log_sum = weights(distribution, 6, samples)
     khat, smoothed, ordinary = pareto_smooth_together(largest, log_sum, samples)
     expected = pareto_smooth(largest.numpy(), (log_sum - math.log(samples)).numpy(), samples)
     assert ordinary.all()

@@ -170,8 +170,8 @@ def test_keeps_the_precision_of_its_weights(kind: str, spec: dict, dtype: torch.
 def test_whatever_leads_is_a_batch(kind: str, spec: dict) -> None:
     built = component(kind, spec)
     if kind == "prior":
-        law = built()
-        assert (law.batch_shape, law.event_shape) == ((), (LATENT,))
+        distribution = built()
+        assert (distribution.batch_shape, distribution.event_shape) == ((), (LATENT,))
         return
     (x,) = inputs(kind, built, 3, 4)
     together = built(x)
@@ -193,21 +193,21 @@ def test_whatever_leads_is_a_batch(kind: str, spec: dict) -> None:
 @pytest.mark.usefixtures("float64")
 def test_samples_lie_in_the_support(kind: str, spec: dict) -> None:
     built = component(kind, spec)
-    law = built(*inputs(kind, built, 5))
-    value = law.sample((50,))
-    assert law.support.check(value).all()
-    assert law.log_prob(value).isfinite().all()
+    distribution = built(*inputs(kind, built, 5))
+    value = distribution.sample((50,))
+    assert distribution.support.check(value).all()
+    assert distribution.log_prob(value).isfinite().all()
 
 
-def quadrature(law: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
+def quadrature(distribution: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
     """Points of a two-dimensional event, and the weights with which a function of them integrates, or sums."""
-    base = law
+    base = distribution
     while hasattr(base, "base_dist") and base.support is not constraints.simplex:
         base = base.base_dist
-    if law.support is constraints.sphere:
+    if distribution.support is constraints.sphere:
         angle = torch.arange(1000) * (2 * math.pi / 1000)
         return torch.stack([angle.cos(), angle.sin()], -1), torch.full((1000,), 2 * math.pi / 1000)
-    if law.support is constraints.simplex:
+    if distribution.support is constraints.simplex:
         logit = torch.arange(-3000.0, 3001.0) * 0.02
         points = torch.stack([logit, -logit], -1).sigmoid()
         return points, 0.02 * points.prod(-1)
@@ -219,7 +219,7 @@ def quadrature(law: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
         at = torch.arange(-200.0, 201.0) * 0.035
         axis, weight = at.sinh(), 0.035 * at.cosh()
     points, weights = torch.cartesian_prod(axis, axis), torch.cartesian_prod(weight, weight).prod(-1)
-    inside = law.support.check(points)
+    inside = distribution.support.check(points)
     return points[inside], weights[inside]
 
 
@@ -235,9 +235,9 @@ over_latents = pytest.mark.parametrize(
 def test_is_normalised(kind: str, spec: dict) -> None:
     """exp(log_prob) over all values of a two-dimensional event sums, or integrates, to one: no constant is left out."""
     built = component(kind, spec)
-    law = built(*inputs(kind, built))
-    points, weights = quadrature(law)
-    total = (weights * law.log_prob(points).exp()).sum().item()
+    distribution = built(*inputs(kind, built))
+    points, weights = quadrature(distribution)
+    total = (weights * distribution.log_prob(points).exp()).sum().item()
     # Where the density has kinks, the grid is only so good.
     assert math.isclose(total, 1.0, rel_tol=1e-3 if spec["kind"] in ("flow", "laplace") else 1e-6)
 
@@ -248,10 +248,10 @@ def test_is_normalised(kind: str, spec: dict) -> None:
 def test_sampler_and_density_agree(kind: str, spec: dict) -> None:
     """The mean of a statistic over samples equals its integral over the density, within five standard errors."""
     built = component(kind, spec)
-    law = built(*inputs(kind, built))
-    points, weights = quadrature(law)
-    mass = weights * law.log_prob(points).exp()
-    drawn = law.sample((20_000,))
+    distribution = built(*inputs(kind, built))
+    points, weights = quadrature(distribution)
+    mass = weights * distribution.log_prob(points).exp()
+    drawn = distribution.sample((20_000,))
     for statistic in (lambda z: z, lambda z: torch.tanh(z - 0.3), lambda z: torch.tanh(z[..., :1] * z[..., 1:])):
         exact, found = (mass[:, None] * statistic(points)).sum(0), statistic(drawn)
         error = found.std(0) / len(drawn) ** 0.5

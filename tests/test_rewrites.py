@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from pyrovae.compile import matmul, rewrites
-from pyrovae.compile.matmul import fastest_products, round_products
+from pyrovae.compile.matmul import round_products, select_matmul_backend
 from pyrovae.compile.rewrites import draws_as_inputs, rewrite
 
 aten = torch.ops.aten
@@ -276,13 +276,13 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="th
 
 def chosen(monkeypatch: pytest.MonkeyPatch, shares: Callable[..., dict[str, float]], *inputs: Tensor) -> list[object]:
     """The ways of the products x @ weight.T (1000 x 50 x 200, 2 threads) and 3 x 4 x 5 of which oneDNN has taken the first."""
-    monkeypatch.setattr(matmul, "_shares", shares)
-    monkeypatch.setattr(matmul, "_tiles_are_faster", lambda threads, rounded: False)
+    monkeypatch.setattr(matmul, "_onednn_time_ratio", shares)
+    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: False)
 
     def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return x @ weight.t(), a @ b
 
-    module = fastest_products(make_fx(function)(*inputs), threads=2)
+    module = select_matmul_backend(make_fx(function)(*inputs), threads=2)
     for found, exact in zip(module(*inputs), function(*inputs), strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)
     targets = [node.target for node in module.graph.nodes]
@@ -323,9 +323,9 @@ def test_products_stay_without_onednn_and_in_float64(monkeypatch: pytest.MonkeyP
 
 
 def test_rounded_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_shares", lambda *product: {"straight": 0.1, "flipped": 0.1})
+    monkeypatch.setattr(matmul, "_onednn_time_ratio", lambda *product: {"straight": 0.1, "flipped": 0.1})
     inputs = torch.randn(1000, 50), torch.randn(50, 200)
-    module = fastest_products(rewrite(round_products(make_fx(torch.mm)(*inputs))), threads=1)
+    module = select_matmul_backend(rewrite(round_products(make_fx(torch.mm)(*inputs))), threads=1)
     (product,) = module.graph.find_nodes(op="call_function", target=aten.mm.default)
     assert all(factor.kwargs["dtype"] is torch.bfloat16 for factor in product.args)
 
@@ -336,7 +336,7 @@ def test_a_product_is_timed_in_float32_whatever_the_default() -> None:
     seen = []
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu"):
         patch.setattr(matmul, "_seconds", lambda each: {name: float(seen.append(run()) or 1) for name, run in each.items()})
-        assert matmul._shares.__wrapped__(64, 32, 16, (True, True), 1) == {"straight": 1.0, "flipped": 1.0}
+        assert matmul._onednn_time_ratio.__wrapped__(64, 32, 16, (True, True), 1) == {"straight": 1.0, "flipped": 1.0}
     assert [each.dtype for each in seen] == [torch.float32] * 3
 
 
@@ -345,7 +345,7 @@ def test_a_build_without_such_products_keeps_its_own(monkeypatch: pytest.MonkeyP
         raise RuntimeError("itensor_view_from_dense")
 
     monkeypatch.setattr(matmul, "_seconds", refused)
-    assert matmul._shares.__wrapped__(64, 32, 16, (True, True), 1) == {}
+    assert matmul._onednn_time_ratio.__wrapped__(64, 32, 16, (True, True), 1) == {}
 
 
 def test_the_module_can_be_loaded_again() -> None:
@@ -356,7 +356,7 @@ def test_the_module_can_be_loaded_again() -> None:
 @onednn
 def test_timing_a_product_leaves_threads_and_random_numbers_alone() -> None:
     before, state = torch.get_num_threads(), torch.get_rng_state()
-    shares = matmul._shares.__wrapped__(64, 32, 16, (False, True), before + 1)
+    shares = matmul._onednn_time_ratio.__wrapped__(64, 32, 16, (False, True), before + 1)
     assert set(shares) == {"straight", "flipped"}
     assert all(share > 0 for share in shares.values())
     assert torch.get_num_threads() == before

@@ -164,7 +164,7 @@ def test_compiled_equals_eager_on_foreign_pairs(pair: str) -> None:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("way", ["straight", "flipped"])
 def test_compiled_with_onednn_products_equals_eager(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_shares", lambda *product: {way: 0.1})
+    monkeypatch.setattr(matmul, "_onednn_time_ratio", lambda *product: {way: 0.1})
     monkeypatch.setattr(patterns, "FEWEST_MULTIPLICATIONS", 0)
     runs, scores = [], []
     for backend in ("eager", "inductor"):
@@ -204,12 +204,12 @@ def test_products_with_parameters_themselves_are_rewritten_too(how: str, monkeyp
     products = []
 
     def compiler(module: fx.GraphModule, inputs: Any, rounded: bool, apart: bool) -> Any:
-        module = matmul.round_products(module) if rounded else matmul.fastest_products(rewrites.rewrite(module), 1)
+        module = matmul.round_products(module) if rounded else matmul.select_matmul_backend(rewrites.rewrite(module), 1)
         products.extend(node for node in module.graph.nodes if node.target in (torch.ops.aten.mm.default, ONEDNN))
         return module
 
     monkeypatch.setattr(compile_graph, "_inductor", compiler)
-    monkeypatch.setattr(matmul, "_shares", lambda *product: {"straight": 0.1})
+    monkeypatch.setattr(matmul, "_onednn_time_ratio", lambda *product: {"straight": 0.1})
     monkeypatch.setattr(patterns, "FEWEST_MULTIPLICATIONS", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -600,9 +600,9 @@ def steps_of(optimizer: str, batches: list[Tensor], ahead: bool) -> SimpleNamesp
     if ahead:
         step.asynchronous = True  # as on a GPU
         for x in batches:
-            assert step.ahead(x) is None
-        outcomes = step.outcomes()
-        assert step.outcomes() == []
+            assert step.step_async(x) is None
+        outcomes = step.drain()
+        assert step.drain() == []
     else:
         outcomes = [step(x) for x in batches]
     return SimpleNamespace(outcomes=outcomes, parameters=[each.detach().clone() for each in vae.parameters()], step=step)
@@ -622,8 +622,8 @@ def test_steps_taken_ahead_move_nothing_from_a_nan_until_looked_at(optimizer: st
     three, more = steps_of(optimizer, [X] * 3, True), steps_of(optimizer, [X] * 3 + [bad, X, X], True)
     assert [math.isnan(loss) for loss, _ in more.outcomes] == [False] * 3 + [True] + [False] * 2
     assert all(map(torch.equal, three.parameters, more.parameters))
-    more.step.ahead(X)
-    (outcome,) = more.step.outcomes()
+    more.step.step_async(X)
+    (outcome,) = more.step.drain()
     assert math.isfinite(outcome.loss)
     assert not all(map(torch.equal, three.parameters, more.step.parameters))
     if optimizer == "adam":  # nor was a step counted
@@ -715,8 +715,8 @@ def test_nothing_moves_where_the_gradient_is_infinite_and_the_loss_is_not(optimi
     step = Step(pv.estimators.ELBO(), model, guide, adam, backend="eager")
     step.asynchronous = ahead
     for _ in range(2):
-        step.ahead(torch.ones(4))
-    outcomes = step.outcomes()
+        step.step_async(torch.ones(4))
+    outcomes = step.drain()
     assert all(math.isfinite(loss) and norm == math.inf for loss, norm in outcomes)
     assert (root.item(), shift.item()) == (0.0, 1.0)
 

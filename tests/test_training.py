@@ -260,10 +260,10 @@ def test_a_discrete_latent_is_summed_by_pyros_enumeration():
         pass
 
     def exact() -> float:
-        law = torch.distributions.MixtureSameFamily(
+        distribution = torch.distributions.MixtureSameFamily(
             torch.distributions.Categorical(logits=logits), torch.distributions.Normal(means, torch.ones(2))
         )
-        return law.log_prob(x).mean().item()
+        return distribution.log_prob(x).mean().item()
 
     at_start = exact()
     history = fit(model, guide, x, estimator="trace_enum_elbo", epochs=1, lr=1e-30, progress=False)
@@ -321,7 +321,7 @@ def test_nan_stops_with_one_sentence_and_keeps_the_last_parameters():
 def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyPatch):
     x = torch.bernoulli(torch.full((50, 4), 0.5))
     starts, looked = [], []
-    of, outcomes = compile_step.stage, Step.outcomes
+    of, outcomes = compile_step.stage, Step.drain
 
     def stage(*args, asynchronous: bool, **options):
         step = of(*args, **options)
@@ -332,8 +332,8 @@ def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyP
         looked.append(outcomes(step))
         return looked[-1]
 
-    monkeypatch.setattr(loop, "LOOK_EVERY", 7)
-    monkeypatch.setattr(Step, "outcomes", counted)
+    monkeypatch.setattr(loop, "SYNC_EVERY", 7)
+    monkeypatch.setattr(Step, "drain", counted)
     for asynchronous in (False, True):
         monkeypatch.setattr(compile_step, "stage", partial(stage, asynchronous=asynchronous))
         looked.clear()

@@ -247,8 +247,8 @@ def test_shapes(data_shape: object, options: dict, likelihood: object) -> None:
     assert (vae.data_shape, vae.latent_dim) == (shape, 2)
     assert vae.sample(3).shape == (3, *shape)
     assert (vae.encode(x).batch_shape, vae.encode(x).event_shape) == ((5,), (2,))
-    law = vae.decode(torch.randn(4, 3, 2))
-    assert (law.batch_shape, law.event_shape) == ((4, 3), shape)
+    distribution = vae.decode(torch.randn(4, 3, 2))
+    assert (distribution.batch_shape, distribution.event_shape) == ((4, 3), shape)
     assert vae.reconstruct(x).shape == x.shape
     assert vae.interpolate(x[0], x[1], 7).shape == (7, *shape)
     assert vae.interpolate(x[:2], x[2:4], 7).shape == (7, 2, *shape)

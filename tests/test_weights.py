@@ -30,7 +30,7 @@ from torch import distributions as td
 from pyrovae.estimators.base import make_estimator
 from pyrovae.models.vae import make_vae
 from pyrovae.programs.inspect import find_parameters, inspect_pair
-from pyrovae.programs.log_weights import LogWeights, log_weights, prior_weights, without_specks
+from pyrovae.programs.log_weights import LogWeights, log_weights, prior_weights, zero_negligible
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -109,13 +109,13 @@ def test_pair_of_pyro_modules(num_particles: int) -> None:
     pyro.set_rng_seed(4)
     weights = log_weights(pair.model, pair.guide, x, num_particles=num_particles)
     pyro.set_rng_seed(4)
-    law = td.Normal(pair.guide.loc(x), pair.guide.log_scale(x).exp())
-    z = law.rsample((num_particles,))
+    distribution = td.Normal(pair.guide.loc(x), pair.guide.log_scale(x).exp())
+    z = distribution.rsample((num_particles,))
     _check(
         weights,
         td.Normal(pair.model.linear(z), 0.5).log_prob(x).sum(-1),
         td.Normal(0, 1).log_prob(z).sum(-1),
-        law.log_prob(z).sum(-1),
+        distribution.log_prob(z).sum(-1),
     )
 
 
@@ -169,12 +169,12 @@ def _masked(how: str) -> Callable[[Tensor, Tensor], None]:
     def model(x: Tensor, mask: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            law = dist.Normal(z[..., None].expand(*z.shape, 4), 0.5)
+            distribution = dist.Normal(z[..., None].expand(*z.shape, 4), 0.5)
             if how == "site":
-                pyro.sample("x", law.mask(mask).to_event(1), obs=x)
+                pyro.sample("x", distribution.mask(mask).to_event(1), obs=x)
             else:
                 with poutine.mask(mask=mask[:, 0]):
-                    pyro.sample("x", law.to_event(1), obs=x)
+                    pyro.sample("x", distribution.to_event(1), obs=x)
 
     return model
 
@@ -208,8 +208,8 @@ def test_what_every_mask_leaves_is_what_counts_as_observed(inside: int, outside:
         with pyro.plate("data", B, dim=-2):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             with pyro.plate("items", 3, dim=-1), poutine.mask(mask=True if outer is None else outer):
-                law = dist.Normal(z[..., None].expand(B, 3, 4), 0.5)
-                pyro.sample("x", (law.mask(inner) if inside else law).to_event(1), obs=x)
+                distribution = dist.Normal(z[..., None].expand(B, 3, 4), 0.5)
+                pyro.sample("x", (distribution.mask(inner) if inside else distribution).to_event(1), obs=x)
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", B, dim=-2):
@@ -743,7 +743,7 @@ def test_data_of_the_wrong_shape_keep_their_own_sentence() -> None:
 def test_what_is_cleared_is_less_than_the_rounding_of_the_largest(number: int, apart: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     coefficient = (torch.softmax(12 * torch.randn(number, 200), 0) * torch.randn(number, 200).sign()).to(dtype)
-    kept = without_specks(coefficient, apart)
+    kept = zero_negligible(coefficient, apart)
     cleared = kept == 0
     assert torch.equal(kept[~cleared], coefficient[~cleared])
     size = coefficient.abs().double() / coefficient.abs().amax(0).double()
@@ -782,4 +782,4 @@ def test_a_parameter_that_a_light_particle_alone_reaches_keeps_its_gradient() ->
 )
 def test_what_no_rounding_hides_is_kept(column: list[float]) -> None:
     coefficient = torch.tensor(column)[:, None]
-    assert torch.equal(torch.nan_to_num(without_specks(coefficient), 7.0), torch.nan_to_num(coefficient, 7.0))
+    assert torch.equal(torch.nan_to_num(zero_negligible(coefficient), 7.0), torch.nan_to_num(coefficient, 7.0))

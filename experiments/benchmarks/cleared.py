@@ -1,7 +1,7 @@
 """How many particles' gradients are rows of zeros in training, which large products leave out.
 
 Importance weights spread: the coefficients of those that together are below the rounding of the datum's largest are cleared
-(``without_specks``). The network is 784-200-200-50 with tanh, trained on MNIST by the importance-weighted bound
+(``zero_negligible``). The network is 784-200-200-50 with tanh, trained on MNIST by the importance-weighted bound
 with 50 particles (Adam at 1e-3, batches of 20, pixels binarised afresh). After so many steps the share is that of 500
 training images; beside it, how far clearing moves the bound's gradient over them, in float64, where the rounding of one number
 in float32 is 1.2e-7. Then the same of two cells of step.py.
@@ -21,7 +21,7 @@ from step import CELLS, start
 from torch import Tensor
 
 import pyrovae as pv
-from pyrovae.programs.log_weights import without_specks
+from pyrovae.programs.log_weights import zero_negligible
 
 AT, PARTICLES, BATCH, SEED = (0, 10, 100, 1_000, 3_000, 6_000, 15_000), 50, 20, 0
 TIMED = ("tanh-20-k50", "tanh-20-k50-mnist")
@@ -58,7 +58,7 @@ def main() -> None:
 
 def cleared(log_w: Tensor, parameters: Iterable[torch.nn.Parameter]) -> dict[str, float]:
     leaves, share = [*parameters], log_w.detach().softmax(0)
-    kept = without_specks(share.float()) != 0
+    kept = zero_negligible(share.float()) != 0
 
     def gradient(coefficient: Tensor) -> Tensor:
         slopes = torch.autograd.grad((coefficient * log_w).sum(), leaves, retain_graph=True)

@@ -100,15 +100,15 @@ def time_ours(on: Machine, cell: Cell, precision: str, data: Tensor, top: int = 
     step = the_step(on, the_pair(on, cell), data, cell, precision=precision, lr=1e-4)
     began = time.perf_counter()
     for each in rows[:4]:
-        step.ahead(each, data)
-    losses = step.outcomes()
+        step.step_async(each, data)
+    losses = step.drain()
     on.sync()
     built = time.perf_counter() - began
 
     def take() -> None:
         for each in rows:
-            step.ahead(each, data)
-        step.outcomes()
+            step.step_async(each, data)
+        step.drain()
 
     found: dict[str, Any] = {"ms": median_ms(on, take, number), "seconds_to_build": round(built, 2), "reason": step.reason}
     found["loss_per_datum"] = round(losses[0].loss / cell.batch, 3)
@@ -118,7 +118,7 @@ def time_ours(on: Machine, cell: Cell, precision: str, data: Tensor, top: int = 
         found["replays_alone_ms"] = median_ms(on, lambda: [graph._several() for _ in range(number // several)], number)
         found["launched_by_the_host_ms"] = host_ms(on, take, number)
     return found | kernels_of(
-        on, lambda: [step.ahead(each, data) for each in rows[:40]] and step.outcomes(), len(rows[:40]), top
+        on, lambda: [step.step_async(each, data) for each in rows[:40]] and step.drain(), len(rows[:40]), top
     )
 
 
@@ -133,7 +133,7 @@ def time_eager(on: Machine, cell: Cell, data: Tensor) -> float:
     number = 3 if on.small else 40
     step = the_step(on, the_pair(on, cell), data, cell, compiled=False, lr=1e-4)
     rows = rows_of(on, data, cell, number)
-    return median_ms(on, lambda: [step.ahead(each, data) for each in rows] and step.outcomes(), number, laps=3)
+    return median_ms(on, lambda: [step.step_async(each, data) for each in rows] and step.drain(), number, laps=3)
 
 
 def time_pyro(on: Machine, cell: Cell, data: Tensor) -> float:

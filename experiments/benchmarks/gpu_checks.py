@@ -158,9 +158,9 @@ def check_equal_to_eager(on: Machine) -> dict[str, Any]:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step.optimizer, steps)
         seeded(1)
         for rows in rows_of(on, data, cell, steps):
-            step.ahead(rows, data)
+            step.step_async(rows, data)
             schedule.step()
-        outcomes = torch.tensor(step.outcomes())
+        outcomes = torch.tensor(step.drain())
         runs.append((outcomes, [par.detach().clone() for par in step.parameters], step, torch.rand(1, device=on.device)))
     (eager, before, _, one), (graphed, after, step, other) = runs
     relative = ((eager - graphed).abs() / eager.abs()).amax(0).tolist()
@@ -182,8 +182,8 @@ def check_near_the_cpu(on: Machine) -> dict[str, Any]:
         step = the_step(where, the_pair(where, cell), data, cell, compiled=where.cuda)
         seeded(5)
         for rows in rows_of(where, data, cell, steps, seed=2):
-            step.ahead(rows, data)
-        losses = np.array(step.outcomes())[-steps // 2 :, 0] / cell.batch
+            step.step_async(rows, data)
+        losses = np.array(step.drain())[-steps // 2 :, 0] / cell.batch
         means.append((float(losses.mean()), float(losses.std(ddof=1) / len(losses) ** 0.5)))
     difference = abs(means[0][0] - means[1][0])
     found = {"loss_per_datum_and_error": means}
@@ -197,13 +197,13 @@ def check_new_numbers(on: Machine) -> dict[str, Any]:
     step = the_step(on, the_pair(on, cell), data, cell, lr=1e-12)
     rows = torch.arange(20, device=on.device)
     for _ in range(3):
-        step.ahead(rows, data)
-    step.outcomes()
+        step.step_async(rows, data)
+    step.drain()
 
     def losses() -> list[float]:
         for _ in range(25):
-            step.ahead(rows, data)
-        return [loss for loss, _ in step.outcomes()]
+            step.step_async(rows, data)
+        return [loss for loss, _ in step.drain()]
 
     state = torch.cuda.get_rng_state() if on.cuda else torch.get_rng_state()
     first, more = losses(), losses()
@@ -226,17 +226,17 @@ def check_nan_guard(on: Machine) -> dict[str, Any]:
     fine, bad = torch.arange(20, 40, device=on.device), torch.arange(20, device=on.device)
     step = the_step(on, pair, on.data(500), cell)
     for rows in [fine] * 5:
-        step.ahead(rows, data)
-    assert all(np.isfinite(loss) for loss, _ in step.outcomes())
+        step.step_async(rows, data)
+    assert all(np.isfinite(loss) for loss, _ in step.drain())
     before = [each.detach().clone() for each in (*step.parameters, *step._update.touched)]
     for rows in [bad, *[fine] * 16]:
-        step.ahead(rows, data)
-    losses = [loss for loss, _ in step.outcomes()]
+        step.step_async(rows, data)
+    losses = [loss for loss, _ in step.drain()]
     assert np.isnan(losses[0]), "the loss is a number"
     after = [*step.parameters, *step._update.touched]
     assert all(map(torch.equal, before, after)), "something moved"
-    step.ahead(fine, data)
-    assert np.isfinite(step.outcomes()[0].loss)
+    step.step_async(fine, data)
+    assert np.isfinite(step.drain()[0].loss)
     assert not torch.equal(before[0], step.parameters[0]), "nothing moves any more"
     return {"losses_after": losses[1:4]}
 
@@ -280,8 +280,8 @@ def check_memory_is_flat(on: Machine) -> dict[str, Any]:
     held = []
     for number in (40, 200, 1_000) if on.cuda else (12, 20):
         for rows in rows_of(on, data, cell, number):
-            step.ahead(rows, data)
-        step.outcomes()
+            step.step_async(rows, data)
+        step.drain()
         on.sync()
         del rows  # a view of all rows
         held.append(torch.cuda.memory_allocated() if on.cuda else 0)
@@ -301,8 +301,8 @@ def check_two_models(on: Machine) -> dict[str, Any]:
             for which in (0, 1) if together else (0,):
                 seeded(10 * block + 1)
                 for each in rows[12 * block : 12 * block + 12]:
-                    steps[which].ahead(each, data)
-                found[which] += [loss for loss, _ in steps[which].outcomes()]
+                    steps[which].step_async(each, data)
+                found[which] += [loss for loss, _ in steps[which].drain()]
         return found
 
     alone, (first, second) = losses(False)[0], losses(True)
@@ -320,8 +320,8 @@ def check_other_optimizers(on: Machine) -> dict[str, Any]:
             warnings.simplefilter("always")
             seeded(1)
             for rows in rows_of(on, data, cell, 15):
-                step.ahead(rows, data)
-        losses.append([loss for loss, _ in step.outcomes()])
+                step.step_async(rows, data)
+        losses.append([loss for loss, _ in step.drain()])
     assert np.allclose(*losses, rtol=1e-4), losses
     assert any("outside the step's CUDA graph" in str(each.message) for each in caught), [str(each.message) for each in caught]
     return {}
@@ -338,8 +338,8 @@ def check_precisions(on: Machine) -> dict[str, Any]:
         step = the_step(on, the_pair(on, cell), data, cell, precision=precision)
         seeded(1)
         for rows in rows_of(on, data, cell, 60):
-            step.ahead(rows, data)
-        losses = [loss for loss, _ in step.outcomes()]
+            step.step_async(rows, data)
+        losses = [loss for loss, _ in step.drain()]
         evidence = the_pair(on, cell).log_marginal(data[:200], num_samples=1_000, seed=0, precision=precision)
         found[precision] = {
             "last_losses": losses[-3:],

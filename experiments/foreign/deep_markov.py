@@ -47,8 +47,8 @@ class DeepMarkov(nn.Module):
             z = self.start
             for t in range(x.shape[1]):
                 with poutine.mask(mask=t < length):
-                    law = self.transition(z) if t else dist.Normal(self.start, torch.ones_like(self.start)).to_event(1)
-                    z = pyro.sample(f"z_{t + 1}", law)
+                    distribution = self.transition(z) if t else dist.Normal(self.start, torch.ones_like(self.start)).to_event(1)
+                    z = pyro.sample(f"z_{t + 1}", distribution)
                     seen = dist.Normal(self.emission(z), self.noise_log_scale.exp()).to_event(1)
                     pyro.sample(f"x_{t + 1}", seen, obs=x[:, t])
 

@@ -134,7 +134,7 @@ class GraphedSteps:
         self._fill([(inputs[:moving], rate, beta)] * at_once)
         self._one, self._several = self._recorded(recorder, touched)
 
-    def ahead(self, inputs: Tensors, rate: float, beta: float | None) -> list[Tensor]:
+    def step_async(self, inputs: Tensors, rate: float, beta: float | None) -> list[Tensor]:
         """Take a step, now or with those that follow; the outcomes (n, 2) of those that were launched, if any."""
         self._waiting.append((inputs[: self.moving], rate, beta))
         return [self._launch(len(self._slots))] if len(self._waiting) == len(self._slots) else []

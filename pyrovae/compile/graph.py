@@ -37,7 +37,7 @@ class Staged:
         backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
         precision: ``"float32"`` and ``"tf32"`` leave products as they are (:func:`pyrovae.cuda.products_in` is for those);
             ``"bfloat16"`` rounds the factors of float32 ones, where compiled.
-        threads: of a CPU, on which as many calls of :meth:`later` run side by side, each on one of them, where compiled.
+        threads: of a CPU, on which as many calls of :meth:`submit` run side by side, each on one of them, where compiled.
         programs: whose Python state is watched for what a run changes in it; by default the function's own.
 
     Attributes:
@@ -115,7 +115,7 @@ class Staged:
         for graph in self._graphs.values():
             graph.due = graph.due or when
 
-    def later(self, *inputs: Tensor) -> Callable[[], Tensors]:
+    def submit(self, *inputs: Tensor) -> Callable[[], Tensors]:
         """What to call for the function's value; with several threads it may be computed meanwhile, until :meth:`close`.
 
         Its random numbers, or the seed of them where they are many, are drawn now: they do not depend on what else runs.
@@ -134,7 +134,7 @@ class Staged:
             random = _random_state(inputs)
             self(*inputs) if graph else self._first(key, inputs)
             _set_random_state(random)
-            return self.later(*inputs)
+            return self.submit(*inputs)
         inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
         if not graph.draws:
             value = graph(inputs, ())
@@ -210,11 +210,11 @@ class Staged:
             return
         rounded, after = self.precision == "bfloat16", _State(graph, inputs)
         try:
-            apart = self.threads > 1 and graph.draw_first()
+            single_threaded = self.threads > 1 and graph.draw_first()
             state.put_back()
             example = (*inputs, *graph.outside, *graph.drawn())
             state.put_back()
-            graph.run = _inductor(graph.module, example, rounded, apart)
+            graph.run = _inductor(graph.module, example, rounded, single_threaded)
             compiled = graph.value_of(graph.run, inputs)
         except Exception as error:  # no C++ compiler, say; the graph is right without
             self._fall_back("aten", f"the compiler failed ({_first_line(error)})")

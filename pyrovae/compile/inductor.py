@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from .kernels import SHIMS
-from .matmul import fastest_products, round_products
+from .matmul import round_products, select_matmul_backend
 from .rewrites import join_decoders, rewrite
 
 Tensors = tuple[Tensor, ...]
@@ -30,7 +30,7 @@ def _computed(module: fx.GraphModule) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: bool) -> Callable[..., Any]:
+def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, single_threaded: bool) -> Callable[..., Any]:
     """Compile; with rounded products, and for one thread each time where calls run side by side."""
     from torch import _inductor
     from torch._guards import TracingContext, tracing
@@ -42,14 +42,14 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, apart: boo
     # Nor its own checks of sizes and strides, a twentieth: graphs are kept by shape, and their inputs made contiguous.
     options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
     # Not Inductor's own CUDA graphs, which copy all parameters at each call: see pyrovae.cuda.
-    options |= {"cpp.threads": 1} if apart else {}
+    options |= {"cpp.threads": 1} if single_threaded else {}
     if not on_gpu:
         module = join_decoders(module, rounded)
-    threads = 1 if apart else torch.get_num_threads()
+    threads = 1 if single_threaded else torch.get_num_threads()
     if rounded:
         module = round_products(module, None if on_gpu else threads)
     if not on_gpu:
-        module = fastest_products(rewrite(module), threads)
+        module = select_matmul_backend(rewrite(module), threads)
     # One allocation where there were fifty, as long as it stays below the 32 MB from which each is a fresh mapping.
     pooled = max((value.numel() * value.element_size() for value in _computed(module)), default=0) <= MOST_POOLED
     for node in module.graph.nodes:

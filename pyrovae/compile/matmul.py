@@ -57,7 +57,7 @@ def round_products(module: fx.GraphModule, threads: int | None = None) -> fx.Gra
         outputs = [user for user in node.users if "val" in user.meta] if isinstance(node.meta["val"], tuple) else [node]
         if any(output.meta["val"].dtype is not torch.float32 for output in outputs):
             continue
-        if threads is not None and node.target is aten.mm.default and _by_tiles(graph, node, threads, rounded=True):
+        if threads is not None and node.target is aten.mm.default and _use_native(graph, node, threads, rounded=True):
             continue
         node.args = tuple(factor(value) for value in node.args)
         for output in outputs:
@@ -69,7 +69,7 @@ def round_products(module: fx.GraphModule, threads: int | None = None) -> fx.Gra
 PRODUCTS = (aten.mm.default, aten.bmm.default, aten.convolution.default, aten.convolution_backward.default)
 
 
-def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
+def select_matmul_backend(module: fx.GraphModule, threads: int) -> fx.GraphModule:
     """In place, float32 products by our own tiles where these are clearly faster than MKL on this processor, else by oneDNN.
 
     torch multiplies by MKL, which is slow on processors that Intel did not make. The others are timed once in a process, and
@@ -88,7 +88,7 @@ def fastest_products(module: fx.GraphModule, threads: int) -> fx.GraphModule:
         if left is None or right is None or left.dtype is not torch.float32 or left.device.type != "cpu":
             continue  # rounded factors, which have no value noted, and other types
         (rows, depth), columns = left.shape, right.shape[1]
-        if _by_tiles(module.graph, node, threads, rounded=False):
+        if _use_native(module.graph, node, threads, rounded=False):
             continue
         if rows * depth * columns >= FEWEST_MULTIPLICATIONS:
             way = _faster_way(rows, depth, columns, (left.is_contiguous(), right.is_contiguous()), threads)
@@ -109,12 +109,12 @@ FEWEST_ROWS_TO_ROUND = 48
 TILES_CLEARLY_FASTER = 0.9
 
 
-def _by_tiles(graph: fx.Graph, node: fx.Node, threads: int, rounded: bool) -> bool:
+def _use_native(graph: fx.Graph, node: fx.Node, threads: int, rounded: bool) -> bool:
     """Make a product of float32 matrices our tiles', where they are faster; say whether."""
     left, _ = node.args
     assert isinstance(left, fx.Node)
     (rows, depth), columns = left.meta["val"].shape, node.meta["val"].shape[1]
-    if min(rows, columns) < THINNEST_FOR_TILES or depth > DEEPEST_FOR_TILES or not _tiles_are_faster(threads, rounded):
+    if min(rows, columns) < THINNEST_FOR_TILES or depth > DEEPEST_FOR_TILES or not _native_is_faster(threads, rounded):
         return False
     node.target = torch.ops.pyrovae.product.default
     node.args = (*node.args, threads, rounded and rows >= FEWEST_ROWS_TO_ROUND)
@@ -123,7 +123,7 @@ def _by_tiles(graph: fx.Graph, node: fx.Node, threads: int, rounded: bool) -> bo
 
 
 @cache
-def _tiles_are_faster(threads: int, rounded: bool) -> bool:
+def _native_is_faster(threads: int, rounded: bool) -> bool:
     """One answer for all shapes, so that few are chosen by noise: products forward, to the weights and to the input."""
     if not kernels.products():
         return False
@@ -156,15 +156,15 @@ def _faster_way(rows: int, depth: int, columns: int, contiguous: tuple[bool, boo
 
     First by a large product: a processor where that gains nothing is left alone.
     """
-    if min(_shares(1024, 784, 256, (True, False), 1).values(), default=1.0) > CLEARLY_FASTER:
+    if min(_onednn_time_ratio(1024, 784, 256, (True, False), 1).values(), default=1.0) > CLEARLY_FASTER:
         return None
-    shares = _shares(rows, depth, columns, contiguous, threads)
+    shares = _onednn_time_ratio(rows, depth, columns, contiguous, threads)
     best = min(shares, key=lambda way: shares[way])
     return best if shares[best] <= CLEARLY_FASTER else None
 
 
 @cache
-def _shares(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> dict[str, float]:
+def _onednn_time_ratio(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> dict[str, float]:
     """The time of oneDNN's product as a share of MKL's, for either way to take it; nothing without oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return {}

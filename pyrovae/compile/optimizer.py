@@ -17,7 +17,7 @@ class _Update:
         self._state: tuple[Any, int] | None = None
 
     def __call__(
-        self, parameters: list[Tensor], gradients: list[Tensor], spoiled: Tensor | None = None, rate: Tensor | None = None
+        self, parameters: list[Tensor], gradients: list[Tensor], found_inf: Tensor | None = None, rate: Tensor | None = None
     ) -> None:
         """Take it; or not, where ``spoiled`` is 1: the kernel finds that out on its device, for others it is read here.
 
@@ -25,7 +25,7 @@ class _Update:
         """
         optimizer, group = self.optimizer, self.optimizer.param_groups[0]
         if not self.is_kernel(parameters):
-            if spoiled is not None and spoiled.item():
+            if found_inf is not None and found_inf.item():
                 return
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -37,8 +37,8 @@ class _Update:
                 gradient if gradient.stride() == value.stride() else torch.empty_like(value).copy_(gradient)
                 for gradient, value in zip(gradients, self._values, strict=True)
             ]
-        if spoiled is not None or self._counted is None:
-            self._count.add_(1 if spoiled is None else 1 - spoiled)
+        if found_inf is not None or self._counted is None:
+            self._count.add_(1 if found_inf is None else 1 - found_inf)
         else:
             self._counted += 1
         (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
@@ -55,7 +55,7 @@ class _Update:
             eps=group["eps"],
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
-            found_inf=spoiled,
+            found_inf=found_inf,
         )
 
     def is_kernel(self, parameters: list[Tensor]) -> bool:

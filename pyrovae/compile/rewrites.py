@@ -98,7 +98,7 @@ def draws_as_inputs(module: fx.GraphModule) -> list[partial[Tensor]]:
         module: what ``make_fx`` captured on the CPU, changed in place.
 
     Returns:
-        What draws each of them, in order; nothing, and the module as it was, where some law depends on other values.
+        What draws each of them, in order; nothing, and the module as it was, where some distribution depends on other values.
     """
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=aten.normal_.default):
@@ -115,7 +115,7 @@ def draws_as_inputs(module: fx.GraphModule) -> list[partial[Tensor]]:
     return [partial(node.target, *node.args, **node.kwargs) for node in random]
 
 
-# Random numbers whose law depends on nothing.
+# Random numbers whose distribution depends on nothing.
 FREE_DRAWS = (aten.randn.default, aten.rand.default)
 
 

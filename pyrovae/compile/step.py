@@ -93,7 +93,7 @@ class Step:
     Attributes:
         parameters: those that the optimizer holds.
         reached: those of them that the loss reaches, known after the first step.
-        asynchronous: whether :meth:`ahead` returns before the step is over, as it does on a GPU.
+        asynchronous: whether :meth:`step_async` returns before the step is over, as it does on a GPU.
         reason: why it runs slower than asked, or ``None``.
     """
 
@@ -121,7 +121,7 @@ class Step:
         self._outcomes: list[Outcome] = []
         self._unread: list[Tensor] = []
         self._device = self.parameters[0].device
-        self._spoiled = torch.zeros((), dtype=torch.float32, device=self._device)  # as the optimizer's kernel reads it
+        self._found_inf = torch.zeros((), dtype=torch.float32, device=self._device)  # as the optimizer's kernel reads it
         self._graphs: dict[tuple, GraphedSteps] = {}
         self._uses: dict[tuple, int] = {}
         self._filling: GraphedSteps | None = None
@@ -153,8 +153,8 @@ class Step:
     def __call__(self, *inputs: Tensor) -> Outcome:
         """Take the step."""
         if self.asynchronous:
-            self.ahead(*inputs)
-            *self._outcomes, outcome = self.outcomes()
+            self.step_async(*inputs)
+            *self._outcomes, outcome = self.drain()
             return outcome
         loss, norm, *gradients = self._staged(*self._with_beta(inputs, self._step_input()))
         outcome = Outcome(loss.item(), norm.item())
@@ -162,7 +162,7 @@ class Step:
             self._update(self.reached, gradients)
         return outcome
 
-    def ahead(self, *inputs: Tensor) -> None:
+    def step_async(self, *inputs: Tensor) -> None:
         """Take the step without waiting for a GPU; :meth:`outcomes` says later what came of it.
 
         Where a loss or a gradient is no number, the steps taken ahead after it move nothing either, until :meth:`outcomes` has
@@ -177,29 +177,29 @@ class Step:
             self._unread += self._filling.flush()
         self._filling = graphed
         if graphed is not None:
-            self._unread += graphed.ahead(inputs, float(self.optimizer.param_groups[0]["lr"]), beta)
+            self._unread += graphed.step_async(inputs, float(self.optimizer.param_groups[0]["lr"]), beta)
             if graphed.update is None:
-                self._update(self.reached, list(graphed.gradients[2:]), self._spoiled)
+                self._update(self.reached, list(graphed.gradients[2:]), self._found_inf)
             return
         with products_in(self.precision, self._device):
             loss, norm, *gradients = self._staged(*self._with_beta(inputs, beta))
         self._unread.append(self._noted(loss, norm)[None])
-        self._update(self.reached, gradients, self._spoiled)
+        self._update(self.reached, gradients, self._found_inf)
 
-    def outcomes(self) -> list[Outcome]:
-        """What came of the steps taken :meth:`ahead` since the last call, in order."""
+    def drain(self) -> list[Outcome]:
+        """What came of the steps taken :meth:`step_async` since the last call, in order."""
         if self._filling is not None:
             self._unread += self._filling.flush()
         if self._unread:
             self._outcomes += [Outcome(*pair) for pair in torch.cat(self._unread).tolist()]
-            self._spoiled.zero_()
+            self._found_inf.zero_()
         outcomes, self._outcomes, self._unread = self._outcomes, [], []
         return outcomes
 
     def _noted(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Loss and norm side by side; from the first on that is no number, ``_spoiled`` is 1."""
-        spoiled = (torch.isnan(loss) | ~torch.isfinite(norm)).to(self._spoiled.dtype)
-        self._spoiled.copy_(torch.maximum(self._spoiled, spoiled))
+        """Loss and norm side by side; from the first on that is no number, ``_found_inf`` is 1."""
+        found_inf = (torch.isnan(loss) | ~torch.isfinite(norm)).to(self._found_inf.dtype)
+        self._found_inf.copy_(torch.maximum(self._found_inf, found_inf))
         return torch.stack([loss, norm]).double()
 
     def _graph_for(self, inputs: Tensors, beta: float | None) -> GraphedSteps | None:
@@ -233,10 +233,10 @@ class Step:
             return outputs
 
         def update(outputs: Tensors, rate: Tensor) -> None:
-            self._update(self.reached, list(outputs[2:]), self._spoiled, rate)
+            self._update(self.reached, list(outputs[2:]), self._found_inf, rate)
 
         inside, rate = self._update.is_kernel(self.reached), self.optimizer.param_groups[0]["lr"]
-        touched = [*self._staged.touched, *self._update.touched, self._spoiled]
+        touched = [*self._staged.touched, *self._update.touched, self._found_inf]
         # A batch made outside may have come of random numbers, which a step that waits would draw too late.
         at_once = STEPS_AT_ONCE if inside and self._moving is not None else 1
         try:
@@ -277,7 +277,7 @@ class Step:
 
     def _step_input(self) -> float | None:
         # Pyro's own estimators have none.
-        return self.estimator.step_input() if hasattr(self.estimator, "step_input") else None
+        return self.estimator.advance_beta() if hasattr(self.estimator, "advance_beta") else None
 
     def _differentiate(self, *inputs: Tensor) -> Tensors:
         """Loss, norm, and the gradient of each parameter that the loss reaches."""
@@ -285,11 +285,11 @@ class Step:
             if self._annealed is None:
                 loss, gradients = self._loss_and_gradients(self.load(*inputs))
             else:
-                self.estimator.held = inputs[-1]
+                self.estimator.captured_beta = inputs[-1]
                 try:
                     loss, gradients = self._loss_and_gradients(self.load(*inputs[:-1]))
                 finally:
-                    self.estimator.held = None
+                    self.estimator.captured_beta = None
         pairs = [(par, grad) for par, grad in zip(self.parameters, gradients, strict=True) if grad is not None]
         if not pairs:
             raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")

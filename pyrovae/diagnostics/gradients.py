@@ -19,7 +19,7 @@ from ..data.batches import Batches, as_arrays
 from ..estimators.base import check_estimator, loss_and_grads, make_estimator, runs_together
 from ..evidence.comparison import Comparison, compare
 from ..evidence.importance import log_marginal
-from ..programs.inspect import FIRST_ROWS, FirstRun, prepare
+from ..programs.inspect import FIRST_ROWS, FirstBatch, prepare
 from ..programs.log_weights import log_weights
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
@@ -313,7 +313,7 @@ def _groups(model: Program, guide: Program, batch: tuple, parameters: list[Tenso
 
 
 def _gradients(
-    estimator: Any, model: Program, guide: Program, batch: tuple, start: FirstRun, seed: int, groups: list[list[Tensor]]
+    estimator: Any, model: Program, guide: Program, batch: tuple, start: FirstBatch, seed: int, groups: list[list[Tensor]]
 ) -> tuple[float, list[Array]]:
     """One draw: the bound per datum, and the gradient per datum of each group as one vector (of the bound, upwards)."""
     torch.manual_seed(seed)

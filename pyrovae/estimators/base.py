@@ -157,7 +157,7 @@ class Estimator(pyro.infer.ELBO):
                 f"{self.fewest_particles}, not {num_particles}."
             )
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
-        self.held: Tensor | None = None
+        self.captured_beta: Tensor | None = None
         # Pyro's ELBOs keep the nesting of the first pair they meet; this one keeps it per pair.
         self._nesting: dict[tuple[Program, Program], int] = {}
 
@@ -165,7 +165,7 @@ class Estimator(pyro.infer.ELBO):
     def reduce(self, weights: LogWeights) -> Tensor:
         """The bound per datum, shape (B,), in nats."""
 
-    def step_input(self) -> float | None:
+    def advance_beta(self) -> float | None:
         """The number that the objective takes anew at each step, if there is one; each call moves on by a step.
 
         A captured step has it as an input, which :attr:`held` is while the step is captured.

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..programs.log_weights import Leaf, LogWeights, without_specks
+from ..programs.log_weights import Leaf, LogWeights, zero_negligible
 from ..programs.sites import Program
 from ..registry import register
 from .base import Coefficients, _iwae, _ManyParticles
@@ -101,7 +101,7 @@ class GDReG(_ManyParticles):
 
     def _objective(self, weights: LogWeights) -> Tensor:
         dead = weights.log_weights.detach() == -torch.inf
-        share = without_specks(torch.where(dead, 0.0, torch.softmax(weights.log_weights.detach(), 0)))
+        share = zero_negligible(torch.where(dead, 0.0, torch.softmax(weights.log_weights.detach(), 0)))
         values = [leaf.value for leaf in weights.leaves]
 
         def slopes(log_density: Tensor, *at: Tensor) -> tuple[Tensor, ...]:
@@ -115,16 +115,16 @@ class GDReG(_ManyParticles):
         joint_slopes = slopes(weights.log_likelihood + weights.log_prior, *values)
         guide_slopes = slopes(weights.log_guide, *values)
         for leaf, joint, guide in zip(weights.leaves, joint_slopes, guide_slopes, strict=True):
-            part = leaf.layout.spread(share[leaf.rows], leaf.value, leaf.event_dim)
+            part = leaf.layout.broadcast_to_site(share[leaf.rows], leaf.value, leaf.event_dim)
             path = torch.where(part == 0, 0.0, part**2 * (joint - guide))
-            objective = objective + leaf.layout.gather(path * leaf.sample, leaf.event_dim).sum(0)
+            objective = objective + leaf.layout.sum_per_datum(path * leaf.sample, leaf.event_dim).sum(0)
             resampled = _resample_leaf(leaf)
             if resampled is None:
                 objective = objective + share[leaf.rows].mul(torch.where(dead[leaf.rows], 0.0, leaf.log_prior)).sum(0)
             else:
                 (own,) = torch.autograd.grad(leaf.log_prior.sum(), leaf.value, retain_graph=True)
                 direct = torch.where(part == 0, 0.0, part * (joint - own)) - path
-                objective = objective + leaf.layout.gather(direct * resampled, leaf.event_dim).sum(0)
+                objective = objective + leaf.layout.sum_per_datum(direct * resampled, leaf.event_dim).sum(0)
         return objective
 
 

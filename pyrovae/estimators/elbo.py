@@ -88,14 +88,14 @@ class ELBO(Estimator):
             return _elbo(weights)
         return (weights.log_likelihood - sum(_kls(weights))).mean(0)
 
-    def step_input(self) -> float:
+    def advance_beta(self) -> float:
         """Beta, and a step of its warm-up."""
         beta = self.current_beta
         self.steps += 1
         return beta
 
     def _objective(self, weights: LogWeights) -> Tensor:
-        beta = self.step_input() if self.held is None else self.held
+        beta = self.advance_beta() if self.captured_beta is None else self.captured_beta
         if self.kl == "sample" and isinstance(beta, float) and beta == 1.0 and self.free_bits == 0.0:
             return super()._objective(weights)
         dead = weights.log_weights.detach() == -torch.inf

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..programs.log_weights import LogWeights
 from ..programs.sites import Program
-from ..programs.wake_sleep import dreamt_log_guide
+from ..programs.wake_sleep import simulated_log_guide
 from ..registry import register
 from .base import Coefficients, _iwae, _ManyParticles
 
@@ -66,10 +66,10 @@ class RWS(_ManyParticles):
 
     def _objective(self, weights: LogWeights) -> Tensor:
         objective = super()._objective(weights)
-        return objective if weights.log_dream is None else objective + weights.log_dream
+        return objective if weights.log_simulated is None else objective + weights.log_simulated
 
     def _draw(self, model: Program, guide: Program, args: tuple, kwargs: dict, **options: Any) -> LogWeights:
         weights = super()._draw(model, guide, args, kwargs, **options)
         if self.guide_phase == "sleep" and torch.is_grad_enabled():
-            weights = replace(weights, log_dream=dreamt_log_guide(model, guide, *args, **kwargs))
+            weights = replace(weights, log_simulated=simulated_log_guide(model, guide, *args, **kwargs))
         return weights

@@ -20,12 +20,12 @@ from ..data.batches import Batches
 from ..data.matching import Batch
 from ..programs.checks import refuse_no_weights
 from ..programs.coverage import covered_data, joined_flags
-from ..programs.inspect import FIRST_ROWS, FirstRun, inspect_pair, prepare
+from ..programs.inspect import FIRST_ROWS, FirstBatch, inspect_pair, prepare
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
 from ..programs.tracing import evaluation_mode
-from ..programs.unconstrained import FlatPair
-from ..programs.wake_sleep import dreamt_args
+from ..programs.unconstrained import UnconstrainedPair
+from ..programs.wake_sleep import simulated_args
 from .measure import evidence_fields, scored_data
 from .psis import pareto_khat, tail_size
 from .results import Evidence
@@ -129,7 +129,7 @@ def ais(
             if start == "guide":
                 covered.append(covered_data(model, guide, batch, **first.info.layout, vectorize=vectorize_particles))
             with pyro.validation_enabled(False):
-                pair = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles)
+                pair = UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize_particles)
                 field = _Field(pair, start, gradient)
                 parts.append(path.forward(field, num_chains, path.tune(field, num_chains, bar), bar))
             bar.set_postfix_str(f"{float(torch.cat([_log_mean(part) for part in parts]).mean()):.2f} nats/datum")
@@ -288,11 +288,11 @@ def bdmc(
     gradient = _Gradient(path.backend(compile, batches.num_batches, ways=2))
     with _quietly(model, guide, first, seed), _bar(batches.num_batches, path, "BDMC", progress, ways=2) as bar:
         for batch in batches:
-            dream, latents = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles).dream()
-            shown = dreamt_args(dream, batch)
+            dream, latents = UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize_particles).dream()
+            shown = simulated_args(dream, batch)
             inspect_pair(model, guide, *shown)
             with pyro.validation_enabled(False):
-                pair = FlatPair(model, guide, shown, vectorize_particles=vectorize_particles)
+                pair = UnconstrainedPair(model, guide, shown, vectorize_particles=vectorize_particles)
                 field = _Field(pair, start, gradient)
                 steps = path.tune(field, num_chains, bar)
                 forward.append(path.forward(field, num_chains, steps, bar))
@@ -325,7 +325,7 @@ class _State(NamedTuple):
 
     flat: Tensor  # (K, B, L)
     log_start: Tensor  # (K, B), log f_0
-    rise: Tensor  # (K, B), log p(x, u) - log f_0
+    log_ratio: Tensor  # (K, B), log p(x, u) - log f_0
 
 
 class _Gradient:
@@ -345,15 +345,15 @@ class _Gradient:
         with torch.enable_grad():
             flat = flat.detach().requires_grad_()
             state = field.at(flat)
-            log_f = state.log_start + beta * state.rise
+            log_f = state.log_start + beta * state.log_ratio
             (slope,) = torch.autograd.grad(log_f.sum(), flat)
-        return state.log_start.detach(), state.rise.detach(), log_f.detach(), slope
+        return state.log_start.detach(), state.log_ratio.detach(), log_f.detach(), slope
 
 
 class _Field(NamedTuple):
     """One chunk of data with the start's density and the joint's over its latents."""
 
-    pair: FlatPair
+    pair: UnconstrainedPair
     start: Start
     gradient: _Gradient
 
@@ -368,8 +368,8 @@ class _Field(NamedTuple):
     def slope(self, flat: Tensor, beta: float) -> tuple[_State, Tensor, Tensor]:
         """The state at ``flat``, log f there (K, B), and its gradient (K, B, L)."""
         at = torch.tensor(beta, dtype=torch.float64, device=flat.device)
-        log_start, rise, log_f, slope = self.gradient(self, flat, at)
-        return _State(flat, log_start, rise), log_f, slope
+        log_start, log_ratio, log_f, slope = self.gradient(self, flat, at)
+        return _State(flat, log_start, log_ratio), log_f, slope
 
 
 @dataclass(frozen=True)
@@ -407,9 +407,9 @@ class _Path:
         """log w of chains from the start to the joint, (K, B)."""
         with torch.no_grad():
             state = field.at(field.pair.draw(num_chains, self.start))
-        log_w = torch.zeros_like(state.rise)
+        log_w = torch.zeros_like(state.log_ratio)
         for t in range(1, len(self.betas)):
-            log_w = log_w + (self.betas[t] - self.betas[t - 1]) * state.rise
+            log_w = log_w + (self.betas[t] - self.betas[t - 1]) * state.log_ratio
             if t < len(self.betas) - 1:
                 state, _ = self._move(field, state, self.betas[t], tuned.steps[t], tuned.spread)
             bar.update()
@@ -419,11 +419,11 @@ class _Path:
         """log w of chains from draws of the posterior back to the start, by the same transitions in reverse order, (K, B)."""
         with torch.no_grad():
             state = field.at(flat)
-        log_w = torch.zeros_like(state.rise)
+        log_w = torch.zeros_like(state.log_ratio)
         for t in reversed(range(1, len(self.betas))):
             # The first one leaves p(z|x) as it is, and takes the chains apart.
             state, _ = self._move(field, state, self.betas[t], tuned.steps[t], tuned.spread)
-            log_w = log_w + (self.betas[t] - self.betas[t - 1]) * state.rise
+            log_w = log_w + (self.betas[t] - self.betas[t - 1]) * state.log_ratio
             bar.update()
         return log_w
 
@@ -498,7 +498,7 @@ def _log_mean(log_w: Tensor) -> Tensor:
     return torch.logsumexp(log_w, 0) - math.log(len(log_w))
 
 
-def _rows(chunk_size: int | None, num_chains: int, first: FirstRun) -> int:
+def _rows(chunk_size: int | None, num_chains: int, first: FirstBatch) -> int:
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is a positive integer, not {chunk_size!r}.")
     return max(1, (chunk_size or CHUNK_NUMBERS // max(first.info.num_dims, 256)) // num_chains)
@@ -517,7 +517,7 @@ def _rows_of(data: Batches, num: int) -> Batch:
 
 
 @contextmanager
-def _quietly(model: Program, guide: Program, first: FirstRun, seed: int | None) -> Iterator[None]:
+def _quietly(model: Program, guide: Program, first: FirstBatch, seed: int | None) -> Iterator[None]:
     devices = [first.device] if first.device.type == "cuda" else []
     with evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:

@@ -25,9 +25,9 @@ from ..programs.checks import refuse_masked
 from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
 from ..programs.sites import Layout, Program, data_plate, log_prob_of, per_datum, plate_nesting, plate_sizes, sites_of
 from ..programs.state import in_own_scope
-from ..programs.tracing import Place, evaluation_mode, explained, in_particles, trace_from_prior
-from ..programs.unconstrained import FlatPair
-from ..programs.wrappers import is_factor, law_of
+from ..programs.tracing import Substitute, evaluation_mode, explained, in_particles, trace_from_prior
+from ..programs.unconstrained import UnconstrainedPair
+from ..programs.wrappers import base_distribution, is_factor
 from .measure import evidence_fields, scored_data
 from .quadrature import integrate
 from .results import Evidence
@@ -130,9 +130,11 @@ def exact(
                 if chosen == "enumerate":
                     parts.append(_enumerate(model, batch, nesting, CHUNK_NUMBERS // dims, vectorize_particles))
                 elif chosen == "linear_gaussian":
-                    parts.append(_linear_gaussian(FlatPair(model, guide, batch, vectorize_particles=vectorize_particles)))
+                    parts.append(
+                        _linear_gaussian(UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize_particles))
+                    )
                 else:
-                    pair = FlatPair(model, guide, batch, vectorize_particles=vectorize_particles)
+                    pair = UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize_particles)
                     parts.append(_quadrature(pair, tolerance, max(1, CHUNK_NUMBERS // (dims * pair.num_data))))
             bar.set_postfix_str(f"{np.mean(np.concatenate([part.log_px for part in parts])):.2f} nats/datum")
     assert chosen is not None
@@ -160,7 +162,7 @@ def _choose(model: Program, guide: Program, batch: Batch) -> str:
     trace = trace_from_prior(model, None, batch, 1, None).guide
     if all(site["fn"].has_enumerate_support for site in sites_of(trace)):
         return "enumerate"
-    pair = FlatPair(model, guide, batch)
+    pair = UnconstrainedPair(model, guide, batch)
     why = _not_linear_gaussian(pair)
     if why is None:
         return "linear_gaussian"
@@ -194,10 +196,10 @@ def _enumerate(model: Program, batch: Batch, nesting: int, most: int, vectorize:
         layout, given, column = Layout(len(index), data.size, nesting, data.dim), {}, 0
         for site, support, number in zip(sites, supports, numbers, strict=True):
             values = support[index[..., column : column + number]]  # (M, B, n, *event)
-            given[site["name"]] = layout.place(values, plate_sizes(site, nesting), site["fn"].event_shape)
+            given[site["name"]] = layout.to_site(values, plate_sizes(site, nesting), site["fn"].event_shape)
             column += number
         with explained(len(index)):
-            placed = Place(given)(in_particles(model, len(index), nesting))
+            placed = Substitute(given)(in_particles(model, len(index), nesting))
             return prune_subsample_sites(poutine.trace(placed).get_trace(*batch))
 
     log_px = torch.full((data.size,), -math.inf, dtype=torch.float64, device=batch[0].device)
@@ -226,8 +228,8 @@ def _support(site: dict) -> Tensor:
     """The values of one site's support, shape (C, *event)."""
     if not site["fn"].has_enumerate_support:
         raise ValueError(
-            f"The latent site {site['name']!r} ({type(law_of(site)).__name__}) has no finite support to sum over: choose "
-            f'method="quadrature", or use log_marginal.'
+            f"The latent site {site['name']!r} ({type(base_distribution(site)).__name__}) has no finite support to sum over: "
+            f'choose method="quadrature", or use log_marginal.'
         )
     try:
         values = site["fn"].enumerate_support(expand=False)
@@ -249,7 +251,7 @@ def _chunks(codes: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[
         yield chunk
 
 
-def _linear_gaussian(pair: FlatPair) -> _Answer:
+def _linear_gaussian(pair: UnconstrainedPair) -> _Answer:
     r"""Least squares: log p(x, u) = c - |r(u)|^2 / 2, where r(u), all sites' residuals over their scales, is affine in u.
 
     The log-joint itself is a difference of numbers that float32 does not hold where the noise is small, so the program gives
@@ -283,7 +285,7 @@ def _linear_gaussian(pair: FlatPair) -> _Answer:
     return _Answer(log_px.cpu().numpy(), (growth * squares.sqrt() + scales).cpu().numpy(), 1)
 
 
-def _residuals(pair: FlatPair, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _residuals(pair: UnconstrainedPair, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All sites' residuals over their scales at ``flat``, what rounding adds to each, both (K, B, n), and c (B,)."""
     if not pair.vectorize and len(flat) > 1:
         parts = [_residuals(pair, row[None]) for row in flat]
@@ -294,55 +296,59 @@ def _residuals(pair: FlatPair, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     norms: list[Tensor] = []
     with torch.no_grad():
         for site in sites_of(pair.model_trace(flat)[0]):
-            law, value = law_of(site), site["value"].double()
-            loc, eps = law.loc.double(), torch.finfo(law.loc.dtype).eps
+            distribution, value = base_distribution(site), site["value"].double()
+            loc, eps = distribution.loc.double(), torch.finfo(distribution.loc.dtype).eps
             gap, size = value - loc, eps / 2 * (value.abs() + loc.abs())
-            if isinstance(law, torch.distributions.Normal):
-                gap, size, log_scale = gap / law.scale, size / law.scale, law.scale.double().log()
+            if isinstance(distribution, torch.distributions.Normal):
+                gap, size, log_scale = gap / distribution.scale, size / distribution.scale, distribution.scale.double().log()
             else:
-                inverse = torch.linalg.inv(law._unbroadcasted_scale_tril.double())
+                inverse = torch.linalg.inv(distribution._unbroadcasted_scale_tril.double())
                 gap, size = ((part @ size_of[..., None])[..., 0] for part, size_of in ((inverse, gap), (inverse.abs(), size)))
                 log_scale = -inverse.diagonal(dim1=-2, dim2=-1).log()
             seen = _seen(site).expand(gap.shape)
             log_norm = -log_scale - math.log(2 * math.pi) / 2
             place = (plate_sizes(site, pair.nesting), site["fn"].event_shape)
             for kept, part in ((residuals, gap), (roundings, size), (norms, log_norm.expand(gap.shape))):
-                kept.append(layout.collect(torch.where(seen, part, 0.0), *place))
+                kept.append(layout.from_site(torch.where(seen, part, 0.0), *place))
     return torch.cat(residuals, -1), torch.cat(roundings, -1), torch.cat(norms, -1)[0].sum(-1)
 
 
 def _seen(site: dict) -> Tensor:
     """Which numbers of a Gaussian site no mask leaves out, to be broadcast to its value."""
-    law, inner = site["fn"], law_of(site)
+    distribution, inner = site["fn"], base_distribution(site)
     total = len(inner.batch_shape) + len(inner.event_shape)
     seen = torch.ones((), dtype=torch.bool, device=site["value"].device)
-    masks = [] if site["mask"] is None else [(site["mask"], law)]
-    while law is not inner:
-        if isinstance(law, pyro.distributions.MaskedDistribution):
-            masks.append((law._mask, law))
-        law = law.base_dist
-    for mask, law in masks:
+    masks = [] if site["mask"] is None else [(site["mask"], distribution)]
+    while distribution is not inner:
+        if isinstance(distribution, pyro.distributions.MaskedDistribution):
+            masks.append((distribution._mask, distribution))
+        distribution = distribution.base_dist
+    for mask, distribution in masks:
         mask = torch.as_tensor(mask, device=seen.device)
-        seen = seen & mask.reshape(*mask.shape, *[1] * (total - len(law.batch_shape)))
+        seen = seen & mask.reshape(*mask.shape, *[1] * (total - len(distribution.batch_shape)))
     return seen
 
 
-def _not_linear_gaussian(pair: FlatPair) -> str | None:
+def _not_linear_gaussian(pair: UnconstrainedPair) -> str | None:
     """Why a pair is not linear-Gaussian, or ``None`` if it is."""
     flat = torch.zeros(1, pair.num_data, pair.num_latents, dtype=pair.dtype, device=pair.device)
     for site in sites_of(pair.model_trace(flat)[0]):
         if is_factor(site):
             return f"it has the pyro.factor {site['name']!r}"
-        if type(law_of(site)) not in _GAUSSIAN:
-            return f"its site {site['name']!r} is {type(law_of(site)).__name__}, not Normal"
+        if type(base_distribution(site)) not in _GAUSSIAN:
+            return f"its site {site['name']!r} is {type(base_distribution(site)).__name__}, not Normal"
     watch = _AffineOnly()
     try:
         trace = pair.follow(flat, watch)
     except _NotAffineError as error:
         return f"its model takes {error} of a latent, which is not affine"
     for site in sites_of(trace):
-        law = law_of(site)
-        scale = law.scale if isinstance(law, torch.distributions.Normal) else law._unbroadcasted_scale_tril
+        distribution = base_distribution(site)
+        scale = (
+            distribution.scale
+            if isinstance(distribution, torch.distributions.Normal)
+            else distribution._unbroadcasted_scale_tril
+        )
         for what, value in [("scale", scale), ("mask", site["mask"])]:
             if isinstance(value, Tensor) and watch.holds(value):
                 return f"the {what} of its site {site['name']!r} depends on a latent"
@@ -424,7 +430,7 @@ _BILINEAR = {
 }
 
 
-def _quadrature(pair: FlatPair, tolerance: float, most: int) -> _Answer:
+def _quadrature(pair: UnconstrainedPair, tolerance: float, most: int) -> _Answer:
     """By cells in the prior's scale, and again in the posterior's that they show, until two such answers agree."""
     dims = pair.num_latents
     if dims > 2:
@@ -461,12 +467,12 @@ def _quadrature(pair: FlatPair, tolerance: float, most: int) -> _Answer:
     return _Answer(last.log_value.cpu().numpy(), (error + rounding).cpu().numpy(), last.num_points)
 
 
-def _log_joint(pair: FlatPair, flat: Tensor) -> Tensor:
+def _log_joint(pair: UnconstrainedPair, flat: Tensor) -> Tensor:
     log_joint = pair.log_joint(flat.to(pair.dtype)).double()
     return torch.where(log_joint.isnan(), -math.inf, log_joint)  # where the model overflows, far out
 
 
-def _draws(pair: FlatPair, most: int, start: Literal["prior", "guide"]) -> Tensor:
+def _draws(pair: UnconstrainedPair, most: int, start: Literal["prior", "guide"]) -> Tensor:
     size = max(1, min(most, DRAWS))
     return torch.cat([pair.draw(size, start, inside=True) for _ in range(math.ceil(DRAWS / size))]).double()
 
@@ -486,7 +492,7 @@ def _rounding(trace: Trace, data: Any, num: int, nesting: int) -> Tensor:
     total = torch.zeros(num, data.size, dtype=torch.float64)
     for site in sites_of(trace):
         terms, eps = _terms(site)
-        inner = tuple(range(terms.dim() - site["fn"].event_dim + law_of(site).event_dim, terms.dim()))
+        inner = tuple(range(terms.dim() - site["fn"].event_dim + base_distribution(site).event_dim, terms.dim()))
         squares = terms.square().sum(inner) if inner else terms.square()
         parts = (log_prob_of(site).double().abs(), squares)
         sums, squares = (per_datum(site, part, data, num, nesting) for part in parts)
@@ -496,16 +502,20 @@ def _rounding(trace: Trace, data: Any, num: int, nesting: int) -> Tensor:
 
 def _terms(site: dict) -> tuple[Tensor, float]:
     """The magnitudes that a site's log-probability is computed from, one for each draw, and the epsilon of their type."""
-    law, value = law_of(site), site["value"]
-    if isinstance(getattr(law, "loc", None), Tensor) and value.is_floating_point():
+    distribution, value = base_distribution(site), site["value"]
+    if isinstance(getattr(distribution, "loc", None), Tensor) and value.is_floating_point():
         with torch.enable_grad():
             at = value.detach().requires_grad_()
-            log_prob = law.log_prob(at)
+            log_prob = distribution.log_prob(at)
             (slope,) = torch.autograd.grad(log_prob.sum(), at)
         lever = (slope * value).double().abs()
-        terms = log_prob.detach().double().abs() + (lever.flatten(-law.event_dim).sum(-1) if law.event_dim else lever)
+        terms = log_prob.detach().double().abs() + (
+            lever.flatten(-distribution.event_dim).sum(-1) if distribution.event_dim else lever
+        )
     else:
-        log_prob, size = law.log_prob(value), value.double().abs()
+        log_prob, size = distribution.log_prob(value), value.double().abs()
         powers = torch.xlogy(size, size + 1)  # as in factorials and powers, which nearly cancel
-        terms = log_prob.double().abs() + (powers.flatten(-law.event_dim).sum(-1) if law.event_dim else powers)
+        terms = log_prob.double().abs() + (
+            powers.flatten(-distribution.event_dim).sum(-1) if distribution.event_dim else powers
+        )
     return torch.nan_to_num(terms, posinf=0.0), torch.finfo(log_prob.dtype).eps

@@ -26,7 +26,7 @@ from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
 from ..programs.tracing import evaluation_mode
-from ..programs.unconstrained import FlatPair
+from ..programs.unconstrained import UnconstrainedPair
 from .measure import SCORED_DATA, evidence_fields, scored_data
 from .proposals import (
     METHODS,
@@ -69,7 +69,7 @@ GPU_GROUP, GPU_REDUCED, GPU_PAIRS, GPU_SHARE = 2048, 2**24, 2**19, 0.25
 # Inductor's 5 to 20 seconds are repaid by so many chunks.
 CHUNKS_TO_COMPILE = 300
 # With a target for the standard error, the fewest draws that an estimate is from; others are this times a power of two.
-FIRST_LOOK = 250
+MIN_DRAWS = 250
 # A pilot of so many draws decides on a number up to so many times as large.
 REACH = 4
 # One draw of the prior for so many of the proposal shows what the proposal misses; no fewer and no more than so many.
@@ -213,7 +213,7 @@ def log_marginal(
     data.to(dtype, device, first.floating)
     data.batch_size = whole or group
     if compile == "auto":
-        usually = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
+        usually = num_samples if target_se is None else min(num_samples, 4 * MIN_DRAWS)
         compile = precision == "bfloat16" or (data.num_data or 0) * usually * width >= CHUNKS_TO_COMPILE * CHUNK_NUMBERS
     # Compiled chunks run side by side, one a thread, which keeps all threads busy where a chunk's own small parts would not.
     threads = torch.get_num_threads() if compile and kind in ("guide", "prior") and device.type == "cpu" else 1
@@ -238,12 +238,12 @@ def log_marginal(
             usual = COMPILED_CHUNK_NUMBERS // (width if number is None else max(number // PROBED, NARROWEST))
         chunk = max(1, min(usual, affordable // threads))
     num_prior = prior_count(num_samples, prior_share) if kind == "mixture" else 0
-    looks = _looks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
+    looks = _stopping_checks(num_samples, target_se, num_samples // math.gcd(num_samples, num_prior))
     rows = whole or min(max(1, chunk // looks[0]), group)
     together = rows
     if kind == "refined" and given is None:
         with evaluation_mode(model, guide):
-            options = usual_options(FlatPair(model, guide, one, vectorize_particles=vectorize_particles).num_latents)
+            options = usual_options(UnconstrainedPair(model, guide, one, vectorize_particles=vectorize_particles).num_latents)
         # Steps of a fit cost for one datum as much as for many.
         together *= max(1, rows_at_once(info.num_dims, options) // rows)
     if whole is None:
@@ -256,7 +256,7 @@ def log_marginal(
     staged = Staged(drawn_at, backend, precision, threads, programs=(model, guide))
 
     def draw_staged(batch: Batch, size: int) -> Callable[[], Tensor]:
-        value = staged.later(torch.empty(size, 0, device=device), *batch)
+        value = staged.submit(torch.empty(size, 0, device=device), *batch)
         return lambda: value()[0]
 
     def refinement_of(batch: Batch, start: int) -> Refinement | None:
@@ -428,7 +428,7 @@ def _on_gpu(device: torch.device) -> bool:
 
 def _num_probes(num_samples: int, target_se: float | None) -> int:
     """How many draws of the prior are scored beside so many of the proposal; none where too few to believe are drawn anyway."""
-    usual = num_samples if target_se is None else min(num_samples, 4 * FIRST_LOOK)
+    usual = num_samples if target_se is None else min(num_samples, 4 * MIN_DRAWS)
     return 0 if num_samples < FEWEST_SAMPLES else min(max(usual // PROBE_EVERY, FEWEST_PROBES), MOST_PROBES)
 
 
@@ -451,11 +451,11 @@ def _needed(found: dict[str, np.ndarray], drawn: int, target_se: float, discrete
     return np.where(lost, 0.0, np.nan_to_num(number, nan=math.inf, posinf=math.inf))
 
 
-def _looks(num_samples: int, target_se: float | None, every: int) -> list[int]:
+def _stopping_checks(num_samples: int, target_se: float | None, every: int) -> list[int]:
     """How many draws a datum's estimate may be from, up to the most; each a multiple of ``every``."""
     if target_se is None:
         return [num_samples]
-    looks = [math.ceil(FIRST_LOOK / every) * every]
+    looks = [math.ceil(MIN_DRAWS / every) * every]
     while looks[-1] < num_samples:
         looks.append(2 * looks[-1])
     return [*looks[:-1], num_samples]

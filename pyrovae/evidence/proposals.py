@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.matching import Batch
 from ..programs.log_weights import log_weights, prior_weights
 from ..programs.sites import Program
-from ..programs.unconstrained import FlatPair
+from ..programs.unconstrained import UnconstrainedPair
 
 Array = np.ndarray
 Draw = Callable[[Batch, int], Tensor]
@@ -134,7 +134,7 @@ def refined_probe(model: Program, guide: Program, refinement: Refinement, vector
     """The same for one batch's refinement."""
 
     def probe(batch: Batch, size: int) -> Probe:
-        pair = FlatPair(model, guide, batch, vectorize_particles=vectorize)
+        pair = UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize)
         flat = pair.draw(size, "prior")
         terms = pair.terms(flat)
         log_likelihood, log_prior = terms.log_likelihood.double(), terms.log_prior.double()
@@ -203,14 +203,14 @@ def mixture_draws(
 
 def refined_draws(model: Program, guide: Program, refinement: Refinement, vectorize: bool) -> Draw:
     """Log-weights of draws from one batch's refinement."""
-    pair: FlatPair | None = None
+    pair: UnconstrainedPair | None = None
 
     def draw(batch: Batch, size: int) -> Tensor:
         nonlocal pair
-        pair = pair or FlatPair(model, guide, batch, vectorize_particles=vectorize)
-        law = _refined_law(refinement, pair.device)
-        flat = law.sample((size,))  # (size, B, L)
-        return pair.log_joint(flat.to(pair.dtype)).double() - law.log_prob(flat)
+        pair = pair or UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize)
+        distribution = _refined_law(refinement, pair.device)
+        flat = distribution.sample((size,))  # (size, B, L)
+        return pair.log_joint(flat.to(pair.dtype)).double() - distribution.log_prob(flat)
 
     return draw
 

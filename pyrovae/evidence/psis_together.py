@@ -15,7 +15,7 @@ from torch import Tensor
 MOST_NUMBERS = 2**25
 # With fewer samples ArviZ's tail is of another size; below the cutoff's exponent, it is moved to where float64 begins.
 FEWEST_SAMPLES, LOWEST_CUTOFF = 225, -700.0
-# The shape's prior, a normal law about a half that counts for ten samples; that of the scale, and the points of its grid.
+# The shape's prior is a normal about a half that counts for ten samples; then the scale's, and the points of its grid.
 PRIOR_K, PRIOR_B, FEWEST_POINTS = 10, 3, 30
 
 

@@ -20,7 +20,7 @@ from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
 from ..programs.tracing import evaluation_mode
-from ..programs.unconstrained import FlatPair
+from ..programs.unconstrained import UnconstrainedPair
 from .proposals import _PER_DATUM, Array, Covariance, Refinement, guide_draws, refined_draws
 
 # Refining keeps a graph of all that the decoder computed, so its chunks hold fewer numbers than a chunk that is only scored.
@@ -174,7 +174,7 @@ def refine_batch(model: Program, guide: Program, batch: Batch, options: Options,
     """Fit one batch and measure both ELBOs."""
     # The data have been checked; a step that goes astray must not raise, it is not taken.
     with pyro.validation_enabled(False):
-        pair = FlatPair(model, guide, batch, vectorize_particles=vectorize)
+        pair = UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize)
         loc, scale_tril = _fit(pair, options)
         shares, best = _weighed(pair, loc, scale_tril, options)
         rows, none = np.arange(len(loc)), np.zeros(len(loc))
@@ -200,14 +200,14 @@ def _split(total: int, size: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def _fit(pair: FlatPair, options: Options) -> tuple[Tensor, Tensor]:
+def _fit(pair: UnconstrainedPair, options: Options) -> tuple[Tensor, Tensor]:
     """Adam on the mean, log-scales and unit triangular factor of each component, C = diag(exp s) (I + B).
 
     Returns means (B, M, L) and factors (B, M, L, L); within, components lead.
     """
     start, prior = (
-        torch.cat([pair.draw(size, law, inside=True) for size in _split(MOMENT_DRAWS, options.num_particles)]).double()
-        for law in ("guide", "prior")
+        torch.cat([pair.draw(size, distribution, inside=True) for size in _split(MOMENT_DRAWS, options.num_particles)]).double()
+        for distribution in ("guide", "prior")
     )
     prior_scale = prior.std(0).clamp(min=1e-3)  # a point mass has no scale to start from
     loc = torch.stack(_spread(pair, start.mean(0), prior_scale, options.num_components - 1))  # (M, B, L)
@@ -251,7 +251,7 @@ def _fit(pair: FlatPair, options: Options) -> tuple[Tensor, Tensor]:
     return loc.transpose(0, 1), scale_tril.transpose(0, 1)
 
 
-def _spread(pair: FlatPair, first: Tensor, unit: Tensor, number: int) -> list[Tensor]:
+def _spread(pair: UnconstrainedPair, first: Tensor, unit: Tensor, number: int) -> list[Tensor]:
     """Where further components start: likely draws of the prior, each as far from the starts before it as can be, (B, L)."""
     likely = []
     for _ in range(CANDIDATES if number else 0):
@@ -270,7 +270,7 @@ def _chosen(points: Tensor, which: Tensor) -> Tensor:
     return points.gather(0, which[None, :, None].expand_as(points[:1]))[0]
 
 
-def _weighed(pair: FlatPair, loc: Tensor, scale_tril: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _weighed(pair: UnconstrainedPair, loc: Tensor, scale_tril: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """The components' shares (B, M), and which of them has the highest ELBO (B,).
 
     A share is the posterior mass that falls to the component by importance weights of draws from all of them, each counted by

@@ -234,12 +234,12 @@ class Evidence:
 
         By importance sampling, or annealing with 25 chains or more: Pareto k below the threshold, or constant weights. By
         annealing with fewer chains, to which no tail can be fitted: an effective number of chains of at least half of them, and
-        of four. Chains that do not keep up with the temperatures have weights that a few of them dominate; at half, log-weights
-        of normal law have a variance of log 2, and the estimate lies 1/(2 K) nats too low. Below, it asks for the chain that
-        did not come. That is less than Pareto k says, as so few chains can agree by chance, and all can miss the same mode:
-        :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, with a standard error, which is what rounding and two
-        independent grids leave in doubt, of at most 0.01 nats. Estimates besides: ``rounding`` of no more than 0.05 nats, and
-        ``missed`` of no more than that or three standard errors. And ``covered``, where it is known.
+        of four. Chains that do not keep up with the temperatures have weights that a few of them dominate; at half, normal
+        log-weights have a variance of log 2, and the estimate lies 1/(2 K) nats too low. Fewer effective chains suggest that a
+        heavier chain was missed. This check is weaker than Pareto k: few chains can agree by chance, and all can miss the same
+        mode: :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, with a standard error, which is what rounding
+        and two independent grids leave in doubt, of at most 0.01 nats. Estimates besides: ``rounding`` of no more than 0.05
+        nats, and ``missed`` of no more than that or three standard errors. And ``covered``, where it is known.
         """
         return np.isfinite(self.log_px) & self._consistent & ~self._rounded & ~self._blind & self._covers
 

@@ -12,7 +12,7 @@ import torch
 from .. import files
 from ..data.batches import content_hash
 from ..data.matching import Batch
-from ..programs.inspect import FirstRun
+from ..programs.inspect import FirstBatch
 from ..programs.log_weights import log_weights
 from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
@@ -34,7 +34,7 @@ class _Pair(NamedTuple):
     terms: list[float]  # the parts of a log-weight of it, which show whatever else has changed
 
     @classmethod
-    def of(cls, model: Program, guide: Program, first: FirstRun, one: Batch) -> _Pair:
+    def of(cls, model: Program, guide: Program, first: FirstBatch, one: Batch) -> _Pair:
         """The pair, by its parameters, its modules' state, and a draw of a stream of its own."""
         state = {id(parameter): parameter for parameter in first.parameters}
         for owner in (getattr(program, "__self__", program) for program in (model, guide)):

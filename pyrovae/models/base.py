@@ -146,10 +146,10 @@ class PairModule(nn.Module):
         # Counts come as integers and pixels as bytes, and from anywhere; the networks want their own floating type and device.
         return x.to(next(self.parameters()))
 
-    def _shown(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _encoder_input(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The data as an encoder sees them: zeros where they are missing."""
         x, mask = self._as_data(x), self._as_mask(x, mask)
-        return self.likelihood.shown(x if mask is None else torch.where(mask, x, 0.0))
+        return self.likelihood.encoder_input(x if mask is None else torch.where(mask, x, 0.0))
 
     def _as_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         # Labels beside the data, as a labelled data set gives them, are left out as ever: they are not of the data's shape.
@@ -226,8 +226,9 @@ def _check_supports(prior: Prior, encoder: Encoder) -> None:
     fitting = [name for name, family in known.items() if str(family.support) == wanted]
     choose = f"choose the encoder {' or '.join(map(repr, fitting))}" if fitting else "write an encoder for that set"
     raise ValueError(
-        f"The prior {type(prior).__name__} is a law on {_SETS.get(wanted, wanted)} and the encoder {type(encoder).__name__} "
-        f"one on {_SETS.get(given, given)}, so their densities do not compare: {choose}, or another prior."
+        f"The prior {type(prior).__name__} is a distribution on {_SETS.get(wanted, wanted)} and the encoder "
+        f"{type(encoder).__name__} one on {_SETS.get(given, given)}, so their densities do not compare: {choose}, or "
+        f"another prior."
     )
 
 

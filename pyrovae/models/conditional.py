@@ -67,7 +67,7 @@ class _LabelledVAE(PairModule):
 
     def _encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
         # The encoder scales all that it takes, and a label has unit size already.
-        x, y = self.likelihood.shown(x), y / self.encoder.in_scale
+        x, y = self.likelihood.encoder_input(x), y / self.encoder.in_scale
         if self._as_planes:
             return self.encoder(torch.cat([x, y[..., None, None].expand(*y.shape, *x.shape[-2:])], -3))
         return self.encoder(torch.cat([x.flatten(-self.likelihood.event_dim), y], -1))
@@ -224,8 +224,8 @@ class SemiSupervisedVAE(_LabelledVAE):
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
-            law = dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known)
-            pyro.sample("y", law, obs=y.argmax(-1), infer={"num_dims": 0})  # bits per dimension are those of the data
+            distribution = dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known)
+            pyro.sample("y", distribution, obs=y.argmax(-1), infer={"num_dims": 0})  # bits per dimension are those of the data
             pyro.sample("x", self._mixture(z, y), obs=x)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, y: Tensor) -> None:

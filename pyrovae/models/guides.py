@@ -67,7 +67,7 @@ class Guide(nn.Module):
         Args:
             x: data ``(B, *data_shape)``.
             layers: the model's p(z_i|z_{i+1}), nearest to the data first, for guides that share them.
-            draw: from a layer's index and its law to a value: a sample, or the mean.
+            draw: from a layer's index and its distribution to a value: a sample, or the mean.
         """
 
 
@@ -313,8 +313,8 @@ def merge(evidence: dist.Distribution, prior: dist.Distribution) -> dist.Distrib
     Example:
         >>> import torch, pyro.distributions as dist
         >>> from pyrovae.hierarchical import merge
-        >>> law = merge(dist.Normal(torch.zeros(1), 1.0).to_event(1), dist.Normal(torch.ones(1), 1.0).to_event(1))
-        >>> law.mean, law.variance
+        >>> distribution = merge(dist.Normal(torch.zeros(1), 1.0).to_event(1), dist.Normal(torch.ones(1), 1.0).to_event(1))
+        >>> distribution.mean, distribution.variance
         (tensor([0.5000]), tensor([0.5000]))
     """
     here, there = evidence.variance.reciprocal(), prior.variance.reciprocal()

@@ -98,16 +98,16 @@ class HierarchicalVAE(PairModule):
         x, mask = self._as_data(x), self._as_mask(x, mask)
         self._register()
         with pyro.plate("data", x.shape[0]):
-            z = self._descend(lambda i, law: pyro.sample(f"z{i + 1}", law))
-            law, seen = self.likelihood.observe(z, x, mask)
-            pyro.sample("x", law, obs=seen)  # batch (B,), event data_shape
+            z = self._descend(lambda i, distribution: pyro.sample(f"z{i + 1}", distribution))
+            distribution, seen = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", distribution, obs=seen)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""
-        shown = self._shown(x, mask)
+        encoder_input = self._encoder_input(x, mask)
         self._register()
         with pyro.plate("data", x.shape[0]):
-            self.inference(shown, self._layers, lambda i, law: pyro.sample(f"z{i + 1}", law))
+            self.inference(encoder_input, self._layers, lambda i, distribution: pyro.sample(f"z{i + 1}", distribution))
 
     def decode(self, z: Tensor) -> dist.Distribution:
         """p(x|z1), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
@@ -115,14 +115,16 @@ class HierarchicalVAE(PairModule):
 
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One point for each datum, shape ``(B, L_1)``: where ``z1`` is if each layer of the guide is at its centre."""
-        return self.inference(self._shown(x, mask), self._layers, lambda i, law: centre(law))[0]
+        return self.inference(self._encoder_input(x, mask), self._layers, lambda i, distribution: centre(distribution))[0]
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
         """Draws from p(x), shape ``(num_samples, *data_shape)``; or the means of p(x|z1) at draws of ``z1``."""
         top = len(self.layers)
-        law = self.decode(self._descend(lambda i, law: law.sample((num_samples,) if i == top else ())))
-        return law.mean if mean else law.sample()
+        distribution = self.decode(
+            self._descend(lambda i, distribution: distribution.sample((num_samples,) if i == top else ()))
+        )
+        return distribution.mean if mean else distribution.sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:

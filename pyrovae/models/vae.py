@@ -86,8 +86,8 @@ class VAE(PairModule):
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
-            law, seen = self.likelihood.observe(z, x, mask)
-            pyro.sample("x", law, obs=seen)  # batch (B,), event data_shape
+            distribution, seen = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", distribution, obs=seen)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""
@@ -98,7 +98,7 @@ class VAE(PairModule):
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
         """q(z|x), batch shape ``(B,)`` and event shape ``(L,)``; missing values are zeros to the encoder."""
-        return self.encoder(self._shown(x, mask))
+        return self.encoder(self._encoder_input(x, mask))
 
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One point for each datum, shape ``(B, L)``: the mean of q(z|x), or its centre where there is no mean to be had."""
@@ -111,14 +111,14 @@ class VAE(PairModule):
     @torch.no_grad()
     def sample(self, num_samples: int, *, mean: bool = False) -> Tensor:
         """Draws from p(x), shape ``(num_samples, *data_shape)``; or the means of p(x|z) at draws of z."""
-        law = self.decode(self.prior().sample((num_samples,)))
-        return law.mean if mean else law.sample()
+        distribution = self.decode(self.prior().sample((num_samples,)))
+        return distribution.mean if mean else distribution.sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z) where :meth:`embed` puts x, shape of ``x``."""
-        law, _ = self.likelihood.observe(self.embed(x, mask), self._as_data(x), self._as_mask(x, mask))
-        return law.mean
+        distribution, _ = self.likelihood.observe(self.embed(x, mask), self._as_data(x), self._as_mask(x, mask))
+        return distribution.mean
 
     @torch.no_grad()
     def interpolate(self, a: Tensor, b: Tensor, steps: int = 10) -> Tensor:
@@ -230,7 +230,9 @@ class VAE(PairModule):
             share = torch.where(dead, 0.0, torch.exp(log_w - total))
             if num_draws is None:
                 share = share.to(x.dtype).reshape(*share.shape, *event)
-                mean = mean * kept.to(x.dtype).reshape(-1, *event) + (share * seen.law.mean.reshape(size, *x.shape)).sum(0)
+                mean = mean * kept.to(x.dtype).reshape(-1, *event) + (
+                    share * seen.distribution.mean.reshape(size, *x.shape)
+                ).sum(0)
             else:
                 # Each draw moves to this chunk with the chunk's share, and picks within it by weight.
                 picked = torch.multinomial(torch.where(share.sum(0) > 0, share, 1.0).T, num_draws, replacement=True).T
@@ -241,8 +243,8 @@ class VAE(PairModule):
             left -= size
         filled = mean
         if num_draws is not None:
-            law, _ = self.likelihood.observe(latents, x, mask)
-            filled = law.sample()
+            distribution, _ = self.likelihood.observe(latents, x, mask)
+            filled = distribution.sample()
         # Where no latent explains what was observed, nothing can be said of the rest.
         filled = filled.masked_fill((log_sum == -math.inf).reshape(-1, *event), math.nan)
         return torch.where(mask, x, filled), tail
@@ -318,11 +320,11 @@ def make_vae(
 class _Seen(Messenger):
     """Remembers z and p(x|z)."""
 
-    law: Any
+    distribution: Any
     z: Tensor
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] == "z":
             self.z = msg["value"]
         elif msg["name"] == "x":
-            self.law = msg["fn"]
+            self.distribution = msg["fn"]

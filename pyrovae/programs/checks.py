@@ -11,7 +11,7 @@ from torch import Tensor
 from .sites import Program, check_batch, data_plate, log_prob_of, plate_nesting, plate_sizes, plates_of, sites_of
 from .support import Measure, measure_of, support_of
 from .tracing import Traces, evaluation_mode, same_random_stream, trace_pair
-from .wrappers import is_factor, is_masked_anywhere, is_point, law_of, mask_of, same_mask
+from .wrappers import base_distribution, is_factor, is_masked_anywhere, is_point, mask_of, same_mask
 
 
 def check_same_latents(model_sites: list[dict], guide_sites: list[dict]) -> None:
@@ -39,8 +39,8 @@ def check_same_latents(model_sites: list[dict], guide_sites: list[dict]) -> None
 def check_scores(guide_sites: list[dict]) -> None:
     """Refuse guide sites without a score."""
     for site in guide_sites:
-        law = law_of(site)
-        if isinstance(law, pyro.distributions.Delta) and law.v.requires_grad:
+        distribution = base_distribution(site)
+        if isinstance(distribution, pyro.distributions.Delta) and distribution.v.requires_grad:
             raise ValueError(
                 f"The guide's site {site['name']!r} is a learned Delta, which has no score, so this estimator would never move "
                 f"it: choose one that follows its path, such as elbo."
@@ -70,12 +70,12 @@ def check_support(site: dict) -> None:
     outside = (~inside & mask).nonzero()
     if not len(outside):
         return
-    law = law_of(site)
-    name = type(law).__name__
+    distribution = base_distribution(site)
+    name = type(distribution).__name__
     low, high = site["value"].min().item(), site["value"].max().item()
     cure = {"Bernoulli": "binarise", "Dequantized": "add noise with pyrovae.data.dequantize to"}.get(name, "rescale")
-    if hasattr(law, "columns"):  # a table: say which columns
-        wrong = (~law.support.check(site["value"])).flatten(0, -2).any(0).nonzero().flatten().tolist()
+    if hasattr(distribution, "columns"):  # a table: say which columns
+        wrong = (~distribution.support.check(site["value"])).flatten(0, -2).any(0).nonzero().flatten().tolist()
         name = f"column(s) {wrong} of {name}"
     raise ValueError(
         f"The data have values outside the support of {name} at site {site['name']!r}, in {len(outside)} of the "
@@ -148,12 +148,12 @@ def _check_latent(site: dict, drawn: dict, nesting: int) -> None:
                 f"The latent site {name!r} has {what} {model} in the model and {guide} in the guide, so one would be broadcast "
                 f"and counted several times: give it the same plates and the same event shape in both programs."
             )
-    law, measures = type(law_of(site)).__name__, _measures(site, drawn)
+    distribution, measures = type(base_distribution(site)).__name__, _measures(site, drawn)
     if measures is not None and not is_point(drawn) and not measures[1].divides(measures[0]):
         raise ValueError(
-            f"The latent site {name!r} has {measures[0]} in the model ({law}) and {measures[1]} in the guide "
-            f"({type(law_of(drawn)).__name__}), and a ratio of the two is no weight: sample it in the guide from a "
-            f"distribution over the same values, such as {law}."
+            f"The latent site {name!r} has {measures[0]} in the model ({distribution}) and {measures[1]} in the guide "
+            f"({type(base_distribution(drawn)).__name__}), and a ratio of the two is no weight: sample it in the guide from a "
+            f"distribution over the same values, such as {distribution}."
         )
     if not same_mask(site, drawn):
         raise ValueError(
@@ -170,12 +170,12 @@ def _measures(site: dict, drawn: dict) -> tuple[Measure, Measure] | None:
 
 
 def _check_observed(site: dict) -> None:
-    name, law, value = site["name"], site["fn"], site["value"]
-    event_dim = law.event_dim
-    if event_dim and value.shape[-event_dim:] != law.event_shape:
+    name, distribution, value = site["name"], site["fn"], site["value"]
+    event_dim = distribution.event_dim
+    if event_dim and value.shape[-event_dim:] != distribution.event_shape:
         raise ValueError(
             f"The value observed at site {name!r} has shape {tuple(value.shape)}, but its distribution has events of shape "
-            f"{tuple(law.event_shape)}, so it would be broadcast and scored several times: give it data of that shape."
+            f"{tuple(distribution.event_shape)}, so it would be broadcast and scored several times: give it data of that shape."
         )
     batch = value.shape[: value.dim() - event_dim]
     for dim, size in [(frame.dim, frame.size) for frame in plates_of(site) if frame.vectorized]:

@@ -16,8 +16,8 @@ from torch.distributions import biject_to
 from .independence import COSTLY_DRAWS, COVERAGE_DRAWS, Latents, _frame, _probing
 from .sites import Layout, Program, log_prob_of, sites_of
 from .support import support_of
-from .tracing import Place, in_particles
-from .wrappers import law_of
+from .tracing import Substitute, in_particles
+from .wrappers import base_distribution
 
 # Unconstrained numbers that reach to the ends of a prior's support, which no draw has to come near.
 FAR = (-10.0, -6.0, -3.0, -1.5, -0.7, -0.3, -0.1, -0.01, 0.01, 0.1, 0.3, 0.7, 1.5, 3.0, 6.0, 10.0)
@@ -60,7 +60,7 @@ def covered_data(
         if not sites or any(site["infer"].get("is_auxiliary") for site in sites):
             return None
         look = _Coverage(model, guide, args, nesting, tuple(site["name"] for site in sites), plate)
-        draws = COSTLY_DRAWS if any(_is_costly(law_of(site)) for site in sites) else COVERAGE_DRAWS
+        draws = COSTLY_DRAWS if any(_is_costly(base_distribution(site)) for site in sites) else COVERAGE_DRAWS
         covered = torch.ones(len(args[0]), dtype=torch.bool, device=args[0].device)
         for number, far in ((len(FAR), True), (draws if vectorize else min(draws, len(FAR)), False)):
             together = number if vectorize else 1
@@ -149,7 +149,7 @@ class _Coverage:
         return torch.cat(parts)
 
     def _run(self, program: Program, values: Latents, num: int) -> list[dict]:
-        placed = Place(values)(in_particles(program, num, self.nesting))
+        placed = Substitute(values)(in_particles(program, num, self.nesting))
         return list(sites_of(prune_subsample_sites(poutine.trace(placed).get_trace(*self.args))))
 
 
@@ -179,68 +179,68 @@ class _Collect(Messenger):
                 raise _EnoughError
 
 
-def _far_value(law: Any, start: int, num: int) -> Tensor | None:
+def _far_value(distribution: Any, start: int, num: int) -> Tensor | None:
     """A value of a distribution at the far points, or at its values one after the other where they can be listed."""
-    batch = law.batch_shape
+    batch = distribution.batch_shape
     index = torch.arange(start, start + num)
     index = index.reshape(num, *[1] * (len(batch) - 1)) if num > 1 else index[0]
     try:
-        if _is_listed(law):
-            values = law.enumerate_support(expand=False)
-            values = values.reshape(len(values), *law.event_shape)
-            return values[(index % len(values)).to(values.device)].expand(*batch, *law.event_shape)
-        support = support_of(law)
+        if _is_listed(distribution):
+            values = distribution.enumerate_support(expand=False)
+            values = values.reshape(len(values), *distribution.event_shape)
+            return values[(index % len(values)).to(values.device)].expand(*batch, *distribution.event_shape)
+        support = support_of(distribution)
         if support.is_discrete:
             return None
         transform = biject_to(support)
-        shape = transform.inverse_shape(batch + law.event_shape)
-        like = law.sample()
+        shape = transform.inverse_shape(batch + distribution.event_shape)
+        like = distribution.sample()
         points = torch.tensor(FAR, dtype=like.dtype)[index % len(FAR)].to(like.device)
         return transform(points.reshape(*points.shape, *[1] * (len(shape) - points.dim())).expand(shape))
     except NotImplementedError:  # torch's word for a distribution that declares no support, or a support without a bijection
         return None
 
 
-def _is_listed(law: Any) -> bool:
+def _is_listed(distribution: Any) -> bool:
     try:
-        return bool(law.has_enumerate_support) and len(law.enumerate_support(expand=False)) <= MOST_VALUES
+        return bool(distribution.has_enumerate_support) and len(distribution.enumerate_support(expand=False)) <= MOST_VALUES
     except NotImplementedError:  # as of a Binomial whose total_count differs between data
         return False
 
 
-def _is_costly(law: Any) -> bool:
+def _is_costly(distribution: Any) -> bool:
     """Whether the density at foreign draws may take a flow's inverse, number by number."""
-    transforms = getattr(law, "transforms", ())
-    return hasattr(law, "dist") or any(not type(t).__module__.startswith("torch.distributions") for t in transforms)
+    transforms = getattr(distribution, "transforms", ())
+    return hasattr(distribution, "dist") or any(not type(t).__module__.startswith("torch.distributions") for t in transforms)
 
 
-def _beyond(law: Any, value: Tensor) -> Tensor | None:
+def _beyond(distribution: Any, value: Tensor) -> Tensor | None:
     """Where a value lies outside a support, in the shape of its log-probability; ``None`` if it declares none."""
     try:
-        return ~support_of(law).check(value)
+        return ~support_of(distribution).check(value)
     except NotImplementedError:  # torch's word for a distribution that declares no support
         return None
 
 
 def _is_never_drawn(site: dict) -> Tensor:
     """Where a discrete value has a probability of zero, which torch raises to its rounding error in the logarithm."""
-    law, value = law_of(site), site["value"]
-    given = vars(getattr(law, "_categorical", law)).get("probs")
-    if given is None or not _is_listed(law):
+    distribution, value = base_distribution(site), site["value"]
+    given = vars(getattr(distribution, "_categorical", distribution)).get("probs")
+    if given is None or not _is_listed(distribution):
         return torch.zeros((), dtype=torch.bool, device=value.device)
-    if law.event_shape:
+    if distribution.event_shape:
         never = (given * value).sum(-1) == 0
-    elif given.dim() > len(law.batch_shape):
+    elif given.dim() > len(distribution.batch_shape):
         never = given.expand(*value.shape, given.shape[-1]).gather(-1, value.long()[..., None])[..., 0] == 0
     else:
         never = torch.where(value == 1, given, 1 - given) == 0
-    inner = site["fn"].event_dim - law.event_dim
+    inner = site["fn"].event_dim - distribution.event_dim
     never = never.flatten(-inner).any(-1) if inner else never
     return never & _unmasked(site, never)
 
 
-def _outside(law: Any, value: Tensor) -> Tensor:
-    beyond = _beyond(law, value)
+def _outside(distribution: Any, value: Tensor) -> Tensor:
+    beyond = _beyond(distribution, value)
     return torch.zeros((), dtype=torch.bool, device=value.device) if beyond is None else beyond
 
 
@@ -252,4 +252,4 @@ def _unmasked(site: dict, like: Tensor) -> Tensor:
 def _any_of_datum(layout: Layout, site: dict, flags: Tensor) -> Tensor:
     """Flags in the shape of a site's log-probability as (K, B): whether any that belongs to a datum is set."""
     shape = torch.broadcast_shapes(flags.shape, site["fn"].batch_shape)
-    return layout.gather(flags.expand(shape).double(), 0) > 0
+    return layout.sum_per_datum(flags.expand(shape).double(), 0) > 0

@@ -13,7 +13,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from .sites import Program, data_plate, log_prob_of, per_datum, plates_of, sites_of
-from .tracing import Place, explained, in_particles, same_random_stream, trace_pair
+from .tracing import Substitute, explained, in_particles, same_random_stream, trace_pair
 
 # Data that a pair is probed on, unless its programs only run on all of them.
 PROBED_ROWS = 4
@@ -43,7 +43,7 @@ class _Rows:
         found: Terms = {}
         with explained(num):
             for program in (self.guide, self.model):
-                placed = Place(latents)(in_particles(program, num, self.nesting))
+                placed = Substitute(latents)(in_particles(program, num, self.nesting))
                 # What the guide observes is no part of q(z|x).
                 sites = [
                     site

@@ -21,7 +21,7 @@ from .sites import Program, data_plate, log_prob_of, num_known_of, num_observed_
 from .state import own_scope, parameters_held
 from .support import support_of
 from .tracing import Traces, evaluation_mode, same_random_stream, trace_pair
-from .wrappers import law_of
+from .wrappers import base_distribution
 
 # Data in the first batch that a pair is shown, where it is to be scored.
 FIRST_ROWS = 256
@@ -149,23 +149,23 @@ def _is_discrete(site: dict) -> bool:
 
 def _fraction_discrete(site: dict) -> float:
     """The fraction of a site's numbers that have a probability and no density."""
-    return float(getattr(law_of(site), "fraction_discrete", _is_discrete(site)))
+    return float(getattr(base_distribution(site), "fraction_discrete", _is_discrete(site)))
 
 
 def _redundant(site: dict) -> int:
     """How many numbers stand for one: all of a one-hot vector."""
-    law = law_of(site)
-    return law.event_shape[-1] if _is_discrete(site) and "OneHot" in type(law).__name__ else 1
+    distribution = base_distribution(site)
+    return distribution.event_shape[-1] if _is_discrete(site) and "OneHot" in type(distribution).__name__ else 1
 
 
 def _conditions(site: dict) -> tuple[str, ...]:
     """What of the datum a likelihood conditions on: what it says, and the total of a multinomial."""
-    law = site["fn"]
-    while not hasattr(law, "conditional_on") and hasattr(law, "base_dist"):
-        law = law.base_dist
-    if type(law_of(site)).__name__ in ("Multinomial", "DirichletMultinomial"):
+    distribution = site["fn"]
+    while not hasattr(distribution, "conditional_on") and hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    if type(base_distribution(site)).__name__ in ("Multinomial", "DirichletMultinomial"):
         return ("the total",)
-    return tuple(getattr(law, "conditional_on", ()))
+    return tuple(getattr(distribution, "conditional_on", ()))
 
 
 def check_steady_scale(model: Program, guide: Program, args: tuple[Tensor, ...], info: PairInfo) -> None:
@@ -222,7 +222,7 @@ class _EveryParam(Messenger):
 
 
 @dataclass(frozen=True)
-class FirstRun:
+class FirstBatch:
     """What the first run of a pair on a batch settles for all later ones.
 
     Attributes:
@@ -252,7 +252,7 @@ def prepare(
     vectorize_particles: bool = True,
     particles: bool = True,
     each: bool = True,
-) -> FirstRun:
+) -> FirstBatch:
     """The first look at a pair, before it is trained or scored: on a real batch, which leaves the pair's parameters made.
 
     Args:
@@ -270,7 +270,7 @@ def prepare(
     """
     batches = data if isinstance(data, Batches) else Batches(data, FIRST_ROWS, program=model)
     batch = batches.peek()
-    first, whole = _look(model, guide, batch, batches) if each else (first_run(model, guide, *batch), None)
+    first, whole = _look(model, guide, batch, batches) if each else (inspect_first_batch(model, guide, *batch), None)
     info, rows = first.info, len(first.args[0])
     if info.num_data != rows or info.scale != 1.0 or info.enumerated:
         return first
@@ -286,7 +286,7 @@ def prepare(
             )
     if in_place:
         whole = batch if batches.loader is not None else _all_of(batches)
-        first = first_run(model, guide, *whole)
+        first = inspect_first_batch(model, guide, *whole)
     if whole is None:
         return first
     if batches.loader is not None and batches.num_data != len(whole[0]):
@@ -303,14 +303,14 @@ class _TiedError(Exception):
     """The pair does not run on some of its data as it does on all."""
 
 
-def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tuple[FirstRun, Batch | None]:
+def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tuple[FirstBatch, Batch | None]:
     """The first run on a batch; or on all data, which it returns too, where a pair runs on them but not on some of them."""
     size = len(batch[0])
     total = size if batches.loader is not None else len(batches.arrays[0])
-    first: FirstRun | None = None
+    first: FirstBatch | None = None
     try:
         with own_scope(model, guide, keep=True, undo=(Exception,)):
-            first = first_run(model, guide, *batch)
+            first = inspect_first_batch(model, guide, *batch)
             if size == 1 or first.info.num_data != size or first.info.scale != 1.0:
                 return first, None
             if _runs(model, guide, first.args, (size + 1) // 2):
@@ -324,14 +324,14 @@ def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tup
         whole = _all_of(batches) if total > size else batch
         try:
             with own_scope(model, guide, keep=True, undo=(Exception,)):
-                again = first_run(model, guide, *whole)
+                again = inspect_first_batch(model, guide, *whole)
                 if again.info.num_data != total:
                     raise _TiedError
             return again, whole
         except (ValueError, RuntimeError, IndexError, _TiedError):
             if first is None:
                 raise error from None
-    return first_run(model, guide, *batch), None
+    return inspect_first_batch(model, guide, *batch), None
 
 
 def _runs(model: Program, guide: Program, args: Batch, rows: int) -> bool:
@@ -354,7 +354,7 @@ def _all_parameters(model: Program, guide: Program) -> list[Tensor]:
     return [*parameters_held(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
 
 
-def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
+def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstBatch:
     """Find a pair's parameters, structure, floating type and device from one batch.
 
     NumPy's arrays are float64 on the CPU, where most networks are float32 and some are on a GPU. Which a program wants shows
@@ -388,7 +388,7 @@ def first_run(model: Program, guide: Program, *args: Tensor) -> FirstRun:
             stacklevel=3,
         )
     moved = _moved(args, dtype, device, floating)
-    return FirstRun(parameters, inspect_pair(model, guide, *moved), dtype, device, floating, moved)
+    return FirstBatch(parameters, inspect_pair(model, guide, *moved), dtype, device, floating, moved)
 
 
 def _own_parameters(model: Program, guide: Program, args: Batch) -> list[Tensor]:

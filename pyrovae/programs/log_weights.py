@@ -27,7 +27,7 @@ from .._validation import positive_integer
 from .checks import check_same_latents, check_scores, look_at
 from .sites import Layout, Program, common_scale, data_plate, log_prob_of, num_dims_of, per_datum, plate_nesting, sites_of
 from .support import reaches_beyond, support_of
-from .tracing import Gate, Gradients, Traces, find_nesting, trace_from_prior, trace_pair
+from .tracing import Gradients, PathGradientScaler, Traces, find_nesting, trace_from_prior, trace_pair
 from .wrappers import is_point, is_reparameterized, masks_of
 
 
@@ -71,7 +71,7 @@ class LogWeights:
         masked: latent sites of the guide whose density is masked for some data.
         gradients: how they were drawn; see :func:`log_weights`.
         log_guide_score: log q of the detached samples, shape (K, B), where gradients are split.
-        log_dream: log q of a pair that the model dreamt per datum, shape (B,), where an estimator asked for it.
+        log_simulated: log q of a pair that the model dreamt per datum, shape (B,), where an estimator asked for it.
         sites: the terms of each site of the guide.
         gates: for each run of the pair, where gradients are split.
         leaves: the latents, where they are leaves of the graph.
@@ -88,9 +88,9 @@ class LogWeights:
     masked: tuple[str, ...] = ()
     gradients: Gradients = "total"
     log_guide_score: Tensor | None = None
-    log_dream: Tensor | None = None
+    log_simulated: Tensor | None = None
     sites: tuple[SiteTerms, ...] = ()
-    gates: tuple[Gate, ...] = ()
+    gates: tuple[PathGradientScaler, ...] = ()
     leaves: tuple[Leaf, ...] = ()
 
     @property
@@ -122,8 +122,8 @@ class LogWeights:
             path: b.
             score: c.
         """
-        apart = len(self.not_reparameterized) > 0
-        model = without_specks(model, apart)
+        has_discrete_latents = len(self.not_reparameterized) > 0
+        model = zero_negligible(model, has_discrete_latents)
         log_joint = self.log_likelihood + self.log_prior
         dead = (log_joint - self.log_guide).detach() == -torch.inf
         lost = dead.all(0)
@@ -134,11 +134,11 @@ class LogWeights:
 
         if self.gradients == "total":
             return times(model, log_joint - self.log_guide, dead)
-        score = without_specks(score, apart)
+        score = zero_negligible(score, has_discrete_latents)
         if self.gradients == "score":
             return times(model, log_joint, dead) - times(score, self.log_guide, lost)
         assert self.log_guide_score is not None
-        path = without_specks(path, apart)
+        path = zero_negligible(path, has_discrete_latents)
         # The path's gradient is the model's times a factor, so the model needs a coefficient where the path has one.
         model = torch.maximum(model, torch.finfo(model.dtype).eps * path)
         factor = torch.where(dead | (model == 0), 0.0, path / model)
@@ -148,8 +148,8 @@ class LogWeights:
         return times(model, log_joint, dead) - pathwise - times(score, self.log_guide_score, lost)
 
 
-def without_specks(coefficient: Tensor, apart: bool = False) -> Tensor:
-    r"""Coefficients (K, B) in which those that rounding hides beside the datum's largest are zero.
+def zero_negligible(coefficient: Tensor, has_discrete_latents: bool = False) -> Tensor:
+    r"""Set to zero the coefficients (K, B) that are negligible, at floating-point precision, beside the datum's largest.
 
     .. math:: \sum_{k \, \text{cleared}} |c_k| < \varepsilon \max_j |c_j|
 
@@ -159,13 +159,13 @@ def without_specks(coefficient: Tensor, apart: bool = False) -> Tensor:
 
     Args:
         coefficient: of each particle's gradient.
-        apart: whether particles may reach parameters that no other does, as the values of a discrete latent do, which
-            nothing would then hide: in place of :math:`\varepsilon` its square.
+        has_discrete_latents: whether one particle may be the only one that reaches some parameters, as the values of a
+            discrete latent do; the threshold is then :math:`\varepsilon^2` in place of :math:`\varepsilon`.
     """
     if len(coefficient) == 1:
         return coefficient
     size = coefficient.abs()
-    rounding = torch.finfo(size.dtype).eps ** (2 if apart else 1) * size.amax(0)
+    rounding = torch.finfo(size.dtype).eps ** (2 if has_discrete_latents else 1) * size.amax(0)
     small = size < rounding / 4
     few = torch.where(small, size, 0.0).sum(0) < rounding
     return torch.where(small & few | (size < rounding / len(size)), 0.0, coefficient)
@@ -277,7 +277,7 @@ def prior_weights(
                     if not reaches_beyond(support_of(traces.model.nodes[site["name"]]["fn"]), support):
                         continue
                     beyond = ~support.check(site["value"])
-                    outside = outside | (layout.gather(beyond.to(weights.log_guide.dtype), 0) > 0)
+                    outside = outside | (layout.sum_per_datum(beyond.to(weights.log_guide.dtype), 0) > 0)
         return replace(weights, log_guide=torch.where(outside, -torch.inf, weights.log_guide))
 
     return draw() if together == num_particles else _concatenate([draw() for _ in range(num_particles)])

@@ -27,29 +27,29 @@ class Layout(NamedTuple):
     nesting: int  # plate dimensions of the pair; particles stand to their left
     data_dim: int
 
-    def spread(self, values: Tensor, like: Tensor, event_dim: int) -> Tensor:
+    def broadcast_to_site(self, values: Tensor, like: Tensor, event_dim: int) -> Tensor:
         """``values`` (K, B), to be multiplied with a site's value."""
         shape = [self.num_particles] + [1] * self.nesting
         shape[self.data_dim] = self.num_data
         shape += [1] * event_dim
         return values.reshape(shape[max(len(shape) - like.dim(), 0) :])
 
-    def gather(self, values: Tensor, event_dim: int) -> Tensor:
+    def sum_per_datum(self, values: Tensor, event_dim: int) -> Tensor:
         """A site's values, summed over all that belongs to one datum: (K, B)."""
         values = values.sum(tuple(range(-event_dim, 0))) if event_dim else values
         values = values.reshape((1,) * (self.nesting + 1 - values.dim()) + values.shape)
         inner = [dim for dim in range(-self.nesting, 0) if dim != self.data_dim]
         return (values.sum(inner) if inner else values).reshape(self.num_particles, self.num_data)
 
-    def place(self, numbers: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
+    def to_site(self, numbers: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
         """Each datum's numbers (K, B, n) as the value of a site whose plates have these sizes."""
         inner = [size for dim, size in zip(range(-self.nesting, 0), sizes, strict=True) if dim != self.data_dim]
         value = numbers.reshape(self.num_particles, self.num_data, *inner, *event_shape)
         value = value.movedim(1, 1 + self.nesting + self.data_dim)
         return value[0] if self.num_particles == 1 else value
 
-    def collect(self, value: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
-        """The inverse of :meth:`place`: (K, B, n)."""
+    def from_site(self, value: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
+        """The inverse of :meth:`to_site`: (K, B, n)."""
         value = value.expand(self.num_particles, *sizes, *event_shape)
         return value.movedim(1 + self.nesting + self.data_dim, 1).reshape(self.num_particles, self.num_data, -1)
 
@@ -81,10 +81,10 @@ def plates_of(site: dict) -> list[Any]:
     return [_sized(frame, site["fn"]) for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
 
 
-def _sized(frame: Any, law: Any) -> Any:
-    if frame.size != -1 or not frame.vectorized or len(law.batch_shape) < -frame.dim:
+def _sized(frame: Any, distribution: Any) -> Any:
+    if frame.size != -1 or not frame.vectorized or len(distribution.batch_shape) < -frame.dim:
         return frame
-    size = law.batch_shape[frame.dim]
+    size = distribution.batch_shape[frame.dim]
     return frame._replace(size=size, full_size=size)
 
 
@@ -137,12 +137,14 @@ MANY_TERMS = 2**16
 
 def log_prob_of(site: dict) -> Tensor:
     """A site's log-probability, masked but not scaled, in nats; in float64 where it sums very many terms."""
-    law, value, inner = site["fn"], site["value"], 0
-    if type(law).__name__ == "Independent" and law.event_shape.numel() >= MANY_TERMS:
-        law, inner = law.base_dist, law.reinterpreted_batch_ndims
-        if isinstance(getattr(law, "loc", None), Tensor):  # then constants, rounded alike in every term, are float64 too
+    distribution, value, inner = site["fn"], site["value"], 0
+    if type(distribution).__name__ == "Independent" and distribution.event_shape.numel() >= MANY_TERMS:
+        distribution, inner = distribution.base_dist, distribution.reinterpreted_batch_ndims
+        if isinstance(
+            getattr(distribution, "loc", None), Tensor
+        ):  # then constants, rounded alike in every term, are float64 too
             value = value.double()
-    value = law.log_prob(value, *site["args"], **site["kwargs"])
+    value = distribution.log_prob(value, *site["args"], **site["kwargs"])
     value = _summed(value, tuple(range(-inner, 0)))
     if "outside" in site:
         value = torch.where(site["outside"], -torch.inf, value)

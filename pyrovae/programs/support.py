@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform
 
-from .wrappers import is_factor, is_point, law_of, layers_of
+from .wrappers import base_distribution, is_factor, is_point, layers_of
 
 
 class _Inside(Messenger):
@@ -69,30 +69,30 @@ _ONE_TURN = constraints.interval(-math.pi, math.pi)
 _CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
 
 
-def support_of(law: Any) -> Any:
+def support_of(distribution: Any) -> Any:
     """The set over which a distribution's density integrates to one.
 
     It differs from what the distribution declares for angles, whose density repeats with every turn; for mixtures, which may
     lie where any component does; and for a flow of zuko, which declares none: what its transform takes.
     """
-    kind = type(law).__name__
+    kind = type(distribution).__name__
     if kind == "Independent":
-        return constraints.independent(support_of(law.base_dist), law.reinterpreted_batch_ndims)
+        return constraints.independent(support_of(distribution.base_dist), distribution.reinterpreted_batch_ndims)
     if kind in ("MaskedDistribution", "ExpandedDistribution"):
-        return support_of(law.base_dist)
+        return support_of(distribution.base_dist)
     if kind in _CIRCULAR:
-        return constraints.independent(_ONE_TURN, law.event_dim) if law.event_dim else _ONE_TURN
-    if isinstance(law, torch.distributions.MixtureSameFamily):
-        component = support_of(law.component_distribution)
-        uniform = isinstance(law_of({"fn": law.component_distribution}), _Uniform)
+        return constraints.independent(_ONE_TURN, distribution.event_dim) if distribution.event_dim else _ONE_TURN
+    if isinstance(distribution, torch.distributions.MixtureSameFamily):
+        component = support_of(distribution.component_distribution)
+        uniform = isinstance(base_distribution({"fn": distribution.component_distribution}), _Uniform)
         return _Union(component) if uniform or component.is_discrete else component
-    transformed = isinstance(law, torch.distributions.TransformedDistribution)
-    if transformed and type(law_of({"fn": law.base_dist})).__name__ in _CIRCULAR:
-        return _Image(support_of(law.base_dist), law.transforms)
+    transformed = isinstance(distribution, torch.distributions.TransformedDistribution)
+    if transformed and type(base_distribution({"fn": distribution.base_dist})).__name__ in _CIRCULAR:
+        return _Image(support_of(distribution.base_dist), distribution.transforms)
     try:
-        return law.support
+        return distribution.support
     except NotImplementedError:
-        transform = getattr(getattr(law, "dist", None), "transform", None)
+        transform = getattr(getattr(distribution, "dist", None), "transform", None)
         if transform is None:
             raise
         return transform.domain
@@ -225,9 +225,9 @@ def reaches_beyond(inner: Any, outer: Any) -> bool:
     return low < least or high > most or (least, most) == (-math.inf, math.inf)
 
 
-def accept_any_component(law: Any) -> None:
+def accept_any_component(distribution: Any) -> None:
     """Have a mixture score values that only some of its components allow, which torch's validation refuses."""
-    for mixture in layers_of(law):
+    for mixture in layers_of(distribution):
         if isinstance(mixture, torch.distributions.MixtureSameFamily):
             for part in (mixture, *layers_of(mixture.component_distribution)):
                 part._validate_args = False

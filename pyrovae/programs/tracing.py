@@ -23,7 +23,7 @@ from .wrappers import is_factor
 Gradients = Literal["total", "split", "score", "leaf"]
 
 
-class Gate:
+class PathGradientScaler:
     """Identities on a run's samples, as the model sees them, whose backward pass scales each particle's gradient.
 
     An objective whose gradient gives one weight to the model's parameters and another to the path through the samples
@@ -45,7 +45,7 @@ class Gate:
     def _scale(self, gradient: Tensor, event_dim: int) -> Tensor:
         if self.factor is None or self.layout is None:
             return gradient
-        factor = self.layout.spread(self.factor, gradient, event_dim).to(gradient.dtype)
+        factor = self.layout.broadcast_to_site(self.factor, gradient, event_dim).to(gradient.dtype)
         return torch.where(factor == 0, 0.0, gradient * factor)
 
 
@@ -55,7 +55,7 @@ class Traces(NamedTuple):
     model: Trace
     guide: Trace  # its latents: what it observes is no part of q(z|x)
     rescored: Trace | None = None  # the guide at the samples, cut off from their path
-    gate: Gate | None = None
+    gate: PathGradientScaler | None = None
     guide_observed: tuple[dict, ...] = ()
 
     @property
@@ -91,7 +91,7 @@ def trace_pair(
     if rows is not None:
         guide = poutine.replay(guide, trace=rows)
 
-    rescored, gate = None, Gate() if gradients == "split" else None
+    rescored, gate = None, PathGradientScaler() if gradients == "split" else None
     with explained(num_particles):
         if gradients == "score":
             with _Detach():
@@ -184,7 +184,7 @@ def find_nesting(model: Program, guide: Program, args: tuple, kwargs: dict) -> i
     return plate_nesting(traces.model, traces.guide)
 
 
-class Place(Messenger):
+class Substitute(Messenger):
     """The latents of a run take given values; or unconstrained ones, through the support that their sites declare."""
 
     def __init__(self, given: dict[str, Tensor], *, unconstrained: bool = False):
@@ -224,7 +224,9 @@ def trace_from_prior(
             for site in latents.values():
                 guide_trace.add_node(site["name"], **site)
             return Traces(model_trace, guide_trace)
-        guide_trace, _ = _latents_and_observed(trace(guide, Place({name: site["value"] for name, site in latents.items()})))
+        guide_trace, _ = _latents_and_observed(
+            trace(guide, Substitute({name: site["value"] for name, site in latents.items()}))
+        )
     refuse_auxiliary(sites_of(guide_trace))
     return Traces(model_trace, guide_trace)
 

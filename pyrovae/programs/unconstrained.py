@@ -28,11 +28,11 @@ from .sites import (
     sites_of,
 )
 from .support import _Image, _Union, support_of
-from .tracing import Place, explained, in_particles, same_random_stream, trace_from_prior, trace_pair
-from .wrappers import is_factor, law_of
+from .tracing import Substitute, explained, in_particles, same_random_stream, trace_from_prior, trace_pair
+from .wrappers import base_distribution, is_factor
 
 
-class FlatTerms(NamedTuple):
+class UnconstrainedTerms(NamedTuple):
     """The parts of log p(x, u) for unconstrained latents u, each (K, B), in nats; densities are with respect to u."""
 
     log_prior: Tensor
@@ -45,7 +45,7 @@ class FlatTerms(NamedTuple):
         return self.log_prior + self.log_likelihood
 
 
-class FlatPair:
+class UnconstrainedPair:
     r"""The continuous latents of each datum of a batch as one vector u of L unconstrained numbers, for any pair.
 
     .. math:: z = T(u), \qquad \log p(x, u) = \log p(x, T(u)) + \log \left| \det \frac{\partial T}{\partial u} \right|
@@ -100,7 +100,7 @@ class FlatPair:
         self.dtype = next((site["value"].dtype for site in model_sites if not site["is_observed"]), torch.get_default_dtype())
         self.device = args[0].device
 
-    def terms(self, flat: Tensor, *, guide: bool = False) -> FlatTerms:
+    def terms(self, flat: Tensor, *, guide: bool = False) -> UnconstrainedTerms:
         """The parts of log p(x, u) at ``flat`` (K, B, L), and with ``guide`` log q(u|x)."""
         return self._in_turn(flat, lambda rows: self._terms(rows, guide))
 
@@ -120,11 +120,11 @@ class FlatPair:
         with torch.no_grad():
             return torch.cat([self._draw(together, start, inside) for _ in range(num // together)])
 
-    def model_trace(self, flat: Tensor) -> tuple[Trace, Place]:
+    def model_trace(self, flat: Tensor) -> tuple[Trace, Substitute]:
         """The model's trace at ``flat`` (K, B, L), and what placed it there."""
         return self._run(self.model, self._given(flat), len(flat), unconstrained=True)
 
-    def on(self, args: tuple) -> FlatPair:
+    def on(self, args: tuple) -> UnconstrainedPair:
         """The same pair on another batch of the same shape."""
         other = copy.copy(self)
         other.args = args
@@ -147,7 +147,7 @@ class FlatPair:
                 raise ValueError(f"The model's pyro.factor {site['name']!r} cannot be simulated: remove it.")
         return trace, self._flatten(trace, {name: trace.nodes[name]["value"] for name in self.latents}, 1)
 
-    def _terms(self, flat: Tensor, with_guide: bool) -> FlatTerms:
+    def _terms(self, flat: Tensor, with_guide: bool) -> UnconstrainedTerms:
         size = len(flat)
         layout = self._layout(size)
         trace, place = self.model_trace(flat)
@@ -158,7 +158,7 @@ class FlatPair:
                 likelihood = likelihood + term
             else:
                 prior = prior + term
-        jacobian = sum((layout.gather(term, 0) for term in place.log_jacobian.values()), torch.zeros_like(prior))
+        jacobian = sum((layout.sum_per_datum(term, 0) for term in place.log_jacobian.values()), torch.zeros_like(prior))
         log_guide = None
         if with_guide:
             values = {name: trace.nodes[name]["value"] for name in self.latents}
@@ -171,7 +171,7 @@ class FlatPair:
                     f"known at draws that are not its own: start from the prior."
                 ) from error
             log_guide = sum(terms, jacobian)
-        return FlatTerms(prior + jacobian, likelihood, log_guide)
+        return UnconstrainedTerms(prior + jacobian, likelihood, log_guide)
 
     def _draw(self, num: int, start: str, inside: bool) -> Tensor:
         if start == "prior":
@@ -208,17 +208,19 @@ class FlatPair:
         if isinstance(support, constraints.interval | constraints.half_open_interval | _Union | _Image):
             within = within & support.check(value)  # the inverse of a sigmoid takes what lies outside for an edge
         name = site["name"]
-        flat, within = (self._layout(num).collect(part, self._sizes[name], self._shapes[name]) for part in (flat, within))
+        flat, within = (self._layout(num).from_site(part, self._sizes[name], self._shapes[name]) for part in (flat, within))
         return flat, within
 
     def _given(self, flat: Tensor) -> dict[str, Tensor]:
         layout = self._layout(len(flat))
         return {
-            name: layout.place(flat[..., self._columns[name]], self._sizes[name], self._shapes[name]) for name in self.latents
+            name: layout.to_site(flat[..., self._columns[name]], self._sizes[name], self._shapes[name]) for name in self.latents
         }
 
-    def _run(self, program: Program, given: dict[str, Tensor], num: int, *, unconstrained: bool = False) -> tuple[Trace, Place]:
-        place = Place(given, unconstrained=unconstrained)
+    def _run(
+        self, program: Program, given: dict[str, Tensor], num: int, *, unconstrained: bool = False
+    ) -> tuple[Trace, Substitute]:
+        place = Substitute(given, unconstrained=unconstrained)
         with explained(num):
             trace = poutine.trace(place(in_particles(program, num, self.nesting))).get_trace(*self.args)
         return prune_subsample_sites(trace), place
@@ -226,12 +228,12 @@ class FlatPair:
     def _layout(self, num: int) -> Layout:
         return Layout(num, self.num_data, self.nesting, self.data.dim)
 
-    def _in_turn(self, flat: Tensor, score: Callable[[Tensor], FlatTerms]) -> FlatTerms:
+    def _in_turn(self, flat: Tensor, score: Callable[[Tensor], UnconstrainedTerms]) -> UnconstrainedTerms:
         if self.vectorize or len(flat) == 1:
             return score(flat)
         parts = [score(flat[k : k + 1]) for k in range(len(flat))]
         guides = [terms.log_guide for terms in parts if terms.log_guide is not None]
-        return FlatTerms(
+        return UnconstrainedTerms(
             torch.cat([terms.log_prior for terms in parts]),
             torch.cat([terms.log_likelihood for terms in parts]),
             torch.cat(guides) if guides else None,
@@ -240,12 +242,12 @@ class FlatPair:
 
 def _unconstrained_shape(site: dict) -> torch.Size:
     """The shape of one draw's unconstrained numbers."""
-    name, law = site["name"], type(law_of(site)).__name__
+    name, distribution = site["name"], type(base_distribution(site)).__name__
     try:
         support = support_of(site["fn"])
         if support.is_discrete:
             raise ValueError(
-                f"The latent site {name!r} ({law}) is discrete, and this needs continuous latents: use "
+                f"The latent site {name!r} ({distribution}) is discrete, and this needs continuous latents: use "
                 f'log_marginal, or pyrovae.exact(..., method="enumerate") where all are discrete.'
             )
         transform = biject_to(support)
@@ -254,6 +256,6 @@ def _unconstrained_shape(site: dict) -> torch.Size:
         return transform.inv(site["value"]).shape[batch_dim:]
     except NotImplementedError as error:
         raise ValueError(
-            f"No bijection from unconstrained numbers is known for the support of the latent site {name!r} ({law}): register "
-            f"one with torch.distributions.biject_to, or use log_marginal."
+            f"No bijection from unconstrained numbers is known for the support of the latent site {name!r} ({distribution}): "
+            f"register one with torch.distributions.biject_to, or use log_marginal."
         ) from error

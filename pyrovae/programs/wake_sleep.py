@@ -15,7 +15,7 @@ from .sites import Program, data_plate, latents_of, log_prob_of, per_datum, plat
 from .wrappers import is_factor
 
 
-def dreamt_log_guide(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+def simulated_log_guide(model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
     """Dream one pair (z, x) per datum from the model itself, and return its log q(z|x), shape (B,), in nats.
 
     Raises:
@@ -24,7 +24,7 @@ def dreamt_log_guide(model: Program, guide: Program, *args: Any, **kwargs: Any) 
     with torch.no_grad():
         dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     values = tuple(kwargs.values())
-    shown = dreamt_args(dream, (*args, *values))
+    shown = simulated_args(dream, (*args, *values))
     dreamt, dreamt_kwargs = shown[: len(args)], dict(zip(kwargs, shown[len(args) :], strict=True))
     trace = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*dreamt, **dreamt_kwargs)
     sites = latents_of(prune_subsample_sites(trace))
@@ -32,7 +32,7 @@ def dreamt_log_guide(model: Program, guide: Program, *args: Any, **kwargs: Any) 
     return torch.cat([per_datum(site, log_prob_of(site), data, 1, nesting) for site in sites]).sum(0)
 
 
-def dreamt_args(dream: Trace, args: tuple) -> tuple:
+def simulated_args(dream: Trace, args: tuple) -> tuple:
     """The programs' arguments with what the model observed of them replaced by what it dreamt.
 
     Raises:

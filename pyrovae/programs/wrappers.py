@@ -18,23 +18,23 @@ def is_factor(site: dict) -> bool:
     return type(site["fn"]).__name__ == "Unit"
 
 
-def layers_of(law: Any) -> Iterator[Any]:
+def layers_of(distribution: Any) -> Iterator[Any]:
     """A distribution, and what Pyro wraps in it: independent dimensions, masks and expansions, from the outside in."""
-    yield law
-    while type(law).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
-        law = law.base_dist
-        yield law
+    yield distribution
+    while type(distribution).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
+        distribution = distribution.base_dist
+        yield distribution
 
 
-def law_of(site: dict) -> Any:
+def base_distribution(site: dict) -> Any:
     """A site's distribution without what Pyro wraps around it."""
-    *_, law = layers_of(site["fn"])
-    return law
+    *_, distribution = layers_of(site["fn"])
+    return distribution
 
 
 def is_point(site: dict) -> bool:
     """Whether a site is a ``Delta``."""
-    return isinstance(law_of(site), Delta)
+    return isinstance(base_distribution(site), Delta)
 
 
 def is_reparameterized(site: dict) -> bool:
@@ -42,15 +42,19 @@ def is_reparameterized(site: dict) -> bool:
 
     A rejection sampler has ``has_rsample``, and a score of what it accepted besides.
     """
-    law = law_of(site)
-    own = getattr(type(law), "score_parts", None)
+    distribution = base_distribution(site)
+    own = getattr(type(distribution), "score_parts", None)
     return bool(site["fn"].has_rsample) and own in (None, Distribution.score_parts, TorchDistributionMixin.score_parts)
 
 
 def masks_of(site: dict) -> list[tuple[Mask, int]]:
     """The masks around a site and inside its distribution, each with the number of event dimensions to its right."""
     found = [(site["mask"], site["fn"].event_dim)]
-    found += [(law._mask, law.event_dim) for law in layers_of(site["fn"]) if isinstance(law, MaskedDistribution)]
+    found += [
+        (distribution._mask, distribution.event_dim)
+        for distribution in layers_of(site["fn"])
+        if isinstance(distribution, MaskedDistribution)
+    ]
     return [(mask, event_dim) for mask, event_dim in found if mask is not None and mask is not True]
 
 

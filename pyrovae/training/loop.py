@@ -51,7 +51,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 # Inductor takes 5 to 20 seconds, and saves 3 to 15 milliseconds a step on two cores.
 STEPS_TO_COMPILE = 3000
 # A GPU is told so many steps before it is asked what came of them; the bar and max_seconds are ahead of it by as many.
-LOOK_EVERY = 100
+SYNC_EVERY = 100
 # A captured step is compared with its program at an epoch's start once so many have been taken since: it costs as much as 10 to
 # 20 of them, or 50 on a GPU, and the checks of a run together shall cost less than 3 %.
 STEPS_BETWEEN_CHECKS, STEPS_BETWEEN_CHECKS_ON_GPU = 500, 2000
@@ -257,7 +257,7 @@ def fit(
 
     def look() -> float:
         """The bounds of the steps since the last look, summed."""
-        outcomes = take_step.outcomes()
+        outcomes = take_step.drain()
         for at, (loss, norm) in enumerate(outcomes, step - len(outcomes) + 1):
             # An infinite loss is a datum of weight zero, whose gradient our estimators leave out.
             if math.isnan(loss) or not math.isfinite(norm):
@@ -290,13 +290,13 @@ def fit(
                 # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
                 if not checked and (epoch == 1 or (check_batch.direct and train.loader is not None)):
                     check_batch(batch_of(inputs), f"batch {number} of epoch {epoch}")
-                take_step.ahead(*inputs)
+                take_step.step_async(*inputs)
                 if scheduler is not None:
                     scheduler.step()
                 step += 1
                 seen += start.info.count(inputs)
                 bar.update()
-                if not take_step.asynchronous or step % LOOK_EVERY == 0:
+                if not take_step.asynchronous or step % SYNC_EVERY == 0:
                     total += look()
                 if out_of_time():
                     break

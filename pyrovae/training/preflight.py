@@ -25,7 +25,7 @@ from ..programs.inspect import inspect_pair
 from ..programs.reachable import reachable
 from ..programs.sites import Program, sites_of
 from ..programs.tracing import evaluation_mode, same_random_stream, trace_pair
-from ..programs.wrappers import law_of
+from ..programs.wrappers import base_distribution
 
 # Rows whose support is checked at once.
 ROWS_AT_ONCE = 8192
@@ -404,7 +404,7 @@ def large_values(sites: list[dict]) -> str | None:
 def _densities(sites: list[dict]) -> Iterator[tuple[dict, Any, Tensor]]:
     """The observed sites with a density, each with its elementwise distribution and its values."""
     for site in sites:
-        distribution, value = law_of(site), site["value"]
+        distribution, value = base_distribution(site), site["value"]
         try:
             discrete = distribution.support.is_discrete
         except NotImplementedError:  # it declares no support
