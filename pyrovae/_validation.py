@@ -15,7 +15,7 @@ def positive_integer(value: Any, what: str) -> int:
         ValueError: it is no positive whole number; the message calls it ``what``.
 
     Example:
-        >>> from pyrovae.registry import positive_integer
+        >>> from pyrovae._validation import positive_integer
         >>> positive_integer(5e3, "num_samples")
         5000
     """
@@ -31,7 +31,7 @@ def positive_number(value: Any, what: str) -> float:
         ValueError: it is no positive, finite number; the message calls it ``what``.
 
     Example:
-        >>> from pyrovae.registry import positive_number
+        >>> from pyrovae._validation import positive_number
         >>> positive_number(2, "scale")
         2.0
     """

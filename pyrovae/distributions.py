@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
@@ -644,8 +645,8 @@ class OrdinalCategorical(dist.Categorical):
 
     Example:
         >>> import torch
-        >>> from pyrovae.distributions import Levels
-        >>> Levels(logits=torch.zeros(3)).mean
+        >>> from pyrovae.distributions import OrdinalCategorical
+        >>> OrdinalCategorical(logits=torch.zeros(3)).mean
         tensor(1.)
     """
 
@@ -835,9 +836,9 @@ class HeterogeneousIndependent(dist.TorchDistribution):
 
     Example:
         >>> import torch, pyro.distributions as dist
-        >>> from pyrovae.distributions import Columns
+        >>> from pyrovae.distributions import HeterogeneousIndependent
         >>> distributions = [dist.Poisson(torch.ones(1)), dist.Normal(torch.zeros(2), 1.0)]
-        >>> Columns(distributions, [torch.tensor([1]), torch.tensor([0, 2])]).log_prob(torch.zeros(3))
+        >>> HeterogeneousIndependent(distributions, [torch.tensor([1]), torch.tensor([0, 2])]).log_prob(torch.zeros(3))
         tensor([-0.9189, -1.0000, -0.9189])
     """
 
@@ -970,3 +971,14 @@ class Dequantized(dist.TransformedDistribution):
     def variance(self) -> Tensor:
         """The variance of v."""
         return self.num_levels**2 * self.base_dist.variance
+
+
+_RENAMED = {"Levels": "OrdinalCategorical", "Columns": "HeterogeneousIndependent"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        message = f"pyrovae.distributions.{name} is now {_RENAMED[name]}, and the old name goes in version 0.3."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -84,7 +84,7 @@ def test_a_transition_leaves_its_target_as_it_is():
     for datum in range(2):
         drawn = state.flat[:, datum, 0].exp().numpy()
         assert stats.kstest(drawn, stats.gamma(3 + y[datum].item(), scale=1 / 2.5).cdf).pvalue > 0.001
-    torch.testing.assert_close(state.rise, field.at(state.flat).rise)
+    torch.testing.assert_close(state.log_ratio, field.at(state.flat).log_ratio)
 
 
 @pytest.mark.usefixtures("float64")

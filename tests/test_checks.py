@@ -22,6 +22,8 @@ from torch.distributions import biject_to
 
 import pyrovae as pv
 from pyrovae.estimators.base import make_estimator
+from pyrovae.programs.inspect import inspect_pair
+from pyrovae.programs.wake_sleep import simulated_log_guide
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -298,9 +300,9 @@ def test_a_factor_of_the_guide_has_no_score(kind: str) -> None:
 
 def test_a_sleeping_guide_does_not_learn_what_it_observes() -> None:
     pyro.set_rng_seed(0)
-    plain = pv.weights.simulated_log_guide(model, guide, _x())
+    plain = simulated_log_guide(model, guide, _x())
     pyro.set_rng_seed(0)
-    assert_allclose(pv.weights.simulated_log_guide(model, _observing(both=True), _x()), plain)
+    assert_allclose(simulated_log_guide(model, _observing(both=True), _x()), plain)
 
 
 @pytest.mark.parametrize("make", [AutoNormalMessenger, AutoHierarchicalNormalMessenger])
@@ -763,7 +765,7 @@ def test_a_rejection_sampler_is_not_a_path() -> None:
         (_in_data(positive), _in_data(lambda x: pyro.sample("z", Accepting(torch.ones(len(x)))))),
     ]
     for pair in pairs:
-        info = pv.pairs.inspect_pair(*pair, _x())
+        info = inspect_pair(*pair, _x())
         assert info.not_reparameterized == ("z",)
         for kind in ("elbo", "iwae", "dreg", "stl"):
             with pytest.raises(ValueError, match=r"no gradient \(or a part of it only\) flows through 'z'"):

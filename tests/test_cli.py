@@ -14,6 +14,7 @@ import torch
 
 import pyrovae as pv
 from pyrovae.cli.app import _decomposed, main
+from pyrovae.cli.config import read_run
 
 # Without the decomposition but where it is the point.
 QUICK = [
@@ -65,7 +66,7 @@ def test_the_device_is_chosen(in_folder: Path, capsys: pytest.CaptureFixture, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["train", "--name", "mine", *QUICK, option, "cpu"]) == 0
     assert capsys.readouterr().out.startswith("On the CPU.\n")
-    run = pv.config.read_run(in_folder / "runs" / "mine" / "run.toml")
+    run = read_run(in_folder / "runs" / "mine" / "run.toml")
     assert run.train.device == "cpu"
     assert main(["train", *QUICK, option, "cuda"]) == 2
     assert 'train.device must be "cpu" or "auto" where torch finds no GPU, got "cuda"' in capsys.readouterr().err
@@ -78,7 +79,7 @@ def test_toml_file_and_overrides(in_folder: Path):
     command = ["train", "r.toml", "--train.epochs", "1", "--evaluate.num-samples", "30", "--estimator.kind", "iwae"]
     command += ["--evaluate.decompose", "0"]
     assert main([*command, "--estimator.num_particles", "3", "--model.latent-dim", "2"]) == 0
-    run = pv.config.read_run(in_folder / "runs" / "digits-iwae-2" / "run.toml")
+    run = read_run(in_folder / "runs" / "digits-iwae-2" / "run.toml")
     assert run.train.epochs == 1
     assert run.model.encoder == "diagonal_normal"
     assert run.model.hidden == [9]
@@ -131,7 +132,7 @@ def test_the_likelihood_of_a_file_is_said_and_written_down(in_folder: Path, caps
     assert f"the choice of {units}" in out
     assert max(map(len, out.splitlines())) <= 80
     folder = in_folder / "runs" / f"{name}-dreg-2"
-    assert pv.config.read_run(folder / "run.toml").model.likelihood == {"kind": kind}
+    assert read_run(folder / "run.toml").model.likelihood == {"kind": kind}
     assert 'name = "digits"' not in (folder / "run.toml").read_text()
     assert f"{kind}, since " in (folder / "report.html").read_text()
     assert json.loads((folder / "summary.json").read_text())["facts"]["likelihood"].startswith(f"{kind}, since ")
@@ -370,7 +371,7 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_where(in_folder: Path, 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("some tensor\nis off")
 
-    monkeypatch.setattr("pyrovae.training.fit", broken)
+    monkeypatch.setattr("pyrovae.training.loop.fit", broken)
     assert main(["train", *QUICK]) == 2
     err = capsys.readouterr().err
     assert "some tensor" in err
@@ -393,7 +394,7 @@ def test_help_imports_nothing_heavy():
 
 def test_the_command_is_installed():
     done = subprocess.run(
-        [sys.executable, "-c", "from pyrovae.cli import app; app(['--version'])"], capture_output=True, text=True
+        [sys.executable, "-c", "from pyrovae.cli.app import app; app(['--version'])"], capture_output=True, text=True
     )
     assert done.stdout.strip() == pv.__version__
 
@@ -402,7 +403,7 @@ def test_an_interrupt_is_a_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys:
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyrovae.training.fit", interrupted)
+    monkeypatch.setattr("pyrovae.training.loop.fit", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "pyrovae: interrupted.\n"
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 import pyrovae as pv
 from pyrovae.compile import cuda
-from pyrovae.compile import cuda as compile_cuda
 from pyrovae.compile import graph as compile_graph
+from pyrovae.compile import step as compile_step
 from pyrovae.compile.step import Step
 from pyrovae.data.batches import Batches
 from pyrovae.data.datasets import binarize
-from pyrovae.evidence import importance, psis_together
+from pyrovae.evidence import importance
 from pyrovae.evidence.psis_together import pareto_smooth_together
 from pyrovae.programs.inspect import find_parameters
 
@@ -134,7 +134,7 @@ def test_ragged_batches_take_their_own_way_in_their_turn(monkeypatch: pytest.Mon
     batches = [(X,), (X.flip(0),), (X[:5],)] * 9
     one = steps_of(batches, graphs=False)
     for uses, number in ((50, 1), (3, 2)):
-        monkeypatch.setattr(compile_graph, "USES_BEFORE_CAPTURE", uses)
+        monkeypatch.setattr(compile_step, "USES_BEFORE_CAPTURE", uses)
         other = steps_of(batches, graphs=True)
         assert len(other.step._graphs) == number
         assert_same(one, other)
@@ -290,7 +290,7 @@ def test_a_gpu_scores_in_large_groups_and_fits_tails_together(options: dict[str,
     vae, x = a_vae(), torch.bernoulli(torch.full((700, 6), 0.4))
     expected = vae.log_marginal(x, num_samples=300, seed=0, **options)
     monkeypatch.setattr(importance, "_on_gpu", lambda device: True)
-    monkeypatch.setattr(compile_cuda, "free_memory", lambda device: 2**26)
+    monkeypatch.setattr(importance, "free_memory", lambda device: 2**26)
     monkeypatch.setattr(importance, "GPU_GROUP", 300)
     fitted: list[Tensor] = []
 
@@ -301,14 +301,14 @@ def test_a_gpu_scores_in_large_groups_and_fits_tails_together(options: dict[str,
     def no_tail_is_ordinary(*given: Any, **options: Any) -> Any:
         return *pareto_smooth_together(*given, **options)[:2], torch.zeros(len(given[0]), dtype=torch.bool)
 
-    monkeypatch.setattr(psis_together, "pareto_smooth_together", together)
+    monkeypatch.setattr(importance, "pareto_smooth_together", together)
     found = vae.log_marginal(x, num_samples=300, chunk_size=3060, seed=0, **options)
     # Other groups have other seeds, so the numbers agree within their errors.
     error = (expected.se**2 + found.se**2) ** 0.5
     assert abs(found.log_px - expected.log_px).max() < 5 * error.max()
     assert abs(found.mean - expected.mean) < 4 * (expected.mean_se**2 + found.mean_se**2) ** 0.5
     assert fitted
-    monkeypatch.setattr(psis_together, "pareto_smooth_together", no_tail_is_ordinary)
+    monkeypatch.setattr(importance, "pareto_smooth_together", no_tail_is_ordinary)
     by_arviz = vae.log_marginal(x, num_samples=300, chunk_size=3060, seed=0, **options)
     for one, other in [(found.khat, by_arviz.khat), (found.log_px_psis, by_arviz.log_px_psis), (found.log_px, by_arviz.log_px)]:
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)

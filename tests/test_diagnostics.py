@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pyrovae as pv
 from pyrovae import diagnostics
+from pyrovae.diagnostics import posterior
 from pyrovae.diagnostics.decomposition import decompose
 from pyrovae.diagnostics.gradients import compare_estimators, train_estimators
 from pyrovae.diagnostics.posterior import posterior_draws
@@ -435,7 +436,7 @@ def test_what_decompose_cannot_take_is_refused():
 @pytest.mark.parametrize("numbers", [None, 256 * 90])
 def test_posterior_draws_have_the_posteriors_moments(numbers: int | None, monkeypatch: pytest.MonkeyPatch):
     if numbers is not None:  # chunks of 90 samples
-        monkeypatch.setattr(diagnostics, "CHUNK_NUMBERS", numbers)
+        monkeypatch.setattr(posterior, "CHUNK_NUMBERS", numbers)
     pair = LinearGaussian(spread=1.4)
     x = pair.sample(6)
     draws = posterior_draws(pair.model, pair.guide, x, num_draws=1500, num_samples=6000 if numbers is None else 4000, seed=0)

@@ -29,6 +29,7 @@ from pyrovae.models.guides import BottomUp, Ladder, Structured
 from pyrovae.models.hierarchical import HierarchicalVAE, make_hierarchical_vae
 from pyrovae.nn import MLP
 from pyrovae.priors import StandardNormal
+from pyrovae.programs.inspect import inspect_pair
 from pyrovae.registry import names
 
 GUIDES = names("guide")
@@ -255,7 +256,7 @@ def test_log_weights_are_the_factors_written_out(kind: str) -> None:
 @pytest.mark.parametrize("kind", GUIDES)
 def test_every_estimator_that_applies_takes_a_step(kind: str) -> None:
     x = _binary(8, 6)
-    info = pv.pairs.inspect_pair(_small(guide=kind).model, _small(guide=kind).guide, x)
+    info = inspect_pair(_small(guide=kind).model, _small(guide=kind).guide, x)
     assert info.latents == (("z1", "z2") if kind == "bottom_up" else ("z2", "z1"))
     assert info.not_reparameterized == ()
     # A KL given parents is none of a guide that climbs while the model descends; Pyro itself says so, by a warning.
@@ -441,7 +442,7 @@ def _parts() -> SimpleNamespace:
         ),
         (
             lambda p: HierarchicalVAE(p.prior, [p.layer], p.likelihood, p.low),
-            "The guide must be a pyrovae.hierarchical.Guide, not a DiagonalNormal: build one, or subclass it.",
+            "The guide must be a pyrovae.models.guides.Guide, not a DiagonalNormal: build one, or subclass it.",
         ),
     ],
 )

@@ -298,7 +298,7 @@ def test_chunks_grow_as_wide_values_go(loaded: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importance, "NARROWEST", 10)
     captured = []
     widest = graph.largest_value
-    monkeypatch.setattr(graph, "largest_value", lambda *args: captured.append(args) or widest(*args))
+    monkeypatch.setattr(importance, "largest_value", lambda *args: captured.append(args) or widest(*args))
     plain = importance._parts
     chunks = []
     monkeypatch.setattr(

@@ -21,11 +21,10 @@ from torch import Tensor, fx, nn
 
 import pyrovae as pv
 from pyrovae.compile import graph as compile_graph
-from pyrovae.compile import matmul, patterns, rewrites
+from pyrovae.compile import matmul, rewrites
 from pyrovae.compile import optimizer as compile_optimizer
 from pyrovae.compile.graph import Staged
 from pyrovae.compile.step import Step
-from pyrovae.programs import reachable
 from pyrovae.programs.inspect import find_parameters
 from pyrovae.registry import names
 from pyrovae.training import loop
@@ -165,7 +164,7 @@ def test_compiled_equals_eager_on_foreign_pairs(pair: str) -> None:
 @pytest.mark.parametrize("way", ["straight", "flipped"])
 def test_compiled_with_onednn_products_equals_eager(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_onednn_time_ratio", lambda *product: {way: 0.1})
-    monkeypatch.setattr(patterns, "FEWEST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(matmul, "FEWEST_MULTIPLICATIONS", 0)
     runs, scores = [], []
     for backend in ("eager", "inductor"):
         vae = a_vae()
@@ -210,7 +209,7 @@ def test_products_with_parameters_themselves_are_rewritten_too(how: str, monkeyp
 
     monkeypatch.setattr(compile_graph, "_inductor", compiler)
     monkeypatch.setattr(matmul, "_onednn_time_ratio", lambda *product: {"straight": 0.1})
-    monkeypatch.setattr(patterns, "FEWEST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(matmul, "FEWEST_MULTIPLICATIONS", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run = train(Bare(), X, "elbo", "inductor", precision="bfloat16" if how == "bfloat16" else "float32")
@@ -417,8 +416,8 @@ def test_what_does_not_change_stays_captured() -> None:
 @pytest.mark.usefixtures("uncompiled")
 def test_a_state_out_of_sight_is_found_at_an_epochs_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 3)
-    monkeypatch.setattr(reachable, "python_state", lambda *programs: {})
-    monkeypatch.setattr(reachable, "python_state", lambda *programs: {})
+    monkeypatch.setattr(compile_graph, "python_state", lambda *programs: {})
+    monkeypatch.setattr(loop, "python_state", lambda *programs: {})
     with pytest.warns(RuntimeWarning, match="other numbers at the start of epoch 3; they agreed at the start of epoch 2"):
         staged = fitted("attribute", compile=True)
     assert staged[0] == pytest.approx(fitted("attribute", compile=False)[0], rel=1e-6)

@@ -335,7 +335,7 @@ def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "SYNC_EVERY", 7)
     monkeypatch.setattr(Step, "drain", counted)
     for asynchronous in (False, True):
-        monkeypatch.setattr(compile_step, "stage", partial(stage, asynchronous=asynchronous))
+        monkeypatch.setattr(loop, "stage", partial(stage, asynchronous=asynchronous))
         looked.clear()
         vae = pv.make_vae(4, latent_dim=2, hidden=[8])
         with torch.no_grad():
@@ -349,7 +349,7 @@ def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyP
 
     said = []
     for asynchronous in (False, True):
-        monkeypatch.setattr(compile_step, "stage", partial(stage, asynchronous=asynchronous))
+        monkeypatch.setattr(loop, "stage", partial(stage, asynchronous=asynchronous))
         torch.manual_seed(0)
         vae = pv.make_vae(4, latent_dim=2, hidden=[8], likelihood={"kind": "normal", "scale": "shared"})
         with pytest.raises(FloatingPointError) as error:

@@ -51,6 +51,7 @@ from torch import Tensor
 import pyrovae as pv
 from pyrovae.compile import cuda as compile_cuda
 from pyrovae.compile import graph as compile_graph
+from pyrovae.compile.cuda import products_in
 from pyrovae.data.datasets import binarize
 
 # Measurements.
@@ -266,7 +267,7 @@ def part_products(on: Machine, keep: Callable[[dict[str, Any]], None]) -> dict[s
     sizes, x = [(50, 200), (200, 200), (200, 784)], torch.randn(rows, 50, device=on.device)
     chain = [(torch.randn(rows, a, device=on.device), torch.randn(a, b, device=on.device)) for a, b in sizes]
     for precision in ("float32", "tf32") if on.cuda else ("float32",):
-        with pv.cuda.products_in(precision, on.device):
+        with products_in(precision, on.device):
             ms = median_ms(on, lambda: [a @ b for a, b in chain], 1)
         found[f"decoder, {precision}, seconds for 50 million pairs"] = round(ms / rows * 5e4, 3)
     big = x.new_empty(2**20 if on.small else 2**29)

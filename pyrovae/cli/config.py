@@ -183,7 +183,7 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
         ValueError: bad TOML, an unknown key (with the nearest real one), or a value of the wrong kind.
 
     Example:
-        >>> from pyrovae.config import read_run
+        >>> from pyrovae.cli.config import read_run
         >>> read_run(overrides={"train": {"epochs": 3}}).train.epochs
         3
     """

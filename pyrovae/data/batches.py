@@ -255,7 +255,7 @@ def fingerprints(batch: Batch) -> np.ndarray:
 
     Example:
         >>> import torch
-        >>> from pyrovae.data import fingerprints
+        >>> from pyrovae.data.batches import fingerprints
         >>> x = torch.eye(3)
         >>> bool((fingerprints((x.double().reshape(3, 3, 1),)) == fingerprints((x,))).all())
         True

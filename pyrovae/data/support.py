@@ -17,7 +17,7 @@ def choose_likelihood(array: np.ndarray) -> tuple[dict[str, Any], str]:
 
     Example:
         >>> import numpy as np
-        >>> from pyrovae.support import choose_likelihood
+        >>> from pyrovae.data.support import choose_likelihood
         >>> choose_likelihood(np.array([[0, 3], [12, 1]]))
         ({'kind': 'negative_binomial'}, 'the values are counts 0..12')
     """

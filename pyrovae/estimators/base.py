@@ -63,7 +63,7 @@ def check_estimator(estimator: pyro.infer.ELBO, info: PairInfo) -> None:
     Example:
         >>> import torch, pyrovae as pv
         >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
-        >>> info = pv.pairs.inspect_pair(vae.model, vae.guide, torch.zeros(5, 9))
+        >>> info = pv.programs.inspect.inspect_pair(vae.model, vae.guide, torch.zeros(5, 9))
         >>> pv.estimators.check_estimator(pv.estimators.IWAE(), info)
     """
     if isinstance(estimator, pyro.infer.ReweightedWakeSleep):

@@ -41,7 +41,7 @@ def pareto_smooth_together(
 
     Example:
         >>> import torch
-        >>> from pyrovae.psis import pareto_smooth_together
+        >>> from pyrovae.evidence.psis_together import pareto_smooth_together
         >>> weights = 0.3 * torch.empty(4, 2000, dtype=torch.float64).exponential_()  # Pareto weights of k = 0.3
         >>> largest = weights.topk(675).values
         >>> khat, _, ordinary = pareto_smooth_together(largest, weights.logsumexp(1), 2000)

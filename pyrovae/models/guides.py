@@ -108,7 +108,7 @@ class BottomUp(Guide):
 
     Example:
         >>> import pyrovae as pv
-        >>> guide = pv.hierarchical.BottomUp([pv.encoders.DiagonalNormal(pv.nn.MLP(9, [8]), 3),
+        >>> guide = pv.models.guides.BottomUp([pv.encoders.DiagonalNormal(pv.nn.MLP(9, [8]), 3),
         ...                                   pv.encoders.DiagonalNormal(pv.nn.MLP(3, [8]), 2)])
         >>> guide.latent_dims
         (3, 2)
@@ -175,7 +175,7 @@ class Structured(Guide):
 
     Example:
         >>> import pyrovae as pv
-        >>> guide = pv.hierarchical.Structured(pv.nn.MLP(9, [8]), [pv.encoders.DiagonalNormal(pv.nn.MLP(8 + 2, [8]), 3),
+        >>> guide = pv.models.guides.Structured(pv.nn.MLP(9, [8]), [pv.encoders.DiagonalNormal(pv.nn.MLP(8 + 2, [8]), 3),
         ...                                                        pv.encoders.DiagonalNormal(pv.nn.MLP(8, [8]), 2)])
         >>> guide.latent_dims
         (3, 2)
@@ -247,7 +247,7 @@ class Ladder(Guide):
 
     Example:
         >>> import pyrovae as pv
-        >>> guide = pv.hierarchical.Ladder([pv.nn.MLP(9, [8]), pv.nn.MLP(8, [6])],
+        >>> guide = pv.models.guides.Ladder([pv.nn.MLP(9, [8]), pv.nn.MLP(8, [6])],
         ...                                [pv.encoders.DiagonalNormal(pv.nn.MLP(8, []), 3),
         ...                                 pv.encoders.DiagonalNormal(pv.nn.MLP(6, []), 2)])
         >>> guide.latent_dims
@@ -312,7 +312,7 @@ def merge(evidence: dist.Distribution, prior: dist.Distribution) -> dist.Distrib
 
     Example:
         >>> import torch, pyro.distributions as dist
-        >>> from pyrovae.hierarchical import merge
+        >>> from pyrovae.models.guides import merge
         >>> distribution = merge(dist.Normal(torch.zeros(1), 1.0).to_event(1), dist.Normal(torch.ones(1), 1.0).to_event(1))
         >>> distribution.mean, distribution.variance
         (tensor([0.5000]), tensor([0.5000]))

@@ -30,7 +30,7 @@ def reachable(*programs: Any) -> Iterator[tuple[str, Any]]:
 
     Example:
         >>> from torch import nn
-        >>> from pyrovae.reachable import reachable
+        >>> from pyrovae.programs.reachable import reachable
         >>> def program(net, beta):
         ...     return lambda x: beta * net(x)
         >>> [name for name, value in reachable(program(nn.Linear(1, 2), 0.5)) if isinstance(value, float | nn.Parameter)]
