@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import pyrovae as pv
 from pyrovae.compile import step as compile_step
 from pyrovae.compile.step import Step
-from pyrovae.training import loop
+from pyrovae.training import loop, setup
 from pyrovae.training.loop import fit
 
 
@@ -335,7 +335,7 @@ def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "SYNC_EVERY", 7)
     monkeypatch.setattr(Step, "drain", counted)
     for asynchronous in (False, True):
-        monkeypatch.setattr(loop, "stage", partial(stage, asynchronous=asynchronous))
+        monkeypatch.setattr(setup, "stage", partial(stage, asynchronous=asynchronous))
         looked.clear()
         vae = pv.make_vae(4, latent_dim=2, hidden=[8])
         with torch.no_grad():
@@ -349,7 +349,7 @@ def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyP
 
     said = []
     for asynchronous in (False, True):
-        monkeypatch.setattr(loop, "stage", partial(stage, asynchronous=asynchronous))
+        monkeypatch.setattr(setup, "stage", partial(stage, asynchronous=asynchronous))
         torch.manual_seed(0)
         vae = pv.make_vae(4, latent_dim=2, hidden=[8], likelihood={"kind": "normal", "scale": "shared"})
         with pytest.raises(FloatingPointError) as error:
@@ -441,12 +441,12 @@ def test_a_bad_datum_in_a_late_batch_is_found_before_training():
         ({"estimator": 3}, "pyro.infer.ELBO"),
         ({"optimizer": "adm"}, "did you mean 'adam'"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
-        ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates the loss several times"),
-        ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau waits for a metric"),
+        ({"optimizer": torch.optim.LBFGS}, "got LBFGS, which does so several times"),
+        ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "got ReduceLROnPlateau, which needs a metric"),
         ({"estimator": pyro.infer.TraceTailAdaptive_ELBO(num_particles=3)}, "has a gradient and no loss"),
-        ({"lr": "fast"}, "lr is a positive number, not 'fast'"),
+        ({"lr": "fast"}, "lr must be a positive number, got 'fast'"),
         ({"epochs": 0}, "epochs is a positive integer"),
-        ({"clip_norm": -1.0}, "clip_norm is a positive number"),
+        ({"clip_norm": -1.0}, "clip_norm must be a positive number"),
         ({"epochs": 1.5}, "epochs is a positive integer"),
         ({"estimator": pyro.infer.ReweightedWakeSleep()}, "choose 'rws'"),
         ({"batch_size": 0}, "batch_size is a positive integer"),
