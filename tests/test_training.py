@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import inspect
 import math
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pyro
@@ -16,8 +22,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import pyrovae as pv
 from pyrovae.compile import step as compile_step
 from pyrovae.compile.step import Step
+from pyrovae.evidence.keywords import LogMarginalKeywords
 from pyrovae.training import loop, setup
 from pyrovae.training.loop import fit
+from pyrovae.training.options import FitKeywords, FitOptions
 
 
 def pca_data(num: int = 400, data_dim: int = 6, latent_dim: int = 2, noise: float = 0.6) -> torch.Tensor:
@@ -497,3 +505,33 @@ def test_history_plots_itself():
     drawn = [line.get_ydata() for line in ax.lines]
     assert len(drawn) >= 2
     assert len(drawn[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("function", "keywords"), [(pv.fit, FitKeywords), (pv.log_marginal, LogMarginalKeywords)], ids=["fit", "log_marginal"]
+)
+def test_passed_on_keywords_are_the_functions_own(function: Callable, keywords: type):
+    hints = get_type_hints(function)
+    own = {p.name: hints[p.name] for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert get_type_hints(keywords) == own
+
+
+def test_the_options_of_fit_are_its_keywords():
+    assert get_type_hints(FitOptions, include_extras=True).items() >= get_type_hints(FitKeywords).items()
+    assert list(FitOptions.__dataclass_fields__) == list(inspect.signature(pv.fit).parameters)[3:]
+
+
+@pytest.mark.slow
+def test_a_type_checker_objects_to_a_misspelt_keyword(tmp_path: Path):
+    pytest.importorskip("mypy")
+    (tmp_path / "program.py").write_text(
+        "import pyrovae as pv\nvae = pv.make_vae(4, latent_dim=2)\nvae.fit([[0.0] * 4], epochs=3)\n"
+        "vae.fit([[0.0] * 4], epohcs=3)\nvae.fit([[0.0] * 4], epochs='3')\nvae.log_marginal([[0.0] * 4], num_sample=3)\n"
+    )
+    root = Path(pv.__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", "--config-file", str(root / "pyproject.toml"), "--no-incremental"]
+    done = subprocess.run([*command, str(tmp_path / "program.py")], cwd=root, capture_output=True, text=True)
+    lines = [line.partition("program.py:")[2] for line in done.stdout.splitlines() if ": error:" in line]
+    assert [line[0] for line in lines] == ["4", "5", "6"], done.stdout
+    assert '"epohcs"' in lines[0]
+    assert '"num_sample"' in lines[2]

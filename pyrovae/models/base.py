@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import pyro
 import torch
@@ -24,8 +24,10 @@ from ..priors import Prior
 from ..registry import build, describe, find, names
 
 if TYPE_CHECKING:
+    from ..evidence.keywords import LogMarginalKeywords
     from ..evidence.results import Evidence
-    from ..training.loop import History
+    from ..training.history import History
+    from ..training.options import FitKeywords
 
 _counter = itertools.count()
 
@@ -74,13 +76,13 @@ class PairModule(nn.Module):
     def guide(self, *args: Any, **kwargs: Any) -> None:
         """The variational posterior as a Pyro program; takes what ``model`` takes."""
 
-    def fit(self, data: Any, **options: Any) -> History:
+    def fit(self, data: Any, **options: Unpack[FitKeywords]) -> History:
         """Train on data; see :func:`pyrovae.fit`."""
         from ..training.loop import fit
 
         return fit(self.model, self.guide, data, **options)
 
-    def log_marginal(self, x: Any, **options: Any) -> Evidence:
+    def log_marginal(self, x: Any, **options: Unpack[LogMarginalKeywords]) -> Evidence:
         """Importance-sampled log p(x) of every datum; see :func:`pyrovae.log_marginal`."""
         from ..evidence.importance import log_marginal
 

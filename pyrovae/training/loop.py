@@ -22,12 +22,12 @@ from ..programs.sites import Program
 from ..programs.state import in_own_scope
 from ..programs.tracing import evaluation_mode, same_random_stream
 from .history import History
-from .options import OPTIMIZERS, FitOptions
+from .options import FitOptions
 from .progress import Progress
 from .setup import Setup, set_up
 from .values import SupportCheck, cause_in_data
 
-__all__ = ["OPTIMIZERS", "History", "fit"]
+__all__ = ["fit"]
 
 # A GPU is told so many steps before it is asked what came of them; the bar and max_seconds are ahead of it by as many.
 SYNC_EVERY = 100

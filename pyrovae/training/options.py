@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._validation import positive_integer, unknown
 
-__all__ = ["OPTIMIZERS", "FitKeywords", "FitOptions", "MakeOptimizer", "MakeSchedule"]
+__all__ = ["OPTIMIZERS", "FitKeywords", "FitOptions", "MakeOptimizer", "MakeSchedule", "TrainKeywords"]
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -31,13 +31,9 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 STEPS_TO_COMPILE = 3000
 
 
-class FitKeywords(TypedDict, total=False):
-    """The keyword arguments of :func:`pyrovae.fit`, for functions that pass them on.
+class TrainKeywords(TypedDict, total=False):
+    """The keyword arguments of :func:`pyrovae.fit`, but for what a comparison of estimators sets itself."""
 
-    ``tests/test_training.py`` holds them to the signature of ``fit``.
-    """
-
-    estimator: Any
     epochs: int
     batch_size: int
     shuffle: bool
@@ -47,13 +43,19 @@ class FitKeywords(TypedDict, total=False):
     clip_norm: float | None
     validation: Any
     patience: int | None
-    max_seconds: float | None
     compile: bool | Literal["auto"]
     precision: Literal["float32", "tf32", "bfloat16"]
     transform: Callable[[Tensor], Tensor] | None
     progress: bool
-    seed: int | None
     on_epoch: Callable[[dict[str, Any]], None] | None
+
+
+class FitKeywords(TrainKeywords, total=False):
+    """The keyword arguments of :func:`pyrovae.fit`; ``tests/test_training.py`` holds them to its signature."""
+
+    estimator: Any
+    max_seconds: float | None
+    seed: int | None
 
 
 @dataclass(frozen=True)
