@@ -16,9 +16,10 @@ import torch
 from benchmarks import gpu
 from pairs import two_latents_pair
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyrovae as pv
-from pyrovae.compile import cuda
+from pyrovae.compile import cuda, inductor
 from pyrovae.compile import graph as compile_graph
 from pyrovae.compile import step as compile_step
 from pyrovae.compile.step import Step
@@ -354,3 +355,13 @@ def test_the_benchmark_runs_small(tmp_path: Path) -> None:
     assert set(kept["checks"]) == set(gpu.CHECKS)
     assert kept["cells"]["K=1 B=100"]["float32"]["ms"] > 0
     assert "K=1 B=100" in gpu.table(kept)
+
+
+def test_scalar_constants_of_a_graph_move_to_the_device() -> None:
+    def program(x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.where(x > 0, 0.0, x).sum(), torch.where(x > 1, x, 1.0))
+
+    module = inductor.scalars_on(make_fx(program)(torch.randn(4)), torch.device("meta"))
+    constants = module.graph.find_nodes(op="call_function", target=torch.ops.aten.scalar_tensor.default)
+    assert [node.kwargs["device"].type for node in constants] == ["meta", "meta"]
+    assert module(torch.randn(4, device="meta"))[1].device.type == "meta"

@@ -43,7 +43,9 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, single_thr
     options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
     # Not Inductor's own CUDA graphs, which copy all parameters at each call: see pyrovae.cuda.
     options |= {"cpp.threads": 1} if single_threaded else {}
-    if not on_gpu:
+    if on_gpu:
+        module = scalars_on(module, next(tensor.device for tensor in inputs if tensor.is_cuda))
+    else:
         module = join_decoders(module, rounded)
     threads = 1 if single_threaded else torch.get_num_threads()
     if rounded:
@@ -71,6 +73,18 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, single_thr
                 pools = {"memory_planning": True, "memory_pool": "outputs"} if pooled else {}
                 return _unwrapped(compiled({"cpp_wrapper": True} | pools | _past_the_dispatcher(module)))
         return compiled({})
+
+
+def scalars_on(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The same graph with its scalar constants on a device.
+
+    ``torch.where(mask, 0.0, x)`` records a scalar tensor on the CPU, which Inductor may copy at each call, and a CUDA graph must
+    not.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.scalar_tensor.default):
+        node.kwargs = {**node.kwargs, "device": device}
+    module.recompile()
+    return module
 
 
 def _past_the_dispatcher(module: fx.GraphModule) -> dict[str, Any]:
