@@ -78,8 +78,8 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, single_thr
 def scalars_on(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """The same graph with its scalar constants on a device.
 
-    ``torch.where(mask, 0.0, x)`` records a scalar tensor on the CPU, which Inductor may copy at each call, and a CUDA graph must
-    not.
+    ``torch.where(mask, 0.0, x)`` records a scalar tensor on the CPU, which Inductor may copy at each call. A CUDA graph
+    must not.
     """
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.scalar_tensor.default):
         node.kwargs = {**node.kwargs, "device": device}
