@@ -167,7 +167,7 @@ def test_betas_that_change_are_noticed() -> None:
     def one_cycle(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)  # which cycles Adam's first beta too
 
-    with pytest.warns(RuntimeWarning, match="launched one by one, since the optimizer's settings change"):
+    with pytest.warns(RuntimeWarning, match="launched one by one, since the optimizer's settings or hooks change"):
         other = steps_of([(X,)] * 15, graphs=True, schedule=one_cycle)
     assert_same(steps_of([(X,)] * 15, graphs=False, schedule=one_cycle), other)
 
