@@ -41,9 +41,7 @@ class _Update:
             self._count.add_(1 if found_inf is None else 1 - found_inf)
         else:
             self._counted += 1
-        # Before torch 2.7 the class alone says whether weight decay is decoupled.
-        decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
-        (torch._fused_adamw_ if decoupled else torch._fused_adam_)(
+        (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
             self._values,
             gradients,
             self._means,
