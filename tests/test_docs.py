@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -123,6 +124,18 @@ def test_files_that_are_named_exist() -> None:
     for page in PAGES:
         for name in re.findall(r"`((?:pyrovae|tests|experiments|docs|\.ci)/[\w./-]+\.\w+)", page.read_text(encoding="utf-8")):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_walks_of_the_architecture_name_what_there_is() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    walks = text[text.index("### From `fit`") : text.index("## Words")]
+    found = re.findall(r"`((?:[a-z_]+\.)+\w+)`", walks)
+    assert len(found) > 10
+    for name in found:
+        try:
+            pkgutil.resolve_name(f"pyrovae.{name.removeprefix('pv.')}")
+        except (ImportError, AttributeError):
+            pytest.fail(f"ARCHITECTURE.md names {name}, which the package no longer has")
 
 
 def test_the_readme_is_short() -> None:
