@@ -25,7 +25,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "hierarchical": ("models.hierarchical", "models.guides"),
     "integration": ("evidence.exact",),
     "kernels": ("compile.kernels",),
-    "marginal": ("evidence.importance", "evidence.store"),
+    "marginal": ("evidence.importance", "evidence.sampler", "evidence.planning", "evidence.store"),
     "pairs": ("programs.inspect",),
     "proposals": ("evidence.refine", "evidence.proposals"),
     "report": ("cli.report", "cli.figures", "plots"),

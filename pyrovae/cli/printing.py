@@ -8,7 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..registry import KINDS, canonical, find, names
+from .. import registry
+from ..registry import canonical, find, names
 from ..tables import text_table
 from .config import Run
 
@@ -33,9 +34,11 @@ def print_evidence(
     folder: Path, split: Split, quantity: str, evidence: Evidence, parts: Decomposition | None, labels: dict[str, str]
 ) -> None:
     """Print what was found on the test data."""
+    from ..evidence.kinds import KINDS
+
     unit, units = split.unit, {"image": "images", "datum": "data"}[split.unit]
     reliable, size = int(evidence.reliable.sum()), len(evidence)
-    who = "guide" if evidence.method == "importance sampling" else "proposal"
+    who = "guide" if evidence.kind == KINDS["guide"] else "proposal"
     print(f"\nHeld-out {split.name}, {size:,} {units}, in nats per {unit}:")
     width = max(8, len(quantity))
 
@@ -65,7 +68,7 @@ def print_evidence(
 
 def print_names() -> None:
     """Print every registered name with the first sentence of its class."""
-    for kind in KINDS:
+    for kind in registry.KINDS:
         print(f"{kind}s" if kind != "body" else "bodies")
         print(text_table(None, [[f"  {name:<22}", _summary(find(kind, name))] for name in names(kind)], left=(0, 1), width=80))
 

@@ -242,7 +242,7 @@ class VAE(PairModule):
             >>> filled[0, 0].item(), bool(filled[0, 8] < 1)
             (1.0, True)
         """
-        from ..evidence.importance import CHUNK_NUMBERS
+        from ..evidence.planning import CHUNK_NUMBERS
         from ..programs.tracing import evaluation_mode
 
         num_samples = positive_integer(num_samples, "num_samples")
@@ -265,46 +265,30 @@ class VAE(PairModule):
         return torch.cat([filled for filled, _ in parts], 0 if num_draws is None else 1)
 
     def _impute(self, x: Tensor, mask: Tensor, num_samples: int, num_draws: int | None, chunk: int) -> tuple[Tensor, Tensor]:
-        """One batch, in chunks of particles; all weight so far is kept as one log-sum and the largest for each datum."""
-        from ..evidence.psis import tail_size
+        """One batch, in chunks of particles: the filled data, and the largest log-weights of each datum."""
+        from ..evidence.streaming import LogMoments, Resampler
         from ..programs.log_weights import log_weights
 
         event = (1,) * len(self.data_shape)
-        log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-        tail, keep = log_sum[:, None][:, :0], tail_size(num_samples)
-        mean, latents = torch.zeros_like(x), x.new_zeros(num_draws or 0, len(x), self.latent_dim)
-        left = num_samples
-        while left:
+        moments, mean = LogMoments(len(x), num_samples, x.device), torch.zeros_like(x)
+        resampler = None if num_draws is None else Resampler(moments, num_draws)
+        while left := num_samples - moments.num_drawn:
             size = min(left, chunk)
             with _Seen() as seen:
                 weights = log_weights(self.model, self.guide, x, mask, num_particles=size, max_plate_nesting=1)
             log_w = weights.log_weights.double()  # (size, B)
-            tail = torch.cat([tail, log_w.T], 1)
-            tail = torch.topk(tail, min(keep, tail.shape[1])).values
-            total = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
-            dead = total == -math.inf
-            kept = torch.where(dead, 1.0, torch.exp(log_sum - total))  # the earlier chunks' share of all weight so far
-            share = torch.where(dead, 0.0, torch.exp(log_w - total))
-            if num_draws is None:
-                share = share.to(x.dtype).reshape(*share.shape, *event)
-                mean = mean * kept.to(x.dtype).reshape(-1, *event) + (
-                    share * seen.distribution.mean.reshape(size, *x.shape)
-                ).sum(0)
-            else:
-                # Each draw moves to this chunk with the chunk's share, and picks within it by weight.
-                picked = torch.multinomial(torch.where(share.sum(0) > 0, share, 1.0).T, num_draws, replacement=True).T
-                moves = torch.rand(picked.shape, dtype=log_w.dtype, device=x.device) >= kept
-                drawn = seen.z.reshape(size, *latents.shape[1:]).gather(0, picked[..., None].expand(latents.shape))
-                latents = torch.where(moves[..., None], drawn, latents)
-            log_sum = total
-            left -= size
+            if resampler is not None:
+                resampler.update(log_w, {"z": seen.z.reshape(size, len(x), self.latent_dim)})
+                continue
+            earlier, new = (part.to(x.dtype).reshape(*part.shape, *event) for part in moments.normalize(log_w))
+            mean = mean * earlier + (new * seen.distribution.mean.reshape(size, *x.shape)).sum(0)
         filled = mean
-        if num_draws is not None:
-            distribution, _ = self.likelihood.observe(latents, x, mask)
+        if resampler is not None:
+            distribution, _ = self.likelihood.observe(resampler.draws["z"], x, mask)
             filled = distribution.sample()
         # Where no latent explains what was observed, nothing can be said of the rest.
-        filled = filled.masked_fill((log_sum == -math.inf).reshape(-1, *event), math.nan)
-        return torch.where(mask, x, filled), tail
+        filled = filled.masked_fill((moments.log_sum == -math.inf).reshape(-1, *event), math.nan)
+        return torch.where(mask, x, filled), moments.tail
 
 
 def _warn_of_tails(tail: Tensor, num_samples: int, precision: float) -> None:
