@@ -309,7 +309,7 @@ def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):
         ("train --model.likelihood binomial", "needs total_count"),
         ("train --model.encoder diagnal_normal", "did you mean 'diagonal_normal'"),
         ("train --model.kind hierarchical --model.latent-dims 8 4 --model.guide ladr", "did you mean 'ladder'"),
-        ("train --model.kind hierarchical --model.latent-dims 8", "A hierarchy has two or more layers"),
+        ("train --model.kind hierarchical --model.latent-dims 8", "latent_dims must hold two sizes or more"),
         ("train --model.kind hierarchical --model.latent-dims 8 4 --model.hidden 9", "a list of widths for each of 2 layers"),
         ("train --model.kind hierarchical --model.latent-dims 8 4 --model.hidden 9 9", "hidden is a list of positive integers"),
         ("train --model.hidden [9] [9]", "hidden is a list of positive integers"),
@@ -445,7 +445,7 @@ def test_labels_are_kept_for_a_part_of_the_data(in_folder: Path, capsys: pytest.
     assert main(["train", *QUICK, "--model.kind", "semi_supervised", *labelled]) == 0
     assert read_run(in_folder / "runs" / "mine" / "run.toml").data.labelled == 0.1
     assert main(["train", *QUICK, "--model.kind", "conditional", *labelled[:-1], "other"]) == 2
-    assert "Labels lie between 0 and 9, but these range from -1" in capsys.readouterr().err
+    assert "Labels must lie between 0 and 9, got -1" in capsys.readouterr().err
 
 
 def test_names_in_any_case(in_folder: Path, capsys: pytest.CaptureFixture):

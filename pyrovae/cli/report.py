@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ..diagnostics.decomposition import Decomposition
     from ..evidence.results import Evidence
 
+__all__ = ["write_report"]
+
 
 def write_report(
     path: str | Path,
