@@ -17,6 +17,7 @@ TITLES = {
     "body": "Bodies (networks)",
     "guide": "Guides of a hierarchy",
     "estimator": "Estimators",
+    "model": "Kinds of models",
 }
 
 

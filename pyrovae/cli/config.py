@@ -98,9 +98,11 @@ def run_name(run: Run) -> str:
 
 def with_data(run: Run, split: Split) -> Run:
     """The run with what the data set says of the model written out, unless it is set: its likelihood, its number of classes."""
-    given = dict(zip(GIVEN_BY_DATA, (split.likelihood, split.num_classes), strict=True))
+    from_data = dict(zip(GIVEN_BY_DATA, (split.likelihood, split.num_classes), strict=True))
     takes = _arguments_of(run.model.kind)
-    changes: dict[str, Any] = {key: value for key, value in given.items() if key in takes and getattr(run.model, key) is None}
+    changes: dict[str, Any] = {
+        key: value for key, value in from_data.items() if key in takes and getattr(run.model, key) is None
+    }
     return replace(run, model=replace(run.model, **changes)) if changes else run
 
 
@@ -150,12 +152,12 @@ def run_device(run: Run) -> torch.device:
     """
     import torch
 
-    found = torch.cuda.is_available()
-    if run.train.device == "cuda" and not found:
+    has_gpu = torch.cuda.is_available()
+    if run.train.device == "cuda" and not has_gpu:
         raise ValueError(
             'train.device must be "cpu" or "auto" where torch finds no GPU, got "cuda": leave it out, or install CUDA\'s torch.'
         )
-    return torch.device("cuda" if found and run.train.device != "cpu" else "cpu")
+    return torch.device("cuda" if has_gpu and run.train.device != "cpu" else "cpu")
 
 
 def load_model(folder: str | Path) -> PairModule:
@@ -187,11 +189,11 @@ def _arguments_of(kind: str) -> dict[str, inspect.Parameter]:
     return {name: parameter for name, parameter in parameters.items() if name not in ("data_shape", "name")}
 
 
-def _with_defaults(given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(table: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The file's table with the defaults of the kind of model, and without what another kind alone takes."""
     from ..registry import canonical, find
 
-    before = given.get("kind", ModelSection.kind)
+    before = table.get("kind", ModelSection.kind)
     kind = overrides.get("kind", before)
     arguments = _arguments_of(kind)
     defaults = {name: p.default for name, p in arguments.items() if p.default not in (p.empty, None)}
@@ -199,7 +201,7 @@ def _with_defaults(given: dict[str, Any], overrides: dict[str, Any]) -> dict[str
     for_runs: dict[str, Any] = find("model", kind).run_defaults  # type: ignore[attr-defined]
     defaults |= {name: value for name, value in for_runs.items() if name in arguments}
     same = canonical("model", kind) == canonical("model", before)
-    kept = {key: value for key, value in given.items() if same or key in arguments or key in NOT_OF_KINDS}
+    kept = {key: value for key, value in table.items() if same or key in arguments or key in NOT_OF_KINDS}
     return defaults | kept
 
 

@@ -59,7 +59,7 @@ def _pareto(khat: np.ndarray, thresholds: np.ndarray, ax: Axes) -> None:
     khat = np.where(np.isnan(khat), np.inf, khat)
     order = np.argsort(khat)
     ordered, below, threshold = khat[order], (khat < thresholds)[order], float(thresholds.max())
-    share = (np.arange(len(ordered)) + 0.5) / len(ordered) * 100
+    percent = (np.arange(len(ordered)) + 0.5) / len(ordered) * 100
     finite = ordered[np.isfinite(ordered)]
     low, high = min([0.0, *finite.tolist()]), max([1.0, threshold, *finite.tolist()])
     margin = 0.08 * (high - low)
@@ -68,7 +68,7 @@ def _pareto(khat: np.ndarray, thresholds: np.ndarray, ax: Axes) -> None:
     for chosen, colour in ((below, BLUE), (~below, RED)):
         for among, marker in ((np.isfinite(ordered), "o"), (ordered == np.inf, "^"), (ordered == -np.inf, "v")):
             at = thin[(chosen & among)[thin]]
-            ax.plot(share[at], height[at], marker, color=colour, markersize=3 if marker == "o" else 4, markeredgewidth=0)
+            ax.plot(percent[at], height[at], marker, color=colour, markersize=3 if marker == "o" else 4, markeredgewidth=0)
     ax.axhline(threshold, color=RED, linewidth=1.1, linestyle=(0, (4, 3)))
     ax.text(1, threshold + 0.02 * (high - low), f"threshold {threshold:.2f}", color=RED, fontsize="small", va="bottom")
     for edge, word in ((-np.inf, "k = −∞: constant weights, exact"), (np.inf, "k = ∞: no tail fitted")):

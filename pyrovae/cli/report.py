@@ -166,14 +166,14 @@ def _verdict(evidence: Evidence) -> dict[str, str]:
     if not unreliable:
         word = "Exact" if evidence.is_exact else "Reliable"
         return {"level": "good", "word": word, "text": f"every one has {evidence.criterion}."}
-    share = unreliable / num_data
+    fraction = unreliable / num_data
     text = (
-        f"{_count(unreliable)} of them ({_percent(share)}) do not have {evidence.criterion}, "
+        f"{_count(unreliable)} of them ({_percent(fraction)}) do not have {evidence.criterion}, "
         f"and their estimates are probably too low."
     )
-    if share <= 0.05:
+    if fraction <= 0.05:
         return {"level": "fair", "word": "Mostly reliable", "text": text}
-    if share <= 0.5:
+    if fraction <= 0.5:
         return {"level": "fair", "word": "Partly reliable", "text": text}
     return {"level": "bad", "word": "Not reliable", "text": text}
 
@@ -196,7 +196,7 @@ def _error(value: float) -> str:
     return f"{value:,.{max(0, 1 - exponent)}f}"
 
 
-def _percent(share: float) -> str:
+def _percent(fraction: float) -> str:
     # One unreliable datum of ten thousand must not read as none, nor 9,999 reliable ones as all.
-    percent = 100 * share
+    percent = 100 * fraction
     return f"{percent:.0f} %" if percent in (0, 100) else f"{min(max(percent, 0.1), 99.9):.1f} %"

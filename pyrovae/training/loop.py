@@ -29,10 +29,10 @@ from .values import SupportCheck, cause_in_data
 
 __all__ = ["fit"]
 
-# A GPU is told so many steps before it is asked what came of them; the bar and max_seconds are ahead of it by as many.
+# Steps queued on a GPU before it is synchronised. The progress bar and max_seconds may run ahead of it by as many.
 SYNC_EVERY = 100
-# A captured step is compared with its program at an epoch's start once so many have been taken since: it costs as much as 10 to
-# 20 of them, or 50 on a GPU, and the checks of a run together shall cost less than 3 %.
+# Steps between two comparisons of a captured step with its program, which happen at the start of an epoch. One costs as much as
+# 10 to 20 steps, or 50 on a GPU, so that all of a run cost less than 3 % of it.
 STEPS_BETWEEN_CHECKS, STEPS_BETWEEN_CHECKS_ON_GPU = 500, 2000
 
 
@@ -142,7 +142,7 @@ def fit(
 
 
 class _Loop:
-    """Epochs of steps, with what they leave behind.
+    """The loop of one run: epochs of steps, and the state that they share.
 
     Args:
         setup: the pair, its data and its step.
@@ -160,7 +160,7 @@ class _Loop:
         self.began = time.perf_counter()
 
     def run(self) -> History:
-        """Train, and say what happened."""
+        """Train; the history of the run."""
         setup, options = self.setup, self.options
         # The data have been checked, so the validation that Pyro would repeat at each step is off; NaN is still caught.
         with (

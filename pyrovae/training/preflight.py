@@ -1,4 +1,4 @@
-"""What a fit finds out about a pair and its data before it trains, and of each batch as it passes."""
+"""Checks of a pair and its batches before training: smaller batches, parameters of single data, parameters left out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["check_other_batches", "check_programs", "checked_optimizer", "rehear
 
 
 def check_programs(model: Program, guide: Program) -> None:
-    """Refuse what is no Pyro program.
+    """Refuse a model or a guide that is no Pyro program.
 
     Raises:
         ValueError: one of them cannot be called, or is a module without a ``forward``.
@@ -89,7 +89,7 @@ def _smallest_batch(train: Batches) -> int:
 
 
 def _failure(model: Program, guide: Program, args: Batch) -> Exception | None:
-    """What a pair says of a batch on which it does not run, with batch normalisation at rest."""
+    """The error of a pair that does not run on a batch, with batch normalisation in evaluation mode; else ``None``."""
     try:
         with _in_mode(_normalising(model, guide), training=False):
             inspect_pair(model, guide, *args)
@@ -99,9 +99,9 @@ def _failure(model: Program, guide: Program, args: Batch) -> Exception | None:
 
 
 def _failure_in_training(elbo: Any, model: Program, guide: Program, whole: Batch, args: Batch) -> Exception | None:
-    """The same where batch normalisation is in training, as it will be after whole batches; its statistics stay."""
+    """The same with batch normalisation in training mode, after a whole batch; its statistics are restored."""
     layers, elbo = _normalising(model, guide), copy.copy(elbo)
-    kept = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
+    buffers = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
     try:
         with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide):
             for batch, training in ((whole, False), (args, True)):  # of the first batch an estimator keeps the plates
@@ -110,7 +110,7 @@ def _failure_in_training(elbo: Any, model: Program, guide: Program, whole: Batch
     except ValueError as error:  # what torch raises of one value per channel
         return error
     finally:
-        for layer, values in zip(layers, kept, strict=True):
+        for layer, values in zip(layers, buffers, strict=True):
             for buffer, value in zip(layer.buffers(), values, strict=True):
                 buffer.copy_(value)
     return None
@@ -133,7 +133,7 @@ def _in_mode(layers: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
 
 
 def _parameters_of_rows(elbo: Any, model: Program, guide: Program, args: Batch, parameters: list[Tensor]) -> list[Tensor]:
-    """The parameters of which each datum has its own part, by which of their gradients change with the first datum."""
+    """Parameters with a part for each datum: if the first datum changes, no more than one part of their gradient does."""
     size = len(args[0])
     if not hasattr(elbo, "differentiable_loss"):
         elbo = pyro.infer.Trace_ELBO()
@@ -155,9 +155,9 @@ def _gradients(elbo: Any, model: Program, guide: Program, args: Batch, parameter
 
 
 def rehearse(elbo: Any, model: Program, guide: Program, args: Batch, parameters: list[Tensor]) -> float:
-    """The loss of a batch in evaluation mode; warns of parameters that it reaches and the optimizer will lack.
+    """The loss of a batch in evaluation mode; warns of parameters that the loss depends on and the optimizer lacks.
 
-    An estimator that counts its steps does not notice.
+    The estimator is copied, so that it does not count this as a step.
     """
     known = {id(tensor) for tensor in (*parameters, *args)}
     elbo = copy.copy(elbo)
@@ -165,8 +165,8 @@ def rehearse(elbo: Any, model: Program, guide: Program, args: Batch, parameters:
         if hasattr(elbo, "differentiable_loss"):
             loss = elbo.differentiable_loss(model, guide, *args)
             # Some estimators make leaves of their samples, which no program holds.
-            held = {id(value) for _, value in reachable(model, guide) if isinstance(value, Tensor)}
-            leaves = [leaf for leaf in _leaves(loss) if isinstance(leaf, nn.Parameter) or id(leaf) in held]
+            of_programs = {id(value) for _, value in reachable(model, guide) if isinstance(value, Tensor)}
+            leaves = [leaf for leaf in _leaves(loss) if isinstance(leaf, nn.Parameter) or id(leaf) in of_programs]
             missed = [leaf for leaf in leaves if id(leaf) not in known]
         else:
             loss, missed = _loss_and_missed(elbo, model, guide, args, known)
@@ -182,29 +182,32 @@ def rehearse(elbo: Any, model: Program, guide: Program, args: Batch, parameters:
 
 def _leaves(loss: Tensor) -> list[Tensor]:
     """The tensors that autograd would leave a gradient in."""
-    found, seen, waiting = [], set(), [loss.grad_fn]
+    leaves, visited, waiting = [], set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves.append(node.variable)
         waiting.extend(parent for parent, _ in node.next_functions)
-    return found[::-1]
+    return leaves[::-1]
 
 
 def _loss_and_missed(elbo: Any, model: Program, guide: Program, args: Batch, known: set[int]) -> tuple[float, list[Tensor]]:
-    """The same, beside the loss, of an estimator that leaves gradients and no loss; the gradients are taken away again."""
+    """The loss, and the parameters that the optimizer lacks, for an estimator without a differentiable loss.
+
+    Such an estimator leaves gradients, which are removed again.
+    """
     others = [each for _, each in reachable(model, guide) if isinstance(each, Tensor) and each.requires_grad and each.is_leaf]
     others = [each for each in others if id(each) not in known]
     before = [each.grad for each in others]
     for each in others:
         each.grad = None
     store = pyro.get_param_store()
-    kept = set(store.keys())
+    names = set(store.keys())
     loss = elbo.loss_and_grads(model, guide, *args)
-    for name in set(store.keys()) - kept:  # a running mean that is some estimator's baseline
+    for name in set(store.keys()) - names:  # a running mean, the baseline of some estimators
         del store[name]
     missed = [each for each in others if each.grad is not None]
     for each, gradient in zip(others, before, strict=True):
@@ -213,7 +216,7 @@ def _loss_and_missed(elbo: Any, model: Program, guide: Program, args: Batch, kno
 
 
 def _listed(tensors: list[Tensor], *programs: Program) -> str:
-    """Tensors by name where the programs or Pyro's store have one, else by shape; a few of many."""
+    """The first four tensors, by their names in the programs or Pyro's store, with their shapes."""
     names = {id(value): name for name, value in reachable(*programs) if isinstance(value, Tensor)}
     names |= {id(value): name for name, value in pyro.get_param_store().named_parameters()}
     places = {key: place for place, key in enumerate(names)}

@@ -1,4 +1,4 @@
-"""The values of a batch that a pair observes: whether they lie in their supports, and what they have to do with a bad loss."""
+"""Checks of the values that a pair observes: their supports, and values that make a loss infinite or absurd."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ ABSURD_BITS, LARGE_VALUE = 100.0, 20.0
 
 
 def observed_sites(model: Program, guide: Program, args: Batch) -> list[dict]:
-    """The observed sites of one run, which leaves no trace."""
+    """The observed sites of one run, without factors; the random stream and enclosing handlers do not notice the run."""
     with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
         trace = trace_pair(model, guide, args, {}, 1, None).model
     return [site for site in sites_of(trace) if site["is_observed"] and not is_factor(site) and not is_point(site)]
 
 
 class SupportCheck:
-    """Refuses batches with values outside the support of what observes them, where it can without running the pair.
+    """Refuses batches with values outside their supports, without a run of the pair if possible.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -91,7 +91,7 @@ class SupportCheck:
         return False
 
     def check_early(self, batches: Batches) -> bool:
-        """Check whole arrays where that takes no run of the pair; whether that was so. Else each batch is checked as it passes.
+        """Check whole arrays, if that takes no run of the pair; returns whether it did. If not, check each batch in training.
 
         Raises:
             ValueError: as for a batch; says the row.
@@ -118,7 +118,7 @@ def _place_of(site: dict, args: Batch) -> int | None:
 
 
 def _is_fixed(distribution: Any) -> bool:
-    """Whether a support is the same whatever the parameters, by having no tensor in it."""
+    """Whether a support depends on no parameter: whether it holds no tensor."""
     try:
         waiting = [distribution.support]
     except NotImplementedError:  # torch's word for a distribution that declares no support
@@ -136,15 +136,15 @@ def _is_fixed(distribution: Any) -> bool:
 
 
 def check_first_loss(loss: float, num_dims: int, model: Program, guide: Program, args: Batch) -> None:
-    """Say of a first loss, in nats per datum, what its data have to do with it.
+    """Refuse data that make the first loss infinite, and warn of data that make it absurd; the loss is in nats per datum.
 
     Raises:
         ValueError: it is infinite or NaN by values at the edge of a support.
     """
     if not math.isfinite(loss):
-        found = values_at_the_edge(observed_sites(model, guide, args))
-        if found:
-            raise ValueError(found)
+        sentence = values_at_the_edge(observed_sites(model, guide, args))
+        if sentence:
+            raise ValueError(sentence)
         return
     bits = loss / max(num_dims, 1) / math.log(2)
     large = large_values(observed_sites(model, guide, args)) if bits > ABSURD_BITS else None
@@ -153,7 +153,7 @@ def check_first_loss(loss: float, num_dims: int, model: Program, guide: Program,
 
 
 def cause_in_data(model: Program, guide: Program, args: Batch) -> str | None:
-    """What in a batch makes a loss or gradient infinite, in one sentence, or ``None`` where it is not the data."""
+    """One sentence on the data of a batch that make a loss or gradient infinite, or ``None`` if the data do not."""
     try:
         with pyro.validation_enabled(False):
             sites = observed_sites(model, guide, args)
