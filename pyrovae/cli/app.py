@@ -1,4 +1,4 @@
-"""The command line: ``pyrovae train | evaluate | compare | estimators | list``.
+"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``.
 
 Only cyclopts is imported at once; torch, Pyro and ArviZ take seconds, so each command imports what it needs.
 """
@@ -282,6 +282,17 @@ def list_names() -> None:
             first = (inspect.getdoc(cls) or "").split("\n\n")[0] if own else f"Pyro's own pyro.infer.{cls.__name__}, as it is."
             plain = re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", " ".join(first.split()))
             print(textwrap.fill(plain, 80, initial_indent=f"  {name:<24}", subsequent_indent=" " * 26))
+
+
+@app.command(sort_key=5)
+def doctor() -> None:
+    """Print versions, what is compiled on this machine and why, and what to do about it."""
+    from ..compile.doctor import report
+
+    lines = report()
+    width = min(max(len(subject) for subject, _ in lines), 24)
+    for subject, said in lines:
+        print(textwrap.fill(f"{subject:<{width}}  {said}", 120, subsequent_indent=" " * (width + 2), break_on_hyphens=False))
 
 
 def _device_name(device: torch.device) -> str:
