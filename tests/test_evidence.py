@@ -19,16 +19,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae import files
-from pyrovae.evidence import importance as evidence_importance
-from pyrovae.evidence import psis
+from pyrovae.evidence import planning, psis
 from pyrovae.evidence.annealing import ais
 from pyrovae.evidence.comparison import compare
+from pyrovae.evidence.curve import Curve, curve_of
 from pyrovae.evidence.draws import Draws
 from pyrovae.evidence.exact import exact
 from pyrovae.evidence.importance import log_marginal
 from pyrovae.evidence.measure import Measure
 from pyrovae.evidence.psis import pareto_khat, pareto_smooth, tail_size
-from pyrovae.evidence.results import Curve, Evidence, curve_of, curve_sizes
+from pyrovae.evidence.results import Evidence
+from pyrovae.evidence.streaming import curve_sizes
 
 
 def made(log_px: object, **changes: object) -> Evidence:
@@ -133,7 +134,7 @@ def test_a_guide_narrower_by_w_has_the_pareto_k_of_its_law():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("chunk", [1500, 700, 8])
 def test_the_curve_is_the_estimate_from_the_first_samples(chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(evidence_importance, "_num_probes", lambda *_: 0)
+    monkeypatch.setattr(planning, "num_probes", lambda *_: 0)
     log_w = np.random.default_rng(0).normal(size=(1500, 3))
     size = math.ceil(1500 / math.ceil(1500 / chunk))  # chunks are as even as can be
     weights = iter(part for datum in torch.as_tensor(log_w).split(1, 1) for part in datum.split(size))

@@ -774,7 +774,7 @@ def test_bfloat16_is_refused_where_nothing_is_compiled() -> None:
 
 
 def test_compile_is_refused_where_it_is_no_choice() -> None:
-    with pytest.raises(ValueError, match='compile is True, False or "auto"'):
+    with pytest.raises(ValueError, match='compile must be True, False or "auto"'):
         pv.fit(*pair_of(a_vae()), X, compile="always", progress=False)
     with pytest.raises(ValueError, match="backend must be"):
         Staged(lambda x: (x,), "jit")

@@ -399,12 +399,14 @@ def _likelihood_said(run: Run, split: Split) -> str:
 
 
 def _say(folder: Path, split: Split, evidence: Evidence, parts: Decomposition | None) -> None:
+    from ..evidence.kinds import KINDS
+
     unit, units = split.unit, {"image": "images", "datum": "data"}[split.unit]
     reliable, size = int(evidence.reliable.sum()), len(evidence)
     print(f"\nHeld-out {split.name}, {size:,} {units}, in nats per {unit}:")
     print(f"  method    {evidence.method}")
     print(f"  samples   {evidence.effort}")
-    who = "guide" if evidence.method == "importance sampling" else "proposal"
+    who = "guide" if evidence.kind == KINDS["guide"] else "proposal"
     print(f"  bound     {evidence.elbo.mean():9.2f}  the {who}'s ELBO, which lies below log p(x)")
     print(f"  log p(x)  {evidence.mean:9.2f}  an estimate; its standard error is {evidence.mean_se:.2f} from")
     print(f"                       sampling and {evidence.data_se:.2f} from the choice of {units}")

@@ -41,7 +41,9 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, single_thr
     options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
     if single_threaded:
         options["cpp.threads"] = 1
-    if not on_gpu:
+    if on_gpu:
+        module = scalars_on(module, next(tensor.device for tensor in inputs if tensor.is_cuda))
+    else:
         module = join_decoders(module, rounded)
     threads = 1 if single_threaded else torch.get_num_threads()
     if rounded:
@@ -75,6 +77,18 @@ def _inductor(module: fx.GraphModule, inputs: Tensors, rounded: bool, single_thr
         f"({type(reason).__name__}: {line}) and calls them from Python.",
     )
     return compiled
+
+
+def scalars_on(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The same graph with its scalar constants on a device.
+
+    ``torch.where(mask, 0.0, x)`` records a scalar tensor on the CPU, which Inductor may copy at each call. A CUDA graph
+    must not.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.scalar_tensor.default):
+        node.kwargs = {**node.kwargs, "device": device}
+    module.recompile()
+    return module
 
 
 def _compile_fx(module: fx.GraphModule, inputs: Tensors, options: dict[str, Any]) -> Callable[..., Any]:

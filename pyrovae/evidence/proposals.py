@@ -21,12 +21,6 @@ Array = np.ndarray
 Draw = Callable[[Batch, int], Tensor]
 Kind = Literal["guide", "prior", "mixture", "refined"]
 Covariance = Literal["diagonal", "full"]
-METHODS = {
-    "guide": "importance sampling",
-    "prior": "importance sampling from the prior",
-    "mixture": "importance sampling from the mixture of prior and guide",
-    "refined": "importance sampling from the guide refined per datum",
-}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ TOURNAMENT, CANDIDATES = 8, 32
 EVEN_SHARE = 0.1
 
 
-class Options(NamedTuple):
+class RefineOptions(NamedTuple):
     """How a refinement is fitted; see :func:`refine`."""
 
     steps: int = 200
@@ -46,7 +46,7 @@ class Options(NamedTuple):
     tail_df: float | None = None
     num_components: int = 1
 
-    def check(self) -> Options:
+    def check(self) -> RefineOptions:
         """Refuse what cannot be meant."""
         for name in ("steps", "num_particles", "num_samples", "num_components"):
             value = getattr(self, name)
@@ -135,7 +135,7 @@ def refine(
         >>> pv.log_marginal(vae.model, vae.guide, x, num_samples=100, proposal=refinement, seed=0).method
         'importance sampling from the guide refined per datum'
     """
-    options = Options(steps, lr, covariance, objective, num_particles, num_samples, tail_df, num_components).check()
+    options = RefineOptions(steps, lr, covariance, objective, num_particles, num_samples, tail_df, num_components).check()
     data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
     first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
     data.to(first.dtype, first.device, first.floating)
@@ -153,9 +153,9 @@ def refine(
     return joined(parts)
 
 
-def usual_options(num_latents: int) -> Options:
+def usual_options(num_latents: int) -> RefineOptions:
     """How ``proposal="refined"`` is fitted: in few dimensions several modes are looked for, by steps of fewer draws."""
-    usual = Options(covariance="full", tail_df=5.0)
+    usual = RefineOptions(covariance="full", tail_df=5.0)
     return usual._replace(num_components=8, num_particles=4) if num_latents <= FEW_LATENTS else usual
 
 
@@ -165,12 +165,12 @@ def joined(parts: list[Refinement]) -> Refinement:
     return Refinement(**arrays, covariance=parts[0].covariance, tail_df=parts[0].tail_df)
 
 
-def rows_at_once(num_dims: int, options: Options) -> int:
+def rows_at_once(num_dims: int, options: RefineOptions) -> int:
     """How many data are refined together."""
     return max(1, CHUNK_NUMBERS // (options.num_particles * options.num_components * max(num_dims, 256)))
 
 
-def refine_batch(model: Program, guide: Program, batch: Batch, options: Options, vectorize: bool) -> Refinement:
+def refine_batch(model: Program, guide: Program, batch: Batch, options: RefineOptions, vectorize: bool) -> Refinement:
     """Fit one batch and measure both ELBOs."""
     # The data have been checked; a step that goes astray must not raise, it is not taken.
     with pyro.validation_enabled(False):
@@ -200,7 +200,7 @@ def _split(total: int, size: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def _fit(pair: UnconstrainedPair, options: Options) -> tuple[Tensor, Tensor]:
+def _fit(pair: UnconstrainedPair, options: RefineOptions) -> tuple[Tensor, Tensor]:
     """Adam on the mean, log-scales and unit triangular factor of each component, C = diag(exp s) (I + B).
 
     Returns means (B, M, L) and factors (B, M, L, L); within, components lead.
@@ -270,7 +270,7 @@ def _chosen(points: Tensor, which: Tensor) -> Tensor:
     return points.gather(0, which[None, :, None].expand_as(points[:1]))[0]
 
 
-def _weighed(pair: UnconstrainedPair, loc: Tensor, scale_tril: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _weighed(pair: UnconstrainedPair, loc: Tensor, scale_tril: Tensor, options: RefineOptions) -> tuple[Tensor, Tensor]:
     """The components' shares (B, M), and which of them has the highest ELBO (B,).
 
     A share is the posterior mass that falls to the component by importance weights of draws from all of them, each counted by

@@ -17,8 +17,10 @@ from ..programs.log_weights import log_weights
 from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
 
+__all__ = ["PairIdentity", "Store", "agreed_seed"]
 
-def _agreed_seed(seed: int | None) -> int:
+
+def agreed_seed(seed: int | None) -> int:
     """The seed, or one from the global stream; the same in all processes."""
     chosen = [int(torch.randint(2**62, ())) if seed is None else int(seed)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -26,7 +28,7 @@ def _agreed_seed(seed: int | None) -> int:
     return chosen[0]
 
 
-class _Pair(NamedTuple):
+class PairIdentity(NamedTuple):
     """What a pair is, as a file can hold it."""
 
     state: str  # a hash of parameters and buffers
@@ -34,7 +36,7 @@ class _Pair(NamedTuple):
     terms: list[float]  # the parts of a log-weight of it, which show whatever else has changed
 
     @classmethod
-    def of(cls, model: Program, guide: Program, first: FirstBatch, one: Batch) -> _Pair:
+    def of(cls, model: Program, guide: Program, first: FirstBatch, one: Batch) -> PairIdentity:
         """The pair, by its parameters, its modules' state, and a draw of a stream of its own."""
         state = {id(parameter): parameter for parameter in first.parameters}
         for owner in (getattr(program, "__self__", program) for program in (model, guide)):
@@ -53,10 +55,10 @@ class _Pair(NamedTuple):
         return self.state != state or not same
 
 
-class _Store:
+class Store:
     """Groups of data that have been scored: here, in other processes, and in a file from before."""
 
-    def __init__(self, path: str | Path | None, seed: int, settings: dict[str, Any], pair: _Pair | None, chosen: bool):
+    def __init__(self, path: str | Path | None, seed: int, settings: dict[str, Any], pair: PairIdentity | None, chosen: bool):
         self.path, self.seed, self.settings = None if path is None else Path(path), seed, settings
         self.pair, self.chosen = pair, chosen
         self.groups: dict[int, dict[str, np.ndarray]] = {}
