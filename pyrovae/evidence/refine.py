@@ -19,9 +19,11 @@ from ..data.matching import Batch
 from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
-from ..programs.tracing import evaluation_mode
 from ..programs.unconstrained import UnconstrainedPair
 from .proposals import _PER_DATUM, Array, Covariance, Refinement, guide_draws, refined_draws
+from .scope import seeded_evaluation
+
+__all__ = ["RefineOptions", "joined", "refine", "refine_batch", "rows_at_once", "usual_options"]
 
 # Refining keeps a graph of all that the decoder computed, so its chunks hold fewer numbers than a chunk that is only scored.
 CHUNK_NUMBERS = 2**20
@@ -142,14 +144,13 @@ def refine(
     size = positive_integer(batch_size or rows_at_once(first.info.num_dims, options), "batch_size")
     data.batch_size = first.whole or size
     parts: list[Refinement] = []
-    devices = [first.device] if first.device.type == "cuda" else []
-    with evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        with tqdm(data, total=data.num_batches, desc="refine", unit="batch", disable=not progress) as bar:
-            for batch in bar:
-                inspect_pair(model, guide, *batch)
-                parts.append(refine_batch(model, guide, batch, options, vectorize_particles))
+    with (
+        seeded_evaluation(model, guide, first.device, seed),
+        tqdm(data, total=data.num_batches, desc="refine", unit="batch", disable=not progress) as bar,
+    ):
+        for batch in bar:
+            inspect_pair(model, guide, *batch)
+            parts.append(refine_batch(model, guide, batch, options, vectorize_particles))
     return joined(parts)
 
 
