@@ -15,33 +15,33 @@ class NotAffineError(Exception):
 
 
 class AffineOnly(TorchDispatchMode):
-    """Follow latents through every tensor operation, and stop at one that is not affine in them.
+    """Follow latents through all tensor operations, and raise at the first that is not affine in them.
 
-    Looking at what a network gives at some points would take a ReLU that is never crossed for affine; looking at autograd's
-    graph would miss a mask made from a latent. Below autograd every operation shows.
+    Values at some points would not reveal a ReLU that is not crossed between them, and autograd's graph lacks a mask that is
+    made from a latent. Below autograd every operation is visible.
     """
 
     def __init__(self) -> None:
         super().__init__()
         # By storage, which all views of a tensor share; kept alive, so that no other takes its place.
-        self._held: dict[int, Any] = {}
+        self._dependent: dict[int, Any] = {}
 
     def hold(self, tensor: Tensor) -> None:
-        """A tensor depends on a latent."""
+        """Record that a tensor depends on a latent."""
         storage = tensor.untyped_storage()
-        self._held[storage._cdata] = storage
+        self._dependent[storage._cdata] = storage
 
-    def holds(self, value: Any) -> bool:
-        """Whether it does."""
-        return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._held
+    def __contains__(self, value: Any) -> bool:
+        """Whether a value depends on a latent."""
+        return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._dependent
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        given = [*args, *kwargs.values()]
+        inputs = [*args, *kwargs.values()]
         touched = [
             place
-            for place, arg in enumerate(given)
-            if self.holds(arg) or (isinstance(arg, list | tuple) and any(self.holds(item) for item in arg))
+            for place, arg in enumerate(inputs)
+            if arg in self or (isinstance(arg, list | tuple) and any(item in self for item in arg))
         ]
         out = func(*args, **kwargs)
         if not touched:

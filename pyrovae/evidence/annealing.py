@@ -51,12 +51,12 @@ def ais(
 
     The chains go from the prior or from the guide, f_0, to p(x, u), where u are the latents in unconstrained space, through
     one Hamiltonian transition at each of T temperatures. The mean of w over chains is unbiased for p(x), so its logarithm is
-    an estimate that lies below log p(x) on average, the less the more temperatures.
+    an estimate that lies below log p(x) on average; more temperatures bring it closer.
 
-    Step sizes are tuned for each temperature and datum by a run of their own, with a few chains, and held in the run that is
-    reported: tuned by the chains that they move, they would bias it. They are in units of the standard deviations of f_0,
-    grow or shrink towards the target acceptance by 2 % a temperature (more where there are under 500), stay within 0.0001 and
-    0.5, and vary at random by up to a fifth.
+    Step sizes are tuned for each temperature and datum in a preliminary run with a few chains, then fixed for the reported run;
+    adapting them on the chains being weighted would bias the estimate. They are in units of the standard deviations of f_0,
+    change by 2 % per temperature towards the target acceptance (by more with fewer than 500 temperatures), stay between 0.0001
+    and 0.5, and vary at random by up to a fifth.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -65,14 +65,14 @@ def ais(
         num_chains: K, independent chains for every datum.
         num_temperatures: T, steps from f_0 to the joint.
         schedule: ``"sigmoid"`` spends more temperatures at both ends; ``"linear"`` is even.
-        start: ``"prior"``, which needs nothing of the guide, or ``"guide"``.
+        start: ``"prior"``, which does not use the guide, or ``"guide"``.
         leapfrog_steps: gradients per transition.
-        step_size: where tuning starts.
-        target_acceptance: what tuning aims at.
+        step_size: initial value of the tuning.
+        target_acceptance: acceptance probability that tuning aims at.
         chunk_size: (chain, datum) pairs moved at once; by default as many as fill about 4 MB of observations.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
-        compile: compile the gradient (:mod:`pyrovae.compile`); ``"auto"`` does so where there are 20,000 or more of them, and
-            else only captures it without Pyro's handlers; ``False`` runs the pair as it is each time.
+        compile: compile the gradient (:mod:`pyrovae.compile`). ``"auto"`` compiles if there are 20,000 or more gradients, and
+            otherwise only captures it without Pyro's handlers; ``False`` runs the programs each time.
         seed: makes the estimate reproducible and leaves the global random stream untouched.
         progress: show a bar.
 
@@ -81,12 +81,12 @@ def ais(
         on average, and ``khat`` is ``nan`` with fewer than 25 chains: then ``reliable`` goes by ``ess``, the effective chains.
 
     Raises:
-        ValueError: bad options or data, a latent that is not continuous, or ``start="guide"`` with a flow that cannot be
-            inverted.
+        ValueError: the options or data are invalid, a latent is not continuous, or ``start="guide"`` is used with a flow that
+            cannot be inverted.
 
     References:
-        Neal, Annealed Importance Sampling, 2001. Wu, Burda, Salakhutdinov and Grosse, On the Quantitative Analysis of
-        Decoder-Based Generative Models, 2017.
+        `Neal, Annealed Importance Sampling, 2001 <https://arxiv.org/abs/physics/9803008>`_. `Wu,
+        Burda, Salakhutdinov and Grosse, On the Quantitative Analysis of Decoder-Based Generative Models, 2017 <https://arxiv.org/abs/1611.04273>`_.
 
     Example:
         >>> import torch, pyrovae as pv

@@ -104,29 +104,29 @@ def bdmc(
     .. math:: E \log \hat p_{\mathrm{forward}}(x) \le \log p(x) \le E \log \hat p_{\mathrm{reverse}}(x), \qquad
         \hat p_{\mathrm{reverse}}(x)^{-1} = \frac1K \sum_k w_k^{-1}
 
-    A pair (z, x) drawn from the model has z as an exact draw of p(z|x). Chains that start there and cool backwards, through the
-    same transitions in reverse order, give weights whose inverse is unbiased for 1/p(x). So the mean of the upper estimate lies
-    above, that of the lower one below, and the gap between them bounds both errors. Both hold on average over runs, for
-    simulated data only: for real data, which no exact draw of the posterior comes with, the gap says what to expect of
-    these settings if the data were the model's.
+    If (z, x) is drawn from the model, z is an exact draw from p(z|x). Chains that start there and go back to f_0, through the
+    same transitions in reverse order, give weights whose inverse is unbiased for 1/p(x). So the upper estimate lies above
+    log p(x) on average, the lower one below, and the gap between them bounds both errors. This holds for simulated data only.
+    For real data there is no exact draw from the posterior, and the gap says what to expect of these settings if the model were
+    true.
 
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
-        x: any data that the pair takes; what the model observes is replaced by its own draws, and only the rest counts, such
-            as covariates. Its rows are repeated where there are fewer than ``num_data``.
+        x: data as for :func:`pyrovae.log_marginal`. What the model observes is replaced by its own draws; only the rest is
+            used, such as covariates. Rows are repeated if there are fewer than ``num_data``.
         num_data: N, how many data are simulated.
         num_chains: K, chains in each direction for every datum.
-        num_temperatures: T, as all that follow: see :func:`ais`.
+        num_temperatures: T; this and all that follow as in :func:`pyrovae.ais`.
         schedule: how temperatures are spaced.
         start: where the forward chains start and the reverse ones end.
         leapfrog_steps: gradients per transition.
-        step_size: where tuning starts.
-        target_acceptance: what tuning aims at.
+        step_size: initial value of the tuning.
+        target_acceptance: acceptance probability that tuning aims at.
         chunk_size: (chain, datum) pairs moved at once.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
-        compile: compile the gradient (:mod:`pyrovae.compile`); ``"auto"`` does so where there are 20,000 or more of them, and
-            else only captures it without Pyro's handlers; ``False`` runs the pair as it is each time.
+        compile: compile the gradient (:mod:`pyrovae.compile`). ``"auto"`` compiles if there are 20,000 or more gradients, and
+            otherwise only captures it without Pyro's handlers; ``False`` runs the programs each time.
         seed: makes the result reproducible and leaves the global random stream untouched.
         progress: show a bar.
 
@@ -134,12 +134,13 @@ def bdmc(
         Both bounds for each simulated datum, in nats, and the data.
 
     Raises:
-        ValueError: as :func:`ais`; also where an observed value is not one of the programs' arguments, so that data cannot be
-            simulated in its place, or where a ``pyro.factor`` makes the model one that cannot be simulated.
+        ValueError: as :func:`pyrovae.ais`; also if an observed value is not one of the programs' arguments, so that data cannot
+            replace it, or if the model has a ``pyro.factor``, so that it cannot be simulated.
 
     References:
-        Grosse, Ghahramani and Adams, Sandwiching the marginal likelihood using bidirectional Monte Carlo, 2015. Wu, Burda,
-        Salakhutdinov and Grosse, On the Quantitative Analysis of Decoder-Based Generative Models, 2017.
+        `Grosse, Ghahramani and Adams, Sandwiching the marginal likelihood using bidirectional Monte Carlo, 2015
+        <https://arxiv.org/abs/1511.02543>`_. `Wu, Burda, Salakhutdinov and Grosse, On the
+        Quantitative Analysis of Decoder-Based Generative Models, 2017 <https://arxiv.org/abs/1611.04273>`_.
 
     Example:
         >>> import torch, pyrovae as pv

@@ -20,7 +20,7 @@ HIGHER = 2.0  # nats by which the log-joint at a draw may exceed its largest val
 
 
 def integrate_by_quadrature(pair: UnconstrainedPair, tolerance: float, most: int) -> Answer:
-    """By cells in the prior's scale, and again in the posterior's that they show, until two such answers agree."""
+    """Quadrature in the prior's scale, then in that of the posterior that it found, until two answers agree."""
     dims = pair.num_latents
     if dims > 2:
         raise ValueError(
@@ -41,17 +41,17 @@ def integrate_by_quadrature(pair: UnconstrainedPair, tolerance: float, most: int
     before = integrate(log_f, middle, torch.diag_embed(((high - low) / 1.35).clamp(min=1e-6)), target / 2)
     slanted = torch.zeros_like(target, dtype=torch.bool)
     for shift in SHIFTS:
-        # Along the axes, as the tails of latents mostly lie; where such cells did not resolve it, in its own directions.
+        # Cells along the axes, as most tails are; if they do not resolve the integral, along the principal directions.
         slanted = slanted | (before.error > target)
         along = torch.diag_embed(before.covariance.diagonal(dim1=-2, dim2=-1))
         factor = _factor(torch.where(slanted[:, None, None], before.covariance, along))
         last = integrate(log_f, before.mean, factor, target / 2, shift=shift)
-        apart = torch.where(last.log_value == before.log_value, 0.0, (last.log_value - before.log_value).abs())
-        error = torch.maximum(apart, last.error)
+        difference = torch.where(last.log_value == before.log_value, 0.0, (last.log_value - before.log_value).abs())
+        error = torch.maximum(difference, last.error)
         if bool((error <= target).all()):
             break
         before = last
-    # A draw far above all that the cells saw lies at a peak that they stepped over.
+    # A draw whose log-joint is far above that of all cells lies on a peak between them.
     error = torch.where(heights.amax(0) > log_f(last.mode[None])[0] + HIGHER, math.inf, error)
     return Answer(last.log_value.cpu().numpy(), (error + rounding).cpu().numpy(), last.num_points)
 

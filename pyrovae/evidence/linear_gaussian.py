@@ -74,28 +74,28 @@ def _residuals(pair: UnconstrainedPair, flat: Tensor) -> tuple[Tensor, Tensor, T
                 inverse = torch.linalg.inv(distribution._unbroadcasted_scale_tril.double())
                 gap, size = ((part @ size_of[..., None])[..., 0] for part, size_of in ((inverse, gap), (inverse.abs(), size)))
                 log_scale = -inverse.diagonal(dim1=-2, dim2=-1).log()
-            seen = _seen(site).expand(gap.shape)
+            observed = _observed(site).expand(gap.shape)
             log_norm = -log_scale - math.log(2 * math.pi) / 2
             place = (plate_sizes(site, pair.nesting), site["fn"].event_shape)
-            for kept, part in ((residuals, gap), (roundings, size), (norms, log_norm.expand(gap.shape))):
-                kept.append(layout.from_site(torch.where(seen, part, 0.0), *place))
+            for terms, part in ((residuals, gap), (roundings, size), (norms, log_norm.expand(gap.shape))):
+                terms.append(layout.from_site(torch.where(observed, part, 0.0), *place))
     return torch.cat(residuals, -1), torch.cat(roundings, -1), torch.cat(norms, -1)[0].sum(-1)
 
 
-def _seen(site: dict) -> Tensor:
+def _observed(site: dict) -> Tensor:
     """Which numbers of a Gaussian site no mask leaves out, to be broadcast to its value."""
     distribution, inner = site["fn"], base_distribution(site)
     total = len(inner.batch_shape) + len(inner.event_shape)
-    seen = torch.ones((), dtype=torch.bool, device=site["value"].device)
+    observed = torch.ones((), dtype=torch.bool, device=site["value"].device)
     masks = [] if site["mask"] is None else [(site["mask"], distribution)]
     while distribution is not inner:
         if isinstance(distribution, pyro.distributions.MaskedDistribution):
             masks.append((distribution._mask, distribution))
         distribution = distribution.base_dist
     for mask, distribution in masks:
-        mask = torch.as_tensor(mask, device=seen.device)
-        seen = seen & mask.reshape(*mask.shape, *[1] * (total - len(distribution.batch_shape)))
-    return seen
+        mask = torch.as_tensor(mask, device=observed.device)
+        observed = observed & mask.reshape(*mask.shape, *[1] * (total - len(distribution.batch_shape)))
+    return observed
 
 
 def why_not_linear_gaussian(pair: UnconstrainedPair) -> str | None:
@@ -119,6 +119,6 @@ def why_not_linear_gaussian(pair: UnconstrainedPair) -> str | None:
             else distribution._unbroadcasted_scale_tril
         )
         for what, value in [("scale", scale), ("mask", site["mask"])]:
-            if isinstance(value, Tensor) and watch.holds(value):
+            if value in watch:
                 return f"the {what} of its site {site['name']!r} depends on a latent"
     return None
