@@ -41,7 +41,7 @@ from .models.vae import VAE as VAE
 from .models.vae import make_vae as make_vae
 from .programs.log_weights import LogWeights as LogWeights
 from .programs.log_weights import log_weights as log_weights
-from .training.loop import History as History
+from .training.history import History as History
 from .training.loop import fit as fit
 
 __version__: str

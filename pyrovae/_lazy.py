@@ -77,7 +77,8 @@ class _MovedModules(MetaPathFinder, Loader):
         )
 
         def get(wanted: str) -> Any:
-            for home in homes:
+            # inspect.getmodule asks every module for its __file__, also while torch is half imported.
+            for home in homes if not wanted.startswith("__") else ():
                 found = importlib.import_module(home)
                 if hasattr(found, wanted):
                     return getattr(found, wanted)

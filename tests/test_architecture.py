@@ -62,6 +62,15 @@ def _imports(module: str) -> Iterator[str]:
             yield from (f"{parent}.{alias.name}" for alias in node.names)
 
 
+def _imported_names(path: Path) -> Iterator[str]:
+    """Absolute names that a script imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or ""
+
+
 def _modules(module: str) -> set[str]:
     """The package's modules that a module imports."""
     found = set()
@@ -113,6 +122,17 @@ def test_the_reader_sees_imports_of_every_form() -> None:
     # Guards the guards: were nothing found, everything above would pass.
     assert _modules("models.base") >= {"registry", "training.loop", "evidence.importance"}
     assert "torch" in {name.split(".")[0] for name in _imports("nn")}
+
+
+def test_tests_and_experiments_do_not_import_each_other() -> None:
+    repository = ROOT.parent
+    sides = {name: sorted((repository / name).rglob("*.py")) for name in ("tests", "experiments")}
+    assert all(sides.values())
+    for one, other in (("tests", "experiments"), ("experiments", "tests")):
+        foreign = {path.stem for path in sides[other]} - {path.stem for path in sides[one]} | {other}
+        for path in sides[one]:
+            imported = {name.split(".")[0] for name in _imported_names(path)}
+            assert not imported & foreign, f"{path} imports {imported & foreign}, which belongs to {other}/"
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +15,12 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from benchmarks import gpu
 from pairs import two_latents_pair
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyrovae as pv
-from pyrovae.compile import cuda
+from pyrovae.compile import cuda, inductor
 from pyrovae.compile import graph as compile_graph
 from pyrovae.compile import step as compile_step
 from pyrovae.compile.step import Step
@@ -27,6 +29,19 @@ from pyrovae.data.datasets import binarize
 from pyrovae.evidence import planning, sampler
 from pyrovae.evidence.psis import pareto_smooth_together
 from pyrovae.programs.inspect import find_parameters
+
+
+def _loaded_from(path: Path) -> Any:
+    """A script as a module, loaded by its path: tests import nothing from experiments/ by name."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu = _loaded_from(Path(__file__).parent.parent / "experiments" / "benchmarks" / "gpu.py")
 
 X = torch.bernoulli(torch.full((12, 6), 0.3), generator=torch.Generator().manual_seed(0))
 ADAM = {
@@ -166,7 +181,7 @@ def test_betas_that_change_are_noticed() -> None:
     def one_cycle(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)  # which cycles Adam's first beta too
 
-    with pytest.warns(RuntimeWarning, match="launched one by one, since the optimizer's settings change"):
+    with pytest.warns(RuntimeWarning, match="launched one by one, since the optimizer's settings or hooks change"):
         other = steps_of([(X,)] * 15, graphs=True, schedule=one_cycle)
     assert_same(steps_of([(X,)] * 15, graphs=False, schedule=one_cycle), other)
 
@@ -354,3 +369,13 @@ def test_the_benchmark_runs_small(tmp_path: Path) -> None:
     assert set(kept["checks"]) == set(gpu.CHECKS)
     assert kept["cells"]["K=1 B=100"]["float32"]["ms"] > 0
     assert "K=1 B=100" in gpu.table(kept)
+
+
+def test_scalar_constants_of_a_graph_move_to_the_device() -> None:
+    def program(x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.where(x > 0, 0.0, x).sum(), torch.where(x > 1, x, 1.0))
+
+    module = inductor.scalars_on(make_fx(program)(torch.randn(4)), torch.device("meta"))
+    constants = module.graph.find_nodes(op="call_function", target=torch.ops.aten.scalar_tensor.default)
+    assert [node.kwargs["device"].type for node in constants] == ["meta", "meta"]
+    assert module(torch.randn(4, device="meta"))[1].device.type == "meta"

@@ -860,3 +860,29 @@ def test_a_target_leaves_the_estimate_of_p_unbiased(latent_dim: int, spread: flo
     ratio = np.exp(scored.log_px - pair.log_px(x))
     assert abs(ratio.mean() - 1) < 3 * ratio.std() / math.sqrt(len(ratio))
     assert ratio.std() / math.sqrt(len(ratio)) < 0.007
+
+
+def counts_by_the_million(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Poisson(1e7 * z.exp()), obs=x)
+
+
+def sharp_gamma(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Gamma(3e6 * z.exp(), 3e6), obs=x)
+
+
+@pytest.mark.parametrize(("model", "unit", "spread"), [(counts_by_the_million, 1e7, 3.2e-4), (sharp_gamma, 1.0, 6e-4)])
+def test_terms_that_cancel_within_a_density_are_seen_in_float32(model: Callable[..., None], unit: float, spread: float):
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x / unit).log(), spread))
+
+    x = unit * torch.tensor([1.0, 1.1, 1.5])
+    single = pv.log_marginal(model, guide, x, num_samples=1000, seed=0)
+    assert not single.reliable.any()
+    assert "score in float64" in single.summary()
+    double = pv.log_marginal(model, guide, x.double(), num_samples=1000, seed=0)
+    assert double.reliable.all()

@@ -30,6 +30,8 @@ def binarize(x: Tensor) -> Tensor:
         >>> binarize(torch.tensor([0.0, 1.0]))
         tensor([0., 1.])
     """
+    if x.is_cuda:  # where random numbers cost little, and where the bytes below, compiled, were others than in eager mode
+        return torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).lt(x).to(x.dtype)
     # Eight random bits decide all but one pixel in 256. Sixteen more decide those, and serve sixteen data, so that two pixels
     # have the same once in 65,536. As fine as float32's own random numbers in a fifth of the time, which a small step feels.
     size, dtype = x.numel(), torch.promote_types(x.dtype, torch.float32)

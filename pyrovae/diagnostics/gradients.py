@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pyro.infer
@@ -24,6 +24,7 @@ from ..programs.log_weights import log_weights
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
 from ..training.loop import fit
+from ..training.options import FitKeywords, TrainKeywords
 from .posterior import Array
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def train_estimators(
     held_out: Any,
     num_samples: int = 1000,
     seed: int = 0,
-    **fit_options: Any,
+    **fit_options: Unpack[TrainKeywords],
 ) -> Comparison:
     """Train each estimator from the pair's present parameters for the same time, and compare held-out log p(x).
 
@@ -275,7 +276,14 @@ def train_estimators(
     results = {}
     for name, estimator in named.items():
         try:
-            fit(model, guide, data, estimator=estimator, max_seconds=seconds, **({"epochs": 10**6, "seed": seed} | fit_options))
+            options: FitKeywords = {
+                "epochs": 10**6,
+                "seed": seed,
+                "estimator": estimator,
+                "max_seconds": seconds,
+                **fit_options,
+            }
+            fit(model, guide, data, **options)
             results[name] = log_marginal(model, guide, held_out, num_samples=num_samples, seed=seed)
         finally:
             with torch.no_grad():

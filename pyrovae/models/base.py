@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import pyro
 import torch
@@ -21,11 +21,13 @@ from ..encoders import Encoder
 from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape, as_widths
 from ..priors import Prior
-from ..registry import build, describe, find, names
+from ..registry import build, canonical, describe, find, names
 
 if TYPE_CHECKING:
+    from ..evidence.keywords import LogMarginalKeywords
     from ..evidence.results import Evidence
-    from ..training.loop import History
+    from ..training.history import History
+    from ..training.options import FitKeywords
 
 _counter = itertools.count()
 
@@ -34,7 +36,12 @@ class PairModule(nn.Module):
     """A module whose ``model`` and ``guide`` are Pyro programs: what every such model does the same way.
 
     A concrete one writes the two programs, and names in ``parts`` the arguments of its ``__init__``, which it keeps as
-    attributes: each with its kind in the registry, or ``None`` for plain data.
+    attributes: each with its kind in the registry, or ``None`` for plain data. A registered one (``@register("model")``) is
+    trained from the command line too, which makes it by :meth:`from_names`.
+
+    Attributes:
+        run_defaults: arguments of :meth:`from_names` for runs of the command line that do not set them.
+        quantity: what ``log_marginal`` estimates of :meth:`score_inputs`, in symbols.
 
     Args:
         name: the name under which Pyro's parameter store knows this instance; unique unless set, so that two models in one
@@ -42,6 +49,8 @@ class PairModule(nn.Module):
     """
 
     parts: ClassVar[dict[str, str | None]]
+    run_defaults: ClassVar[dict[str, Any]] = {}
+    quantity: ClassVar[str] = "log p(x)"
     prior: Prior
     likelihood: Likelihood
 
@@ -61,6 +70,11 @@ class PairModule(nn.Module):
         super().__setstate__(state)
         self.name = _fresh_name()
 
+    @classmethod
+    @abstractmethod
+    def from_names(cls, data_shape: Shape, *args: Any, **kwargs: Any) -> Self:
+        """A model from names of its parts; keyword arguments are the keys of the command line's ``[model]``."""
+
     @property
     def data_shape(self) -> tuple[int, ...]:
         """The shape of one datum."""
@@ -74,13 +88,37 @@ class PairModule(nn.Module):
     def guide(self, *args: Any, **kwargs: Any) -> None:
         """The variational posterior as a Pyro program; takes what ``model`` takes."""
 
-    def fit(self, data: Any, **options: Any) -> History:
+    @abstractmethod
+    def embed(self, *args: Any) -> Tensor:
+        """One point for each datum, shape ``(B, L)``; takes what ``model`` takes."""
+
+    @abstractmethod
+    def reconstruct(self, *args: Any) -> Tensor:
+        """A mean of the data for each datum; takes what ``model`` takes."""
+
+    @abstractmethod
+    def examples(self, num_samples: int) -> Tensor:
+        """Means of p(x|z) at draws of z, for a report; shape ``(num_samples, *data_shape)``."""
+
+    def train_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """What ``model`` takes in training, of data and their labels; ``None`` if they have none."""
+        return (x,)
+
+    def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """What ``model`` takes of test data and their labels, so that :attr:`quantity` is what is estimated."""
+        return (x,)
+
+    def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
+        """What the model finds out about labels of test data, in words, by name."""
+        return {}
+
+    def fit(self, data: Any, **options: Unpack[FitKeywords]) -> History:
         """Train on data; see :func:`pyrovae.fit`."""
         from ..training.loop import fit
 
         return fit(self.model, self.guide, data, **options)
 
-    def log_marginal(self, x: Any, **options: Any) -> Evidence:
+    def log_marginal(self, x: Any, **options: Unpack[LogMarginalKeywords]) -> Evidence:
         """Importance-sampled log p(x) of every datum; see :func:`pyrovae.log_marginal`."""
         from ..evidence.importance import log_marginal
 
@@ -121,6 +159,10 @@ class PairModule(nn.Module):
         model = cls(**{part: _build(parts[part], kind) for part, kind in cls.parts.items()})
         files.load_weights(folder / "model.safetensors", model, cast=True)
         return model
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def _register(self) -> None:
         pyro.module(self.name, self)
@@ -264,14 +306,15 @@ def body_pair(
     Raises:
         ValueError: an unknown name, or widths that are no positive integers.
     """
-    known = names("body")
-    pairs = [name.removesuffix("_encoder") for name in known if name.endswith("_encoder")]
-    chosen = {} if activation is None else {"activation": activation}
+    registered = names("body")
+    pairs = [name.removesuffix("_encoder") for name in registered if name.endswith("_encoder")]
+    given = {} if activation is None else {"activation": activation}
+    body = body.casefold() if isinstance(body, str) and body.casefold() in pairs else canonical("body", body)
     if body in pairs:
-        options: dict[str, Any] = chosen if hidden is None else {"hidden": as_widths(hidden)} | chosen
+        options: dict[str, Any] = given if hidden is None else {"hidden": as_widths(hidden)} | given
         return f"{body}_encoder", f"{body}_decoder", options, options
-    single = [name for name in known if not name.endswith(("_encoder", "_decoder"))]
+    single = [name for name in registered if not name.endswith(("_encoder", "_decoder"))]
     if body not in single:
         raise ValueError(unknown("body", body, single + pairs))
     widths = [200, 200] if hidden is None else as_widths(hidden)
-    return body, body, {"hidden": widths} | chosen, {"hidden": widths[::-1]} | chosen
+    return body, body, {"hidden": widths} | given, {"hidden": widths[::-1]} | given

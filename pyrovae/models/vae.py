@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyro
@@ -20,10 +20,11 @@ from ..encoders import Encoder
 from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
-from ..registry import build
+from ..registry import build, register
 from .base import PairModule, _check_supports, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
 
 
+@register("model", "vae")
 class VAE(PairModule):
     r"""A variational autoencoder as a pair of Pyro programs.
 
@@ -60,6 +61,7 @@ class VAE(PairModule):
     """
 
     parts: ClassVar[dict[str, str | None]] = {"prior": "prior", "likelihood": "likelihood", "encoder": "encoder"}
+    run_defaults: ClassVar[dict[str, Any]] = {"latent_dim": 4, "encoder": "full_covariance_normal"}
 
     def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, name: str | None = None):
         super().__init__(name)
@@ -74,6 +76,57 @@ class VAE(PairModule):
         _check_supports(prior, encoder)
         prior.bind(encoder)
         self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
+
+    @classmethod
+    def from_names(
+        cls,
+        data_shape: Shape,
+        *,
+        latent_dim: int,
+        prior: Any = "standard_normal",
+        likelihood: Any = "bernoulli",
+        encoder: Any = "diagonal_normal",
+        body: str = "mlp",
+        hidden: Sequence[int] | None = None,
+        activation: Activation | None = None,
+        name: str | None = None,
+    ) -> Self:
+        """A :class:`VAE` from names of its parts; ``pyrovae.make_vae`` is this.
+
+        Args:
+            data_shape: the shape of one datum, ``(1, 28, 28)`` or ``784``.
+            latent_dim: L.
+            prior: a name, a table ``{"kind": name, ...}``, or a ready object; so too ``likelihood`` and ``encoder``.
+            likelihood: p(x|z).
+            encoder: the family of q(z|x).
+            body: ``"mlp"``, ``"gated_mlp"``, ``"conv"`` or ``"resnet"``; the last two stand for a pair, such as
+                ``"conv_encoder"`` and ``"conv_decoder"``.
+            hidden: widths of the encoder's hidden layers, mirrored in the decoder; channels for such a pair. By default
+                ``[200, 200]``, or the pair's own channels.
+            activation: a name such as ``"tanh"``; by default the body's own.
+            name: see :class:`VAE`.
+
+        Raises:
+            ValueError: an unknown name (the message has the nearest), or parts that do not fit.
+
+        Example:
+            >>> import pyrovae as pv
+            >>> vae = pv.make_vae((1, 28, 28), latent_dim=50, likelihood={"kind": "normal", "scale": "shared"})
+            >>> vae.data_shape, vae.latent_dim
+            ((1, 28, 28), 50)
+        """
+        shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
+        inward, outward, networks, mirrored = body_pair(body, hidden, activation)
+        likelihood = build_likelihood(
+            likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim, out_shape=out, **mirrored)
+        )
+        encoder_body = build("body", inward, in_shape=shape, **networks)
+        return cls(
+            prior=build("prior", prior, latent_dim=latent_dim, data_shape=shape),
+            likelihood=likelihood,
+            encoder=build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale),
+            name=name,
+        )
 
     @property
     def latent_dim(self) -> int:
@@ -113,6 +166,10 @@ class VAE(PairModule):
         """Draws from p(x), shape ``(num_samples, *data_shape)``; or the means of p(x|z) at draws of z."""
         distribution = self.decode(self.prior().sample((num_samples,)))
         return distribution.mean if mean else distribution.sample()
+
+    def examples(self, num_samples: int) -> Tensor:
+        """Means of p(x|z) at draws of z; shape ``(num_samples, *data_shape)``."""
+        return self.sample(num_samples, mean=True)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -251,54 +308,7 @@ def _warn_of_tails(tail: Tensor, num_samples: int, precision: float) -> None:
         )
 
 
-def make_vae(
-    data_shape: Shape,
-    *,
-    latent_dim: int,
-    prior: Any = "standard_normal",
-    likelihood: Any = "bernoulli",
-    encoder: Any = "diagonal_normal",
-    body: str = "mlp",
-    hidden: Sequence[int] | None = None,
-    activation: Activation | None = None,
-    name: str | None = None,
-) -> VAE:
-    """A :class:`VAE` from names.
-
-    Args:
-        data_shape: the shape of one datum, ``(1, 28, 28)`` or ``784``.
-        latent_dim: L.
-        prior: a name, a table ``{"kind": name, ...}``, or a ready object; so too ``likelihood`` and ``encoder``.
-        likelihood: p(x|z).
-        encoder: the family of q(z|x).
-        body: ``"mlp"``, ``"gated_mlp"``, ``"conv"`` or ``"resnet"``; the last two stand for a pair, such as ``"conv_encoder"``
-            and ``"conv_decoder"``.
-        hidden: widths of the encoder's hidden layers, mirrored in the decoder; channels for such a pair. By default
-            ``[200, 200]``, or the pair's own channels.
-        activation: a name such as ``"tanh"``; by default the body's own.
-        name: see :class:`VAE`.
-
-    Raises:
-        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
-
-    Example:
-        >>> import pyrovae as pv
-        >>> vae = pv.make_vae((1, 28, 28), latent_dim=50, likelihood={"kind": "normal", "scale": "shared"})
-        >>> vae.data_shape, vae.latent_dim
-        ((1, 28, 28), 50)
-    """
-    shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
-    inward, outward, networks, mirrored = body_pair(body, hidden, activation)
-    likelihood = build_likelihood(
-        likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim, out_shape=out, **mirrored)
-    )
-    encoder_body = build("body", inward, in_shape=shape, **networks)
-    return VAE(
-        prior=build("prior", prior, latent_dim=latent_dim, data_shape=shape),
-        likelihood=likelihood,
-        encoder=build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale),
-        name=name,
-    )
+make_vae = VAE.from_names
 
 
 class _Seen(Messenger):

@@ -1,16 +1,14 @@
-"""Every prior x likelihood x guide of the registry: what fits trains twenty steps, and what does not says so when it is built.
+"""Every prior x likelihood x encoder of the registry: those that fit train twenty steps, and the others are refused.
 
-The networks are small (6-8-2 and back), and the data of a triple are drawn from the model itself, untrained, so that they lie
-where its likelihood lives. A triple passes if every loss is finite and every parameter has moved; one whose prior and guide
-live on different sets passes if ``make_vae`` refuses it by a ValueError of one sentence. The estimator is the ELBO, or VIMCO
-where a latent has no reparameterised sampler.
+The networks are small (6-8-2 and back). The data of a triple are drawn from its own untrained model, so that they lie in the
+support of its likelihood. A triple passes if every loss is finite and every parameter moves. A triple whose prior and encoder
+have different supports passes if ``make_vae`` refuses it with a ValueError of one sentence. The estimator is the ELBO, or VIMCO
+if a latent has no reparameterised sampler.
 
-    python experiments/all_triples.py             # five minutes on one thread; writes results/all_triples.json
-    python experiments/all_triples.py --resume    # goes on where an interrupted run stopped
-    python experiments/all_triples.py --only 20   # a sample, which ``--seed`` chooses; writes nothing
+    python tests/triples.py --out experiments/results/all_triples.json    # five minutes on one thread
+    python tests/triples.py --only 20                                     # a sample, which ``--seed`` chooses
 
-A class is here by being registered. Which sets fit together and the options of a small instance are those of the tests, which
-try a sample of these triples on each run.
+A class is included by being registered. ``tests/test_triples.py`` tries a sample with a fixed seed.
 """
 
 from __future__ import annotations
@@ -18,21 +16,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
-import record
 import torch
+from parts import LIKELIHOODS, fit_together, spec
 
 import pyrovae as pv
 from pyrovae.programs.inspect import inspect_pair
 from pyrovae.registry import names
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from parts import LIKELIHOODS, fit_together, spec
 
 DATA, LATENT, HIDDEN, NUM_DATA, BATCH, STEPS = 6, 2, [8], 32, 16, 20
 
@@ -45,6 +42,7 @@ class Triple(NamedTuple):
     encoder: str
 
     def build(self) -> pv.VAE:
+        """The VAE of the three parts."""
         parts = {"prior": spec("prior", self.prior), "encoder": spec("encoder", self.encoder)}
         return pv.make_vae(DATA, latent_dim=LATENT, hidden=HIDDEN, likelihood=self.likelihood, **parts)
 
@@ -53,11 +51,13 @@ class Triple(NamedTuple):
 
 
 def likelihoods() -> list[str | dict[str, Any]]:
+    """The tables of ``parts``, and any likelihood that is registered and not among them."""
     listed = {table if isinstance(table, str) else table["kind"] for table in LIKELIHOODS}
-    return [*LIKELIHOODS, *(name for name in names("likelihood") if name not in listed)]
+    return [*LIKELIHOODS, *(spec("likelihood", name) for name in names("likelihood") if name not in listed)]
 
 
 def triples() -> list[Triple]:
+    """All triples of registered names."""
     return [
         Triple(prior, likelihood, encoder)
         for prior in names("prior")
@@ -67,7 +67,7 @@ def triples() -> list[Triple]:
 
 
 def train(triple: Triple, seed: int) -> None:
-    """Twenty steps from that seed.
+    """Train a triple for twenty steps from a seed.
 
     Raises:
         RuntimeError: a loss is not finite, or a parameter has not moved.
@@ -96,11 +96,11 @@ def refuse(triple: Triple) -> None:
     try:
         triple.build()
     except ValueError as error:
-        said = str(error)
-        if "\n" in said or ". " in said or not said.endswith((".", "?")):
-            raise RuntimeError(f"This is not one sentence: {said}") from error
+        message = str(error)
+        if "\n" in message or ". " in message or not message.endswith((".", "?")):
+            raise RuntimeError(f"This is not one sentence: {message}") from error
     else:
-        raise RuntimeError("It was built, though prior and guide live on different sets.")
+        raise RuntimeError("It was built, although prior and encoder have different supports.")
 
 
 def outcome(triple: Triple, seed: int) -> str:
@@ -111,47 +111,39 @@ def outcome(triple: Triple, seed: int) -> str:
             return "trained"
         refuse(triple)
         return "refused"
-    except Exception as error:  # whatever fails, its list is what this script is for
+    except Exception as error:  # any failure is what this script looks for
         return f"{type(error).__name__}: {error}"
 
 
 def main() -> int:
+    """Try all triples, or a sample, print what fails, and write the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    scope = parser.add_mutually_exclusive_group()
-    scope.add_argument("--only", type=int, metavar="N", help="try a sample of N triples")
-    scope.add_argument("--resume", action="store_true", help="keep what an interrupted run of all triples has found")
+    parser.add_argument("--only", type=int, metavar="N", help="try a sample of N triples")
     parser.add_argument("--seed", type=int, default=0, help="chooses the sample, and seeds each triple")
-    given = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="where to write the summary")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    progress = Path("runs") / f"all_triples-{given.seed}.jsonl"
     chosen = triples()
-    if given.only is not None:
-        chosen = random.Random(given.seed).sample(chosen, min(given.only, len(chosen)))
-    elif not given.resume:
-        progress.unlink(missing_ok=True)
-    found = dict(json.loads(line) for line in progress.read_text().splitlines()) if given.resume else {}
+    if options.only is not None:
+        chosen = random.Random(options.seed).sample(chosen, min(options.only, len(chosen)))
+    outcomes = {}
     for i, triple in enumerate(chosen):
-        if str(triple) not in found:
-            found[str(triple)] = outcome(triple, given.seed)
-            if given.only is None:
-                progress.parent.mkdir(exist_ok=True)
-                with progress.open("a") as lines:
-                    lines.write(json.dumps([str(triple), found[str(triple)]]) + "\n")
+        outcomes[str(triple)] = outcome(triple, options.seed)
         print(f"\r{i + 1} of {len(chosen)}", end="", file=sys.stderr, flush=True)
-    failures = {name: said for name, said in found.items() if said not in ("trained", "refused")}
-    counts = {said: list(found.values()).count(said) for said in ("trained", "refused")} | {"failed": len(failures)}
-    for name, said in failures.items():
-        print(f"\n{name}\n    {said}")
-    print("\n" + "".join(f"{name:>10}" for name in [*counts, "all"]))
-    print("".join(f"{count:>10}" for count in [*counts.values(), len(found)]))
-    if given.only is None:
-        write(counts, failures, given.seed)
-        progress.unlink()
+    failures = {name: result for name, result in outcomes.items() if result not in ("trained", "refused")}
+    results = list(outcomes.values())
+    counts = {result: results.count(result) for result in ("trained", "refused")} | {"failed": len(failures)}
+    for name, result in failures.items():
+        print(f"\n{name}\n    {result}")
+    print("\n" + ", ".join(f"{count} {result}" for result, count in counts.items()) + f" of {len(outcomes)}")
+    if options.out is not None:
+        options.out.write_text(json.dumps(summary(counts, failures, options.seed), indent=1) + "\n")
     return 1 if failures else 0
 
 
-def write(counts: dict[str, int], failures: dict[str, str], seed: int) -> None:
-    result = {
+def summary(counts: dict[str, int], failures: dict[str, str], seed: int) -> dict[str, Any]:
+    """What was tried, what came out, and on which machine and versions."""
+    return {
         "network": f"{DATA}-{HIDDEN[0]}-{LATENT}, {STEPS} steps of {BATCH} data",
         "priors": names("prior"),
         "likelihoods": likelihoods(),
@@ -159,8 +151,15 @@ def write(counts: dict[str, int], failures: dict[str, str], seed: int) -> None:
         "counts": counts,
         "failures": failures,
         "seed": seed,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pyro": pyro.__version__,
+            "pyrovae": pv.__version__,
+        },
     }
-    record.write("all_triples", result)
 
 
 if __name__ == "__main__":
