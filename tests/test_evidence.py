@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae import files
-from pyrovae.evidence import planning, psis
+from pyrovae.evidence import kinds, planning, psis
 from pyrovae.evidence.annealing import ais
 from pyrovae.evidence.comparison import compare
 from pyrovae.evidence.curve import Curve, curve_of
@@ -668,3 +668,14 @@ def test_an_unwritable_cache_folder_does_not_stop_the_fit(tmp_path: Path):
         [sys.executable, "-W", "error::FutureWarning", "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.stdout.split() == ["True", str(tmp_path / "file" / "cache")], done.stderr
+
+
+def test_the_method_of_a_file_names_its_kind() -> None:
+    for name, kind in kinds.KINDS.items():
+        assert kinds.kind_of(kind.method) is kind, name
+    assert kinds.kind_of("importance sampling from the guide refined per datum") == kinds.Refined(kinds.KINDS["refined"].method)
+    annealed = kinds.kind_of("AIS from the guide, 1000 temperatures")
+    assert isinstance(annealed, kinds.Annealed)
+    assert annealed == kinds.Annealed.of("guide", 1000)
+    # A method of one's own is judged by its weights, whatever its name begins with.
+    assert type(kinds.kind_of("exact-ish refined importance sampling")) is kinds.ImportanceSampled
