@@ -293,6 +293,8 @@ def list_names() -> None:
 @app.command(sort_key=5)
 def doctor() -> None:
     """Print versions, what is compiled on this machine and why, and what to do about it."""
+    import textwrap
+
     from ..compile.doctor import report
 
     lines = report()
