@@ -145,7 +145,7 @@ def test_full_covariance_is_not_its_transpose_and_not_diagonal() -> None:
     assert ((torch.cov(z.T) - covariance).abs() < 5 * error).all()
 
 
-@pytest.mark.parametrize("name", names("encoder"))
+@pytest.mark.parametrize("name", REFERENCE)
 def test_scale_starts_the_same_for_every_datum(name: str) -> None:
     distribution = build("encoder", name, body=MLP(4, [8]), latent_dim=2)(100 * torch.randn(9, 4))
     if name == "flow":

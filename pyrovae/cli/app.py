@@ -1,4 +1,4 @@
-"""The command line: ``pyrovae train | evaluate | compare | estimators | list``.
+"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``.
 
 Only cyclopts is imported at once; torch, Pyro and ArviZ take seconds, so each command imports what it needs.
 """
@@ -288,6 +288,19 @@ def list_names() -> None:
     from .printing import print_names
 
     print_names()
+
+
+@app.command(sort_key=5)
+def doctor() -> None:
+    """Print versions, what is compiled on this machine and why, and what to do about it."""
+    import textwrap
+
+    from ..compile.doctor import report
+
+    lines = report()
+    width = min(max(len(subject) for subject, _ in lines), 24)
+    for subject, said in lines:
+        print(textwrap.fill(f"{subject:<{width}}  {said}", 120, subsequent_indent=" " * (width + 2), break_on_hyphens=False))
 
 
 def _tensorboard() -> Any:
