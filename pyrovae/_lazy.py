@@ -18,12 +18,12 @@ from typing import Any
 
 # Modules of version 0.1, and where their contents live now. They can be imported until version 0.3.
 MOVED: dict[str, tuple[str, ...]] = {
-    "annealing": ("evidence.annealing",),
+    "annealing": ("evidence.annealing", "evidence.bdmc"),
     "checkpoint": ("files",),
     "conditional": ("models.conditional",),
     "config": ("cli.config",),
     "hierarchical": ("models.hierarchical", "models.guides"),
-    "integration": ("evidence.exact",),
+    "integration": ("evidence.exact", "evidence.enumeration", "evidence.linear_gaussian", "evidence.latent_quadrature"),
     "kernels": ("compile.kernels",),
     "marginal": ("evidence.importance", "evidence.sampler", "evidence.planning", "evidence.store"),
     "pairs": ("programs.inspect",),

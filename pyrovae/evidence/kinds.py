@@ -12,8 +12,9 @@ import numpy as np
 from .psis import CONSTANT, FEWEST_SAMPLES, Array
 
 __all__ = [
+    "EXACT_METHODS",
     "KINDS",
-    "METHODS",
+    "PROPOSALS",
     "Annealed",
     "Enumerated",
     "EvidenceKind",
@@ -291,8 +292,9 @@ KINDS: dict[str, EvidenceKind] = {
     "quadrature": Integrated("exact, by quadrature", "grid points"),
     "linear_gaussian": LinearGaussian("exact, linear-Gaussian"),
 }
-# Names of the proposals of importance sampling.
-METHODS = ("guide", "prior", "mixture", "refined")
+# The names of proposals of importance sampling, and of exact methods.
+PROPOSALS = tuple(name for name, kind in KINDS.items() if isinstance(kind, ImportanceSampled))
+EXACT_METHODS = tuple(name for name, kind in KINDS.items() if isinstance(kind, Exact))
 _BY_METHOD = {kind.method: kind for kind in KINDS.values()}
 _ANNEALED = re.compile(r"AIS from the (prior|guide), (\d+) temperatures")
 

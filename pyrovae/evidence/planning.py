@@ -21,7 +21,7 @@ from ..programs.inspect import FirstBatch
 from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
 from ..programs.unconstrained import UnconstrainedPair
-from .kinds import METHODS
+from .kinds import PROPOSALS
 from .proposals import Kind, Refinement, prior_count
 from .psis import CONSTANT, FEWEST_SAMPLES
 from .refine import RefineOptions, rows_at_once, usual_options
@@ -107,8 +107,8 @@ class ImportanceOptions:
             raise ValueError(f"target_se must be a positive number of nats or None, got {self.target_se!r}.")
         if not (self.max_memory is None or (isinstance(self.max_memory, int | float) and self.max_memory > 0)):
             raise ValueError(f"max_memory must be a positive number of MiB, got {self.max_memory!r}.")
-        if self.kind not in METHODS:
-            raise ValueError(unknown("proposal", self.kind, METHODS))
+        if self.kind not in PROPOSALS:
+            raise ValueError(unknown("proposal", self.kind, PROPOSALS))
         if self.kind == "mixture" and not 0 < self.prior_share < 1:
             raise ValueError(f"prior_share must be between 0 and 1, got {self.prior_share!r}.")
         if self.kind == "mixture" and self.num_samples < 2:

@@ -83,7 +83,8 @@ def pareto_smooth(largest: Array, log_px: Array, num_samples: int, *, precision:
         estimate, shape (N,): the raw one for a constant tail, ``-inf`` where every weight is zero, ``nan`` where k is.
 
     References:
-        Vehtari, Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling, 2024.
+        `Vehtari, Simpson, Gelman, Yao and Gabry, Pareto Smoothed Importance Sampling, 2024
+        <https://arxiv.org/abs/1507.02646>`_.
 
     Example:
         >>> import numpy as np
@@ -134,8 +135,10 @@ def pareto_smooth_together(
         lower end, constant, infinite or missing weights, or too few samples; its k and estimate mean nothing.
 
     References:
-        Zhang and Stephens, A New and Efficient Estimation Method for the Generalized Pareto Distribution, 2009. Vehtari,
-        Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling, 2024.
+        `Zhang and Stephens, A New and Efficient Estimation Method for the Generalized Pareto Distribution, 2009
+        <https://doi.org/10.1198/tech.2009.08017>`_.
+        `Vehtari, Simpson, Gelman, Yao and Gabry, Pareto Smoothed Importance Sampling, 2024
+        <https://arxiv.org/abs/1507.02646>`_.
 
     Example:
         >>> import torch

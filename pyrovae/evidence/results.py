@@ -1,4 +1,4 @@
-"""Evidence: log p(x) per datum with what tells whether to believe it."""
+"""Evidence: log p(x) of each datum, with diagnostics of its reliability."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ class Evidence:
             answer, is exact, or that all the largest are equal; ``nan`` that there were too few samples to tell, or that
             weights were NaN.
         elbo: the mean log-weight, which estimates the evidence lower bound, shape (N,).
-        num_samples: S, draws per datum; the most that one got where ``drawn`` says that some got fewer.
-        num_dims: D, observed numbers per datum, for bits per dimension; where a mask hides different ones, their mean.
-        method: how the estimate was made; ``"exact..."`` and ``"AIS..."`` are judged by standards of their own.
-        notes: what else the method says of itself, such as its ``target_se``.
-        log_px_psis: the Pareto-smoothed estimate, shape (N,): steadier than ``log_px`` where the tail is heavy, at some bias.
-            ``nan`` where there were too few samples to smooth. ``None`` where the method has no importance weights.
-        curve: the estimate against the number of samples, where it was recorded.
-        drawn: how many samples each datum's estimate is from, shape (N,), where a target decided; ``None`` where all took S.
-        pilot: how many more it took to decide on that number, shape (N,); they are no part of the estimate.
-        missed: what draws of the prior add to log p(x) where the weights are larger than any that was drawn, shape (N,), in
-            nats; ``None`` where the prior was not asked.
-        rounding: what one rounding of the largest term of the log-weights comes to, shape (N,), in nats.
-        fingerprint: a 64-bit hash of each datum's first array, shape (N,), by which :func:`compare` knows the data.
-        measure: what the numbers are with respect to; ``None`` where it is not known.
-        covered: false where the guide rules out values that the prior allows and p(x, z) too, shape (N,), as far as some points
-            show; ``None`` where the proposal covers them by its kind, or where it cannot be told.
+        num_samples: S, draws per datum; the largest number if ``drawn`` says that some took fewer.
+        num_dims: D, observed numbers per datum, for bits per dimension; their mean if masks differ.
+        method: how the estimate was made, for display; it names the :attr:`kind`, by whose standard it is judged.
+        notes: further settings and findings of the method, such as its ``target_se``.
+        log_px_psis: the Pareto-smoothed estimate, shape (N,): less variable than ``log_px`` if the tail is heavy, with some
+            bias. ``nan`` if there were too few samples to smooth, ``None`` if the method has no importance weights.
+        curve: the estimate against the number of samples, if it was recorded.
+        drawn: samples of each datum's estimate, shape (N,), if a target decided; ``None`` if all took S.
+        pilot: further samples that decided on that number, shape (N,); they are not part of the estimate.
+        missed: what draws of the prior add to log p(x) where their weights are larger than any that was drawn, shape (N,),
+            in nats; ``None`` if the prior was not sampled.
+        rounding: the rounding error of the largest term of the log-weights, shape (N,), in nats.
+        fingerprint: a 64-bit hash of each datum's first array, shape (N,), by which :func:`pyrovae.compare` identifies data.
+        measure: the measure that p(x) is a density with respect to; ``None`` if it is not known.
+        covered: false if the guide rules out values that the prior and p(x, z) allow, by a test at some points, shape (N,);
+            ``None`` if the proposal always covers them, or if this cannot be tested.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -84,7 +84,7 @@ class Evidence:
     covered: Array | None = None
 
     def __repr__(self) -> str:
-        """One line: the mean, its errors, and how many data can be believed."""
+        """One line: the mean, its error, and how many data are reliable."""
         good = int(self.reliable.sum())
         return (
             f"Evidence(mean={self.mean:.4g} +- {self.mean_se:.2g} nats, {len(self)} data, {good} reliable, "
@@ -97,7 +97,7 @@ class Evidence:
         if self.curve is not None:
             shapes["curve"] = np.shape(self.curve.log_px)[1:]
         if len(set(shapes.values())) != 1 or len(shapes["log_px"]) != 1:
-            raise ValueError(f"Evidence takes one entry per datum in every array, not shapes {shapes}.")
+            raise ValueError(f"Arrays of Evidence must have one entry per datum, got shapes {shapes}.")
 
     def __len__(self) -> int:
         """N, the number of data."""
@@ -115,12 +115,12 @@ class Evidence:
 
     @property
     def mean_se(self) -> float:
-        """Monte Carlo standard error of :attr:`mean`: what more samples would lower."""
+        """Monte Carlo standard error of :attr:`mean`, which more samples reduce."""
         return float(np.sqrt(np.sum(self.se**2)) / len(self))
 
     @property
     def data_se(self) -> float:
-        """Standard error of :attr:`mean` as an estimate for the population: what more data would lower."""
+        """Standard error of :attr:`mean` as an estimate for the population, which more data reduce."""
         if len(self) < 2 or not np.isfinite(self.log_px).all():
             return math.nan
         return float(np.std(self.log_px, ddof=1) / math.sqrt(len(self)))
@@ -164,30 +164,30 @@ class Evidence:
     def reliable(self) -> Array:
         """Whether each datum's estimate can be believed, shape (N,).
 
-        By importance sampling, or annealing with 25 chains or more: Pareto k below the threshold, or constant weights. By
-        annealing with fewer chains, to which no tail can be fitted: an effective number of chains of at least half of them, and
-        of four. Chains that do not keep up with the temperatures have weights that a few of them dominate; at half, normal
+        For importance sampling, and for annealing with 25 chains or more: Pareto k is below the threshold, or the weights are
+        constant. For annealing with fewer chains, to which no tail can be fitted: the effective number of chains is at least
+        half of them, and at least four. If the chains are far from equilibrium, a few of them dominate; at half, normal
         log-weights have a variance of log 2, and the estimate lies 1/(2 K) nats too low. Fewer effective chains suggest that a
-        heavier chain was missed. This check is weaker than Pareto k: few chains can agree by chance, and all can miss the same
-        mode: :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, with a standard error, which is what rounding
-        and two independent grids leave in doubt, of at most 0.01 nats. Estimates besides: ``rounding`` of no more than 0.05
-        nats, and ``missed`` of no more than that or three standard errors. And ``covered``, where it is known.
+        heavier-weighted chain was missed. This check is weaker than Pareto k: few chains can agree by chance, and all can miss
+        the same mode; :func:`pyrovae.bdmc` shows what to expect. For exact answers: they are finite, and their standard error,
+        which is the doubt that rounding and two independent grids leave, is at most 0.01 nats. Estimates also need a
+        ``rounding`` of at most 0.05 nats, a ``missed`` of at most that or three standard errors, and ``covered`` if known.
         """
         return np.isfinite(self.log_px) & self.kind.consistent(self) & ~self._rounded & ~self._blind & self._covers
 
     @property
     def _rounded(self) -> Array:
-        """Whether the terms are too large for their floating type; exact answers have it in their standard error."""
+        """Whether the terms are too large for their floating type; the standard error of exact answers includes rounding."""
         return np.zeros(len(self), bool) if self.rounding is None or self.is_exact else self.rounding > NEGLIGIBLE
 
     @property
     def _covers(self) -> Array:
-        """Whether the guide can draw what p(x, z) allows, as far as it is known."""
+        """Whether the guide can draw what p(x, z) allows, if this is known."""
         return np.ones(len(self), bool) if self.covered is None else self.covered
 
     @property
     def _blind(self) -> Array:
-        """Whether draws of the prior find more than the proposal's own can account for."""
+        """Whether draws of the prior find more mass than the error of the estimate explains."""
         if self.missed is None:
             return np.zeros(len(self), bool)
         return self.missed > np.fmax(NEGLIGIBLE, 3 * self.se)
@@ -283,7 +283,7 @@ class Evidence:
         """The arrays over data as an xarray ``DataTree`` with the group ``evidence`` and the dimension ``datum``.
 
         Args:
-            draws: what :func:`pyrovae.posterior_draws` returned for the same data; their groups stand beside it.
+            draws: what :func:`pyrovae.posterior_draws` returned for the same data; their groups are added.
 
         Raises:
             ValueError: the draws are of another number of data.
@@ -292,7 +292,7 @@ class Evidence:
 
         if draws is not None and len(draws) != len(self):
             raise ValueError(
-                f"The draws are of {len(draws)} data and the evidence of {len(self)}: pass draws for the same data."
+                f"draws must be of the evidence's {len(self)} data, got draws of {len(draws)}: pass draws for the same data."
             )
         arrays: dict[str, Any] = {name: ("datum", array) for name, array in self._per_datum().items()}
         arrays["reliable"] = ("datum", self.reliable)
@@ -325,16 +325,16 @@ class Evidence:
             ValueError: it is truncated, or holds something else.
         """
         arrays, notes = files.read_arrays(path)
-        kept = notes.get("evidence")
+        record = notes.get("evidence")
         fields: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
         curve = {name: fields.pop(f"curve.{name}") for name in _CURVE if f"curve.{name}" in fields}
         complete = set(fields) - set(_OPTIONAL) == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
-        if not complete or not isinstance(kept, dict) or set(kept) - {"measure"} != set(_NOTES):
-            raise ValueError(f"{path} holds no evidence: give a file that Evidence.save wrote.")
-        if "measure" in kept:
-            density, mass, given = kept["measure"]
-            kept["measure"] = Measure(density, mass, tuple(given))
-        return cls(**fields, **kept, curve=Curve(**curve) if curve else None)
+        if not complete or not isinstance(record, dict) or set(record) - {"measure"} != set(_NOTES):
+            raise ValueError(f"{path} must be a file that Evidence.save wrote, got one that holds no evidence.")
+        if "measure" in record:
+            density, mass, given = record["measure"]
+            record["measure"] = Measure(density, mass, tuple(given))
+        return cls(**fields, **record, curve=Curve(**curve) if curve else None)
 
     def _per_datum(self) -> dict[str, Array]:
         names = [*_PER_DATUM, *(name for name in _OPTIONAL if getattr(self, name) is not None)]

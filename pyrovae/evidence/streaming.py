@@ -104,6 +104,13 @@ class LogMoments:
         self.curve_sum = self.log_sum[:, None].repeat(1, len(self.recorded))
         self.curve_square = self.curve_sum.clone()
 
+    @classmethod
+    def of(cls, log_w: Tensor) -> LogMoments:
+        """The sums of all samples at once, from log-weights (S, N) in float64."""
+        moments = cls(log_w.shape[1], len(log_w), log_w.device)
+        moments.update(log_w)
+        return moments
+
     def update(self, log_w: Tensor, *, dim: int = 0) -> None:
         """Take in more samples of all data.
 
