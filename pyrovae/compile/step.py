@@ -252,7 +252,8 @@ class Step:
             self._launch_singly(str(error))
         if not inside and self._outside is None:
             name = type(self.optimizer).__name__
-            self._outside = f"{name} runs outside the step's CUDA graph, which takes longer: choose 'adam' or 'adamw'."
+            cure = "remove its hooks" if self._update.has_hooks else "choose 'adam' or 'adamw'"
+            self._outside = f"{name} runs outside the step's CUDA graph, which takes longer: {cure}."
             warnings.warn(self._outside, RuntimeWarning, stacklevel=5)
 
     def _launch_singly(self, why: str) -> None:
