@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -176,6 +177,27 @@ def test_a_compiled_function_without_a_graph_inside_is_left_as_it_is() -> None:
         warnings.simplefilter("error")
         assert inductor.without_wrappers(compiled) is compiled
     assert "wrappers stay" in notes.reasons()["wrappers"]
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+def test_the_graph_inside_is_found_through_wrappers(wraps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, original = [], inductor.without_wrappers
+
+    def wrapped_once_more(compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Tensor) -> Any:
+            return compiled(*args)
+
+        if wraps:
+            wrapper = functools.wraps(compiled)(wrapper)
+        graphs.append(inductor._graph_inside(wrapper))
+        return original(wrapper)
+
+    monkeypatch.setattr(inductor, "without_wrappers", wrapped_once_more)
+    staged, x = Staged(lambda x: (x.cos() * 5.0,)), torch.ones(3)
+    for _ in range(3):
+        torch.testing.assert_close(staged(x)[0], x.cos() * 5.0)
+    assert type(graphs[0]).__name__ == "CompiledFxGraph"
+    assert "wrappers" not in notes.reasons()
 
 
 def test_compiling_replaces_nothing_of_torch_or_pyro() -> None:

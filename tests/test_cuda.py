@@ -177,6 +177,26 @@ def test_other_optimizers_stay_outside_and_say_so() -> None:
     assert_same(steps_of([(X,)] * 15, graphs=False, optimizer=sgd), other)
 
 
+@pytest.mark.parametrize("from_step", [0, 15])
+def test_hooks_of_an_optimizer_run_at_every_step_of_a_graph(from_step: int) -> None:
+    vae, calls = a_vae(), []
+    adam = ADAM["adam"](vae.parameters())
+    step = Step(pv.estimators.ELBO(), vae.model, vae.guide, adam, backend="aten", load=lambda x: (x,))
+    step.asynchronous, step.recorder = True, replayed
+    why = "remove its hooks" if from_step == 0 else "settings or hooks change"
+
+    def take(number: int) -> None:
+        for _ in range(number):
+            step.step_async(X)
+        step.drain()
+
+    take(from_step)
+    adam.register_step_post_hook(lambda *args: calls.append(1))
+    with pytest.warns(RuntimeWarning, match=why):
+        take(20)
+    assert len(calls) == 20
+
+
 def test_betas_that_change_are_noticed() -> None:
     def one_cycle(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)  # which cycles Adam's first beta too

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -118,15 +118,9 @@ def without_wrappers(compiled: Callable[..., Any]) -> Callable[..., Any]:
     first call shows whether the wrappers do anything: not if the graph inside gets the very tensors that they got, and they
     return the very tensors that it returns.
     """
-    from torch._inductor.output_code import CompiledFxGraph
-
-    graph = inspect.unwrap(compiled)
-    if not isinstance(graph, CompiledFxGraph) or graph.current_callable is None:
-        note(
-            "wrappers",
-            f"torch's Python wrappers stay around compiled graphs: they hide {type(graph).__name__} here.",
-            warn=False,
-        )
+    graph = _graph_inside(compiled)
+    if graph is None:
+        note("wrappers", "torch's Python wrappers stay around compiled graphs: the graph inside is not found.", warn=False)
         return compiled
     direct: Callable[[list[Tensor]], Sequence[Tensor]] = graph.current_callable
     checked = skip = False
@@ -155,6 +149,41 @@ def without_wrappers(compiled: Callable[..., Any]) -> Callable[..., Any]:
         return outputs
 
     return run
+
+
+def _graph_inside(compiled: Callable[..., Any]) -> Any | None:
+    """The compiled graph that torch's wrapper functions hold, or ``None`` unless they hold exactly one."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    waiting: list[Any] = [compiled]
+    found: dict[int, CompiledFxGraph] = {}
+    visited: set[int] = set()
+    while waiting and len(visited) < MOST_WRAPPERS:
+        wrapper = waiting.pop()
+        if id(wrapper) in visited:
+            continue
+        visited.add(id(wrapper))
+        if isinstance(wrapper, CompiledFxGraph) and wrapper.current_callable is not None:
+            found[id(wrapper)] = wrapper
+        else:
+            waiting.append(getattr(wrapper, "__wrapped__", None))
+            waiting += _closed_over(wrapper)
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _closed_over(function: Any) -> list[Any]:
+    """The values that a Python function closes over; none for anything else."""
+    values = []
+    for cell in (function.__closure__ or ()) if isinstance(function, FunctionType) else ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # a variable that has no value yet
+            continue
+    return values
+
+
+# Wrapper functions and values that they hold; torch 2.13 has eleven.
+MOST_WRAPPERS = 100
 
 
 def _identical(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -13,7 +13,6 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +54,13 @@ def load_library() -> ctypes.CDLL | None:
 
 @cache
 def _load_library(flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
-    # Inductor adds its own instruction flags after ours unless told that they are not needed; -march=native has them already.
-    options = {"needs_vec_isa": False} if "needs_vec_isa" in signature(CppCodeCache.load_async).parameters else {}
     try:
-        library = CppCodeCache.load(source(), extra_flags=flags, **options)
+        # Inductor would add its own instruction flags after ours; -march=native has them already.
+        with config.patch({"cpp.simdlen": 1}):
+            library = CppCodeCache.load(source(), extra_flags=flags)
     except Exception as error:  # whatever a compiler says, or its absence
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         note(

@@ -81,10 +81,15 @@ class _Update:
         plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and len(optimizer.param_groups) == 1
         return bool(plain and group["fused"] and not any(self._hooks) and self._read_state(parameters))
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether hooks of this or of all optimizers have to run at each step."""
+        return any(self._hooks)
+
     def settings(self) -> tuple:
         """What a CUDA graph depends on: the kernel's arguments except the learning rate, and whether there are hooks."""
         group = self.optimizer.param_groups[0]
-        return (*[group.get(name) for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize")], any(self._hooks))
+        return (*[group.get(name) for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize")], self.has_hooks)
 
     @property
     def touched(self) -> list[Tensor]:

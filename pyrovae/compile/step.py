@@ -229,8 +229,8 @@ class Step:
         programs = (self.model, self.guide, self.estimator)
         staged = Staged(self._differentiate_and_note, self._backend, self.precision, programs=programs)
 
-        def compute(*given: Tensor) -> Tensors:
-            outputs = staged(*given)
+        def compute(*step_inputs: Tensor) -> Tensors:
+            outputs = staged(*step_inputs)
             if not staged.captured:
                 raise NotCaptured("its captured function gives other numbers")
             return outputs
@@ -252,7 +252,8 @@ class Step:
             self._launch_singly(str(error))
         if not inside and self._outside is None:
             name = type(self.optimizer).__name__
-            self._outside = f"{name} runs outside the step's CUDA graph, which takes longer: choose 'adam' or 'adamw'."
+            cure = "remove its hooks" if self._update.has_hooks else "choose 'adam' or 'adamw'"
+            self._outside = f"{name} runs outside the step's CUDA graph, which takes longer: {cure}."
             warnings.warn(self._outside, RuntimeWarning, stacklevel=5)
 
     def _launch_singly(self, why: str) -> None:
@@ -263,8 +264,8 @@ class Step:
 
     def _differentiate_and_note(self, *inputs: Tensor) -> Tensors:
         """As :meth:`_differentiate`, and write loss and norm to the last input, without reading them on the host."""
-        *given, outcome = inputs
-        loss, norm, *gradients = self._differentiate(*given)
+        *rest, outcome = inputs
+        loss, norm, *gradients = self._differentiate(*rest)
         outcome.copy_(self._noted(loss, norm))
         return (loss, norm, *gradients)
 

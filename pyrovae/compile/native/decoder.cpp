@@ -251,8 +251,8 @@ static void decoder(const float* left, int64_t rows, const Layer* layers, int64_
     panels.emplace_back(layers[i], i + 1 < num_layers);
     if (i + 1 < num_layers) widest = std::max(widest, words<Factors>(layers[i].columns));
   }
-  int64_t share = (rows + threads * ROWS - 1) / (threads * ROWS) * ROWS;  // a block is smaller if all threads would not get one
-  int64_t block = std::min<int64_t>(BLOCK, share), blocks = (rows + block - 1) / block;
+  int64_t rows_each = (rows + threads * ROWS - 1) / (threads * ROWS) * ROWS;  // a block is smaller if all threads would not get one
+  int64_t block = std::min<int64_t>(BLOCK, rows_each), blocks = (rows + block - 1) / block;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     AlignedBuffer one(block * widest), other(block * widest);

@@ -211,7 +211,7 @@ extern "C" void pyrovae_use_torch(const Torch* functions) { torch_functions = *f
 
 static float* numbers_of(Handle tensor) {
   void* place;
-  if (torch_functions.data(tensor, &place)) throw std::runtime_error("torch does not say where a tensor lies");
+  if (torch_functions.data(tensor, &place)) throw std::runtime_error("torch cannot read the address of a tensor");
   return static_cast<float*>(place);
 }
 
@@ -233,7 +233,7 @@ class OwnedTensor {
   explicit OwnedTensor(uint64_t handle) : tensor(reinterpret_cast<Handle>(handle)) {}
   OwnedTensor(int64_t dimensions, int64_t rows, int64_t columns) {
     int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
-    if (torch_functions.empty(dimensions, sizes, strides, FLOAT32, CPU, 0, &tensor)) throw std::runtime_error("no memory for a product");
+    if (torch_functions.empty(dimensions, sizes, strides, FLOAT32, CPU, 0, &tensor)) throw std::runtime_error("torch has no memory for a product");
   }
   OwnedTensor(const OwnedTensor&) = delete;
   ~OwnedTensor() {
