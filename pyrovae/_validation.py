@@ -26,7 +26,7 @@ def positive_integer(value: Any, what: str) -> int:
         5000
     """
     if not (isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())) or value < 1:
-        raise ValueError(f"{what} is a positive integer, not {value!r}.")
+        raise ValueError(f"{what} must be a positive integer, got {value!r}.")
     return int(value)
 
 
@@ -42,7 +42,7 @@ def positive_number(value: Any, what: str) -> float:
         2.0
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{what} is a positive number, not {value!r}.")
+        raise ValueError(f"{what} must be a positive number, got {value!r}.")
     return float(value)
 
 

@@ -22,8 +22,8 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("encoder", "flow"): {"hidden": [8], "depth": 1},
     ("encoder", "low_rank_normal"): {"rank": 1},
 }
-# Every likelihood, for data of six numbers, with the options that change what it is made of.
-LIKELIHOODS = [
+# Likelihoods for data of six numbers, with the options that change what they are made of; others are added by name below.
+LIKELIHOODS: list[Any] = [
     "bernoulli",
     {"kind": "binomial", "total_count": 4},
     "normal",
@@ -60,6 +60,13 @@ def spec(kind: str, name: str, **options: Any) -> dict[str, Any]:
     return table
 
 
+def _listed(tables: list[Any]) -> set[str]:
+    return {table if isinstance(table, str) else table["kind"] for table in tables}
+
+
+LIKELIHOODS += [spec("likelihood", name) for name in names("likelihood") if name not in _listed(LIKELIHOODS)]
+
+
 def same_set(one: Any, other: Any) -> bool:
     """Whether two constraints describe the same set."""
     if type(one) is not type(other):
@@ -91,10 +98,12 @@ def prior_for(encoder: str) -> str:
     return "standard_normal" if "standard_normal" in fitting else fitting[0]
 
 
-def parts_for(kind: str, name: str) -> dict[str, Any]:
-    """A prior and an encoder, one of them the named one."""
-    prior, encoder = (name, encoder_for(name)) if kind == "prior" else (prior_for(name), name)
-    return {"prior": spec("prior", prior), "encoder": spec("encoder", encoder)}
+def parts_for(kind: str, part: str | dict[str, Any]) -> dict[str, Any]:
+    """A prior and an encoder, one of them the given one, by its name or its table."""
+    table = spec(kind, part) if isinstance(part, str) else part
+    if kind == "prior":
+        return {"prior": table, "encoder": spec("encoder", encoder_for(table["kind"]))}
+    return {"prior": spec("prior", prior_for(table["kind"])), "encoder": table}
 
 
 # -- likelihoods of data of five numbers, for the contract tests -----------------------------------------------------------

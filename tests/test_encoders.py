@@ -145,7 +145,7 @@ def test_full_covariance_is_not_its_transpose_and_not_diagonal() -> None:
     assert ((torch.cov(z.T) - covariance).abs() < 5 * error).all()
 
 
-@pytest.mark.parametrize("name", names("encoder"))
+@pytest.mark.parametrize("name", REFERENCE)
 def test_scale_starts_the_same_for_every_datum(name: str) -> None:
     distribution = build("encoder", name, body=MLP(4, [8]), latent_dim=2)(100 * torch.randn(9, 4))
     if name == "flow":
@@ -237,17 +237,17 @@ def test_any_module_encodes_when_the_features_are_counted() -> None:
             lambda: DiagonalNormal(nn.Linear(3, 6), 2),
             "Linear does not say its out_shape: pass num_features=... to DiagonalNormal.",
         ),
-        (lambda: DiagonalNormal(MLP(3, [6]), 0), "latent_dim is a positive integer, not 0."),
-        (lambda: FullCovarianceNormal(MLP(3, [6]), 1.5), "latent_dim is a positive integer, not 1.5."),
+        (lambda: DiagonalNormal(MLP(3, [6]), 0), "latent_dim must be a positive integer, got 0."),
+        (lambda: FullCovarianceNormal(MLP(3, [6]), 1.5), "latent_dim must be a positive integer, got 1.5."),
         (lambda: Flow(MLP(3, [6]), 2, family="maf"), "family is one of 'iaf', 'coupling', 'nsf', not 'maf'."),
         (
             lambda: Flow(MLP(3, [6]), 2, base="power_spherical"),
             "A flow moves all real vectors, and 'power_spherical' does not live there: choose another base.",
         ),
         (lambda: Flow(MLP(3, [6]), 2, base="diagonal"), "There is no encoder 'diagonal'; did you mean 'diagonal_normal'?"),
-        (lambda: LowRankNormal(MLP(3, [6]), 2, rank=0), "rank is a positive integer, not 0."),
-        (lambda: Mixture(MLP(3, [6]), 2, components=0), "components is a positive integer, not 0."),
-        (lambda: RelaxedOneHot(MLP(3, [6]), 2, temperature=0), "temperature is a positive number, not 0."),
+        (lambda: LowRankNormal(MLP(3, [6]), 2, rank=0), "rank must be a positive integer, got 0."),
+        (lambda: Mixture(MLP(3, [6]), 2, components=0), "components must be a positive integer, got 0."),
+        (lambda: RelaxedOneHot(MLP(3, [6]), 2, temperature=0), "temperature must be a positive number, got 0."),
         (lambda: PowerSpherical(MLP(3, [6]), 1), "A sphere needs at least two dimensions, not 1: raise latent_dim."),
         (lambda: DiagonalNormal(MLP(3, [6]), 2, num_features=5), "MLP gives 6 features, not 5: leave num_features out."),
     ],

@@ -465,7 +465,7 @@ def test_our_tiles_multiply_where_they_are_faster(monkeypatch: pytest.MonkeyPatc
     large, deep = torch.ones(100, 100), torch.ones(100, 4_000)
     tiles = torch.ops.pyrovae.product.default
     monkeypatch.setattr(matmul, "_onednn_order", lambda *shape: None)
-    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "native_is_faster", lambda threads, rounded: True)
     assert tiles in _products(large, large)
     thin = torch.ones(10, 100)
     for left, right in (
@@ -475,7 +475,7 @@ def test_our_tiles_multiply_where_they_are_faster(monkeypatch: pytest.MonkeyPatc
         (large, thin.t()),
     ):
         assert tiles not in _products(left, right)
-    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: False)
+    monkeypatch.setattr(matmul, "native_is_faster", lambda threads, rounded: False)
     assert tiles not in _products(large, large)
 
 
@@ -490,17 +490,17 @@ def test_our_products_have_to_be_clearly_faster(
 
     monkeypatch.setattr(matmul, "_seconds", seconds)
     monkeypatch.setenv("PYROVAE_CACHE", str(tmp_path))
-    assert matmul._native_is_faster(2, rounded) is chosen
+    assert matmul.native_is_faster(2, rounded) is chosen
     # The answer is kept: neither this process nor another measures again.
     monkeypatch.setattr(matmul, "_seconds", lambda *args, **kwargs: pytest.fail("measured again"))
     choices._answers.clear()
-    assert matmul._native_is_faster(2, rounded) is chosen
+    assert matmul.native_is_faster(2, rounded) is chosen
 
 
 @PRODUCTS
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step_by_our_tiles_is_the_eager_one(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "native_is_faster", lambda threads, rounded: True)
     x, losses = torch.rand(30, 60).round(), []
     for backend in ("inductor", "eager"):
         torch.manual_seed(0)
@@ -521,7 +521,7 @@ def test_a_step_by_our_tiles_is_the_eager_one(precision: str, monkeypatch: pytes
     reason="a torch whose graphs dispatch all",
 )
 def test_a_compiled_graph_calls_products_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "native_is_faster", lambda threads, rounded: True)
     counters["inductor"].clear()
     weight = torch.randn(60, 40, requires_grad=True)
     gradient = compile_graph.Staged(lambda x: torch.autograd.grad((x @ weight).tanh().sum(), weight))
@@ -551,7 +551,7 @@ def test_other_libraries_find_none_of_their_names_in_ours() -> None:
 @PRODUCTS
 def test_rounded_products_are_our_tiles_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles, faster = torch.ops.pyrovae.product.default, True
-    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: faster and rounded)
+    monkeypatch.setattr(matmul, "native_is_faster", lambda threads, rounded: faster and rounded)
 
     def targets(rows: int) -> tuple[list[object], list[object], Tensor, Tensor]:
         left, right, bias = torch.randn(rows, 70), torch.randn(70, 90), torch.randn(90)
@@ -583,7 +583,7 @@ def test_many_squares_are_added_up_in_double(rounded: bool) -> None:
 
 @PRODUCTS
 def test_squares_of_what_is_changed_in_between_are_not_taken_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "native_is_faster", lambda threads, rounded: True)
     left, right = torch.randn(30, 40), torch.randn(40, 50)
 
     def changed(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
@@ -598,7 +598,7 @@ def test_squares_of_what_is_changed_in_between_are_not_taken_before(monkeypatch:
 
 @PRODUCTS
 def test_the_squares_of_a_gradient_come_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: True)
+    monkeypatch.setattr(matmul, "native_is_faster", lambda threads, rounded: True)
     left, right = torch.randn(30, 40), torch.randn(40, 50)
 
     def gradient_and_norms(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
@@ -622,7 +622,7 @@ def test_without_torchs_stable_functions_products_stay(monkeypatch: pytest.Monke
     assert not kernels._register_products.__wrapped__()
     assert "no stable C functions" in notes.reasons()["products"]
     monkeypatch.setattr(rewrites.kernels, "register_products", lambda: False)
-    assert not matmul._native_is_faster(1, False)
+    assert not matmul.native_is_faster(1, False)
 
 
 def threefry(counter: np.ndarray, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -277,7 +277,7 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="th
 def chosen(monkeypatch: pytest.MonkeyPatch, shares: Callable[..., dict[str, float]], *inputs: Tensor) -> list[object]:
     """The ways of the products x @ weight.T (1000 x 50 x 200, 2 threads) and 3 x 4 x 5 of which oneDNN has taken the first."""
     monkeypatch.setattr(matmul, "_onednn_time_ratio", shares)
-    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: False)
+    monkeypatch.setattr(matmul, "native_is_faster", lambda threads, rounded: False)
 
     def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return x @ weight.t(), a @ b

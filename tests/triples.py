@@ -50,18 +50,12 @@ class Triple(NamedTuple):
         return f"{self.prior} x {self.likelihood} x {self.encoder}"
 
 
-def likelihoods() -> list[str | dict[str, Any]]:
-    """The tables of ``parts``, and any likelihood that is registered and not among them."""
-    listed = {table if isinstance(table, str) else table["kind"] for table in LIKELIHOODS}
-    return [*LIKELIHOODS, *(spec("likelihood", name) for name in names("likelihood") if name not in listed)]
-
-
 def triples() -> list[Triple]:
     """All triples of registered names."""
     return [
         Triple(prior, likelihood, encoder)
         for prior in names("prior")
-        for likelihood in likelihoods()
+        for likelihood in LIKELIHOODS
         for encoder in names("encoder")
     ]
 
@@ -146,7 +140,7 @@ def summary(counts: dict[str, int], failures: dict[str, str], seed: int) -> dict
     return {
         "network": f"{DATA}-{HIDDEN[0]}-{LATENT}, {STEPS} steps of {BATCH} data",
         "priors": names("prior"),
-        "likelihoods": likelihoods(),
+        "likelihoods": LIKELIHOODS,
         "encoders": names("encoder"),
         "counts": counts,
         "failures": failures,

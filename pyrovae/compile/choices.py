@@ -85,8 +85,6 @@ def _write(path: Path, question: str, answer: dict[str, float]) -> dict[str, flo
     try:
         files.write_text(path, json.dumps(content) + "\n")
     except OSError as error:
-        note(
-            "choices",
-            f"Each process measures again which library multiplies faster, since {path.parent} cannot be written ({error}).",
-        )
+        reason = f"{path.parent} cannot be written ({error}): set PYROVAE_CACHE to a folder that can be"
+        note("choices", f"Each process measures again which library multiplies faster, since {reason}.")
     return answer

@@ -16,7 +16,7 @@ from .choices import measured_once
 from .notes import note
 from .patterns import FEWEST_MULTIPLICATIONS, VIEWS, _replace, _split_addmm, aten
 
-__all__ = ["round_products", "select_matmul_backend"]
+__all__ = ["NATIVE_CLEARLY_FASTER", "native_is_faster", "round_products", "select_matmul_backend"]
 
 
 def round_products(module: fx.GraphModule, threads: int | None = None) -> fx.GraphModule:
@@ -118,7 +118,7 @@ def _use_native(graph: fx.Graph, node: fx.Node, threads: int, rounded: bool) -> 
     left, _ = node.args
     assert isinstance(left, fx.Node)
     (rows, depth), columns = left.meta["val"].shape, node.meta["val"].shape[1]
-    if min(rows, columns) < THINNEST_NATIVE or depth > DEEPEST_NATIVE or not _native_is_faster(threads, rounded):
+    if min(rows, columns) < THINNEST_NATIVE or depth > DEEPEST_NATIVE or not native_is_faster(threads, rounded):
         return False
     node.target = torch.ops.pyrovae.product.default
     node.args = (*node.args, threads, rounded and rows >= FEWEST_ROWS_TO_ROUND)
@@ -126,7 +126,7 @@ def _use_native(graph: fx.Graph, node: fx.Node, threads: int, rounded: bool) -> 
     return True
 
 
-def _native_is_faster(threads: int, rounded: bool) -> bool:
+def native_is_faster(threads: int, rounded: bool) -> bool:
     """Whether our products are clearly faster than the library's: one answer for all shapes, so that noise decides little."""
     if not kernels.register_products():
         return False

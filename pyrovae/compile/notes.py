@@ -7,6 +7,7 @@ import warnings
 __all__ = ["forget", "note", "reasons"]
 
 _reasons: dict[str, str] = {}
+_warned: set[tuple[str, str]] = set()
 
 
 def note(subject: str, reason: str, *, warn: bool = True) -> None:
@@ -17,9 +18,9 @@ def note(subject: str, reason: str, *, warn: bool = True) -> None:
         reason: one sentence.
         warn: whether to raise a ``RuntimeWarning`` the first time.
     """
-    new = _reasons.get(subject) != reason
     _reasons[subject] = reason
-    if new and warn:
+    if warn and (subject, reason) not in _warned:
+        _warned.add((subject, reason))
         warnings.warn(reason, RuntimeWarning, stacklevel=3)
 
 
@@ -31,3 +32,4 @@ def reasons() -> dict[str, str]:
 def forget() -> None:
     """Forget all reasons, so that they are warned about again."""
     _reasons.clear()
+    _warned.clear()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..plots import _axes
+from ..tables import text_table
 from .psis import Array, _comparison, _elpd
 from .results import Evidence
 
@@ -45,22 +46,12 @@ class Comparison:
 
     def __str__(self) -> str:
         """A table with one line for each model."""
-        width = max(5, *(len(name) for name in self.names))
-        head = f"{'model':<{width}}  {'log p(x)':>10}  {'diff.':>8}  {'se data':>8}  {'se MC':>8}  {'unrel.':>6}  {'weight':>6}"
-        lines = [head]
-        for name, mean, *errors, bad, weight in zip(
-            self.names,
-            self.mean,
-            self.difference,
-            self.difference_se,
-            self.monte_carlo_se,
-            self.unreliable,
-            self.stacking,
-            strict=True,
-        ):
-            numbers = "  ".join(f"{number:>8.3f}" for number in errors)
-            lines.append(f"{name:<{width}}  {mean:>10.3f}  {numbers}  {bad:>6d}  {weight:>6.2f}")
-        return "\n".join(lines)
+        columns = zip(self.mean, self.difference, self.difference_se, self.monte_carlo_se, strict=True)
+        rows = [
+            [name, *(f"{number:.3f}" for number in numbers), str(bad), f"{weight:.2f}"]
+            for name, numbers, bad, weight in zip(self.names, columns, self.unreliable, self.stacking, strict=True)
+        ]
+        return text_table(["model", "log p(x)", "diff.", "se data", "se MC", "unrel.", "weight"], rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw each model's difference to the best, with 95 % intervals of the data (thin) and of sampling (thick)."""

@@ -1,4 +1,4 @@
-"""What every model of ours does the same way."""
+"""The base class of the models, and the checks and builders that they share."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pyro
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from .. import files
 from .._validation import unknown
@@ -29,11 +30,22 @@ if TYPE_CHECKING:
     from ..training.history import History
     from ..training.options import FitKeywords
 
+__all__ = [
+    "PairModule",
+    "body_pair",
+    "build_likelihood",
+    "check_parts",
+    "check_sizes",
+    "in_shape_of",
+    "in_size_of",
+    "same_support",
+]
+
 _counter = itertools.count()
 
 
 class PairModule(nn.Module):
-    """A module whose ``model`` and ``guide`` are Pyro programs: what every such model does the same way.
+    """A module whose ``model`` and ``guide`` are Pyro programs: training, scoring, saving and loading.
 
     A concrete one writes the two programs, and names in ``parts`` the arguments of its ``__init__``, which it keeps as
     attributes: each with its kind in the registry, or ``None`` for plain data. A registered one (``@register("model")``) is
@@ -179,7 +191,7 @@ class PairModule(nn.Module):
 
     def _as_data(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
-            raise TypeError(f"The model takes a tensor, not {type(x).__name__}: write torch.as_tensor(x).")
+            raise TypeError(f"The data must be a tensor, got {type(x).__name__}: write torch.as_tensor(x).")
         if tuple(x.shape[1:]) != self.data_shape:
             raise ValueError(
                 f"The data have shape {tuple(x.shape)}, but the model takes (N, {', '.join(map(str, self.data_shape))}): "
@@ -199,8 +211,8 @@ class PairModule(nn.Module):
             return None
         if mask.dtype != torch.bool or mask.shape != x.shape:
             raise ValueError(
-                f"A mask is a boolean tensor of the data's shape {tuple(x.shape)}, true where a value was observed, not one of "
-                f"{mask.dtype} and shape {tuple(mask.shape)}."
+                f"A mask must be a boolean tensor of the data's shape {tuple(x.shape)}, true where a value was observed, got "
+                f"{mask.dtype} of shape {tuple(mask.shape)}."
             )
         return mask.to(next(self.parameters()).device)
 
@@ -231,55 +243,81 @@ def check_parts(*parts: tuple[Any, type]) -> None:
         if not isinstance(part, family):
             kind = family.__name__
             raise ValueError(
-                f"The {kind.lower()} must be a {family.__module__}.{kind}, not a {type(part).__name__}: build one, or "
+                f"The {kind.lower()} must be a {family.__module__}.{kind}, got a {type(part).__name__}: build one, or "
                 f"subclass it."
             )
 
 
-def check_sizes(where: str, **said: Any) -> None:
-    """Refuse parts that say different sizes; ``None`` says nothing.
+def check_sizes(where: str, **sizes: Any) -> None:
+    """Refuse parts of different sizes; ``None`` is a size that is not known.
 
     Raises:
         ValueError: they disagree.
     """
-    found = {part: size for part, size in said.items() if size is not None}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{part} {size}" for part, size in found.items())
+    known = {part: size for part, size in sizes.items() if size is not None}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{part} {size}" for part, size in known.items())
         raise ValueError(f"The parts disagree {where} ({listed}): build them with the same one.")
 
 
 def in_shape_of(body: nn.Module) -> tuple[int, ...] | None:
-    """The event shape that a network takes, if it says it."""
-    said: Any = getattr(body, "in_shape", None)
-    return None if said is None else as_shape(said)
+    """The event shape that a network takes, if it has an attribute ``in_shape``."""
+    in_shape: Any = getattr(body, "in_shape", None)
+    return None if in_shape is None else as_shape(in_shape)
 
 
 def in_size_of(body: nn.Module) -> int | None:
-    """How many numbers a network takes, if it says it."""
+    """The number of inputs of a network, if it has an attribute ``in_shape``."""
     shape = in_shape_of(body)
     return None if shape is None else math.prod(shape)
 
 
 def _check_supports(prior: Prior, encoder: Encoder) -> None:
-    wanted, given = str(prior.support), str(encoder.support)
-    if prior.support is None or wanted == given:
+    if prior.support is None or same_support(prior.support, encoder.support):
         return
-    known: dict[str, type[Encoder]] = {name: find("encoder", name) for name in names("encoder")}
-    fitting = [name for name, family in known.items() if str(family.support) == wanted]
+    families: dict[str, type[Encoder]] = {name: find("encoder", name) for name in names("encoder")}
+    fitting = [name for name, family in families.items() if same_support(prior.support, family.support)]
     choose = f"choose the encoder {' or '.join(map(repr, fitting))}" if fitting else "write an encoder for that set"
     raise ValueError(
-        f"The prior {type(prior).__name__} is a distribution on {_SETS.get(wanted, wanted)} and the encoder "
-        f"{type(encoder).__name__} one on {_SETS.get(given, given)}, so their densities do not compare: {choose}, or "
+        f"The prior {type(prior).__name__} is a distribution on {_set_name(prior.support)} and the encoder "
+        f"{type(encoder).__name__} one on {_set_name(encoder.support)}, so their densities do not compare: {choose}, or "
         f"another prior."
     )
 
 
-_SETS = {
-    str(constraints.real_vector): "all real vectors",
-    str(constraints.sphere): "the unit sphere",
-    str(constraints.simplex): "the simplex",
-    str(constraints.one_hot): "one-hot vectors",
-}
+SET_NAMES = [
+    (constraints.real_vector, "all real vectors"),
+    (constraints.sphere, "the unit sphere"),
+    (constraints.simplex, "the simplex"),
+    (constraints.one_hot, "one-hot vectors"),
+]
+
+
+def _set_name(support: Any) -> str:
+    return next((name for known, name in SET_NAMES if same_support(known, support)), str(support))
+
+
+def same_support(first: Any, second: Any) -> bool:
+    """Whether two supports are one: of one class, with equal bounds and parts.
+
+    Example:
+        >>> from pyro.distributions import constraints
+        >>> from pyrovae.models.base import same_support
+        >>> same_support(constraints.real_vector, constraints.independent(constraints.real, 1))
+        True
+    """
+    if type(first) is not type(second):
+        return False
+    one, other = vars(first), vars(second)
+    return one.keys() == other.keys() and all(_same_part(one[name], other[name]) for name in one)
+
+
+def _same_part(first: Any, second: Any) -> bool:
+    if isinstance(first, Constraint):
+        return same_support(first, second)
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return bool(torch.equal(torch.as_tensor(first), torch.as_tensor(second)))
+    return bool(first == second)
 
 
 def _fresh_name() -> str:

@@ -1,4 +1,4 @@
-"""Conditions: models of data beside a label, which is always known, or known for some data and summed out for the rest."""
+"""Models of data with labels, which are known for all data, or for some of them and summed out for the rest."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from ..priors import Prior
 from ..registry import build, register
 from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
 
+__all__ = ["ConditionalVAE", "SemiSupervisedVAE", "make_conditional_vae", "make_semi_supervised_vae"]
+
 
 class _LabelledVAE(PairModule):
-    """What models of data and labels share: labels stand beside the input of encoder and decoder."""
+    """A model of data with labels, which are further inputs of encoder and decoder."""
 
     parts: ClassVar[dict[str, str | None]] = {
         "prior": "prior",
@@ -150,12 +152,12 @@ class _LabelledVAE(PairModule):
     def _as_labels(self, y: Tensor, like: Tensor) -> Tensor:
         """Labels as numbers (B, C)."""
         if not isinstance(y, Tensor):
-            raise TypeError(f"Labels are a tensor, not {type(y).__name__}: write torch.as_tensor(y).")
+            raise TypeError(f"Labels must be a tensor, got {type(y).__name__}: write torch.as_tensor(y).")
         shapes = {1: (len(like),), 2: (len(like), self.num_classes)}
         if tuple(y.shape) != shapes.get(y.dim()) or (y.dim() == 1 and y.is_floating_point()):
             raise ValueError(
-                f"Labels are integers of shape ({len(like)},) or one-hot of shape ({len(like)}, {self.num_classes}), not "
-                f"{y.dtype} of shape {tuple(y.shape)}: bring them to one of these."
+                f"Labels must be integers of shape ({len(like)},) or one-hot of shape ({len(like)}, {self.num_classes}), got "
+                f"{y.dtype} of shape {tuple(y.shape)}."
             )
         # As distributions check their values: not within a captured step, whose data have been checked.
         if is_validation_enabled():
@@ -171,8 +173,8 @@ class _LabelledVAE(PairModule):
     def _check_range(self, y: Tensor, lowest: int) -> None:
         if y.dim() == 1 and len(y) and not lowest <= int(y.min()) <= int(y.max()) < self.num_classes:
             raise ValueError(
-                f"Labels lie between {lowest} and {self.num_classes - 1}, but these range from {int(y.min())} to "
-                f"{int(y.max())}: renumber them, or set num_classes."
+                f"Labels must lie between {lowest} and {self.num_classes - 1}, got {int(y.min())} to {int(y.max())}: renumber "
+                f"them, or set num_classes."
             )
 
 
@@ -197,8 +199,9 @@ class ConditionalVAE(_LabelledVAE):
         ValueError: a part is not of its family, or they disagree on a size.
 
     References:
-        Kingma et al., Semi-supervised Learning with Deep Generative Models, 2014. Sohn, Lee and Yan, Learning Structured
-        Output Representation using Deep Conditional Generative Models, 2015.
+        Kingma et al., Semi-supervised Learning with Deep Generative Models, 2014, https://arxiv.org/abs/1406.5298.
+        Sohn, Lee and Yan, Learning Structured Output Representation using Deep Conditional Generative Models, 2015,
+        https://papers.nips.cc/paper/5775-learning-structured-output-representation-using-deep-conditional-generative-models.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -278,7 +281,8 @@ class SemiSupervisedVAE(_LabelledVAE):
         ValueError: a part is not of its family, or they disagree on a size.
 
     References:
-        Kingma, Rezende, Mohamed and Welling, Semi-supervised Learning with Deep Generative Models, 2014.
+        Kingma, Rezende, Mohamed and Welling, Semi-supervised Learning with Deep Generative Models, 2014,
+        https://arxiv.org/abs/1406.5298.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -387,7 +391,9 @@ class SemiSupervisedVAE(_LabelledVAE):
     def _check_labels(self, y: Tensor) -> None:
         self._check_range(y, lowest=-1)
         if y.dim() == 2 and not bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) <= 1)).all()):
-            raise ValueError("A row of one-hot labels has a single one, or zeros where there is no label: correct the others.")
+            raise ValueError(
+                "A row of one-hot labels must have a single one, or be zeros if there is no label: correct the others."
+            )
 
 
 make_conditional_vae = ConditionalVAE.from_names

@@ -24,6 +24,8 @@ from ..registry import build, find, register
 from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_size_of
 from .guides import Draw, Guide, Sizes, _encoder, _in
 
+__all__ = ["HierarchicalVAE", "make_hierarchical_vae"]
+
 
 @register("model", "hierarchical")
 class HierarchicalVAE(PairModule):
@@ -45,8 +47,8 @@ class HierarchicalVAE(PairModule):
         ValueError: a part is not of its family, they disagree on a size, or the guide cannot use the model's layers.
 
     References:
-        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016. Sonderby et al., Ladder Variational
-        Autoencoders, 2016.
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
+        Sonderby et al., Ladder Variational Autoencoders, 2016, https://arxiv.org/abs/1602.02282.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -69,7 +71,9 @@ class HierarchicalVAE(PairModule):
     ):
         super().__init__(name)
         if not isinstance(layers, Sequence) or not layers:
-            raise ValueError("layers is a list with at least one encoder, p(z1|z2): for one layer, make a VAE.")
+            raise ValueError(
+                "layers must be a list of one encoder or more, p(z1|z2), ...: for a model of one layer, make a VAE."
+            )
         check_parts((prior, Prior), *((layer, Encoder) for layer in layers), (likelihood, Likelihood), (inference, Guide))
         dims = (*(layer.latent_dim for layer in layers), prior.latent_dim)
         check_sizes("on the layers", guide=inference.latent_dims, model=dims)
@@ -137,11 +141,11 @@ class HierarchicalVAE(PairModule):
         shape = as_shape(data_shape)
         dims = tuple(positive_integer(size, "Each of latent_dims") for size in latent_dims)
         if len(dims) < 2:
-            raise ValueError(f"A hierarchy has two or more layers, not latent_dims={list(dims)}: for one, call make_vae.")
+            raise ValueError(f"latent_dims must hold two sizes or more, got {list(dims)}: for one layer, call make_vae.")
         widths = [[200, 200]] + [[100, 100]] * (len(dims) - 1) if hidden is None else list(hidden)
         if len(widths) != len(dims):
             raise ValueError(
-                f"hidden has a list of widths for each of {len(dims)} layers, as [[200, 200], [100, 100]], not {hidden}."
+                f"hidden must have a list of widths for each of {len(dims)} layers, as [[200, 200], [100, 100]], got {hidden}."
             )
         # A pair of image networks suits the data alone.
         inward, outward, _, _ = body_pair(body, widths[0])
@@ -171,8 +175,8 @@ class HierarchicalVAE(PairModule):
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = self._descend(lambda i, distribution: pyro.sample(f"z{i + 1}", distribution))
-            distribution, seen = self.likelihood.observe(z, x, mask)
-            pyro.sample("x", distribution, obs=seen)  # batch (B,), event data_shape
+            distribution, value = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", distribution, obs=value)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""

@@ -23,6 +23,8 @@ from ..priors import Prior
 from ..registry import build, register
 from .base import PairModule, _check_supports, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
 
+__all__ = ["VAE", "make_vae"]
+
 
 @register("model", "vae")
 class VAE(PairModule):
@@ -48,7 +50,7 @@ class VAE(PairModule):
             prior and encoder live on different sets, such as a sphere and all vectors.
 
     References:
-        Kingma and Welling, Auto-Encoding Variational Bayes, 2014.
+        Kingma and Welling, Auto-Encoding Variational Bayes, 2014, https://arxiv.org/abs/1312.6114.
 
     Example:
         >>> import torch
@@ -139,8 +141,8 @@ class VAE(PairModule):
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
-            distribution, seen = self.likelihood.observe(z, x, mask)
-            pyro.sample("x", distribution, obs=seen)  # batch (B,), event data_shape
+            distribution, value = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", distribution, obs=value)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""
@@ -190,7 +192,7 @@ class VAE(PairModule):
             Shape ``(steps, *data_shape)`` or ``(steps, B, *data_shape)``.
         """
         if a.shape != b.shape:
-            raise ValueError(f"The ends must have one shape, not {tuple(a.shape)} and {tuple(b.shape)}.")
+            raise ValueError(f"The ends must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
         single = a.dim() == len(self.data_shape)
         ends = [self.embed(x[None] if single else x) for x in (a, b)]
         weight = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=ends[0].device)[:, None, None]
