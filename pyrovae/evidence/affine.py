@@ -23,7 +23,7 @@ class AffineOnly(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # By storage, which all views of a tensor share; kept alive, so that no other takes its place.
+        # By storage, which is common to all views of a tensor. The references keep it alive, so that no other has its address.
         self._dependent: dict[int, Any] = {}
 
     def hold(self, tensor: Tensor) -> None:

@@ -34,7 +34,7 @@ class Sandwich:
         lower: by AIS forwards, below log p(x) on average, shape (N,).
         upper: by AIS backwards from the latents that made the data, above log p(x) on average, shape (N,).
         lower_se: standard error of ``lower`` over chains, shape (N,).
-        upper_se: that of ``upper``, shape (N,); its chains share their start, which it does not count.
+        upper_se: that of ``upper``, shape (N,); it ignores that all chains of a datum start at one point.
         num_chains: K.
         num_temperatures: T.
         num_dims: D, observed numbers per datum.

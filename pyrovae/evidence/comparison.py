@@ -33,7 +33,7 @@ class Comparison:
         monte_carlo_se: its standard error from sampling.
         unreliable: how many data of each are not reliable; see :attr:`pyrovae.Evidence.reliable`.
         stacking: the weight of each in the mixture of models that predicts these data best (Yao et al. 2018), by ArviZ;
-            ``nan`` where an estimate is not finite.
+            ``nan`` if an estimate is not finite.
     """
 
     names: list[str]

@@ -48,9 +48,9 @@ class Draws:
     def to_datatree(self) -> xarray.DataTree:
         """As an xarray ``DataTree`` with ArviZ's groups, for both lines of ArviZ.
 
-        Draws are independent, so they stand as four chains where their number allows, by which ArviZ judges them. In ArviZ 0.23
-        call ``az.InferenceData.from_datatree``. ``az.loo`` would take the harmonic mean of the likelihood for log p(x), since a
-        datum's latents know nothing of it but through that datum: rank models by :func:`compare`.
+        Draws are independent. They are divided into four chains if their number allows, since ArviZ compares chains. In ArviZ
+        0.23 call ``az.InferenceData.from_datatree``. ``az.loo`` would take the harmonic mean of the likelihood for log p(x),
+        since a datum's latents know nothing of it but through that datum: rank models by :func:`compare`.
         """
         import xarray
 

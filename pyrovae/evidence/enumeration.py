@@ -44,13 +44,13 @@ def enumerate_latents(model: Program, batch: Batch, nesting: int, most: int, vec
 
     def trace_at(index: Tensor) -> Trace:
         """The model's trace at assignments by their numbers (M, B, all numbers)."""
-        layout, given, column = Layout(len(index), data.size, nesting, data.dim), {}, 0
+        layout, assigned, column = Layout(len(index), data.size, nesting, data.dim), {}, 0
         for site, support, number in zip(sites, supports, numbers, strict=True):
             values = support[index[..., column : column + number]]  # (M, B, n, *event)
-            given[site["name"]] = layout.to_site(values, plate_sizes(site, nesting), site["fn"].event_shape)
+            assigned[site["name"]] = layout.to_site(values, plate_sizes(site, nesting), site["fn"].event_shape)
             column += number
         with explained(len(index)):
-            placed = Substitute(given)(in_particles(model, len(index), nesting))
+            placed = Substitute(assigned)(in_particles(model, len(index), nesting))
             return prune_subsample_sites(poutine.trace(placed).get_trace(*batch))
 
     log_px = torch.full((data.size,), -math.inf, dtype=torch.float64, device=batch[0].device)

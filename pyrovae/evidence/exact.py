@@ -45,14 +45,14 @@ def exact(
     seed: int | None = 0,
     progress: bool = False,
 ) -> Evidence:
-    r"""log p(x) of every datum without Monte Carlo error, where the latents are few or the pair is linear-Gaussian.
+    r"""Compute log p(x) of each datum without Monte Carlo error, for few latents or linear-Gaussian pairs.
 
     .. math:: \log p(x) = \log \sum_z p(x, z) \qquad \text{or} \qquad \log p(x) = \log \int p(x, z) \, dz
 
     - ``"enumerate"``: all latents are discrete, and every assignment of theirs is summed;
     - ``"linear_gaussian"``: all sites are Normal with locations affine in earlier latents and scales that do not depend on
       them, so log p(x, z) is a quadratic in z, whose integral is known. That they are affine is read off every tensor
-      operation that touches a latent, so a network that only looks affine where it is probed is refused;
+      operation on a latent, so a network that is affine only near some points is refused;
     - ``"quadrature"``: one or two continuous numbers per datum, by cells that are split wherever they may hold more than is
       known of them: once over all that the prior allows, and again in the scale of the posterior that showed, until two such
       answers agree. A mode that shows in no point of either, nor in a draw of the prior or the guide, would be missed.
@@ -61,7 +61,7 @@ def exact(
 
     Args:
         model: a Pyro program for p(x, z).
-        guide: a Pyro program for q(z|x); only quadrature uses it, to look for modes.
+        guide: a Pyro program for q(z|x); only quadrature uses it, to find modes.
         x: data as for :func:`pyrovae.log_marginal`.
         method: one of the above, or ``"auto"`` for the first that fits.
         tolerance: the error at which quadrature stops, in nats.

@@ -93,7 +93,7 @@ class EvidenceKind(ABC):
 
 @dataclass(frozen=True)
 class ImportanceSampled(EvidenceKind):
-    """Importance sampling, which is reliable where Pareto k is below the threshold or the weights are constant."""
+    """Importance sampling, which is reliable if Pareto k is below the threshold or the weights are constant."""
 
     unit = "sample"
     bound = "Bound (ELBO)"
@@ -174,7 +174,7 @@ class Annealed(ImportanceSampled):
 
     @classmethod
     def of(cls, start: str, num_temperatures: int) -> Annealed:
-        """The kind of chains from the prior or the guide through so many temperatures."""
+        """The kind of chains from the prior or the guide through ``num_temperatures`` temperatures."""
         return cls(f"AIS from the {start}, {num_temperatures} temperatures")
 
     def consistent(self, scores: _Scores) -> Array:
@@ -224,7 +224,7 @@ class Annealed(ImportanceSampled):
 
 @dataclass(frozen=True)
 class Exact(EvidenceKind):
-    """Evidence that was not sampled, which is reliable where little is left in doubt: here a closed form.
+    """Evidence that was not sampled, which is reliable if little is left in doubt: here a closed form.
 
     Attributes:
         unit: what was summed over, in the plural; ``None`` for a closed form.

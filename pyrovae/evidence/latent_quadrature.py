@@ -67,6 +67,6 @@ def _draws(pair: UnconstrainedPair, most: int, start: Literal["prior", "guide"])
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """Its triangular factor, (B, L, L), also where a direction is thinner than rounding shows."""
+    """The Cholesky factor of a covariance, (B, L, L), regularised for directions without visible variance."""
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     return torch.linalg.cholesky(covariance + torch.diag_embed(1e-12 * diagonal + 1e-100))

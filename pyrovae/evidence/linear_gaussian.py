@@ -23,8 +23,9 @@ _GAUSSIAN = (Normal, MultivariateNormal, torch.distributions.Normal, torch.distr
 def integrate_linear_gaussian(pair: UnconstrainedPair) -> Answer:
     r"""Least squares: log p(x, u) = c - |r(u)|^2 / 2, where r(u), all sites' residuals over their scales, is affine in u.
 
-    The log-joint itself is a difference of numbers that float32 does not hold where the noise is small, so the program gives
-    the locations only, the rest is float64, and the residuals are taken anew where they are small: at the posterior's mean.
+    With small noise the log-joint is a difference of large numbers, which float32 cannot represent. So only the locations come
+    from the program, everything else is float64, and the residuals are computed again at the posterior mean, where they are
+    small.
     """
     why = why_not_linear_gaussian(pair)
     if why is not None:

@@ -20,7 +20,7 @@ def scored_data(info: PairInfo, batch: Batch) -> dict[str, np.ndarray]:
     counts = {"observed": info.num_observed, "density": info.num_densities, "mass": info.num_probabilities}
     arrays = {name: np.full(size, number / size) for name, number in counts.items()}
     arrays["rounding"] = np.zeros(size) if rounding is None else rounding.cpu().numpy()
-    # Data along another dimension than the first have no rows to tell apart.
+    # If the data are along another dimension than the first, their rows cannot be identified.
     return arrays | {"fingerprint": fingerprints(batch) if len(batch[0]) == size else np.zeros(size, np.int64)}
 
 
@@ -50,7 +50,7 @@ class Measure(NamedTuple):
     Attributes:
         density: observed numbers per datum that have a density.
         mass: observed numbers per datum that have a probability.
-        given: what of the datum itself the likelihood conditions on, such as its total.
+        given: the parts of a datum that its likelihood conditions on, such as its total.
     """
 
     density: float

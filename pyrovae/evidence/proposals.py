@@ -82,7 +82,7 @@ class Refinement:
     def amortization_gap(self) -> Array:
         """ELBO of the refined Gaussian minus that of the guide, shape (N,), in nats.
 
-        What amortisation costs, where the guide's family is the Gaussian that was fitted; a richer guide can make it negative
+        The cost of amortisation if the guide's family is the Gaussian that was fitted; a richer guide can make it negative
         (Cremer, Li and Duvenaud 2018).
         """
         return self.elbo - self.guide_elbo
@@ -161,9 +161,9 @@ def missed_nats(probe: Probe, largest: Tensor, log_px: Tensor, margin: float = 0
     .. math:: \log \left( 1 + \frac{1}{M \hat p(x)} \sum_m p(x \mid z_m) \, 1\{ w(z_m) > \max_s w(z_s) \} \right),
         \qquad z_m \sim p(z)
 
-    The largest term of those with a finite weight is left out, since one draw alone may be a rare one that stands for little;
-    an infinite weight stands for what the proposal cannot draw at all. A proposal that covers the posterior leaves next to
-    nothing beyond its largest weight.
+    The largest term with a finite weight is left out, because a single draw may be a rare one that represents little mass. An
+    infinite weight represents what the proposal cannot draw at all. If the proposal covers the posterior, almost nothing is
+    beyond its largest weight.
 
     Args:
         probe: M draws of the prior.

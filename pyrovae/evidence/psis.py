@@ -67,20 +67,20 @@ def pareto_smooth(largest: Array, log_px: Array, num_samples: int, *, precision:
     r"""Pareto shape of each datum's weights, and log p(x) with their tail smoothed, both by ArviZ.
 
     The tail has :math:`M = \lceil \min(S/5, 3\sqrt S) \rceil` of S weights, and only the tail and its lower neighbours enter
-    the fit. So ArviZ is given the 5 M largest, with the relative efficiency that makes it fit M of those. The smoothed mean
+    the fit. So ArviZ gets the 5 M largest, with the relative efficiency for which it fits M of them. The smoothed mean
     is that of the smoothed tail and of all weights below, whose sum is known from the raw mean.
 
     Args:
         largest: the :func:`tail_size` largest log-weights of each datum, shape (N, 5 M), in nats.
         log_px: the raw estimate, the log of the mean of all S weights, shape (N,), in nats.
         num_samples: S, how many there were.
-        precision: relative rounding error of the log-weights; weights that differ by no more are constant, but never those
-            that differ by more than one part in a hundred, however large a factor they share.
+        precision: relative rounding error of the log-weights. Weights that differ by no more are constant, but never those
+            that differ by more than 0.01 nats, whatever their common factor.
 
     Returns:
-        k for each datum, shape (N,): ``-inf`` where the weights of the tail are constant, ``inf`` where every weight is zero,
+        k for each datum, shape (N,): ``-inf`` if the weights of the tail are constant, ``inf`` if every weight is zero,
         ``nan`` with fewer than 25 samples, a NaN or infinite weight, or a tail that cannot be fitted. And the smoothed
-        estimate, shape (N,): the raw one for a constant tail, ``-inf`` where every weight is zero, ``nan`` where k is.
+        estimate, shape (N,): the raw one for a constant tail, ``-inf`` if every weight is zero, ``nan`` if k is.
 
     References:
         `Vehtari, Simpson, Gelman, Yao and Gabry, Pareto Smoothed Importance Sampling, 2024
@@ -173,7 +173,7 @@ def _smooth_together(largest: Tensor, log_sum: Tensor, num_samples: int, size: i
     shape = khat[:, None]
     quantile = torch.where(shape == 0, far, torch.expm1(shape * far) / shape)
     wanted = (cutoff.exp()[:, None] + sigma[:, None] * quantile).clamp(max=1.0)
-    # What lies below the tail stays; the kept weights are a part of it.
+    # The weights below the tail are not changed.
     whole = (log_sum - top).exp()
     below = (whole - tail.sum(1)).clamp(min=0.0)
     smoothed = top + torch.log(below + wanted.sum(1)) - math.log(num_samples)

@@ -1,4 +1,4 @@
-"""Quadrature: the integral of a positive function of one or two variables, by cells that are split where they are in doubt."""
+"""Quadrature: the integral of a positive function of one or two variables, by adaptive cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIRST_EDGES = {
     1: np.concatenate([np.arange(0, 4, 1 / 64), np.arange(4, 10, 1 / 8), np.arange(10, 41, 1.0)]),
     2: np.concatenate([np.arange(0, 4, 0.5), np.arange(4, 17, 1.0)]),
 }
-# A cell is resolved where its mass is no further below the bound on it than this, in nats.
+# A cell is resolved if its mass is within this many nats of its upper bound.
 RESOLVED = 3.0
 # Nats below the highest point from which no peak is looked for between points: it would be a millionth of a cell wide.
 HOPELESS = 1e12
@@ -31,12 +31,12 @@ _WEIGHTS = np.array([1 / 10, 49 / 90, 32 / 45, 49 / 90, 1 / 10])
 
 
 class Integral(NamedTuple):
-    """The integral for each of B data, and what was seen on the way."""
+    """The integral for each of B data, and moments of the function."""
 
     log_value: Tensor  # (B,)
     error: Tensor  # (B,), relative, so in nats where it is small
     num_points: int  # per datum
-    mode: Tensor  # (B, L), the highest point seen
+    mode: Tensor  # (B, L), the highest point evaluated
     mean: Tensor  # (B, L)
     covariance: Tensor  # (B, L, L)
 
@@ -69,7 +69,7 @@ def integrate(log_f: LogFunction, centre: Tensor, factor: Tensor, tolerance: Ten
         shift: moves the first cells, in s, so that two runs have no point in common.
 
     Returns:
-        The integrals; ``error`` is what remains in doubt where the points ran out.
+        The integrals; ``error`` is what remains in doubt if the points ran out.
     """
     volume = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 

@@ -30,9 +30,9 @@ CHUNK_NUMBERS = 2**20
 MOMENT_DRAWS = 64
 # Posteriors over so few latents often have several modes, and draws of the prior lie near each.
 FEW_LATENTS = 3
-# Where further components start: of so many draws of the prior the likeliest, so many times over, which then spread out.
+# Starts of further components: the likeliest of TOURNAMENT draws of the prior, CANDIDATES times; those far apart are chosen.
 TOURNAMENT, CANDIDATES = 8, 32
-# What all components share evenly, whatever their weights: a mode that seemed small is drawn from all the same.
+# The fraction of the weights that is even, so that a mode whose mass was underestimated is drawn from too.
 EVEN_SHARE = 0.1
 
 
@@ -108,7 +108,7 @@ def refine(
         num_particles: draws per step, datum and component; a full covariance of many latents takes more than a few.
         num_samples: draws per datum for the ELBOs that are reported.
         tail_df: have ``log_marginal`` draw from a Student-t with these degrees of freedom about the Gaussian, which by itself
-            is narrower than the posterior: weights would have no variance where latents are correlated. 5 is a wide tail.
+            is narrower than the posterior: weights would have infinite variance if latents are correlated. 5 is a wide tail.
         num_components: Gaussians in the mixture for each datum; the first starts from the guide, the others from the prior.
         batch_size: data fitted at once; by default as many as fill about 4 MB of observations.
         vectorize_particles: as in :func:`pyrovae.log_weights`.

@@ -157,7 +157,7 @@ class Evidence:
 
     @property
     def khat_thresholds(self) -> Array:
-        """The k below which the samples of each datum are enough, shape (N,); lower where it drew fewer."""
+        """The k below which the samples of each datum are enough, shape (N,); lower for a datum that drew fewer."""
         return np.array([khat_limit(int(size)) for size in self.samples_drawn])
 
     @property

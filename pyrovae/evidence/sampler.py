@@ -89,7 +89,7 @@ class ImportanceSampler:
         self.info, self.device = self.first.info, self.first.device
         check_precision(options.precision, self.device)
         if self.info.scale != 1.0:
-            raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
+            raise ValueError("The data plate must have the size of the data, got a subsampled one: size it by x.shape[0].")
         if self.first.whole is not None and options.target_se is not None:
             raise ValueError(
                 "target_se must be None for a pair that is tied to one set of data, of which none can stop before the others: "

@@ -79,7 +79,7 @@ class LogMoments:
         log_sum: the logarithm of the summed weights, shape (N,).
         log_square: that of their squares, shape (N,).
         total: the sum of log-weights, shape (N,).
-        tail: the largest log-weights in descending order, ``-inf`` where there are fewer yet, shape (N, 5 M).
+        tail: the largest log-weights in descending order, ``-inf`` if there are fewer so far, shape (N, 5 M).
         curve_sum: ``log_sum`` at each recorded number of samples, shape (N, C).
         curve_square: ``log_square`` there, shape (N, C).
         num_drawn: samples taken in so far.
@@ -132,13 +132,13 @@ class LogMoments:
         self.log_sum, self.log_square = both
         self.total = self.total + log_w.sum(dim)
         rows, keep = log_w.T if dim == 0 else log_w, self.tail.shape[1]
-        kept = torch.cat([self.tail[:, : min(keep, self.num_drawn)], rows], 1)
-        kept = torch.topk(kept, min(keep, kept.shape[1])).values
-        self.tail = torch.cat([kept, self.tail[:, kept.shape[1] :]], 1)
+        candidates = torch.cat([self.tail[:, : min(keep, self.num_drawn)], rows], 1)
+        largest = torch.topk(candidates, min(keep, candidates.shape[1])).values
+        self.tail = torch.cat([largest, self.tail[:, largest.shape[1] :]], 1)
         self.num_drawn = until
 
     def extend(self, blocks: Iterator[Tensor], until: int) -> None:
-        """Take in the next blocks of log-weights, each (size, N) in float64, up to so many samples; by large reductions."""
+        """Take in the next blocks of log-weights, each (size, N) in float64, until each datum has ``until`` samples."""
         waiting: list[Tensor] = []
         while self.num_drawn < until:
             waiting.append(next(blocks))
