@@ -72,8 +72,10 @@ CHUNKS_TO_COMPILE = 300
 MIN_DRAWS = 250
 # A pilot of so many draws decides on a number up to so many times as large.
 REACH = 4
-# One draw of the prior for so many of the proposal shows what the proposal misses; no fewer and no more than so many.
+# One draw of the prior for so many of the proposal shows what the proposal misses; no fewer and no more than so many. Where
+# there are few, sixteen show too little of a mode with a third of the posterior: up to 64, one for so many.
 PROBE_EVERY, FEWEST_PROBES, MOST_PROBES = 64, 16, 256
+USUAL_PROBES, PROBE_AT_MOST_EVERY = 64, 16
 
 
 @in_own_scope()
@@ -429,7 +431,8 @@ def _on_gpu(device: torch.device) -> bool:
 def _num_probes(num_samples: int, target_se: float | None) -> int:
     """How many draws of the prior are scored beside so many of the proposal; none where too few to believe are drawn anyway."""
     usual = num_samples if target_se is None else min(num_samples, 4 * MIN_DRAWS)
-    return 0 if num_samples < FEWEST_SAMPLES else min(max(usual // PROBE_EVERY, FEWEST_PROBES), MOST_PROBES)
+    few = max(min(usual // PROBE_AT_MOST_EVERY, USUAL_PROBES), FEWEST_PROBES)
+    return 0 if num_samples < FEWEST_SAMPLES else min(max(usual // PROBE_EVERY, few), MOST_PROBES)
 
 
 def _pilots(looks: list[int]) -> list[int]:
