@@ -73,9 +73,9 @@ MIN_DRAWS = 250
 # A pilot of so many draws decides on a number up to so many times as large.
 REACH = 4
 # One draw of the prior for so many of the proposal shows what the proposal misses; no fewer and no more than so many. Where
-# there are few, sixteen show too little of a mode with a third of the posterior: up to 64, one for so many.
+# there are few, sixteen show too little of a mode with a third of the posterior: up to 64, one for half as many.
 PROBE_EVERY, FEWEST_PROBES, MOST_PROBES = 64, 16, 256
-USUAL_PROBES, PROBE_AT_MOST_EVERY = 64, 16
+USUAL_PROBES, PROBE_AT_MOST_EVERY = 64, 32
 
 
 @in_own_scope()
