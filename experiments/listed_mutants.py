@@ -59,7 +59,8 @@ CHANGES = [
     ),
     Change(
         "GDReG without the gradient through the prior's scale",
-        "estimators/doubly_reparameterized.py", "return prior.loc + prior.scale * (", "return prior.loc + prior.scale.detach() * (",
+        "estimators/doubly_reparameterized.py", "return prior.loc + prior.scale * (",
+        "return prior.loc + prior.scale.detach() * (",
         "estimators", "gdreg",
     ),
     Change(
@@ -115,7 +116,7 @@ CHANGES = [
     ),
     Change(
         "active units at 0.1 for 0.01",
-        "diagnostics/decomposition.py", "ACTIVE_VARIANCE = 0.01", "ACTIVE_VARIANCE = 0.1", "diagnostics", "switched_off",
+        "diagnostics/decomposition.py", "ACTIVE_VARIANCE = 0.01", "ACTIVE_VARIANCE = 0.1", "diagnostics", "active_from",
     ),
     Change(
         "the discretised logistic's scale unclamped",
@@ -128,7 +129,8 @@ CHANGES = [
     ),
     Change(
         "the amortised guides of hierarchies forget the data's scale",
-        "models/hierarchical.py", "Sizes(shape, dims, encoder, likelihood.in_scale, up)", "Sizes(shape, dims, encoder, 1.0, up)",
+        "models/hierarchical.py", "Sizes(shape, dims, encoder, likelihood.in_scale, up)",
+        "Sizes(shape, dims, encoder, 1.0, up)",
         "hierarchical", "unit_size",
     ),
     Change(
@@ -138,7 +140,8 @@ CHANGES = [
     ),
     Change(
         "early stopping that restores nothing",
-        "training/loop.py", "    if best_state is not None:", "    if False:", "training preflight", "patience or early_stopping",
+        "training/loop.py", "    if best_state is not None:", "    if False:",
+        "training preflight", "patience or early_stopping",
     ),
     Change(
         "early stopping that restores parameters and no buffers",
@@ -156,7 +159,8 @@ CHANGES = [
     ),
     Change(
         "a subsampled plate's comparison of estimators not per datum",
-        "programs/inspect.py", "else self.num_data * self.scale) * self.common_scale", "else self.num_data) * self.common_scale",
+        "programs/inspect.py", "else self.num_data * self.scale) * self.common_scale",
+        "else self.num_data) * self.common_scale",
         "diagnostics training", "subsampled",
     ),
     Change(

@@ -10,6 +10,7 @@ machine matters little.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
 from collections import Counter
@@ -27,7 +28,6 @@ from pyrovae.training import loop
 from pyrovae.training.preflight import SupportCheck
 
 SEED, MOST, NUM_SCORED = 0, 0.03, 300
-ROOT = "shared/data"  # where torchvision keeps MNIST
 IN_FIT = "prepare check_estimator inspect_pair check_other_batches check_steady_scale rehearse check_first_loss".split()
 IN_SCORING = "prepare inspect_pair covered_data missed_nats".split()
 
@@ -84,12 +84,14 @@ def measure(clock: Clock, run: Callable[[], Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all runs and write the record."""
-    clock, runs = Clock(), {}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", default="data", help="the folder that torchvision keeps MNIST in")
+    root, clock, runs = parser.parse_args().root, Clock(), {}
     watch(clock)
     for name, epochs in (("digits", 100), ("mnist", 5)):
-        split, fit = pv.data.load(name, root=ROOT), {"epochs": epochs, "seed": SEED, "progress": False}
+        split, fit = pv.data.load(name, root=root), {"epochs": epochs, "seed": SEED, "progress": False}
         torch.manual_seed(SEED)
-        vae = pv.make_vae(split.data_shape, likelihood=split.likelihood)
+        vae = pv.make_vae(split.data_shape, latent_dim=10, likelihood=split.likelihood)
         pair = vae.model, vae.guide
         runs[f"fit on {name}, {epochs} epochs"] = measure(
             clock, functools.partial(pv.fit, *pair, split.train, transform=split.transform, **fit)
