@@ -70,7 +70,7 @@ CHANGES = [
     ),
     Change(
         "a mixture's looks not at whole shares of the prior",
-        "evidence/importance.py", "looks = [math.ceil(MIN_DRAWS / every) * every]", "looks = [MIN_DRAWS]",
+        "evidence/planning.py", "checks = [math.ceil(MIN_DRAWS / every) * every]", "checks = [MIN_DRAWS]",
         "marginal", "whole_shares or shapes_of_a_target",
     ),
     Change(
@@ -84,7 +84,7 @@ CHANGES = [
     ),
     Change(
         "squares dropped in the fit of refined modes",
-        "evidence/refine.py", "torch.nan_to_num(share).square()[..., None]", "torch.nan_to_num(share)[..., None]",
+        "evidence/refine.py", "torch.nan_to_num(coefficient).square()[..., None]", "torch.nan_to_num(coefficient)[..., None]",
         "proposals", "iwae_objective",
     ),
     Change(
@@ -93,12 +93,12 @@ CHANGES = [
     ),
     Change(
         "standard errors of annealing without n/(n-1)",
-        "evidence/annealing.py", "(share - 1 / num).clamp(min=0) * num / (num - 1)", "(share - 1 / num).clamp(min=0)",
+        "evidence/streaming.py", "np.where(count > 1, count / (count - 1), np.nan)", "np.where(count > 1, 1.0, np.nan)",
         "annealing", "degrees_of_freedom",
     ),
     Change(
         "the sandwich's without the root of n",
-        "evidence/annealing.py", "ddof=1) / math.sqrt(len(self)))", "ddof=1))", "annealing", "sandwich",
+        "evidence/bdmc.py", "ddof=1) / math.sqrt(len(self)))", "ddof=1))", "annealing", "sandwich",
     ),
     Change(
         "decomposed means without n",
@@ -140,12 +140,13 @@ CHANGES = [
     ),
     Change(
         "early stopping that restores nothing",
-        "training/loop.py", "    if best_state is not None:", "    if False:",
+        "training/loop.py", "        self.best.restore()", "        pass",
         "training preflight", "patience or early_stopping",
     ),
     Change(
         "early stopping that restores parameters and no buffers",
-        "training/loop.py", "_state_of(start.parameters, modules)", "_state_of(start.parameters, [])",
+        "training/loop.py", "self.parameters, self.modules = parameters, list(modules)",
+        "self.parameters, self.modules = parameters, []",
         "preflight", "early_stopping",
     ),
     Change(
@@ -192,16 +193,21 @@ def killed_by(change: Change, tree: Path) -> str | None:
 
 
 def main() -> None:
-    """Make each change and write what noticed it."""
+    """Make each change and write what noticed it; with words as arguments, make those that have one of them, and write nothing."""
+    words = sys.argv[1:]
     began, records = time.time(), []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         ignored = shutil.ignore_patterns(".git", "__pycache__", "results", "shared", ".*_cache")
         shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
         for change in CHANGES:
+            if words and not any(word in change.what for word in words):
+                continue
             by = killed_by(change, tree)
             records.append({"change": change.what, "file": change.file, "old": change.old, "new": change.new, "by": by})
             print(f"{'survived' if by is None else by}: {change.what}", flush=True)
+    if words:
+        return
     summary = {
         "date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0], "torch": torch.__version__,
         "seconds": round(time.time() - began), "changes": len(records),

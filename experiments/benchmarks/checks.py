@@ -23,9 +23,9 @@ from common import write
 import pyrovae as pv
 from pyrovae.compile.graph import Staged
 from pyrovae.compile.step import Step
-from pyrovae.evidence import importance
-from pyrovae.training import loop
-from pyrovae.training.preflight import SupportCheck
+from pyrovae.evidence import sampler
+from pyrovae.training import setup
+from pyrovae.training.values import SupportCheck
 
 SEED, MOST, NUM_SCORED = 0, 0.03, 300
 IN_FIT = "prepare check_estimator inspect_pair check_other_batches check_steady_scale rehearse check_first_loss".split()
@@ -57,15 +57,15 @@ class Clock:
 
 def watch(clock: Clock) -> None:
     """Have the clock time every check."""
-    for module, names in ((loop, IN_FIT), (importance, IN_SCORING)):
+    for module, names in ((setup, IN_FIT), (sampler, IN_SCORING)):
         for name in names:
             setattr(module, name, clock.timed(name, getattr(module, name)))
     for kind, name in ((SupportCheck, "__init__"), (SupportCheck, "__call__"), (SupportCheck, "check_early")):
         setattr(kind, name, clock.timed("support of the data", getattr(kind, name)))
     for kind in (Step, Staged):
         kind.recheck = clock.timed("recheck", kind.recheck)  # type: ignore[attr-defined]
-    probe = importance.prior_probe
-    importance.prior_probe = lambda *args: clock.timed("probes of the prior", probe(*args))  # type: ignore[assignment]
+    probe = sampler.prior_probe
+    sampler.prior_probe = lambda *args: clock.timed("probes of the prior", probe(*args))  # type: ignore[assignment]
 
 
 def measure(clock: Clock, run: Callable[[], Any]) -> dict[str, Any]:
