@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import platform
 import random
 import time
@@ -471,12 +472,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     began, records = time.time(), []
-    for seed in range(options.first, options.first + options.pairs):
-        found = judge(seed)
+    seeds = range(options.first, options.first + options.pairs)
+    pool = multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,))
+    for found in pool.imap(judge, seeds):
         records += found
         for record in found:
             if "violation" in record:
@@ -488,7 +491,7 @@ def main() -> None:
     summary = {
         "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - began), "machine": platform.machine(),
         "torch": torch.__version__, "pyro": pyro.__version__, "pyrovae": pv.__version__,
-        "pairs": options.pairs, "first_seed": options.first, "drain": dict(outcomes), "estimates": data,
+        "pairs": options.pairs, "first_seed": options.first, "outcomes": dict(outcomes), "estimates": data,
         "reliable": reliable, "violations": violations,
     }  # fmt: skip
     print(f"{options.pairs} pairs, {data} estimates, {reliable} reliable, {len(violations)} violations; {dict(outcomes)}")

@@ -420,6 +420,22 @@ def test_units_that_are_switched_off_are_not_counted():
     assert parts.mean_variances["z"][0] == pytest.approx(1, rel=0.5)
 
 
+@pytest.mark.parametrize(("variance", "active"), [(0.03, 1), (0.003, 0)])
+def test_a_unit_is_active_from_a_variance_of_a_hundredth_on(variance: float, active: int):
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0)), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(math.sqrt(variance) * x, 1.0))
+
+    x = torch.tensor([-1.0, 1.0] * 20) * math.sqrt(39 / 40)  # of variance one
+    parts = decompose(model, guide, x, num_draws=2, num_samples=50, seed=0)
+    assert parts.mean_variances["z"] == pytest.approx(variance)
+    assert parts.active_units == {"z": active}
+
+
 def test_what_decompose_cannot_take_is_refused():
     pair = Slope()
     x = pair.sample(4)

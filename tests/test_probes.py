@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.transforms import planar
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -785,3 +786,23 @@ def uses_a_global(x: Tensor) -> Tensor:
         return GLOBAL(x)
 
     return inner()
+
+
+def test_a_flow_without_an_inverse_is_scored_at_its_own_draws():
+    flow = planar(1)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(x[:, None] / 2, 0.9).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    x = torch.tensor([-1.0, 0.0, 2.0])
+    evidence = pv.log_marginal(model, guide, x, num_samples=5000, seed=0)
+    assert evidence.reliable.all()
+    assert evidence.log_px == pytest.approx(dist.Normal(0.0, math.sqrt(2)).log_prob(x).numpy(), abs=0.05)

@@ -8,7 +8,8 @@ import random_pairs
 import torch
 
 
-@pytest.mark.parametrize("seed", range(10))
+# Each was wrong, refused or crashed in a way of its own before the checks at the door.
+@pytest.mark.parametrize("seed", [15, 21, 22, 36, 56, 106, 180, 1384, 1515, 2434])
 def test_no_wrong_number_is_called_reliable_and_no_sound_pair_is_refused(seed):
     wrong = [record for record in random_pairs.judge(seed) if "violation" in record]
     assert not wrong, f"python tests/random_pairs.py --first {seed} --pairs 1: {wrong}"

@@ -68,8 +68,10 @@ CHUNKS_TO_COMPILE = 300
 MIN_DRAWS = 250
 # A pilot of n draws decides on numbers of draws up to REACH times n.
 REACH = 4
-# One draw of the prior is scored for every PROBE_EVERY draws of the proposal, and at least and at most these many.
+# One draw of the prior is scored for every PROBE_EVERY draws of the proposal, and at least and at most these many. Of few draws
+# twice as many are, up to USUAL_PROBES: sixteen show too little of a mode with a third of the posterior.
 PROBE_EVERY, FEWEST_PROBES, MOST_PROBES = 64, 16, 256
+PROBE_FEW_EVERY, USUAL_PROBES = 32, 64
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def num_probes(options: ImportanceOptions) -> int:
     """Draws of the prior that are scored beside those of the proposal; none if the samples are too few to be believed."""
     if options.kind in ("prior", "mixture") or options.num_samples < FEWEST_SAMPLES:
         return 0
-    return min(max(options.typical_draws // PROBE_EVERY, FEWEST_PROBES), MOST_PROBES)
+    fewest = max(min(options.typical_draws // PROBE_FEW_EVERY, USUAL_PROBES), FEWEST_PROBES)
+    return min(max(options.typical_draws // PROBE_EVERY, fewest), MOST_PROBES)
 
 
 def stopping_checks(num_samples: int, target_se: float | None, every: int) -> list[int]:

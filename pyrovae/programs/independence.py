@@ -163,9 +163,11 @@ def _depends_on_place(rows: _Rows, once: Terms) -> bool:
 def _check_particles(rows: _Rows, once: Terms, others: tuple[Tensor, ...]) -> None:
     """Refuse a pair whose particles do not run side by side as each by itself."""
     first, second = rows.draws
-    together = rows.terms(rows.args, rows.together(first, second), 2)
-    by_itself = {key: torch.cat([once[key][0], term]) for key, (term, _) in rows.terms(rows.args, second).items()}
-    site = _differs(together, {key: (term, together[key][1]) for key, term in by_itself.items()}, _loose(rows))
+    together, alone = rows.terms(rows.args, rows.together(first, second), 2), rows.terms(rows.args, second)
+    # A flow that is not inverted has a density only where it has just drawn.
+    known = [key for key in together if key in once and key in alone]
+    by_itself = {key: (torch.cat([once[key][0], alone[key][0]]), together[key][1]) for key in known}
+    site = _differs(together, by_itself, _loose(rows))
     if site is None:
         for particle, draw in enumerate(rows.draws):
             twice = rows.terms(rows.args, rows.together(draw, draw), 2)
@@ -236,10 +238,13 @@ def _loose(rows: _Rows, row: int | None = None) -> Callable[[tuple[str, str], Te
             for draw in rows.draws:
                 latents, plain = {name: _nudged(value) for name, value in draw.items()}, rows.terms(rows.args, draw)
                 for each, (value, _) in rows.terms(tuple(map(_nudged, rows.args)), latents).items():
+                    if each not in plain:
+                        continue
                     moved = (value - plain[each][0]).abs()
                     moved = torch.where(moved.isfinite(), moved, torch.inf)
                     nudged[each] = torch.maximum(nudged.get(each, moved), moved)
-        moved = nudged[key] if row is None else nudged[key][:, row : row + 1]
+        moved = nudged.get(key, torch.zeros_like(term))
+        moved = moved if row is None or key not in nudged else moved[:, row : row + 1]
         return torch.finfo(term.dtype).eps ** 0.5 * (term.abs() + size) + 1000 * moved
 
     return tolerance
