@@ -1152,7 +1152,7 @@ def test_pyros_renyi_is_refused_on_a_subsampled_plate_with_the_reason() -> None:
         ({"kind": "score_elbo", "num_particles": 1}, "at least 2"),
         ({"kind": "iwae", "num_particles": 0}, "positive integer"),
         ({"kind": "miwae", "num_particles": 8, "num_groups": 3}, "equal parts"),
-        ({"kind": "piwae", "num_particles": 8, "num_groups": 0}, "num_groups is a positive integer"),
+        ({"kind": "piwae", "num_particles": 8, "num_groups": 0}, "num_groups must be a positive integer"),
         ({"kind": "ciwae", "beta": 1.2}, "between 0 and 1"),
         ({"kind": "renyi", "alpha": -math.inf}, "vr_max"),
         ({"kind": "jvi", "num_particles": 3, "order": 3}, "more particles"),
@@ -1444,13 +1444,13 @@ def test_a_dream_leaves_arguments_of_equal_values_alone() -> None:
 
 @pytest.mark.parametrize("num_particles", ["abc", math.inf, math.nan, 2.5, 0, None])
 def test_odd_numbers_of_particles_are_refused_in_a_sentence(num_particles: Any) -> None:
-    with pytest.raises(ValueError, match="num_particles is a positive integer, not"):
+    with pytest.raises(ValueError, match="num_particles must be a positive integer, got"):
         est.IWAE(num_particles)
 
 
 def test_odd_orders_and_partitions_are_refused_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"order, where it is not 0, is a positive integer, not 1\.5"):
+    with pytest.raises(ValueError, match=r"order, where it is not 0, must be a positive integer, got 1\.5"):
         est.JVI(5, order=1.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"num_partitions is a positive integer, not 2\.5"):
+    with pytest.raises(ValueError, match=r"num_partitions must be a positive integer, got 2\.5"):
         est.TVO(5, num_partitions=2.5)  # type: ignore[arg-type]
     assert est.JVI(5, order=0).order == 0

@@ -202,7 +202,7 @@ NO_IMAGE = "A convolutional body takes images (channels, height, width), not sha
             "ConvDecoder needs at least one hidden layer of channels: hidden=[32, 64], for example.",
         ),
         (lambda: ConvDecoder((2, 2), (1, 8, 8)), "ConvDecoder takes a latent vector, not events of shape (2, 2)."),
-        (lambda: ResNetEncoder((1, 8, 8), [2], blocks=0), "blocks is a positive integer, not 0."),
+        (lambda: ResNetEncoder((1, 8, 8), [2], blocks=0), "blocks must be a positive integer, got 0."),
         (lambda: ResNetDecoder((2, 2), (1, 8, 8)), "ResNetDecoder takes a latent vector, not events of shape (2, 2)."),
         (
             lambda: MLP(3, [4])(torch.zeros(5, 4)),

@@ -23,7 +23,7 @@ from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.models.vae import make_vae
 from pyrovae.nn import MLP
 from pyrovae.priors import Prior, StandardNormal
-from pyrovae.registry import build, describe, find, names, register, snake_case
+from pyrovae.registry import build, canonical, describe, find, names, register, snake_case
 
 # -- the registry itself ---------------------------------------------------------------------------------------------------
 
@@ -62,11 +62,41 @@ def test_names_load_the_room_that_has_them() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name", "nearest"),
-    [("prior", "standardnormal", "standard_normal"), ("likelihood", "bernouli", "bernoulli"), ("body", "gated", "gated_mlp")],
+    [("prior", "standardnormel", "standard_normal"), ("likelihood", "bernouli", "bernoulli"), ("body", "gated", "gated_mlp")],
 )
 def test_unknown_name_says_the_nearest(kind: str, name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"There is no {kind} '{name}'; did you mean '{nearest}'\\?"):
         find(kind, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "registered"),
+    [
+        ("estimator", "IWAE", "iwae"),
+        ("estimator", "DReG", "dreg"),
+        ("encoder", "DiagonalNormal", "diagonal_normal"),
+        ("encoder", "Diagonal_Normal", "diagonal_normal"),
+        ("likelihood", "nb", "negative_binomial"),
+        ("likelihood", "ZINB", "zero_inflated_negative_binomial"),
+        ("body", "GatedMLP", "gated_mlp"),
+        ("model", "ConditionalVAE", "conditional"),
+    ],
+)
+def test_names_in_any_case_and_those_of_classes(kind: str, name: str, registered: str) -> None:
+    assert canonical(kind, name) == registered
+    assert find(kind, name) is find(kind, registered)
+    assert name == registered or name not in names(kind)
+
+
+@pytest.mark.usefixtures("_scratch")
+def test_an_alias_belongs_to_one_class() -> None:
+    with pytest.raises(ValueError, match=r"The likelihood name 'nb' belongs to pyrovae\.likelihoods\.Neg"):
+        register("likelihood", "nb")(type("NaiveBayes", (), {}))
+
+
+def test_far_names_are_not_suggested() -> None:
+    with pytest.raises(ValueError, match=r"There is no prior 'normalising_flow'; choose one of .*, vamp\."):
+        find("prior", "normalising_flow")
 
 
 def test_name_like_no_other_lists_them_all() -> None:

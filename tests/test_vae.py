@@ -475,12 +475,12 @@ def test_labels_beside_the_data_are_left_out_as_before() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(4, 5, dtype=torch.bool), "not one of torch.bool and shape (4, 5)."),
-        (torch.ones(4, 6), "not one of torch.float32 and shape (4, 6)."),
+        (torch.ones(4, 5, dtype=torch.bool), "got torch.bool of shape (4, 5)."),
+        (torch.ones(4, 6), "got torch.float32 of shape (4, 6)."),
     ],
 )
 def test_a_mask_of_another_kind_gets_one_sentence(mask: Tensor, message: str) -> None:
-    said = f"A mask is a boolean tensor of the data's shape (4, 6), true where a value was observed, {message}"
+    said = f"A mask must be a boolean tensor of the data's shape (4, 6), true where a value was observed, {message}"
     for program in (_small().model, _small().guide, _small().impute):
         with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
             program(torch.zeros(4, 6), mask)
@@ -568,11 +568,11 @@ def test_truncated_files_are_refused(tmp_path: Path, name: str) -> None:
         (lambda f: (f / "model.json").write_text('{"prior": {}}'), "does not describe a VAE"),
         (lambda f: _edit(f, "prior", kind="vampp"), "There is no prior 'vampp'"),
         (lambda f: _edit(f, "prior", latent_dim=3), r"disagree on the latent dimension \(prior 3, encoder 2, decoder 2\)"),
-        (lambda f: _edit(f, "prior", latent_dim="x"), "latent_dim is a positive integer, not 'x'"),
+        (lambda f: _edit(f, "prior", latent_dim="x"), "latent_dim must be a positive integer, got 'x'"),
         (lambda f: _edit(f, "encoder", kind="full_covariance_normal"), "does not fit the model"),
         (lambda f: _edit(f, "likelihood", decoder="mlp"), "does not fit the model"),
         (lambda f: _edit(f, "encoder", body=None), "does not fit the model"),
-        (lambda f: _edit(f, "encoder", in_scale="x"), "in_scale is a positive number, not 'x'"),
+        (lambda f: _edit(f, "encoder", in_scale="x"), "in_scale must be a positive number, got 'x'"),
         (lambda f: (f / "model.json").write_text('{"prior": 1, "likelihood": 2, "encoder": 3}'), "The prior must be a"),
     ],
 )
@@ -631,7 +631,7 @@ def test_make_vae_takes_tables_and_ready_parts() -> None:
         (lambda: _small(body="conv_encoder"), "There is no body 'conv_encoder'; did you mean 'conv'?"),
         (lambda: _small(activation="rellu"), "There is no activation 'rellu'; did you mean 'relu'?"),
         (lambda: _small(hidden=8), "hidden is a list of positive integers such as [200, 200], not 8."),
-        (lambda: _small(latent_dim=0), "latent_dim is a positive integer, not 0."),
+        (lambda: _small(latent_dim=0), "latent_dim must be a positive integer, got 0."),
         (
             lambda: _small(body="conv"),
             "A convolutional body takes images (channels, height, width), not shape (6,): use an MLP.",
@@ -658,7 +658,7 @@ def test_make_vae_takes_tables_and_ready_parts() -> None:
         ),
         (
             lambda: VAE(dist.Normal(0, 1), Bernoulli(MLP(2, [], 7)), DiagonalNormal(MLP(7, []), 2)),
-            "The prior must be a pyrovae.priors.Prior, not a Normal: build one, or subclass it.",
+            "The prior must be a pyrovae.priors.Prior, got a Normal: build one, or subclass it.",
         ),
         (
             lambda: _small().encode(torch.zeros(4, 5)),
@@ -674,7 +674,7 @@ def test_make_vae_takes_tables_and_ready_parts() -> None:
         ),
         (
             lambda: _small().interpolate(torch.zeros(6), torch.zeros(2, 6)),
-            "The ends must have one shape, not (6,) and (2, 6).",
+            "The ends must have one shape, got (6,) and (2, 6).",
         ),
         (
             lambda: _small().decode(torch.zeros(4, 3)),
@@ -689,5 +689,5 @@ def test_mistakes_get_one_sentence(make: Callable[[], object], message: str) -> 
 
 
 def test_arrays_are_refused_with_the_cure() -> None:
-    with pytest.raises(TypeError, match=r"takes a tensor, not ndarray: write torch.as_tensor\(x\)"):
+    with pytest.raises(TypeError, match=r"must be a tensor, got ndarray: write torch.as_tensor\(x\)"):
         _small().model(np.zeros((3, 6)))

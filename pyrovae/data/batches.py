@@ -291,6 +291,7 @@ def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str 
 
 def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]]:
     """A masked array as its values, zero where they are hidden, and at the end a mask of what it shows; and the mask's name."""
+    items = tuple(_stacked(item) for item in items)
     masked = [item for item in items if isinstance(item, np.ma.MaskedArray)]
     if len(masked) > 1:
         raise ValueError(
@@ -300,6 +301,12 @@ def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]
     plain = tuple(item.filled(0) if isinstance(item, np.ma.MaskedArray) else item for item in items)
     shown = tuple(~np.ma.getmaskarray(item) for item in masked)
     return (*plain, *shown), [*[None] * len(plain), *[MASK] * len(shown)]
+
+
+def _stacked(item: Any) -> Any:
+    """A list of masked rows as one masked array, since a plain array of them would show what they hide."""
+    masked = isinstance(item, list) and any(isinstance(row, np.ma.MaskedArray) for row in item)
+    return np.ma.stack([np.ma.asarray(row) for row in item]) if masked else item
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

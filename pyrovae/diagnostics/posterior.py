@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ..data.batches import Batches
 from ..evidence.draws import Draws
-from ..evidence.importance import CHUNK_NUMBERS
+from ..evidence.planning import CHUNK_NUMBERS
+from ..evidence.streaming import LogMoments, Resampler
 from ..programs.checks import refuse_no_weights
 from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
 from ..programs.log_weights import read_weights
@@ -219,43 +220,26 @@ class _Pair:
 
     def resample(self, batch: tuple, num_draws: int, num_samples: int) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
         num_data = len(batch[0])
-        log_sum = torch.full((num_data,), -math.inf, dtype=torch.float64, device=self.device)
-        log_square = log_sum.clone()
-        kept: dict[str, dict[str, Tensor]] = {"posterior": {}, "log_likelihood": {}}
+        resampler = Resampler(LogMoments(num_data, num_samples, self.device), num_draws)
         observed: dict[str, Tensor] = {}
-        rows = torch.arange(num_data, device=self.device)
         for size in self.sizes(num_samples, num_data):
             traces = trace_pair(self.model, self.guide, batch, {}, size, self.nesting)
-            log_w = read_weights(traces, size).log_weights.double()
-            here = torch.logsumexp(log_w, 0)
-            log_sum = torch.logaddexp(log_sum, here)
-            log_square = torch.logaddexp(log_square, torch.logsumexp(2 * log_w, 0))
-            # A draw stays, or moves to this chunk with the chunk's share of all weight so far: at the end it is any sample with
-            # its own share of the whole.
-            share = torch.where(log_sum == -math.inf, 0.0, torch.exp(here - log_sum))
-            moves = torch.rand(num_draws, num_data, dtype=torch.float64, device=self.device) < share
-            possible = torch.where(torch.isfinite(here), log_w, torch.zeros_like(log_w))
-            chosen = torch.distributions.Categorical(logits=possible.T).sample((num_draws,))  # (M, B)
-            sites = [*sites_of(traces.model), *sites_of(traces.guide)]
-            data = data_plate(sites)
+            data = data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
             values = {
-                site["name"]: self.rows_of(site, site["value"], data, size)
+                ("posterior", site["name"]): self.rows_of(site, site["value"], data, size)
                 for site in sites_of(traces.guide)
                 if not site["is_observed"] and site["name"] in traces.model
             }
-            scores = {}
             for site in sites_of(traces.model):
                 if site["is_observed"]:
-                    scores[site["name"]] = per_datum(site, log_prob_of(site), data, size, self.nesting)
+                    values["log_likelihood", site["name"]] = per_datum(site, log_prob_of(site), data, size, self.nesting)
                     if not is_factor(site):
                         observed[site["name"]] = self.rows_of(site, site["value"], data, 1)[0]
-            for group, found in (("posterior", values), ("log_likelihood", scores)):
-                for name, value in found.items():
-                    new = value[chosen, rows]
-                    old = kept[group].get(name, new)
-                    kept[group][name] = torch.where(moves.reshape(moves.shape + (1,) * (new.dim() - 2)), new, old)
-        ess = torch.where(log_sum == -math.inf, 0.0, torch.exp(2 * log_sum - log_square))
-        return kept | {"observed_data": observed}, ess
+            resampler.update(read_weights(traces, size).log_weights.double(), values)
+        groups: dict[str, dict[str, Tensor]] = {"posterior": {}, "log_likelihood": {}, "observed_data": observed}
+        for (group, name), value in resampler.draws.items():
+            groups[group][name] = value
+        return groups, torch.as_tensor(resampler.moments.finish().ess)
 
     def predict(self, batch: tuple, posterior: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The observed sites drawn anew at the posterior's latents, and all sites drawn from the model alone."""
