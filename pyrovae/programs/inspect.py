@@ -17,8 +17,9 @@ from ..data.matching import Batch
 from .checks import check_finite, check_sites, check_support, why_no_weights
 from .independence import PROBED_ROWS, check_independence
 from .log_weights import read_weights
+from .reachable import parameters_of
 from .sites import Program, data_plate, log_prob_of, num_known_of, num_observed_of, per_datum, plate_nesting, sites_of
-from .state import own_scope, parameters_held
+from .state import own_scope
 from .support import support_of
 from .tracing import Traces, evaluation_mode, same_random_stream, trace_pair
 from .wrappers import base_distribution
@@ -202,7 +203,7 @@ def _leaves(model: Program, guide: Program, sites: list[tuple[str, Tensor, Tenso
 
 def _parameter_sites(model: Program, guide: Program, args: tuple, kwargs: dict) -> list[tuple[str, Tensor, Tensor]]:
     """The name of each parameter that a pair names, with the one that it uses and the one that Pyro's store has."""
-    held = parameters_held(model, guide)
+    held = parameters_of(model, guide)
     with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block(), _EveryParam() as seen:
         trace_pair(model, guide, args, kwargs, 1, None)
     return [(name, given if id(given) in held else live, live) for name, given, live in seen.sites]
@@ -351,7 +352,7 @@ def _all_of(batches: Batches) -> Batch:
 
 def _all_parameters(model: Program, guide: Program) -> list[Tensor]:
     """What the pair's modules and Pyro's store hold."""
-    return [*parameters_held(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
+    return [*parameters_of(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
 
 
 def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstBatch:

@@ -15,8 +15,8 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .reachable import modules_of
 from .sites import PARTICLES, Layout, Program, _latents_and_observed, data_plate, plate_nesting, refuse_auxiliary, sites_of
-from .state import modules_of
 from .support import _Inside, support_of
 from .wrappers import is_factor
 

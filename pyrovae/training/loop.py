@@ -23,7 +23,7 @@ from ..data.batches import Batches
 from ..data.datasets import binarize, dequantize
 from ..estimators.base import check_estimator, make_estimator, runs_together
 from ..programs.inspect import PairInfo, check_steady_scale, inspect_pair, prepare
-from ..programs.reachable import changed, modules_of, python_state
+from ..programs.reachable import changed, outermost_modules, python_state
 from ..programs.sites import Program
 from ..programs.state import buffers_kept, in_own_scope
 from ..programs.tracing import evaluation_mode, same_random_stream
@@ -248,7 +248,7 @@ def fit(
         )
     history = History(type(elbo).__name__, elbo.num_particles, precision=precision)
     best, best_epoch, best_state = -math.inf, 0, None
-    modules, infinite = modules_of(model, guide).values(), list[int]()
+    modules, infinite = outermost_modules(model, guide).values(), list[int]()
     began, step, compared = time.perf_counter(), 0, 0
 
     def batch_of(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
