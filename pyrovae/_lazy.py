@@ -26,7 +26,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "integration": ("evidence.exact",),
     "kernels": ("compile.kernels",),
     "marginal": ("evidence.importance", "evidence.store"),
-    "pairs": ("programs.inspect",),
+    "pairs": ("programs.inspect", "programs.parameters"),
     "proposals": ("evidence.refine", "evidence.proposals"),
     "report": ("cli.report", "cli.figures", "plots"),
     "rewrites": ("compile.rewrites", "compile.matmul", "compile.patterns"),

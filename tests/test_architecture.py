@@ -31,7 +31,7 @@ COMPONENTS = {"nn", "distributions", "priors", "encoders", "likelihoods", "model
 ONLY_IN = {
     "torchvision": ("data.datasets",),
     "arviz": ("evidence.psis",),
-    "pyro.poutine": ("programs", "models", "diagnostics", "evidence", "training"),
+    "pyro.poutine": ("programs",),
     "torch.fx": ("compile",),
     "torch._inductor": ("compile",),
     "torch._dynamo": ("compile",),

@@ -26,7 +26,7 @@ from pyrovae.data.batches import Batches
 from pyrovae.data.datasets import binarize
 from pyrovae.evidence import importance
 from pyrovae.evidence.psis_together import pareto_smooth_together
-from pyrovae.programs.inspect import find_parameters
+from pyrovae.programs.parameters import find_parameters
 
 X = torch.bernoulli(torch.full((12, 6), 0.3), generator=torch.Generator().manual_seed(0))
 ADAM = {

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyrovae as pv
 from pyrovae.data.batches import Batches
-from pyrovae.programs.inspect import find_parameters
+from pyrovae.programs.parameters import find_parameters
 from pyrovae.training.preflight import SupportCheck, check_other_batches
 
 

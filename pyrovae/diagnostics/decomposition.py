@@ -14,7 +14,7 @@ from ..evidence.importance import log_marginal
 from ..evidence.results import Evidence
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
-from .posterior import Array, _Pair
+from .posterior import Array, PairOnData
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def decompose(
             raise ValueError(f"{name} is an integer of at least {least}, not {value!r}.")
     if mixture_draws > num_draws:
         raise ValueError(f"mixture_draws ({mixture_draws}) are some of the num_draws ({num_draws}): raise the latter.")
-    pair = _Pair(model, guide, x, vectorize_particles)
+    pair = PairOnData(model, guide, x, vectorize_particles)
     if evidence is None:
         evidence = log_marginal(
             model,
@@ -236,10 +236,8 @@ def decompose(
         elbo_se=array(terms["elbo"][1]),
         information=array(information),
         mean_variances={
-            name: array(
-                _variance(torch.cat([part.means[name] for part in parts]), torch.cat([part.spreads[name] for part in parts]))
-            )
-            for name in parts[0].means
+            name: array(_variance(torch.cat([part.means[name] for part in parts]), torch.cat(noise)))
+            for name, noise in ((name, [part.mean_variances[name] for part in parts]) for name in parts[0].means)
         },
         refined=refined,
         num_draws=num_draws,

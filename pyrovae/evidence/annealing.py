@@ -288,8 +288,8 @@ def bdmc(
     gradient = _Gradient(path.backend(compile, batches.num_batches, ways=2))
     with _quietly(model, guide, first, seed), _bar(batches.num_batches, path, "BDMC", progress, ways=2) as bar:
         for batch in batches:
-            dream, latents = UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize_particles).dream()
-            shown = simulated_args(dream, batch)
+            trace, latents = UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize_particles).simulate()
+            shown = simulated_args(trace, batch)
             inspect_pair(model, guide, *shown)
             with pyro.validation_enabled(False):
                 pair = UnconstrainedPair(model, guide, shown, vectorize_particles=vectorize_particles)

@@ -10,10 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import MultivariateNormal, Normal
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -25,7 +22,7 @@ from ..programs.checks import refuse_masked
 from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
 from ..programs.sites import Layout, Program, data_plate, log_prob_of, per_datum, plate_nesting, plate_sizes, sites_of
 from ..programs.state import in_own_scope
-from ..programs.tracing import Substitute, evaluation_mode, explained, in_particles, trace_from_prior
+from ..programs.tracing import Substitute, Trace, evaluation_mode, explained, trace_from_prior, trace_program
 from ..programs.unconstrained import UnconstrainedPair
 from ..programs.wrappers import base_distribution, is_factor
 from .measure import evidence_fields, scored_data
@@ -199,8 +196,7 @@ def _enumerate(model: Program, batch: Batch, nesting: int, most: int, vectorize:
             given[site["name"]] = layout.to_site(values, plate_sizes(site, nesting), site["fn"].event_shape)
             column += number
         with explained(len(index)):
-            placed = Substitute(given)(in_particles(model, len(index), nesting))
-            return prune_subsample_sites(poutine.trace(placed).get_trace(*batch))
+            return trace_program(model, batch, len(index), nesting, Substitute(given))
 
     log_px = torch.full((data.size,), -math.inf, dtype=torch.float64, device=batch[0].device)
     highest, likeliest = log_px.clone(), torch.zeros(data.size, len(each), dtype=torch.long, device=log_px.device)

@@ -11,7 +11,6 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .._validation import positive_integer
@@ -186,7 +185,7 @@ class VAE(PairModule):
             (1.0, True)
         """
         from ..evidence.importance import CHUNK_NUMBERS
-        from ..programs.tracing import evaluation_mode
+        from ..programs.tracing import scoring_context
 
         num_samples = positive_integer(num_samples, "num_samples")
         num_draws = None if num_draws is None else positive_integer(num_draws, "num_draws")
@@ -196,10 +195,7 @@ class VAE(PairModule):
         if known is None:
             raise ValueError(f"The mask must be a boolean tensor of the data's shape {tuple(x.shape)}, true where observed.")
         rows = max(1, chunk // num_samples)
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.no_grad(), evaluation_mode(self.model, self.guide), torch.random.fork_rng(devices, enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with torch.no_grad(), scoring_context(self.model, self.guide, seed, x.device):
             parts = [
                 self._impute(data, seen, num_samples, num_draws, max(1, chunk // len(data)))
                 for data, seen in zip(x.split(rows), known.split(rows), strict=True)
@@ -211,6 +207,7 @@ class VAE(PairModule):
         """One batch, in chunks of particles; all weight so far is kept as one log-sum and the largest for each datum."""
         from ..evidence.psis import tail_size
         from ..programs.log_weights import log_weights
+        from ..programs.tracing import Recorder
 
         event = (1,) * len(self.data_shape)
         log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
@@ -219,7 +216,7 @@ class VAE(PairModule):
         left = num_samples
         while left:
             size = min(left, chunk)
-            with _Seen() as seen:
+            with Recorder() as recorder:
                 weights = log_weights(self.model, self.guide, x, mask, num_particles=size, max_plate_nesting=1)
             log_w = weights.log_weights.double()  # (size, B)
             tail = torch.cat([tail, log_w.T], 1)
@@ -231,13 +228,15 @@ class VAE(PairModule):
             if num_draws is None:
                 share = share.to(x.dtype).reshape(*share.shape, *event)
                 mean = mean * kept.to(x.dtype).reshape(-1, *event) + (
-                    share * seen.distribution.mean.reshape(size, *x.shape)
+                    share * recorder.distributions["x"].mean.reshape(size, *x.shape)
                 ).sum(0)
             else:
                 # Each draw moves to this chunk with the chunk's share, and picks within it by weight.
                 picked = torch.multinomial(torch.where(share.sum(0) > 0, share, 1.0).T, num_draws, replacement=True).T
                 moves = torch.rand(picked.shape, dtype=log_w.dtype, device=x.device) >= kept
-                drawn = seen.z.reshape(size, *latents.shape[1:]).gather(0, picked[..., None].expand(latents.shape))
+                drawn = (
+                    recorder.values["z"].reshape(size, *latents.shape[1:]).gather(0, picked[..., None].expand(latents.shape))
+                )
                 latents = torch.where(moves[..., None], drawn, latents)
             log_sum = total
             left -= size
@@ -315,16 +314,3 @@ def make_vae(
         encoder=build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale),
         name=name,
     )
-
-
-class _Seen(Messenger):
-    """Remembers z and p(x|z)."""
-
-    distribution: Any
-    z: Tensor
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == "z":
-            self.z = msg["value"]
-        elif msg["name"] == "x":
-            self.distribution = msg["fn"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .sites import Program, check_batch, data_plate, log_prob_of, plate_nesting, plate_sizes, plates_of, sites_of
 from .support import Measure, measure_of, support_of
-from .tracing import Traces, evaluation_mode, same_random_stream, trace_pair
+from .tracing import Traces, inspection, trace_pair
 from .wrappers import base_distribution, is_factor, is_masked_anywhere, is_point, mask_of, same_mask
 
 
@@ -99,7 +99,7 @@ def look_at(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
     Raises:
         ValueError: as :func:`check_sites`; also where the guide has no density.
     """
-    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
+    with inspection(model, guide, args):
         traces = trace_pair(model, guide, args, kwargs, 1, None)
         check_sites(traces)
         refuse_no_weights(why_no_weights(model, guide, args, kwargs, traces))

@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
 
 from .independence import COSTLY_DRAWS, COVERAGE_DRAWS, Latents, _frame, _probing
-from .sites import Layout, Program, log_prob_of, sites_of
+from .sites import Layout, Program, latents_of, log_prob_of, sites_of
 from .support import support_of
-from .tracing import Substitute, in_particles
-from .wrappers import base_distribution
+from .tracing import Substitute, in_particles, trace_program
+from .wrappers import base_distribution, is_factor
 
 # Unconstrained numbers that reach to the ends of a prior's support, which no draw has to come near.
 FAR = (-10.0, -6.0, -3.0, -1.5, -0.7, -0.3, -0.1, -0.01, 0.01, 0.1, 0.3, 0.7, 1.5, 3.0, 6.0, 10.0)
@@ -55,8 +53,7 @@ def covered_data(
         ``None`` where the guide's density is only known at its own draws.
     """
     with _probing(args):
-        trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args))
-        sites = [site for site in sites_of(trace) if not site["is_observed"]]
+        sites = latents_of(trace_program(guide, args))
         if not sites or any(site["infer"].get("is_auxiliary") for site in sites):
             return None
         look = _Coverage(model, guide, args, nesting, tuple(site["name"] for site in sites), plate)
@@ -142,15 +139,14 @@ class _Coverage:
             for site in sites:
                 log_prob = log_prob_of(site)
                 never = (log_prob == -torch.inf) | log_prob.isnan()
-                if type(site["fn"]).__name__ != "Unit":
+                if not is_factor(site):
                     never = never | (_outside(site["fn"], site["value"]) & _unmasked(site, log_prob))
                 allowed &= ~_any_of_datum(layout, site, never)
             parts.append(allowed)
         return torch.cat(parts)
 
     def _run(self, program: Program, values: Latents, num: int) -> list[dict]:
-        placed = Substitute(values)(in_particles(program, num, self.nesting))
-        return list(sites_of(prune_subsample_sites(poutine.trace(placed).get_trace(*self.args))))
+        return list(sites_of(trace_program(program, self.args, num, self.nesting, Substitute(values))))
 
 
 class _EnoughError(Exception):

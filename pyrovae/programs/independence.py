@@ -9,11 +9,10 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from .sites import Program, data_plate, log_prob_of, per_datum, plates_of, sites_of
-from .tracing import Substitute, explained, in_particles, same_random_stream, trace_pair
+from .sites import Program, data_plate, latents_of, log_prob_of, per_datum, plates_of, sites_of
+from .tracing import Substitute, explained, same_random_stream, trace_pair, trace_program
 
 # Data that a pair is probed on, unless its programs only run on all of them.
 PROBED_ROWS = 4
@@ -43,13 +42,9 @@ class _Rows:
         found: Terms = {}
         with explained(num):
             for program in (self.guide, self.model):
-                placed = Substitute(latents)(in_particles(program, num, self.nesting))
-                # What the guide observes is no part of q(z|x).
-                sites = [
-                    site
-                    for site in sites_of(prune_subsample_sites(poutine.trace(placed).get_trace(*args)))
-                    if program is self.model or not site["is_observed"]
-                ]
+                trace = trace_program(program, args, num, self.nesting, Substitute(latents))
+                # What the guide observes is not a part of q(z|x).
+                sites = list(sites_of(trace)) if program is self.model else latents_of(trace)
                 data = _frame(sites, self.data.name)
                 for site in sites:
                     try:

@@ -6,22 +6,19 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batches import Batches
 from ..data.matching import Batch
 from .checks import check_finite, check_sites, check_support, why_no_weights
 from .independence import PROBED_ROWS, check_independence
 from .log_weights import read_weights
-from .reachable import parameters_of
+from .parameters import all_parameters, own_parameters
 from .sites import Program, data_plate, log_prob_of, num_known_of, num_observed_of, per_datum, plate_nesting, sites_of
 from .state import own_scope
 from .support import support_of
-from .tracing import Traces, evaluation_mode, same_random_stream, trace_pair
+from .tracing import Traces, evaluation_mode, inspection, trace_pair
 from .wrappers import base_distribution
 
 # Data in the first batch that a pair is shown, where it is to be scored.
@@ -89,7 +86,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         ValueError: as :func:`log_weights`; also where an observed value lies outside its distribution's support.
     """
     check_finite((*args, *kwargs.values()))
-    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
+    with inspection(model, guide, args):
         traces = trace_pair(model, guide, args, kwargs, 1, None)
         model_trace, guide_trace = traces.model, traces.guide
         for site in sites_of(model_trace):
@@ -180,48 +177,6 @@ def check_steady_scale(model: Program, guide: Program, args: tuple[Tensor, ...],
         )
 
 
-def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
-    """The unconstrained leaf parameters of a pair, as Pyro's SVI finds them, each once.
-
-    Parameters of an ``nn.Module`` whose bound method a program is come along, whether or not it calls ``pyro.module``. Where
-    Pyro's store holds another module's parameter of the same name, it is the pair's own that counts, as it does when the pair
-    runs.
-    """
-    return _leaves(model, guide, _parameter_sites(model, guide, args, kwargs))
-
-
-def _leaves(model: Program, guide: Program, sites: list[tuple[str, Tensor, Tensor]]) -> list[Tensor]:
-    """The leaves among the parameters of a pair, with those of the modules whose bound methods its programs are."""
-    found = {id(own): own for _, own, _ in sites}
-    for program in (model, guide):
-        owner = getattr(program, "__self__", program)
-        if isinstance(owner, nn.Module):
-            for parameter in owner.parameters():
-                found.setdefault(id(parameter), parameter)
-    return [parameter for parameter in found.values() if parameter.requires_grad and parameter.is_leaf]
-
-
-def _parameter_sites(model: Program, guide: Program, args: tuple, kwargs: dict) -> list[tuple[str, Tensor, Tensor]]:
-    """The name of each parameter that a pair names, with the one that it uses and the one that Pyro's store has."""
-    held = parameters_of(model, guide)
-    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block(), _EveryParam() as seen:
-        trace_pair(model, guide, args, kwargs, 1, None)
-    return [(name, given if id(given) in held else live, live) for name, given, live in seen.sites]
-
-
-class _EveryParam(Messenger):
-    """Records each parameter statement: in a trace, a second module of the same name would hide the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: list[tuple[str, Any, Tensor]] = []
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        given = msg["args"][1] if len(msg["args"]) > 1 else None
-        value = msg["value"]
-        self.sites.append((msg["name"], given, value.unconstrained() if hasattr(value, "unconstrained") else value))
-
-
 @dataclass(frozen=True)
 class FirstBatch:
     """What the first run of a pair on a batch settles for all later ones.
@@ -300,6 +255,26 @@ def prepare(
     return replace(first, info=replace(first.info, tied_to_data=tied), whole=len(whole[0]))
 
 
+def open_pair(model: Program, guide: Program, x: Any, *, vectorize_particles: bool = True) -> tuple[Batches, FirstBatch]:
+    """Data in their order, in the pair's type and on its device, and what a first run found: to score each datum.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        x: data, as :class:`pyrovae.data.Batches` takes them.
+        vectorize_particles: whether particles will run side by side.
+
+    Raises:
+        ValueError: as :func:`prepare`; or the data plate is subsampled.
+    """
+    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
+    data.to(first.dtype, first.device, first.floating)
+    if first.info.scale != 1.0:
+        raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
+    return data, first
+
+
 class _TiedError(Exception):
     """The pair does not run on some of its data as it does on all."""
 
@@ -319,7 +294,7 @@ def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tup
             raise _TiedError
     except (ValueError, RuntimeError, IndexError, _TiedError) as error:
         # Not for every mistake: all data at once may be many.
-        lengths = [length for parameter in _all_parameters(model, guide) for length in parameter.shape]
+        lengths = [length for parameter in all_parameters(model, guide) for length in parameter.shape]
         if first is None and (total == size or not (str(total) in str(error) or any(n % total == 0 for n in lengths))):
             raise
         whole = _all_of(batches) if total > size else batch
@@ -350,11 +325,6 @@ def _all_of(batches: Batches) -> Batch:
         return batches.arrays if batches.transform is None else (batches.transform(batches.arrays[0]), *batches.arrays[1:])
 
 
-def _all_parameters(model: Program, guide: Program) -> list[Tensor]:
-    """What the pair's modules and Pyro's store hold."""
-    return [*parameters_of(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
-
-
 def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstBatch:
     """Find a pair's parameters, structure, floating type and device from one batch.
 
@@ -374,7 +344,7 @@ def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstB
     for attempt, cast in attempts:
         try:
             with own_scope(model, guide, keep=True, undo=(Exception,)):
-                parameters, floating = _own_parameters(model, guide, attempt), cast
+                parameters, floating = own_parameters(model, guide, attempt), cast
             break
         except RuntimeError:
             if attempt is attempts[-1][0]:
@@ -390,15 +360,6 @@ def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstB
         )
     moved = _moved(args, dtype, device, floating)
     return FirstBatch(parameters, inspect_pair(model, guide, *moved), dtype, device, floating, moved)
-
-
-def _own_parameters(model: Program, guide: Program, args: Batch) -> list[Tensor]:
-    """As :func:`find_parameters`, and the store lets go of what goes by the name of a parameter that the pair holds itself."""
-    store, sites = pyro.get_param_store(), _parameter_sites(model, guide, args, {})
-    others = {name for name, own, live in sites if own is not live and name in store}
-    for name in others:
-        del store[name]
-    return _leaves(model, guide, _parameter_sites(model, guide, args, {}) if others else sites)
 
 
 def _moved(

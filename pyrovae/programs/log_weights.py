@@ -283,19 +283,6 @@ def prior_weights(
     return draw() if together == num_particles else _concatenate([draw() for _ in range(num_particles)])
 
 
-def _in_type_of(argument: Tensor, site: dict) -> Tensor:
-    """What a site simulated in the type of an argument, or in one that can hold it: counts pass 255, and fractions stay."""
-    value, dtype = site["value"], argument.dtype
-    if not dtype.is_floating_point and dtype != torch.bool:
-        if not value.is_floating_point():
-            return value.to(torch.promote_types(value.dtype, dtype))
-        try:
-            dtype = torch.int64 if support_of(site["fn"]).is_discrete else value.dtype
-        except NotImplementedError:  # torch's word for a distribution that declares no support
-            dtype = value.dtype
-    return value.to(dtype)
-
-
 def _concatenate(draws: list[LogWeights]) -> LogWeights:
     """Runs of one particle each as one set of weights."""
     first = draws[0]

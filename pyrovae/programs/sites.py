@@ -43,10 +43,25 @@ class Layout(NamedTuple):
 
     def to_site(self, numbers: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
         """Each datum's numbers (K, B, n) as the value of a site whose plates have these sizes."""
-        inner = [size for dim, size in zip(range(-self.nesting, 0), sizes, strict=True) if dim != self.data_dim]
-        value = numbers.reshape(self.num_particles, self.num_data, *inner, *event_shape)
+        value = numbers.reshape(self.num_particles, self.num_data, *self._inner(sizes), *event_shape)
         value = value.movedim(1, 1 + self.nesting + self.data_dim)
         return value[0] if self.num_particles == 1 else value
+
+    def rows(self, site: dict, value: Tensor) -> Tensor:
+        """A site's value as (K, B, ...): by particle and datum, then the plates inside a datum, then the event."""
+        sizes, event_shape = plate_sizes(site, self.nesting), site["fn"].event_shape
+        return self.from_site(value, sizes, event_shape).reshape(
+            self.num_particles, self.num_data, *(size for size in self._inner(sizes) if size != 1), *event_shape
+        )
+
+    def value(self, site: dict, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`: a value in the site's own shape."""
+        numbers = rows.reshape(self.num_particles, self.num_data, -1)
+        return self.to_site(numbers, plate_sizes(site, self.nesting), site["fn"].event_shape)
+
+    def _inner(self, sizes: list[int]) -> list[int]:
+        """The sizes of the plates inside a datum."""
+        return [size for dim, size in zip(range(-self.nesting, 0), sizes, strict=True) if dim != self.data_dim]
 
     def from_site(self, value: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
         """The inverse of :meth:`to_site`: (K, B, n)."""

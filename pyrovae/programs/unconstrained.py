@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
@@ -28,7 +27,8 @@ from .sites import (
     sites_of,
 )
 from .support import _Image, _Union, support_of
-from .tracing import Substitute, explained, in_particles, same_random_stream, trace_from_prior, trace_pair
+from .tracing import Substitute, explained, same_random_stream, trace_from_prior, trace_pair, trace_program
+from .wake_sleep import unconditioned
 from .wrappers import base_distribution, is_factor
 
 
@@ -138,10 +138,10 @@ class UnconstrainedPair:
         with watch:
             return self._run(self.model, given, len(flat))[0]
 
-    def dream(self) -> tuple[Trace, Tensor]:
-        """One draw of p(x, z) per datum: the trace of the model, unconditioned, and u (1, B, L)."""
+    def simulate(self) -> tuple[Trace, Tensor]:
+        """Simulate one (z, x) per datum from the model: its unconditioned trace, and u of shape (1, B, L)."""
         with torch.no_grad(), poutine.block():
-            trace = prune_subsample_sites(poutine.trace(poutine.uncondition(self.model)).get_trace(*self.args))
+            trace = trace_program(unconditioned(self.model), self.args)
         for site in sites_of(trace):
             if is_factor(site):
                 raise ValueError(f"The model's pyro.factor {site['name']!r} cannot be simulated: remove it.")
@@ -222,8 +222,7 @@ class UnconstrainedPair:
     ) -> tuple[Trace, Substitute]:
         place = Substitute(given, unconstrained=unconstrained)
         with explained(num):
-            trace = poutine.trace(place(in_particles(program, num, self.nesting))).get_trace(*self.args)
-        return prune_subsample_sites(trace), place
+            return trace_program(program, self.args, num, self.nesting, place), place
 
     def _layout(self, num: int) -> Layout:
         return Layout(num, self.num_data, self.nesting, self.data.dim)

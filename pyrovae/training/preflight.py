@@ -11,7 +11,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -24,7 +23,7 @@ from ..programs.checks import check_finite, check_support
 from ..programs.inspect import inspect_pair
 from ..programs.reachable import reachable
 from ..programs.sites import Program, sites_of
-from ..programs.tracing import evaluation_mode, same_random_stream, trace_pair
+from ..programs.tracing import evaluation_mode, inspection, same_random_stream, trace_pair
 from ..programs.wrappers import base_distribution
 
 # Rows whose support is checked at once.
@@ -52,7 +51,7 @@ def check_programs(model: Program, guide: Program) -> None:
 
 def observed_sites(model: Program, guide: Program, args: Batch) -> list[dict]:
     """The observed sites of one run, which leaves no trace."""
-    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
+    with inspection(model, guide, args):
         trace = trace_pair(model, guide, args, {}, 1, None).model
     factors = ("Unit", "Delta")
     return [site for site in sites_of(trace) if site["is_observed"] and type(site["fn"]).__name__ not in factors]
