@@ -33,7 +33,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "staging": ("compile.step", "compile.graph", "compile.inductor", "compile.optimizer"),
     "traces": ("programs.sites", "programs.tracing", "programs.checks", "programs.unconstrained"),
     "vae": ("models.vae", "models.base"),
-    "weights": ("programs.log_weights", "programs.wake_sleep"),
+    "weights": ("programs.weights", "programs.log_weights", "programs.wake_sleep"),
 }
 
 

@@ -34,6 +34,26 @@ def centre(distribution: Any) -> Tensor:
     return distribution.centre if hasattr(distribution, "centre") else distribution.mean
 
 
+def same_support(first: constraints.Constraint, second: constraints.Constraint) -> bool:
+    """Whether two constraints without bounds, such as those of latents, are the same set.
+
+    Example:
+        >>> from torch.distributions import constraints
+        >>> from pyrovae.distributions import same_support
+        >>> same_support(constraints.real_vector, constraints.independent(constraints.real, 1))
+        True
+        >>> same_support(constraints.real_vector, constraints.simplex)
+        False
+    """
+    if first.event_dim != second.event_dim:
+        return False
+    while isinstance(first, constraints.independent):
+        first = first.base_constraint
+    while isinstance(second, constraints.independent):
+        second = second.base_constraint
+    return type(first) is type(second)
+
+
 class HypersphereUniform(dist.TorchDistribution):
     r"""The uniform distribution on the unit sphere of R^L.
 
@@ -942,6 +962,8 @@ class Dequantized(dist.TransformedDistribution):
         >>> Dequantized(ContinuousBernoulli(torch.zeros(())), 256).log_prob(torch.tensor(3.7)).exp() * 256
         tensor(1.)
     """
+
+    support_cure = "add noise with pyrovae.data.dequantize to"
 
     def __init__(self, base_dist: Any, num_levels: int, validate_args: bool | None = None):
         self.num_levels = num_levels

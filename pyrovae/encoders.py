@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import distributions
 from ._validation import positive_integer, positive_number
-from .distributions import FlowDistribution, check_sphere, flow_transform, normalizing_flow
+from .distributions import FlowDistribution, check_sphere, flow_transform, normalizing_flow, same_support
 from .nn import as_shape, as_widths
 from .registry import build, find, register
 
@@ -288,7 +288,7 @@ class Flow(Encoder):
         if family not in families:
             raise ValueError(f"family is one of {', '.join(map(repr, families))}, not {family!r}.")
         below: type[Encoder] = find("encoder", base)
-        if str(below.support) != str(constraints.real_vector):
+        if not same_support(below.support, constraints.real_vector):
             raise ValueError(f"A flow moves all real vectors, and {base!r} does not live there: choose another base.")
         self.init_arguments = {"base": base}
         # The base sees features for data, so that the body has one owner.

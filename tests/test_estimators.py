@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from pyrovae import estimators as est
 from pyrovae.programs.inspect import inspect_pair
-from pyrovae.programs.log_weights import LogWeights, log_weights
+from pyrovae.programs.log_weights import log_weights
+from pyrovae.programs.weights import LogWeights
 from pyrovae.registry import build, describe, names
 
 pytestmark = pytest.mark.usefixtures("float64")

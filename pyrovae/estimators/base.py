@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .._validation import positive_integer
 from ..programs.inspect import PairInfo, inspect_pair
-from ..programs.log_weights import LogWeights, log_weights
+from ..programs.log_weights import log_weights
 from ..programs.sites import Program
 from ..programs.tracing import Gradients
+from ..programs.weights import LogWeights
 from ..registry import build, register
 
 for _pyros_own, _name in [

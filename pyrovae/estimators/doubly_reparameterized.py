@@ -8,8 +8,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..programs.log_weights import Leaf, LogWeights, zero_negligible
 from ..programs.sites import Program
+from ..programs.weights import Leaf, LogWeights, zero_negligible
 from ..registry import register
 from .base import Coefficients, _iwae, _ManyParticles
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..programs.log_weights import LogWeights
 from ..programs.sites import Program
+from ..programs.weights import LogWeights
 from ..registry import register
 from .base import Coefficients, Estimator, _elbo
 

@@ -8,7 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ..programs.log_weights import LogWeights
+from ..programs.weights import LogWeights
 from ..registry import register
 from .base import Coefficients, _elbo, _iwae, _log_mean_exp, _ManyParticles, _others
 

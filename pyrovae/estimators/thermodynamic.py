@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._validation import positive_integer
-from ..programs.log_weights import LogWeights
+from ..programs.weights import LogWeights
 from ..registry import register
 from .base import Coefficients, _ManyParticles
 

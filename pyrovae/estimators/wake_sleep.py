@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..programs.log_weights import LogWeights
 from ..programs.sites import Program
 from ..programs.wake_sleep import simulated_log_guide
+from ..programs.weights import LogWeights
 from ..registry import register
 from .base import Coefficients, _iwae, _ManyParticles
 

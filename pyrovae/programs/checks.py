@@ -9,7 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .sites import Program, check_batch, data_plate, log_prob_of, plate_nesting, plate_sizes, plates_of, sites_of
-from .support import Measure, measure_of, support_of
+from .support import ReferenceMeasure, measure_of, support_of
 from .tracing import Traces, inspection, trace_pair
 from .wrappers import base_distribution, is_factor, is_masked_anywhere, is_point, mask_of, same_mask
 
@@ -73,7 +73,8 @@ def check_support(site: dict) -> None:
     distribution = base_distribution(site)
     name = type(distribution).__name__
     low, high = site["value"].min().item(), site["value"].max().item()
-    cure = {"Bernoulli": "binarise", "Dequantized": "add noise with pyrovae.data.dequantize to"}.get(name, "rescale")
+    usual = "binarise" if isinstance(distribution, torch.distributions.Bernoulli) else "rescale"
+    cure = getattr(distribution, "support_cure", usual)
     if hasattr(distribution, "columns"):  # a table: say which columns
         wrong = (~distribution.support.check(site["value"])).flatten(0, -2).any(0).nonzero().flatten().tolist()
         name = f"column(s) {wrong} of {name}"
@@ -162,7 +163,7 @@ def _check_latent(site: dict, drawn: dict, nesting: int) -> None:
         )
 
 
-def _measures(site: dict, drawn: dict) -> tuple[Measure, Measure] | None:
+def _measures(site: dict, drawn: dict) -> tuple[ReferenceMeasure, ReferenceMeasure] | None:
     try:
         return measure_of(site, support_of(site["fn"])), measure_of(drawn, support_of(drawn["fn"]))
     except NotImplementedError:  # torch's word for a distribution that declares no support

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro.distributions import DirichletMultinomial
 from torch import Tensor
 
 from ..data.batches import Batches
@@ -153,7 +154,7 @@ def _fraction_discrete(site: dict) -> float:
 def _redundant(site: dict) -> int:
     """How many numbers stand for one: all of a one-hot vector."""
     distribution = base_distribution(site)
-    return distribution.event_shape[-1] if _is_discrete(site) and "OneHot" in type(distribution).__name__ else 1
+    return distribution.event_shape[-1] if isinstance(distribution, torch.distributions.OneHotCategorical) else 1
 
 
 def _conditions(site: dict) -> tuple[str, ...]:
@@ -161,7 +162,7 @@ def _conditions(site: dict) -> tuple[str, ...]:
     distribution = site["fn"]
     while not hasattr(distribution, "conditional_on") and hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    if type(base_distribution(site)).__name__ in ("Multinomial", "DirichletMultinomial"):
+    if isinstance(base_distribution(site), torch.distributions.Multinomial | DirichletMultinomial):
         return ("the total",)
     return tuple(getattr(distribution, "conditional_on", ()))
 

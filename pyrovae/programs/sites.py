@@ -153,7 +153,7 @@ MANY_TERMS = 2**16
 def log_prob_of(site: dict) -> Tensor:
     """A site's log-probability, masked but not scaled, in nats; in float64 where it sums very many terms."""
     distribution, value, inner = site["fn"], site["value"], 0
-    if type(distribution).__name__ == "Independent" and distribution.event_shape.numel() >= MANY_TERMS:
+    if isinstance(distribution, torch.distributions.Independent) and distribution.event_shape.numel() >= MANY_TERMS:
         distribution, inner = distribution.base_dist, distribution.reinterpreted_batch_ndims
         if isinstance(
             getattr(distribution, "loc", None), Tensor
