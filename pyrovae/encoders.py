@@ -161,7 +161,8 @@ class LowRankNormal(Encoder):
         ValueError: ``rank`` is not a positive integer.
 
     References:
-        Ong, Nott and Smith, Gaussian Variational Approximation with a Factor Covariance Structure, 2018.
+        Ong, Nott and Smith, Gaussian Variational Approximation with a Factor Covariance Structure, 2018,
+        https://arxiv.org/abs/1701.03208.
 
     Example:
         >>> import torch
@@ -206,8 +207,9 @@ class Mixture(Encoder):
         ValueError: ``components`` is not a positive integer.
 
     References:
-        Morningstar et al., Automatic Differentiation Variational Inference with Mixtures, 2021. Figurnov, Mohamed and Mnih,
-        Implicit Reparameterization Gradients, 2018.
+        Morningstar et al., Automatic Differentiation Variational Inference with Mixtures, 2021,
+        https://arxiv.org/abs/2003.01687.
+        Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018, https://arxiv.org/abs/1805.08498.
 
     Example:
         >>> import torch
@@ -261,8 +263,10 @@ class Flow(Encoder):
         ValueError: the family is none of these, the base does not live on all real vectors, or a number is not positive.
 
     References:
-        Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow, 2016. Rezende and Mohamed, Variational
-        Inference with Normalizing Flows, 2015. Dinh et al., RealNVP, 2016. Durkan et al., Neural Spline Flows, 2019.
+        Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow, 2016, https://arxiv.org/abs/1606.04934.
+        Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015, https://arxiv.org/abs/1505.05770.
+        Dinh, Sohl-Dickstein and Bengio, Density Estimation Using Real NVP, 2016, https://arxiv.org/abs/1605.08803.
+        Durkan, Bekasov, Murray and Papamakarios, Neural Spline Flows, 2019, https://arxiv.org/abs/1906.04032.
 
     Example:
         >>> import torch
@@ -327,8 +331,8 @@ class PowerSpherical(Encoder):
         ValueError: L is below 2.
 
     References:
-        De Cao and Aziz, The Power Spherical Distribution, 2020. Davidson et al., Hyperspherical Variational Auto-Encoders,
-        2018.
+        De Cao and Aziz, The Power Spherical Distribution, 2020, https://arxiv.org/abs/2006.04437.
+        Davidson et al., Hyperspherical Variational Auto-Encoders, 2018, https://arxiv.org/abs/1804.00891.
 
     Example:
         >>> import torch
@@ -375,7 +379,8 @@ class RelaxedOneHot(Encoder):
         ValueError: ``temperature`` is not a positive number.
 
     References:
-        Maddison, Mnih and Teh, The Concrete Distribution, 2017. Jang, Gu and Poole, Gumbel-Softmax, 2017.
+        Maddison, Mnih and Teh, The Concrete Distribution, 2017, https://arxiv.org/abs/1611.00712.
+        Jang, Gu and Poole, Categorical Reparameterization with Gumbel-Softmax, 2017, https://arxiv.org/abs/1611.01144.
 
     Example:
         >>> import torch

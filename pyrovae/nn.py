@@ -330,7 +330,8 @@ class ResNetEncoder(_ImageEncoder):
         ValueError: the input is not an image, or too small for that many halvings.
 
     References:
-        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015; Identity Mappings in Deep Residual Networks, 2016.
+        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852.
+        He, Zhang, Ren and Sun, Identity Mappings in Deep Residual Networks, 2016, https://arxiv.org/abs/1603.05027.
 
     Example:
         >>> import torch
@@ -365,7 +366,8 @@ class ResNetDecoder(_ImageDecoder):
         ValueError: the output is not an image, or too small for that many doublings.
 
     References:
-        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015; Identity Mappings in Deep Residual Networks, 2016.
+        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852.
+        He, Zhang, Ren and Sun, Identity Mappings in Deep Residual Networks, 2016, https://arxiv.org/abs/1603.05027.
 
     Example:
         >>> import torch

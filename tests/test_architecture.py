@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,6 +114,18 @@ def test_the_reader_sees_imports_of_every_form() -> None:
     # Guards the guards: were nothing found, everything above would pass.
     assert _modules("models.base") >= {"registry", "training.loop", "evidence.importance"}
     assert "torch" in {name.split(".")[0] for name in _imports("nn")}
+
+
+REFERENCES = re.compile(r"^( *)References:\n((?:\1 +\S.*\n)+)", re.MULTILINE)
+LINKS_TO_COME = {"compile", "evidence", "models"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if _room(module) not in LINKS_TO_COME])
+def test_references_carry_links(module: str) -> None:
+    # A paper is recognised by its year.
+    for section in REFERENCES.finditer(MODULES[module].read_text(encoding="utf-8")):
+        papers, links = re.findall(r",\s+(?:19|20)\d\d\b", section[2]), section[2].count("http")
+        assert links >= len(papers) > 0, f"{module}: give each paper a link (arXiv or DOI) in\n{section[2]}"
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -184,8 +184,10 @@ def decompose(
         ValueError: bad data, a pair that :func:`pyrovae.log_weights` refuses, or arrays of another length.
 
     References:
-        Hoffman and Johnson, ELBO surgery, 2016. Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders,
-        2018. Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016. Alemi et al., Fixing a Broken ELBO, 2018.
+        Hoffman and Johnson, ELBO Surgery, 2016, https://approximateinference.org/2016/accepted/HoffmanJohnson2016.pdf.
+        Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders, 2018, https://arxiv.org/abs/1801.03558.
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
+        Alemi et al., Fixing a Broken ELBO, 2018, https://arxiv.org/abs/1711.00464.
 
     Example:
         >>> import torch, pyrovae as pv

@@ -169,7 +169,7 @@ def compare_estimators(
         ValueError: an unknown estimator, one that the pair does not fit, or bad data.
 
     References:
-        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
+        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018, https://arxiv.org/abs/1802.04537.
 
     Example:
         >>> import torch, pyrovae as pv

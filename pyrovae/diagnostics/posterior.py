@@ -67,7 +67,8 @@ def posterior_draws(
         ValueError: bad data, a pair that :func:`pyrovae.log_weights` refuses, or a datum all of whose weights are zero.
 
     References:
-        Rubin, Using the SIR algorithm to simulate posterior distributions, 1988.
+        Smith and Gelfand, Bayesian Statistics without Tears: A Sampling-Resampling Perspective, 1992,
+        https://doi.org/10.1080/00031305.1992.10475856.
 
     Example:
         >>> import torch, pyrovae as pv

@@ -33,7 +33,8 @@ class DReG(_ManyParticles):
         ValueError: a site is not reparameterised, or is a flow that cannot be inverted.
 
     References:
-        Tucker, Lawson, Gu and Maddison, Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, 2019.
+        Tucker, Lawson, Gu and Maddison, Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, 2019,
+        https://arxiv.org/abs/1810.04152.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -77,7 +78,8 @@ class GDReG(_ManyParticles):
         ValueError: a site is not reparameterised, or is a flow that cannot be inverted.
 
     References:
-        Bauer and Mnih, Generalized Doubly Reparameterized Gradient Estimators, 2021.
+        Bauer and Mnih, Generalized Doubly Reparameterized Gradient Estimators, 2021,
+        https://proceedings.mlr.press/v139/bauer21a.html.
 
     Example:
         >>> import torch, pyrovae as pv

@@ -39,8 +39,11 @@ class ELBO(Estimator):
         ValueError: an option out of range, or a site that is not reparameterised.
 
     References:
-        Kingma and Welling, Auto-Encoding Variational Bayes, 2014. Beta: Higgins et al., beta-VAE, 2017. Warm-up: Sonderby et
-        al., Ladder Variational Autoencoders, 2016. Free bits: Kingma et al., Inverse Autoregressive Flow, 2016.
+        Kingma and Welling, Auto-Encoding Variational Bayes, 2014, https://arxiv.org/abs/1312.6114.
+        Beta: Higgins et al., beta-VAE, 2017, https://openreview.net/forum?id=Sy2fzU9gl.
+        Warm-up: Sonderby et al., Ladder Variational Autoencoders, 2016, https://arxiv.org/abs/1602.02282.
+        Free bits: Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow, 2016,
+        https://arxiv.org/abs/1606.04934.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -135,7 +138,7 @@ class STL(Estimator):
         ValueError: a site is not reparameterised, or is a flow that cannot be inverted.
 
     References:
-        Roeder, Wu and Duvenaud, Sticking the Landing, 2017.
+        Roeder, Wu and Duvenaud, Sticking the Landing, 2017, https://arxiv.org/abs/1703.09194.
 
     Example:
         >>> import torch, pyrovae as pv

@@ -32,7 +32,7 @@ class IWAE(_ManyParticles):
         ValueError: a site is not reparameterised.
 
     References:
-        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016.
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -64,7 +64,7 @@ class MIWAE(_Grouped):
         ValueError: the groups are not equal, or a site is not reparameterised.
 
     References:
-        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
+        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018, https://arxiv.org/abs/1802.04537.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -99,7 +99,7 @@ class PIWAE(_Grouped):
         ValueError: the groups are not equal, or a site is not reparameterised.
 
     References:
-        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
+        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018, https://arxiv.org/abs/1802.04537.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -140,7 +140,7 @@ class CIWAE(_ManyParticles):
         ValueError: beta lies outside [0, 1], or a site is not reparameterised.
 
     References:
-        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
+        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018, https://arxiv.org/abs/1802.04537.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -179,7 +179,7 @@ class Renyi(_ManyParticles):
         ValueError: alpha is not finite, or a site is not reparameterised.
 
     References:
-        Li and Turner, Renyi Divergence Variational Inference, 2016.
+        Li and Turner, Renyi Divergence Variational Inference, 2016, https://arxiv.org/abs/1602.02311.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -221,7 +221,7 @@ class VRMax(_ManyParticles):
         ValueError: a site is not reparameterised.
 
     References:
-        Li and Turner, Renyi Divergence Variational Inference, 2016.
+        Li and Turner, Renyi Divergence Variational Inference, 2016, https://arxiv.org/abs/1602.02311.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -255,7 +255,7 @@ class JVI(_ManyParticles):
 
     References:
         Nowozin, Debiasing Evidence Approximations: On Importance-Weighted Autoencoders and Jackknife Variational Inference,
-        2018.
+        2018, https://openreview.net/forum?id=HyZoi-WRb.
 
     Example:
         >>> import torch, pyrovae as pv

@@ -58,7 +58,7 @@ class VIMCO(_ScoreFunction):
         ValueError: fewer than two particles.
 
     References:
-        Mnih and Rezende, Variational Inference for Monte Carlo Objectives, 2016.
+        Mnih and Rezende, Variational Inference for Monte Carlo Objectives, 2016, https://arxiv.org/abs/1602.06725.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -96,7 +96,7 @@ class OVIS(_ScoreFunction):
 
     References:
         Lievin, Dittadi, Christensen and Winther, Optimal Variance Control of the Score-Function Gradient Estimator for
-        Importance-Weighted Bounds, 2020, equation 17.
+        Importance-Weighted Bounds, 2020, equation 17, https://arxiv.org/abs/2008.01998.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -137,8 +137,9 @@ class ScoreELBO(_ManyParticles):
         ValueError: fewer than two particles.
 
     References:
-        Ranganath, Gerrish and Blei, Black Box Variational Inference, 2014. The baseline: Kool, van Hoof and Welling, Buy 4
-        REINFORCE Samples, Get a Baseline for Free!, 2019.
+        Ranganath, Gerrish and Blei, Black Box Variational Inference, 2014, https://arxiv.org/abs/1401.0118.
+        The baseline: Kool, van Hoof and Welling, Buy 4 REINFORCE Samples, Get a Baseline for Free!, 2019,
+        https://openreview.net/forum?id=r1lgTGL5DE.
 
     Example:
         >>> import torch, pyrovae as pv

@@ -38,7 +38,7 @@ class TVO(_ManyParticles):
         ValueError: one particle, no partition, or a first point that is not below 1.
 
     References:
-        Masrani, Le and Wood, The Thermodynamic Variational Objective, 2019.
+        Masrani, Le and Wood, The Thermodynamic Variational Objective, 2019, https://arxiv.org/abs/1907.00031.
 
     Example:
         >>> import torch, pyrovae as pv

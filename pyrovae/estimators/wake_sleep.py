@@ -36,7 +36,9 @@ class RWS(_ManyParticles):
         ValueError: an unknown phase; in sleep, a model that observes something else than the arguments it was given.
 
     References:
-        Bornschein and Bengio, Reweighted Wake-Sleep, 2015. Le et al., Revisiting Reweighted Wake-Sleep, 2019.
+        Bornschein and Bengio, Reweighted Wake-Sleep, 2015, https://arxiv.org/abs/1406.2751.
+        Le et al., Revisiting Reweighted Wake-Sleep for Models with Stochastic Control Flow, 2019,
+        https://arxiv.org/abs/1805.10469.
 
     Example:
         >>> import torch, pyrovae as pv

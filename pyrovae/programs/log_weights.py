@@ -77,7 +77,7 @@ def log_weights(
             message names the site and the cure.
 
     References:
-        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016.
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
 
     Example:
         >>> import torch, pyrovae as pv
