@@ -12,7 +12,7 @@ def positive_integer(value: Any, what: str) -> int:
     """``value`` as a plain integer.
 
     Raises:
-        ValueError: it is no positive whole number; the message calls it ``what``.
+        ValueError: it is not a positive whole number; the message calls it ``what``.
 
     Example:
         >>> from pyrovae._validation import positive_integer
@@ -20,7 +20,7 @@ def positive_integer(value: Any, what: str) -> int:
         5000
     """
     if not (isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())) or value < 1:
-        raise ValueError(f"{what} is a positive integer, not {value!r}.")
+        raise ValueError(f"{what} must be a positive integer, got {value!r}.")
     return int(value)
 
 
@@ -28,7 +28,7 @@ def positive_number(value: Any, what: str) -> float:
     """``value`` as a plain float.
 
     Raises:
-        ValueError: it is no positive, finite number; the message calls it ``what``.
+        ValueError: it is not a positive, finite number; the message calls it ``what``.
 
     Example:
         >>> from pyrovae._validation import positive_number
@@ -36,7 +36,7 @@ def positive_number(value: Any, what: str) -> float:
         2.0
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{what} is a positive number, not {value!r}.")
+        raise ValueError(f"{what} must be a positive number, got {value!r}.")
     return float(value)
 
 

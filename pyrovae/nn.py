@@ -39,7 +39,7 @@ def as_shape(shape: Shape) -> tuple[int, ...]:
     """``784`` -> ``(784,)``; ``[1, 28, 28]`` -> ``(1, 28, 28)``."""
     found: tuple[Any, ...] = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if not found or not all(isinstance(size, Integral) and int(size) > 0 for size in found):
-        raise ValueError(f"A shape is a positive integer or a non-empty tuple of them, not {shape!r}.")
+        raise ValueError(f"A shape must be a positive integer or a non-empty tuple of them, got {shape!r}.")
     return tuple(int(size) for size in found)
 
 
@@ -51,7 +51,7 @@ def as_widths(widths: Sequence[int]) -> list[int]:
     """
     found = list(widths) if isinstance(widths, Iterable) else [0]
     if not all(isinstance(width, Integral) and width > 0 for width in found):
-        raise ValueError(f"hidden is a list of positive integers such as [200, 200], not {widths!r}.")
+        raise ValueError(f"hidden must be a list of positive integers such as [200, 200], got {widths!r}.")
     return [int(width) for width in found]
 
 

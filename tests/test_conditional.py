@@ -315,7 +315,7 @@ def _semi() -> SemiSupervisedVAE:
             "Labels are integers of shape (2,) or one-hot of shape (2, 3), not torch.float32 of shape (3, 3): bring "
             "them to one of these.",
         ),
-        (lambda: make_conditional_vae(5, num_classes=0, latent_dim=2), "num_classes is a positive integer, not 0."),
+        (lambda: make_conditional_vae(5, num_classes=0, latent_dim=2), "num_classes must be a positive integer, got 0."),
         (
             lambda: ConditionalVAE(StandardNormal(2), Bernoulli(MLP(2, [], 5)), DiagonalNormal(MLP(8, []), 2), C),
             "The parts disagree on what the decoder takes (latent and label 5, decoder 2): build them with the same one.",

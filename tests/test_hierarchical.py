@@ -393,7 +393,7 @@ def _parts() -> SimpleNamespace:
             lambda p: _small(hidden=[[8]]),
             "hidden has a list of widths for each of 2 layers, as [[200, 200], [100, 100]], not [[8]].",
         ),
-        (lambda p: _small(latent_dims=[3, 0]), "Each of latent_dims is a positive integer, not 0."),
+        (lambda p: _small(latent_dims=[3, 0]), "Each of latent_dims must be a positive integer, got 0."),
         (
             lambda p: _small(guide="ladder", encoder="full_covariance_normal"),
             "A ladder multiplies diagonal normals, and the guide has a FullCovarianceNormal: choose 'diagonal_normal' there, "

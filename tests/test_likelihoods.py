@@ -330,15 +330,15 @@ def test_extreme_logits_stay_finite() -> None:
             lambda: Normal(_decoder(), scale="learned"),
             'scale is a positive number, "shared", "per_dimension", "decoder" or "optimal", not \'learned\'.',
         ),
-        (lambda: Normal(_decoder(), scale=0.0), "A fixed scale is a positive number, not 0.0."),
-        (lambda: Normal(_decoder(), scale=-1), "A fixed scale is a positive number, not -1."),
-        (lambda: Normal(_decoder(), scale=float("nan")), "A fixed scale is a positive number, not nan."),
-        (lambda: Normal(_decoder(), scale=float("inf")), "A fixed scale is a positive number, not inf."),
-        (lambda: Normal(_decoder(), scale=None), "A fixed scale is a positive number, not None."),
-        (lambda: Normal(_decoder(), scale=[1.0, 2.0]), "A fixed scale is a positive number, not [1.0, 2.0]."),
-        (lambda: Binomial(_decoder(), 0), "total_count is a positive integer, not 0."),
-        (lambda: Binomial(_decoder(), 1.5), "total_count is a positive integer, not 1.5."),
-        (lambda: Binomial(_decoder(), "16"), "total_count is a positive integer, not '16'."),
+        (lambda: Normal(_decoder(), scale=0.0), "A fixed scale must be a positive number, got 0.0."),
+        (lambda: Normal(_decoder(), scale=-1), "A fixed scale must be a positive number, got -1."),
+        (lambda: Normal(_decoder(), scale=float("nan")), "A fixed scale must be a positive number, got nan."),
+        (lambda: Normal(_decoder(), scale=float("inf")), "A fixed scale must be a positive number, got inf."),
+        (lambda: Normal(_decoder(), scale=None), "A fixed scale must be a positive number, got None."),
+        (lambda: Normal(_decoder(), scale=[1.0, 2.0]), "A fixed scale must be a positive number, got [1.0, 2.0]."),
+        (lambda: Binomial(_decoder(), 0), "total_count must be a positive integer, got 0."),
+        (lambda: Binomial(_decoder(), 1.5), "total_count must be a positive integer, got 1.5."),
+        (lambda: Binomial(_decoder(), "16"), "total_count must be a positive integer, got '16'."),
         (
             lambda: Bernoulli(nn.Linear(4, 6)),
             "Linear does not say its out_shape: pass event_shape=... to Bernoulli.",
@@ -898,7 +898,7 @@ def test_dequantised_levels_lie_inside_their_bin(dtype: torch.dtype) -> None:
             lambda: StudentT(_decoder(), df="decoder"),
             "df is a number above 1, where a mean exists, or \"shared\", not 'decoder'.",
         ),
-        (lambda: BetaBinomial(_decoder(2), 0), "total_count is a positive integer, not 0."),
+        (lambda: BetaBinomial(_decoder(2), 0), "total_count must be a positive integer, got 0."),
         (
             lambda: Beta(MLP(4, [], (3, 6))),
             "Beta takes 2 parameter(s) per dimension, so its decoder's out_shape must be (2, 6), not (3, 6).",
@@ -908,7 +908,7 @@ def test_dequantised_levels_lie_inside_their_bin(dtype: torch.dtype) -> None:
             lambda: Categorical(_decoder(5)),
             "Categorical takes 256 parameter(s) per dimension, so its decoder's out_shape must be (256, 2, 3), not (5, 2, 3).",
         ),
-        (lambda: DiscretizedLogistic(_decoder(2), components=0), "components is a positive integer, not 0."),
+        (lambda: DiscretizedLogistic(_decoder(2), components=0), "components must be a positive integer, got 0."),
         (
             lambda: DiscretizedLogistic(_decoder(2), components=2),
             "DiscretizedLogistic takes 6 parameter(s) per dimension, so its decoder's out_shape must be (6, 2, 3), not "
@@ -918,9 +918,12 @@ def test_dequantised_levels_lie_inside_their_bin(dtype: torch.dtype) -> None:
             lambda: NegativeBinomial(_decoder(), dispersion="optimal"),
             'dispersion is a positive number, "shared", "per_dimension" or "decoder", not \'optimal\'.',
         ),
-        (lambda: NegativeBinomial(_decoder(), dispersion=0), "A fixed dispersion is a positive number, not 0."),
+        (lambda: NegativeBinomial(_decoder(), dispersion=0), "A fixed dispersion must be a positive number, got 0."),
         (lambda: NegativeBinomial(_decoder(), library="sum"), "library is a positive number, \"total\" or None, not 'sum'."),
-        (lambda: ZeroInflatedNegativeBinomial(_decoder(2), library=-3.0), "A fixed library is a positive number, not -3.0."),
+        (
+            lambda: ZeroInflatedNegativeBinomial(_decoder(2), library=-3.0),
+            "library must be a positive number, got -3.0.",
+        ),
         (
             lambda: Dequantized(_decoder(), "bernoulli"),
             "Bernoulli is a likelihood of discrete data, which need no noise: use it as it is, or dequantise for a continuous "

@@ -184,7 +184,7 @@ def test_scoring_is_done_in_evaluation_mode_and_leaves_training_mode():
 @pytest.mark.parametrize("bad", [0, -1, 2.5])
 def test_num_samples_must_be_a_positive_integer(bad: float):
     vae = pv.make_vae(6, latent_dim=2, hidden=[8])
-    with pytest.raises(ValueError, match="num_samples is a positive integer"):
+    with pytest.raises(ValueError, match="num_samples must be a positive integer"):
         vae.log_marginal(torch.ones(2, 6), num_samples=bad)
 
 

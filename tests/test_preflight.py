@@ -492,5 +492,5 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     loss = rehearse(elbo, pair.model, pair.guide, (x,), parameters)
     assert torch.equal(torch.rand(3), expected)
     assert math.isfinite(loss)
-    assert elbo.advance_beta() == pv.estimators.ELBO(warm_up=10).advance_beta()
+    assert elbo.current_beta == pv.estimators.ELBO(warm_up=10).current_beta
     assert all(parameter.grad is None for parameter in parameters)

@@ -132,7 +132,7 @@ def test_standard_normal_moves_with_its_module_and_stores_nothing() -> None:
 
 @pytest.mark.parametrize("latent_dim", [0, -1, 2.5, "50", None])
 def test_latent_dim_is_a_positive_integer(latent_dim: object) -> None:
-    with pytest.raises(ValueError, match="latent_dim is a positive integer, not"):
+    with pytest.raises(ValueError, match="latent_dim must be a positive integer, got"):
         StandardNormal(latent_dim)
 
 
@@ -357,8 +357,8 @@ def test_laws_on_different_sets_are_refused(prior: str, encoder: str) -> None:
     ("make", "message"),
     [
         (lambda: Vamp(2, 3, components=2)(), "A Vamp prior mixes an encoder's posteriors: build a VAE with it, or call its "),
-        (lambda: Vamp(2, 3, components=0), "components is a positive integer, not 0."),
-        (lambda: Mixture(2, components=-1), "components is a positive integer, not -1."),
+        (lambda: Vamp(2, 3, components=0), "components must be a positive integer, got 0."),
+        (lambda: Mixture(2, components=-1), "components must be a positive integer, got -1."),
         (lambda: Vamp(2, 7).bind(_encoder()), "The pseudo-inputs have shape (7,), but the encoder takes (3,): build the prior"),
         (lambda: _vamp_vae().prior.bind(_encoder()), "This Vamp prior has the encoder of another VAE"),
         (
@@ -374,9 +374,9 @@ def test_laws_on_different_sets_are_refused(prior: str, encoder: str) -> None:
             "Pseudo-inputs stay between 0 and 1, but the data range from 1.5 to 1.5: build the Vamp prior with squash=False.",
         ),
         (lambda: Flow(2, "glow"), "family is one of 'coupling', 'maf', 'nsf', not 'glow'."),
-        (lambda: Flow(2, depth=0), "depth is a positive integer, not 0."),
-        (lambda: Laplace(2, scale=0.0), "scale is a positive number, not 0.0."),
-        (lambda: StudentT(2, df=-1), "df is a positive number, not -1."),
+        (lambda: Flow(2, depth=0), "depth must be a positive integer, got 0."),
+        (lambda: Laplace(2, scale=0.0), "scale must be a positive number, got 0.0."),
+        (lambda: StudentT(2, df=-1), "df must be a positive number, got -1."),
         (lambda: find("prior", "hypersphere_uniform")(1), "A sphere needs at least two dimensions, not 1: raise latent_dim."),
     ],
 )

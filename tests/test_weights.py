@@ -627,7 +627,7 @@ def test_pairs_that_cannot_be_read(
 
 @pytest.mark.parametrize("num_particles", [0, -1])
 def test_particles_are_counted_from_one(num_particles: int) -> None:
-    with pytest.raises(ValueError, match=f"num_particles is a positive integer, not {num_particles}"):
+    with pytest.raises(ValueError, match=f"num_particles must be a positive integer, got {num_particles}"):
         log_weights(_normal_model, _normal_guide, torch.zeros(B), num_particles=num_particles)
 
 

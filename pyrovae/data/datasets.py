@@ -225,7 +225,7 @@ def _from_file(path: Path, test_fraction: float, how: str | None) -> Split:
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}: give the path of a .npy array.")
     if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction lies between 0 and 1, not {test_fraction!r}.")
+        raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction!r}.")
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

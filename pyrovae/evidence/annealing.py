@@ -274,7 +274,7 @@ def bdmc(
     path = _Path(start, _betas(schedule, num_temperatures), leapfrog_steps, step_size, target_acceptance)
     path.check(num_chains, compile)
     if int(num_data) != num_data or num_data < 1:
-        raise ValueError(f"num_data is a positive integer, not {num_data!r}.")
+        raise ValueError(f"num_data must be a positive integer, got {num_data!r}.")
     data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
     first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
     if start == "guide":
@@ -397,11 +397,11 @@ class _Path:
             raise ValueError(unknown("start", self.start, ["prior", "guide"]))
         for name, value in [("num_chains", num_chains), ("leapfrog_steps", self.leapfrog_steps)]:
             if int(value) != value or value < 1:
-                raise ValueError(f"{name} is a positive integer, not {value!r}.")
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         if not SMALLEST_STEP <= self.step_size <= LARGEST_STEP:
             raise ValueError(f"step_size lies between {SMALLEST_STEP} and {LARGEST_STEP}, not {self.step_size!r}.")
         if not 0 < self.target_acceptance < 1:
-            raise ValueError(f"target_acceptance lies between 0 and 1, not {self.target_acceptance!r}.")
+            raise ValueError(f"target_acceptance must be between 0 and 1, got {self.target_acceptance!r}.")
 
     def forward(self, field: _Field, num_chains: int, tuned: _Tuned, bar: tqdm) -> Tensor:
         """log w of chains from the start to the joint, (K, B)."""
@@ -475,7 +475,7 @@ class _Path:
 
 def _betas(schedule: str, num_temperatures: int) -> list[float]:
     if int(num_temperatures) != num_temperatures or num_temperatures < 1:
-        raise ValueError(f"num_temperatures is a positive integer, not {num_temperatures!r}.")
+        raise ValueError(f"num_temperatures must be a positive integer, got {num_temperatures!r}.")
     even = np.linspace(0, 1, int(num_temperatures) + 1)
     if schedule == "linear":
         return even.tolist()
@@ -500,7 +500,7 @@ def _log_mean(log_w: Tensor) -> Tensor:
 
 def _rows(chunk_size: int | None, num_chains: int, first: FirstBatch) -> int:
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is a positive integer, not {chunk_size!r}.")
+        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")
     return max(1, (chunk_size or CHUNK_NUMBERS // max(first.info.num_dims, 256)) // num_chains)
 
 

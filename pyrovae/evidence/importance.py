@@ -191,7 +191,7 @@ def log_marginal(
     if kind not in METHODS:
         raise ValueError(unknown("proposal", kind, METHODS))
     if kind == "mixture" and not 0 < prior_share < 1:
-        raise ValueError(f"prior_share lies between 0 and 1, not {prior_share!r}.")
+        raise ValueError(f"prior_share must be between 0 and 1, got {prior_share!r}.")
     if kind == "mixture" and num_samples < 2:
         raise ValueError("A mixture takes at least two samples, one of the prior and one of the guide.")
     if precision == "bfloat16" and kind in ("mixture", "refined"):

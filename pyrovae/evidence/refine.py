@@ -51,9 +51,9 @@ class Options(NamedTuple):
         for name in ("steps", "num_particles", "num_samples", "num_components"):
             value = getattr(self, name)
             if int(value) != value or value < 1:
-                raise ValueError(f"{name} is a positive integer, not {value!r}.")
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         if not self.lr > 0:
-            raise ValueError(f"lr is a positive number, not {self.lr!r}.")
+            raise ValueError(f"lr must be a positive number, got {self.lr!r}.")
         if self.covariance not in ("diagonal", "full"):
             raise ValueError(unknown("covariance", self.covariance, ["diagonal", "full"]))
         if self.objective not in ("elbo", "iwae"):

@@ -41,7 +41,7 @@ def log_weights(
     num_particles: int,
     vectorize_particles: bool = True,
     max_plate_nesting: int | None = None,
-    gradients: Gradients = "total",
+    gradients: Gradients | str = Gradients.TOTAL,
     analytic_kl: bool = False,
     **kwargs: Any,
 ) -> LogWeights:
@@ -61,10 +61,9 @@ def log_weights(
             dimensions; or run K times.
         max_plate_nesting: the number of plate dimensions that the pair uses. By default an extra run finds it and checks the
             pair.
-        gradients: ``"total"`` differentiates through reparameterised samples. ``"split"`` also scores the guide at detached
-            samples, so that :meth:`LogWeights.surrogate` can give model, path and score their own weights. ``"score"`` detaches
-            the samples, for latents without a path. ``"leaf"`` makes the samples leaves of the graph. A guide with several
-            sites runs once more for ``"split"`` and ``"leaf"``, so it must not draw dropout masks of its own.
+        gradients: how gradients reach the samples; a member of :class:`pyrovae.programs.tracing.Gradients` or its value. A
+            guide with several sites runs once more for ``"split"`` and ``"leaf"``, so it must not draw dropout masks of its
+            own.
         analytic_kl: fill in the closed-form KL of each site that has one.
         **kwargs: keyword arguments of both programs.
 
@@ -86,8 +85,7 @@ def log_weights(
         torch.Size([3, 5])
     """
     num_particles = positive_integer(num_particles, "num_particles")
-    if not torch.is_grad_enabled():
-        gradients = "total"
+    gradients = Gradients(gradients) if torch.is_grad_enabled() else Gradients.TOTAL
     together = num_particles if vectorize_particles else 1
     if max_plate_nesting is None:
         max_plate_nesting = look_at(model, guide, args, kwargs)
@@ -176,7 +174,9 @@ def _concatenate(draws: list[LogWeights]) -> LogWeights:
     )
 
 
-def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "total", analytic_kl: bool = False) -> LogWeights:
+def read_weights(
+    traces: Traces, num_particles: int, gradients: Gradients = Gradients.TOTAL, analytic_kl: bool = False
+) -> LogWeights:
     """Log-weights from the traces of one run.
 
     Args:
@@ -199,13 +199,13 @@ def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "tot
     observed = [site for site in model_sites if site["is_observed"]]
     priors = {site["name"]: site for site in model_sites if not site["is_observed"]}
     # The samples are scored before the detached ones: a flow remembers the inverse of its last value only.
-    if gradients == "score":
+    if gradients == Gradients.SCORE:
         check_scores(guide_sites)
     try:
         log_guide = {site["name"]: read(site) for site in guide_sites}
         rescored = None if traces.rescored is None else sum((read(site) for site in sites_of(traces.rescored)), zeros)
     except (NotImplementedError, KeyError) as error:
-        if gradients == "total":
+        if gradients == Gradients.TOTAL:
             raise
         raise ValueError(
             f"The guide's flow cannot be inverted ({str(error) or type(error).__name__}), so its score cannot be told from its "
@@ -219,7 +219,7 @@ def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "tot
     return LogWeights(
         log_likelihood=sum((read(site) for site in observed), zeros),
         log_prior=sum(log_prior.values(), zeros),
-        log_guide=rescored if rescored is not None and gradients == "leaf" else sum(log_guide.values(), zeros),
+        log_guide=rescored if rescored is not None and gradients == Gradients.LEAF else sum(log_guide.values(), zeros),
         scale=data.full_size / data.size,
         common_scale=common_scale(sites, data),
         log_guide_factors=sum((read(site) for site in factors), zeros) if factors else None,
@@ -227,10 +227,10 @@ def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "tot
         masked=tuple(site["name"] for site in guide_sites if masks_of(site)),
         not_reparameterized=tuple(site["name"] for site in guide_sites if not is_reparameterized(site)),
         gradients=gradients,
-        log_guide_score=rescored if gradients == "split" else None,
+        log_guide_score=rescored if gradients == Gradients.SPLIT else None,
         sites=tuple(SiteTerms(name, log_prior.get(name, zeros), term, kl_terms.get(name)) for name, term in log_guide.items()),
         gates=() if traces.gate is None else (traces.gate,),
-        leaves=_leaves(traces, priors, log_prior, layout) if gradients == "leaf" else (),
+        leaves=_leaves(traces, priors, log_prior, layout) if gradients == Gradients.LEAF else (),
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -26,7 +27,22 @@ __all__ = [
     "trace_program",
 ]  # fmt: skip
 
-Gradients = Literal["total", "split", "score", "leaf"]
+
+class Gradients(StrEnum):
+    """How gradients reach the samples of a run.
+
+    Attributes:
+        TOTAL: through reparameterised samples.
+        SPLIT: through reparameterised samples, with the guide scored once more at detached samples, so that model, path and
+            score can have their own weights.
+        SCORE: not at all: samples are detached, for latents without a path.
+        LEAF: up to the samples, which are leaves of the graph.
+    """
+
+    TOTAL = "total"
+    SPLIT = "split"
+    SCORE = "score"
+    LEAF = "leaf"
 
 
 class PathGradientScaler:
@@ -80,7 +96,7 @@ def trace_pair(
     kwargs: dict,
     num_particles: int,
     max_plate_nesting: int | None,
-    gradients: Gradients = "total",
+    gradients: Gradients = Gradients.TOTAL,
     rows: Trace | None = None,
 ) -> Traces:
     """Run the guide, then the model on its samples, with the particles in a plate on the left.
@@ -125,7 +141,7 @@ def trace_pair(
 
 def _trace_guide(trace: Callable[[Program], Trace], guide: Program, gradients: Gradients) -> Trace:
     """The guide's trace; for scores, with samples that are detached in the guide and after it."""
-    if gradients != "score":
+    if gradients != Gradients.SCORE:
         return trace(guide)
     with _Detach():
         guide_trace = trace(guide)
@@ -142,11 +158,13 @@ class _Samples(NamedTuple):
 
 def _samples_for_model(guide_trace: Trace, gradients: Gradients) -> _Samples:
     """The samples on which the model runs, by how gradients are to reach them."""
-    if gradients == "split":  # the model's gradients are scaled on their way to the samples, and log q is cut off from them
+    if (
+        gradients == Gradients.SPLIT
+    ):  # the model's gradients are scaled on their way to the samples, and log q is cut off from them
         gate = PathGradientScaler()
         scaled = _with_values(guide_trace, lambda site: gate(site["value"], site["fn"].event_dim))
         return _Samples(scaled, _with_values(guide_trace, lambda site: site["value"].detach()), gate)
-    if gradients == "leaf":  # model and guide share leaves of the graph
+    if gradients == Gradients.LEAF:  # model and guide share leaves of the graph
         leaves = _with_values(guide_trace, _as_leaf)
         return _Samples(leaves, leaves)
     return _Samples(guide_trace)

@@ -69,7 +69,7 @@ class LogWeights:
     num_dims: int = 0
     not_reparameterized: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
-    gradients: Gradients = "total"
+    gradients: Gradients = Gradients.TOTAL
     log_guide_score: Tensor | None = None
     log_simulated: Tensor | None = None
     sites: tuple[SiteTerms, ...] = ()
@@ -115,10 +115,10 @@ class LogWeights:
             # Both factors are set to zero: zero times infinity is NaN, here and in the backward pass.
             return (torch.where(excluded, 0.0, coefficient) * torch.where(excluded, 0.0, term)).sum(0)
 
-        if self.gradients == "total":
+        if self.gradients == Gradients.TOTAL:
             return times(model, log_joint - self.log_guide, dead)
         score = zero_negligible(score, has_discrete_latents)
-        if self.gradients == "score":
+        if self.gradients == Gradients.SCORE:
             return times(model, log_joint, dead) - times(score, self.log_guide, lost)
         assert self.log_guide_score is not None
         path = zero_negligible(path, has_discrete_latents)

@@ -182,9 +182,9 @@ def fit(
     """
     epochs = positive_integer(epochs, "epochs")
     if not (isinstance(lr, numbers.Real) and 0 < lr < math.inf):
-        raise ValueError(f"lr is a positive number, not {lr!r}.")
+        raise ValueError(f"lr must be a positive number, got {lr!r}.")
     if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm is a positive number, not {clip_norm!r}.")
+        raise ValueError(f"clip_norm must be a positive number, got {clip_norm!r}.")
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile is True, False or "auto", not {compile!r}.')
     if patience is not None and validation is None:
