@@ -922,7 +922,7 @@ def test_dequantised_levels_lie_inside_their_bin(dtype: torch.dtype) -> None:
         (lambda: NegativeBinomial(_decoder(), library="sum"), "library is a positive number, \"total\" or None, not 'sum'."),
         (
             lambda: ZeroInflatedNegativeBinomial(_decoder(2), library=-3.0),
-            "library must be a positive number, got -3.0.",
+            "A fixed library must be a positive number, got -3.0.",
         ),
         (
             lambda: Dequantized(_decoder(), "bernoulli"),
