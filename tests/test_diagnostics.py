@@ -424,9 +424,9 @@ def test_what_decompose_cannot_take_is_refused():
     pair = Slope()
     x = pair.sample(4)
     for options, message in (
-        ({"refined": np.zeros(3)}, "refined has shape"),
-        ({"num_draws": 1}, "num_draws is an integer of at least 2"),
-        ({"num_draws": 3, "mixture_draws": 4}, "raise the latter"),
+        ({"refined": np.zeros(3)}, "refined must have shape"),
+        ({"num_draws": 1}, "num_draws must be at least 2"),
+        ({"num_draws": 3, "mixture_draws": 4}, "at least mixture_draws = 4, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
             decompose(pair.model, pair.guide, x, **options)

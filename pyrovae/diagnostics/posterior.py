@@ -1,4 +1,4 @@
-"""Posterior draws and expectations of any pair."""
+"""Draws from the posterior, and expectations under the guide, of any pair."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ def posterior_draws(
     seed: int | None = None,
     progress: bool = False,
 ) -> Draws:
-    r"""Draw latents from p(z|x) of every datum, by importance resampling, with all that ArviZ wants beside them.
+    r"""Draw latents from p(z|x) of every datum by importance resampling, in the groups that ArviZ uses.
 
     Of S samples from the guide, each of the M draws takes one with probability in proportion to its weight p(x, z) / q(z|x),
-    with replacement. Samples stream by, so the memory does not grow with S. The draws are as good as the weights: read ``ess``.
+    with replacement. The samples are processed in chunks, so the memory does not grow with S. The draws are reliable only if
+    the effective sample size ``ess`` is large.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -57,11 +58,11 @@ def posterior_draws(
         num_samples: S, importance samples per datum.
         predictive: also draw the observed sites anew, and everything from the prior.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
-        seed: makes the draws reproducible and leaves the global random stream untouched.
+        seed: a seed, with which the draws are reproducible and the global random stream untouched.
         progress: show a bar.
 
     Returns:
-        The draws by site; ``to_datatree()`` gives them to ArviZ.
+        The draws by site; ``to_datatree()`` converts them for ArviZ.
 
     Raises:
         ValueError: bad data, a pair that :func:`pyrovae.log_weights` refuses, or a datum all of whose weights are zero.
@@ -87,8 +88,8 @@ def posterior_draws(
             if not bool((sizes > 0).all()):
                 datum = sum(len(size) for size in ess) + int((~(sizes > 0)).nonzero()[0])
                 raise ValueError(
-                    f"Datum {datum} has zero weight in all samples, or NaN or infinite ones, so nothing can be resampled: "
-                    f"widen the guide, or look where the model overflows."
+                    f"Datum {datum} has only zero, NaN or infinite weights, so nothing can be resampled: widen the guide, or "
+                    f"check the model for overflow."
                 )
             if predictive:
                 drawn |= pair.predict(batch, drawn["posterior"])
