@@ -17,6 +17,13 @@ from torch import Size, Tensor, nn
 from torch.distributions import AffineTransform
 from torch.distributions.kl import register_kl
 
+__all__ = [
+    "Beta", "ContinuousBernoulli", "Dequantized", "DiagonalNormalMixture", "DiscretizedLogistic", "FlowDistribution",
+    "HeterogeneousIndependent", "HypersphereUniform", "NormalMixture", "OneHot", "OrdinalCategorical", "PowerSpherical",
+    "RelaxedOneHot", "ZeroInflatedNegativeBinomial", "centre", "check_sphere", "conditioned", "flow_transform", "log_area",
+    "mixture", "normalizing_flow", "same_support",
+]  # fmt: skip
+
 
 def centre(distribution: Any) -> Tensor:
     """One point that stands for a distribution, of its batch and event shape.

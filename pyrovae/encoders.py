@@ -20,6 +20,11 @@ from .distributions import FlowDistribution, check_sphere, flow_transform, norma
 from .nn import as_shape, as_widths
 from .registry import build, find, register
 
+__all__ = [
+    "Categorical", "DiagonalNormal", "Encoder", "Flow", "FullCovarianceNormal", "LowRankNormal", "Mixture", "PowerSpherical",
+    "RelaxedOneHot",
+]  # fmt: skip
+
 
 class Encoder(nn.Module):
     """A module that returns q(z|x); concrete encoders make their heads and implement ``forward``.

@@ -22,6 +22,11 @@ from ._validation import positive_integer, positive_number
 from .nn import Body, Shape, as_shape
 from .registry import build, find, register
 
+__all__ = [
+    "Bernoulli", "Beta", "BetaBinomial", "Binomial", "Categorical", "ContinuousBernoulli", "Dequantized", "DiscretizedLogistic",
+    "Laplace", "Likelihood", "Mixed", "NegativeBinomial", "Normal", "Poisson", "StudentT", "ZeroInflatedNegativeBinomial",
+]  # fmt: skip
+
 # Where a likelihood reads the library size off its datum and there is none, as for draws from the prior: counts per ten
 # thousand, as single-cell data are commonly normalised.
 TYPICAL_LIBRARY = 1e4

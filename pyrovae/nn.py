@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from ._validation import positive_integer, unknown
 from .registry import register
 
+__all__ = [
+    "MLP", "Activation", "Body", "ConvDecoder", "ConvEncoder", "GatedMLP", "ResNetDecoder", "ResNetEncoder", "Shape",
+    "activation_module", "as_shape", "as_widths",
+]  # fmt: skip
+
 Shape = int | Sequence[int]
 Activation = str | Callable[[], nn.Module]
 

@@ -16,6 +16,11 @@ from .distributions import FlowDistribution, flow_transform, mixture, normalizin
 from .nn import Shape, as_shape, as_widths
 from .registry import register
 
+__all__ = [
+    "Categorical", "Flow", "HypersphereUniform", "Laplace", "LearnedNormal", "Mixture", "Prior", "RelaxedOneHot",
+    "StandardNormal", "StudentT", "Vamp",
+]  # fmt: skip
+
 
 class Prior(nn.Module):
     """A module that returns p(z); concrete priors set ``latent_dim`` and implement ``forward``.

@@ -299,7 +299,7 @@ def _make_estimators(estimators: Iterable[Any] | Mapping[str, Any]) -> dict[str,
             name += "'"
         named[name] = estimator
     if not named:
-        raise ValueError("estimators must be at least one, got none.")
+        raise ValueError("estimators must be at least one, got none: name one.")
     return named
 
 

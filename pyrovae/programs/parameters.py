@@ -18,15 +18,14 @@ __all__ = ["all_parameters", "find_parameters", "own_parameters"]
 def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
     """The unconstrained leaf parameters of a pair, as Pyro's SVI finds them, each once.
 
-    Parameters of an ``nn.Module`` whose bound method a program is come along, whether or not it calls ``pyro.module``. Where
-    Pyro's store holds another module's parameter of the same name, it is the pair's own that counts, as it does when the pair
-    runs.
+    If a program is a bound method of an ``nn.Module``, its parameters are included, even without ``pyro.module``. If Pyro's
+    store has another module's parameter of the same name, the pair's own parameter is returned.
     """
     return _leaves(model, guide, _parameter_sites(model, guide, args, kwargs))
 
 
 def _leaves(model: Program, guide: Program, sites: list[tuple[str, Tensor, Tensor]]) -> list[Tensor]:
-    """The leaves among the parameters of a pair, with those of the modules whose bound methods its programs are."""
+    """The leaf parameters of a pair, with those of the modules whose bound methods are its programs."""
     found = {id(own): own for _, own, _ in sites}
     for program in (model, guide):
         owner = getattr(program, "__self__", program)
@@ -37,15 +36,15 @@ def _leaves(model: Program, guide: Program, sites: list[tuple[str, Tensor, Tenso
 
 
 def _parameter_sites(model: Program, guide: Program, args: tuple, kwargs: dict) -> list[tuple[str, Tensor, Tensor]]:
-    """The name of each parameter that a pair names, with the one that it uses and the one that Pyro's store has."""
-    held = parameters_of(model, guide)
+    """The name of each parameter statement, the parameter that the pair uses, and the one in Pyro's store."""
+    own = parameters_of(model, guide)
     with inspection(model, guide, args), _ParameterRecorder() as recorder:
         trace_pair(model, guide, args, kwargs, 1, None)
-    return [(name, given if id(given) in held else live, live) for name, given, live in recorder.sites]
+    return [(name, given if id(given) in own else live, live) for name, given, live in recorder.sites]
 
 
 class _ParameterRecorder(Messenger):
-    """Records each parameter statement: in a trace, a second module of the same name would hide the first."""
+    """Record each parameter statement. In a trace, a second module of the same name would hide the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class _ParameterRecorder(Messenger):
 
 
 def own_parameters(model: Program, guide: Program, args: tuple) -> list[Tensor]:
-    """As :func:`find_parameters`, and the store lets go of what goes by the name of a parameter that the pair holds itself."""
+    """As :func:`find_parameters`, and remove from the store others' parameters with the name of one of the pair's."""
     store, sites = pyro.get_param_store(), _parameter_sites(model, guide, args, {})
     others = {name for name, own, live in sites if own is not live and name in store}
     for name in others:
@@ -67,5 +66,5 @@ def own_parameters(model: Program, guide: Program, args: tuple) -> list[Tensor]:
 
 
 def all_parameters(model: Program, guide: Program) -> list[Tensor]:
-    """What the pair's modules and Pyro's store hold."""
+    """The parameters of the pair's modules and of Pyro's store."""
     return [*parameters_of(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
