@@ -1,4 +1,4 @@
-"""Where the numbers of ``pyrovae.rewrites`` and ``kernels.cpp`` come from: minimax in the relative error.
+"""Where the numbers of ``pyrovae.rewrites`` and ``native/*.cpp`` come from: minimax in the relative error.
 
 tanh x = x P(x^2) / Q(x^2) on [0, 8], both polynomials of fourth degree, and 2^x on [-1/2, 1/2], of fifth: fitted in float64 at
 Chebyshev points by least squares whose weights are raised where the error is large (Lawson's algorithm). Prints the

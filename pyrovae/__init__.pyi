@@ -20,9 +20,9 @@ from .diagnostics.gradients import EstimatorComparison as EstimatorComparison
 from .diagnostics.gradients import compare_estimators as compare_estimators
 from .diagnostics.gradients import train_estimators as train_estimators
 from .diagnostics.posterior import posterior_draws as posterior_draws
-from .evidence.annealing import Sandwich as Sandwich
 from .evidence.annealing import ais as ais
-from .evidence.annealing import bdmc as bdmc
+from .evidence.bdmc import Sandwich as Sandwich
+from .evidence.bdmc import bdmc as bdmc
 from .evidence.comparison import Comparison as Comparison
 from .evidence.comparison import compare as compare
 from .evidence.draws import Draws as Draws
@@ -41,7 +41,7 @@ from .models.vae import VAE as VAE
 from .models.vae import make_vae as make_vae
 from .programs.log_weights import log_weights as log_weights
 from .programs.weights import LogWeights as LogWeights
-from .training.loop import History as History
+from .training.history import History as History
 from .training.loop import fit as fit
 
 __version__: str

@@ -18,14 +18,14 @@ from typing import Any
 
 # Modules of version 0.1, and where their contents live now. They can be imported until version 0.3.
 MOVED: dict[str, tuple[str, ...]] = {
-    "annealing": ("evidence.annealing",),
+    "annealing": ("evidence.annealing", "evidence.bdmc"),
     "checkpoint": ("files",),
     "conditional": ("models.conditional",),
     "config": ("cli.config",),
     "hierarchical": ("models.hierarchical", "models.guides"),
-    "integration": ("evidence.exact",),
+    "integration": ("evidence.exact", "evidence.enumeration", "evidence.linear_gaussian", "evidence.latent_quadrature"),
     "kernels": ("compile.kernels",),
-    "marginal": ("evidence.importance", "evidence.store"),
+    "marginal": ("evidence.importance", "evidence.sampler", "evidence.planning", "evidence.store"),
     "pairs": ("programs.inspect", "programs.parameters"),
     "proposals": ("evidence.refine", "evidence.proposals"),
     "report": ("cli.report", "cli.figures", "plots"),
@@ -77,7 +77,8 @@ class _MovedModules(MetaPathFinder, Loader):
         )
 
         def get(wanted: str) -> Any:
-            for home in homes:
+            # inspect.getmodule asks every module for its __file__, also while torch is half imported.
+            for home in homes if not wanted.startswith("__") else ():
                 found = importlib.import_module(home)
                 if hasattr(found, wanted):
                     return getattr(found, wanted)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
+
+__all__ = ["positive_integer", "positive_number", "unknown"]
+
+# Names as similar as this (difflib's ratio) are taken for each other's misspellings; shorter beginnings say too little.
+NEAR, SHORTEST_BEGINNING = 0.7, 3
 
 
 def positive_integer(value: Any, what: str) -> int:
@@ -40,9 +46,20 @@ def positive_number(value: Any, what: str) -> float:
     return float(value)
 
 
-def unknown(what: str, name: str, known: Any) -> str:
-    """One sentence for a name that does not exist, with the nearest that does."""
+def unknown(what: str, name: Any, known: Iterable[str]) -> str:
+    """One sentence for a name that does not exist: the nearest one that does, or all of them if none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    cure = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}."
+    cure = f"choose one of {', '.join(known)}."
+    nearest = _nearest(str(name).casefold(), known)
+    if nearest is not None:
+        cure = f"did you mean {nearest!r}?"
     return f"There is no {what} {name!r}; {cure}"
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    """A known name that differs by a slip or two, or of which one is the beginning of the other."""
+    if len(name) >= SHORTEST_BEGINNING:
+        for other in known:
+            if other.startswith(name) or (len(other) >= SHORTEST_BEGINNING and name.startswith(other)):
+                return other
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=NEAR)), None)

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+__all__ = ["load_weights", "read_arrays", "read_json", "read_lines", "save_weights", "write_arrays", "write_text"]
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""

@@ -612,7 +612,7 @@ class _Counts(_ScaleParameter):
         raise NotImplementedError
 
 
-@register("likelihood")
+@register("likelihood", aliases=["nb"])
 class NegativeBinomial(_Counts):
     r"""Counts that vary more than a Poisson's; the decoder gives the logarithm of the mean.
 
@@ -656,7 +656,7 @@ class NegativeBinomial(_Counts):
         return dist.NegativeBinomial(theta, logits=logits).to_event(self.event_dim)
 
 
-@register("likelihood")
+@register("likelihood", aliases=["zinb"])
 class ZeroInflatedNegativeBinomial(_Counts):
     r"""Negative binomial counts with more zeros, and a library size, as in single-cell data (scVI).
 

@@ -6,10 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+__all__ = ["BLUE", "INK", "LINE", "MUTED", "ORANGE", "RED", "SURFACE", "learning_curve"]
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
@@ -43,19 +44,21 @@ def learning_curve(records: list[dict[str, Any]], ax: Axes) -> Axes:
         records: one per epoch, with ``epoch``, and ``bound`` and ``validation`` (may be None) in nats per datum.
         ax: the axes to draw on.
     """
-    shown = []
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = []
     for key, label, colour in (("bound", "training", BLUE), ("validation", "validation", ORANGE)):
         points = [(record["epoch"], record[key]) for record in records if _is_finite(record.get(key))]
         if points:
             epochs, values = np.asarray(points, dtype=float).T
             ax.plot(epochs, values, color=colour, linewidth=1.8, label=label, marker="o" if len(points) == 1 else "")
-            shown.append(values)
+            drawn.append(values)
     best = _best(records)
     if best is not None:
         ax.plot(best["epoch"], best["validation"], "o", color=ORANGE, markersize=6, markeredgecolor=SURFACE, zorder=3)
-    if shown:
-        # The first epochs start far below the rest; an axis that holds them would flatten everything of interest.
-        values = np.concatenate(shown)
+    if drawn:
+        # The first epochs start far below the rest; an axis that contains them would flatten everything of interest.
+        values = np.concatenate(drawn)
         top, low, usual = values.max(), values.min(), np.quantile(values, 0.1)
         if top - low > 3 * (top - usual) > 0:
             bottom = top - 2 * (top - usual)

@@ -1,4 +1,4 @@
-"""The one registry: every component and estimator has a name, and a name has one class.
+"""The one registry: every component, estimator and kind of model has a name, and a name has one class.
 
 A component keeps each argument of its ``__init__`` in an attribute of the same name, as scikit-learn's
 estimators do. That is all it takes to describe it as plain data (:func:`describe`), to build it from a name
@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,32 +23,40 @@ from ._validation import unknown
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
+__all__ = ["KINDS", "build", "canonical", "describe", "find", "names", "register", "snake_case"]
+
 T = TypeVar("T", bound=type)
-# Each kind with the room whose import registers its classes.
-_ROOMS = {
+# Each kind with the module whose import registers its classes. Models are last, since their modules import all others.
+_MODULES = {
     "prior": "priors",
     "likelihood": "likelihoods",
     "encoder": "encoders",
     "body": "nn",
     "guide": "models.guides",
     "estimator": "estimators",
+    "model": "models",
 }
-KINDS = tuple(_ROOMS)
+KINDS = tuple(_MODULES)
 _classes: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
-# Kinds whose entry points have been read, and those of them that are in no use.
+# Abbreviations in lower case, each with the registered name.
+_aliases: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+# Kinds whose entry points have been read, and the entry points that did not load.
 _read: set[str] = set()
 _refused: dict[str, dict[str, EntryPoint]] = {kind: {} for kind in KINDS}
 
 
-def register(kind: str, name: str | None = None) -> Callable[[T], T]:
+def register(kind: str, name: str | None = None, *, aliases: Sequence[str] = ()) -> Callable[[T], T]:
     """Give a class a name that Python, TOML and the command line share.
 
+    The class is also found by its class name and by its aliases, and all of them in any case: ``"dreg"``, ``"DReG"``.
+
     Args:
-        kind: one of ``"prior"``, ``"likelihood"``, ``"encoder"``, ``"body"``, ``"guide"``, ``"estimator"``.
+        kind: one of :data:`KINDS`, such as ``"prior"`` or ``"estimator"``.
         name: the name; by default the class name in snake case.
+        aliases: abbreviations, in lower case.
 
     Raises:
-        ValueError: the kind is unknown, or the name belongs to another class already.
+        ValueError: the kind is unknown, or another class has one of the names.
 
     Example:
         >>> from pyrovae.registry import names, register
@@ -59,40 +67,56 @@ def register(kind: str, name: str | None = None) -> Callable[[T], T]:
         >>> "unit_gaussian" in names("prior")
         True
     """
-    known = _of_kind(kind)
+    classes = _of_kind(kind)
 
     def decorate(cls: T) -> T:
         key = name or snake_case(cls.__name__)
-        held = known.get(key)
-        # The same class may come again: a module is reloaded, a notebook's cell runs twice.
-        if held is not None and (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"The {kind} name {key!r} belongs to {held.__module__}.{held.__qualname__}: register under another name."
-            )
-        known[key] = cls
+        for each in (key, *aliases):
+            _refuse_taken(kind, each, cls)
+        classes[key] = cls
+        _aliases[kind] |= dict.fromkeys(aliases, key)
         return cls
 
     return decorate
 
 
 def names(kind: str) -> list[str]:
-    """Names registered for a kind, sorted."""
+    """Names registered for a kind, sorted; without the aliases."""
     return sorted(_loaded(kind))
 
 
+def canonical(kind: str, name: Any) -> Any:
+    """The registered name that a name of a class, an alias, or either in another case stands for; other things as they are.
+
+    Example:
+        >>> from pyrovae.registry import canonical
+        >>> canonical("estimator", "DReG"), canonical("likelihood", "NB")
+        ('dreg', 'negative_binomial')
+    """
+    classes = _loaded(kind)
+    if not isinstance(name, str) or name in classes:
+        return name
+    folded = name.casefold()
+    if folded in classes:
+        return folded
+    of_class = (key for key, cls in classes.items() if folded in (cls.__name__.casefold(), snake_case(cls.__name__)))
+    return _aliases[kind].get(folded) or next(of_class, name)
+
+
 def find(kind: str, name: str) -> type:
-    """The class behind a name.
+    """The class behind a name: the registered one, the class's own, or an alias, in any case.
 
     Raises:
         ValueError: the name is unknown (the message has the nearest real one), or its entry point does not load.
     """
-    known = _loaded(kind)
-    if isinstance(name, str) and name not in known and name in _refused[kind]:
+    key = canonical(kind, name)
+    classes = _classes[kind]
+    if isinstance(key, str) and key not in classes and key in _refused[kind]:
         # Once more, since what failed when the kind was first used may have been a module half imported.
-        _load_entry(kind, _refused[kind][name])
-    if isinstance(name, str) and name in known:
-        return known[name]
-    raise ValueError(unknown(kind, name, known))
+        _load_entry(kind, _refused[kind][key])
+    if isinstance(key, str) and key in classes:
+        return classes[key]
+    raise ValueError(unknown(kind, name, classes))
 
 
 def build(kind: str, spec: Any, **defaults: Any) -> Any:
@@ -137,27 +161,37 @@ def describe(component: Any, kind: str) -> dict[str, Any]:
         ValueError: the component, or something it holds, is not registered or not plain data.
     """
     cls = type(component)
-    name = next((name for name, held in _loaded(kind).items() if held is cls), None)
+    name = next((name for name, registered in _loaded(kind).items() if registered is cls), None)
     if name is None:
         raise ValueError(
             f"{cls.__qualname__} is not a registered {kind}, so it cannot be described for saving: decorate its class with "
             f'@pyrovae.registry.register("{kind}"), or save its state_dict() yourself.'
         )
-    found: dict[str, Any] = {"component": kind, "kind": name}
-    given = getattr(component, "init_arguments", {})
+    description: dict[str, Any] = {"component": kind, "kind": name}
+    arguments = getattr(component, "init_arguments", {})
     for argument in inspect.signature(cls).parameters:
-        if argument not in given and not hasattr(component, argument):
+        if argument not in arguments and not hasattr(component, argument):
             raise ValueError(
                 f"{cls.__qualname__} does not keep its argument {argument!r}, so it cannot be described for saving: write "
                 f"self.{argument} = {argument} in its __init__."
             )
-        found[argument] = _plain(given[argument] if argument in given else getattr(component, argument), f"{name}.{argument}")
-    return found
+        value = arguments[argument] if argument in arguments else getattr(component, argument)
+        description[argument] = _plain(value, f"{name}.{argument}")
+    return description
 
 
 def snake_case(name: str) -> str:
     """``DiagonalNormal`` -> ``diagonal_normal``; runs of capitals stay one word: ``IWAE`` -> ``iwae``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _refuse_taken(kind: str, name: str, cls: type) -> None:
+    """Refuse a name of another class; a class that is defined again, as by a notebook's cell, keeps its own."""
+    owner = _classes[kind].get(_aliases[kind].get(name, name))
+    if owner is not None and (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(
+            f"The {kind} name {name!r} belongs to {owner.__module__}.{owner.__qualname__}: register under another name."
+        )
 
 
 def _of_kind(kind: str) -> dict[str, type]:
@@ -168,8 +202,8 @@ def _of_kind(kind: str) -> dict[str, type]:
 
 def _loaded(kind: str) -> dict[str, type]:
     known = _of_kind(kind)
-    # By name and on demand: a room imports this one to register its classes, and a caller may not have imported the room.
-    import_module(f".{_ROOMS[kind]}", __package__)
+    # By name and on demand: a module imports this one to register its classes, and a caller may not have imported that module.
+    import_module(f".{_MODULES[kind]}", __package__)
     if kind not in _read:
         _read.add(kind)  # at once, since what an entry point imports may ask for names itself
         _load_entries(kind)
@@ -197,18 +231,18 @@ def _load_entry(kind: str, entry: EntryPoint) -> None:
     try:
         cls = entry.load()
     except Exception as error:  # whatever the other distribution's import raises
-        said = next(iter(str(error).splitlines()), "")
+        reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
-            f"{cannot} its entry point {entry.value} does not load ({type(error).__name__}: {said}): repair or uninstall it."
+            f"{cannot} its entry point {entry.value} does not load ({type(error).__name__}: {reason}): repair or uninstall it."
         ) from error
     if not isinstance(cls, type):
         raise ValueError(f"{cannot} its entry point {entry.value} is a {type(cls).__name__}: point it to a class.")
     try:
         register(kind, entry.name)(cls)
     except ValueError as error:
-        held = _classes[kind][entry.name]
+        owner = _classes[kind][_aliases[kind].get(entry.name, entry.name)]
         raise ValueError(
-            f"{cannot} that name belongs to {held.__module__}.{held.__qualname__}: rename the entry point, or uninstall it."
+            f"{cannot} that name belongs to {owner.__module__}.{owner.__qualname__}: rename the entry point, or uninstall it."
         ) from error
 
 

@@ -10,7 +10,8 @@ from scipy import stats
 from tqdm import tqdm
 
 import pyrovae as pv
-from pyrovae.evidence.annealing import _betas, _Field, _Gradient, _Path, _Tuned
+from pyrovae.evidence.annealing_options import AnnealingOptions, inverse_temperatures
+from pyrovae.evidence.paths import AnnealingPath, Field, FieldGradient
 from pyrovae.programs.unconstrained import UnconstrainedPair
 
 
@@ -74,8 +75,8 @@ def test_unbiased_for_px_even_with_few_temperatures():
 def test_a_transition_leaves_its_target_as_it_is():
     pair = counts_pair()
     y = torch.tensor([0.0, 3.0])
-    field = _Field(UnconstrainedPair(pair.model, pair.guide, (y,)), "prior", _Gradient("eager"))
-    path = _Path("prior", [0.0, 1.0], 5, 0.3, 0.65)
+    field = Field(UnconstrainedPair(pair.model, pair.guide, (y,)), "prior", FieldGradient("eager"))
+    path = AnnealingPath(AnnealingOptions(leapfrog_steps=5, step_size=0.3), [0.0, 1.0])
     posterior = dist.Gamma(3 + y, torch.tensor(2.5))
     state = field.at(posterior.sample((4000,)).log()[..., None])
     for _ in range(3):
@@ -91,19 +92,20 @@ def test_a_transition_leaves_its_target_as_it_is():
 def test_step_sizes_follow_temperature_and_datum():
     pair = LinearGaussian(latent_dim=1, data_dim=1, noise=0.02)
     x = pair.sample(3)
-    field = _Field(UnconstrainedPair(pair.model, pair.guide, (x,)), "prior", _Gradient("eager"))
-    path = _Path("prior", _betas("sigmoid", 100), 4, 0.01, 0.65)
-    tuned: _Tuned = path.tune(field, 8, tqdm(disable=True))
+    field = Field(UnconstrainedPair(pair.model, pair.guide, (x,)), "prior", FieldGradient("eager"))
+    options = AnnealingOptions(num_chains=8, num_temperatures=100, leapfrog_steps=4)
+    path = AnnealingPath(options, options.betas)
+    tuned = path.tune(field, tqdm(disable=True))
     assert len(tuned.steps) == 101
     scale = 0.02 / abs(pair.weight.item())  # the posterior's, to four digits
     assert (tuned.steps[20] > 3 * tuned.steps[-1]).all()
     assert ((tuned.steps[-1] > 0.5 * scale) & (tuned.steps[-1] < 4 * scale)).all()
-    torch.testing.assert_close(tuned.spread, torch.ones(3, 1), atol=0.5, rtol=0)
+    torch.testing.assert_close(tuned.scale, torch.ones(3, 1), atol=0.5, rtol=0)
 
 
 def test_schedules_run_from_zero_to_one():
     for schedule in ("linear", "sigmoid"):
-        betas = np.array(_betas(schedule, 50))
+        betas = np.array(inverse_temperatures(schedule, 50))
         assert len(betas) == 51
         assert (betas[0], betas[-1]) == (0.0, pytest.approx(1.0))
         assert (np.diff(betas) > 0).all()

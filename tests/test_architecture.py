@@ -16,7 +16,7 @@ import pyrovae
 ROOT = Path(pyrovae.__file__).parent
 # Folders and files directly below the package, from the ground up: each may import the floors below, and its own files.
 FLOORS: list[set[str]] = [
-    {"_lazy", "_validation", "files"},
+    {"_lazy", "_validation", "files", "tables"},
     {"registry", "plots", "data"},
     {"nn", "distributions", "programs"},
     {"priors", "encoders", "likelihoods", "compile", "estimators"},
@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
     {"diagnostics"},
     {"models"},
     {"cli"},
+    {"__main__"},
 ]
 # Beyond what the floors say: these take programs and never import our components or models.
 TAKE_CALLABLES = {"programs", "compile", "estimators", "evidence", "training", "diagnostics"}
@@ -61,6 +62,15 @@ def _imports(module: str) -> Iterator[str]:
             parent = ".".join(part for part in (base, node.module) if part)
             # `from . import x` names modules; `from .x import y` names one.
             yield from (f"{parent}.{alias.name}" for alias in node.names)
+
+
+def _imported_names(path: Path) -> Iterator[str]:
+    """Absolute names that a script imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or ""
 
 
 def _modules(module: str) -> set[str]:
@@ -140,6 +150,17 @@ def test_the_index_keeps_what_it_promises() -> None:
         assert getattr(pyrovae, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = pyrovae.nonsense
+
+
+def test_tests_and_experiments_do_not_import_each_other() -> None:
+    repository = ROOT.parent
+    sides = {name: sorted((repository / name).rglob("*.py")) for name in ("tests", "experiments")}
+    assert all(sides.values())
+    for one, other in (("tests", "experiments"), ("experiments", "tests")):
+        foreign = {path.stem for path in sides[other]} - {path.stem for path in sides[one]} | {other}
+        for path in sides[one]:
+            imported = {name.split(".")[0] for name in _imported_names(path)}
+            assert not imported & foreign, f"{path} imports {imported & foreign}, which belongs to {other}/"
 
 
 def test_modules_that_moved_can_still_be_imported() -> None:

@@ -999,3 +999,96 @@ def test_the_plate_that_most_sites_share_is_named() -> None:
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     _assert_refused(program, drawn, "Site 'offset' lies outside the data plate 'rows'")
+
+
+def test_a_guide_may_leave_out_a_leading_plate_of_size_one() -> None:
+    def program(of_model: bool) -> Program:
+        def run(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                with pyro.plate("copies", 2, dim=-2):
+                    w = pyro.sample("w", dist.Normal(torch.zeros(2, len(x)), 1.0))
+                logits = w.sum(-2, keepdim=True) if of_model else torch.zeros(len(x))
+                pyro.sample("z", dist.Binomial(5, logits=logits))
+                if of_model:
+                    pyro.sample("x", dist.Normal(0.0, 1.0).expand(x.shape), obs=x)
+
+        return run
+
+    x = torch.linspace(-1, 1, 4)
+    evidence = pv.log_marginal(program(True), program(False), x, num_samples=2000, seed=0)
+    torch.testing.assert_close(torch.tensor(evidence.log_px), dist.Normal(0.0, 1.0).log_prob(x), atol=0.3, rtol=0)
+
+
+def tank(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        theta = pyro.sample("theta", dist.Gamma(2.0, 0.5).expand([len(x)]))
+        pyro.sample("x", dist.Uniform(torch.zeros_like(theta), theta), obs=x)
+
+
+def tank_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("theta", dist.LogNormal((x + 1).log(), 0.7))
+
+
+def binomial_of_poisson(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        number = pyro.sample("number", dist.Poisson(torch.full((len(x),), 4.0)))
+        pyro.sample("x", dist.Binomial(number, torch.full((len(x),), 0.5)), obs=x)
+
+
+def poisson_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("number", dist.Poisson(x + 1.0))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_values_outside_a_support_that_a_latent_moves_weigh_nothing(seed: int) -> None:
+    pyro.set_rng_seed(seed)
+    x = torch.tensor([0.5, 1.0, 2.0, 5.0])
+    # The density of theta is theta / 4 exp(-theta / 2), so that the integral over theta > x is exp(-x / 2) / 2.
+    for score in (pv.log_marginal, pv.exact):
+        evidence = score(tank, tank_guide, x, seed=seed)
+        assert evidence.log_px == pytest.approx((-x / 2 - math.log(2)).numpy(), abs=0.1)
+        assert evidence.reliable.all()
+    counts = torch.tensor([0.0, 1.0, 3.0, 5.0])
+    evidence = pv.log_marginal(binomial_of_poisson, poisson_guide, counts, seed=seed)
+    assert evidence.log_px == pytest.approx(dist.Poisson(2.0).log_prob(counts).numpy(), abs=0.1)
+
+
+def test_values_outside_a_support_that_stays_are_refused() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("theta", dist.Gamma(2.0, 0.5).expand([len(x)]))
+            pyro.sample("x", dist.Uniform(x.new_zeros(len(x)), x.new_full((len(x),), 3.0)), obs=x)
+
+    with pytest.raises(ValueError, match="outside the support of Uniform at site 'x', in 1 of the 2"):
+        pv.log_marginal(model, tank_guide, torch.tensor([0.5, 5.0]))
+
+
+def test_an_invalid_parameter_is_told_in_a_sentence() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("theta", dist.Weibull(torch.exp(-10 * x), 2.0))
+
+    with pytest.raises(ValueError, match=r"parameter scale of Weibull must satisfy .* bring the data to a scale near 1"):
+        pv.log_marginal(tank, guide, torch.tensor([0.5, 255.0]))
+
+
+def test_booleans_are_cast_for_a_network_that_takes_floats() -> None:
+    encoder = torch.nn.Linear(3, 2)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z[..., None].expand(*z.shape, 3)).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = encoder(x).unbind(-1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+    x = torch.tensor([[True, False, True], [False, False, True]])
+    with pytest.warns(UserWarning, match="torch.bool, is cast to"):
+        evidence = pv.log_marginal(model, guide, x, num_samples=500, seed=0)
+    assert evidence.log_px == pytest.approx(pv.log_marginal(model, guide, x.float(), num_samples=500, seed=0).log_px)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import pyrovae as pv
-from pyrovae.cli.app import _decomposed, main
-from pyrovae.cli.config import read_run
+from pyrovae.cli.app import main
+from pyrovae.cli.config import load_model, read_run
+from pyrovae.cli.scoring import decomposed
 
 # Without the decomposition but where it is the point.
 QUICK = [
@@ -145,7 +146,7 @@ def test_a_likelihood_that_does_not_fit_is_said_to_be_the_users(in_folder: Path,
     assert "normal, as the settings say; negative_binomial would be the choice" in " ".join(capsys.readouterr().out.split())
     assert main(["train", "--name", "digits", *QUICK]) == 0
     assert "Likelihood: binomial, since the pixels are counts 0..16." in capsys.readouterr().out
-    assert "kind = &#34;binomial&#34;, total_count = 16" in (in_folder / "runs" / "digits" / "report.html").read_text()
+    assert "kind = &#34;binomial&#34;\ntotal_count = 16" in (in_folder / "runs" / "digits" / "report.html").read_text()
 
 
 def test_a_second_run_gets_its_own_folder_and_a_chosen_name_is_not_overwritten(run_folder: Path, capsys: pytest.CaptureFixture):
@@ -219,7 +220,7 @@ def test_the_gap_is_split_where_the_guides_family_can_be_fitted(encoder: str, sp
     vae = pv.make_vae(9, latent_dim=2, hidden=[8], encoder=encoder)
     x = torch.bernoulli(torch.full((12, 9), 0.5))
     evidence = vae.log_marginal(x, num_samples=100, seed=0)
-    parts = _decomposed(vae, x[:10], evidence, seed=0)
+    parts = decomposed(vae, (x[:10],), evidence, seed=0)
     assert parts is not None
     assert len(parts) == 10
     assert (parts.refined is not None) == split
@@ -267,7 +268,7 @@ def test_a_hierarchy_runs_like_any_model(in_folder: Path, capsys: pytest.Capture
     assert (len(second), second.num_samples) == (30, 90)
     assert second.mean == pytest.approx(first.log_px[:30].mean(), abs=3)
     assert main(["train", "--name", "wide", *QUICK, "--model.kind", "hierarchical"]) == 2
-    assert 'model.latent_dim is for models of kind "vae"' in capsys.readouterr().err
+    assert 'model.latent_dim is for models of kind "conditional", "semi_supervised", "vae"' in capsys.readouterr().err
 
 
 def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):
@@ -308,7 +309,7 @@ def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):
         ("train --model.likelihood binomial", "needs total_count"),
         ("train --model.encoder diagnal_normal", "did you mean 'diagonal_normal'"),
         ("train --model.kind hierarchical --model.latent-dims 8 4 --model.guide ladr", "did you mean 'ladder'"),
-        ("train --model.kind hierarchical --model.latent-dims 8", "A hierarchy has two or more layers"),
+        ("train --model.kind hierarchical --model.latent-dims 8", "latent_dims must hold two sizes or more"),
         ("train --model.kind hierarchical --model.latent-dims 8 4 --model.hidden 9", "a list of widths for each of 2 layers"),
         (
             "train --model.kind hierarchical --model.latent-dims 8 4 --model.hidden 9 9",
@@ -416,3 +417,55 @@ def test_a_run_file_can_do_without_validation(tmp_path: Path, monkeypatch: pytes
     options = "--train.epochs 1 --train.validation 0 --evaluate.limit 5 --evaluate.num-samples 30 --name short"
     assert main(["train", *options.split()]) == 0
     assert json.loads((tmp_path / "runs" / "short" / "metrics.jsonl").read_text())["validation"] is None
+
+
+@pytest.mark.parametrize(("kind", "quantity"), [("conditional", "log p(x|y)"), ("semi_supervised", "log p(x)")])
+def test_models_of_data_with_labels_run_like_any(in_folder: Path, capsys: pytest.CaptureFixture, kind: str, quantity: str):
+    quick = [*QUICK, "--name", "mine", "--evaluate.limit", "40", "--model.kind", kind]
+    quick[quick.index("--evaluate.decompose") + 1] = "20"
+    assert main(["train", *quick]) == 0
+    out = capsys.readouterr().out
+    given = f"{quantity}, each of the images given its label"
+    assert (given in out) == (kind == "conditional")
+    assert f"\n  {quantity} " in out
+    assert ("rightly, by the largest p(y|x)" in out) == (kind == "semi_supervised")
+    folder = in_folder / "runs" / "mine"
+    split = pv.data.load("digits")
+    labels = split.test_labels[:40] if kind == "conditional" else torch.full((40,), -1)
+    vae = load_model(folder)
+    again = vae.log_marginal((split.test[:40], labels), num_samples=60, seed=0)
+    evidence = pv.Evidence.load(folder / "evidence.safetensors")
+    np.testing.assert_allclose(again.log_px, evidence.log_px, rtol=1e-6)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert ("of log p(x|y)" in summary["log_px_kind"]) == (kind == "conditional")
+    assert f"<dt>{quantity}, estimate</dt>" in (folder / "report.html").read_text()
+    assert main(["evaluate", str(folder), "--num-samples", "30", "--decompose", "0"]) == 0
+    assert main(["estimators", str(folder), "--names", "elbo", "iwae", "--num-draws", "10", "--batch-size", "10"]) == 0
+
+
+def test_labels_are_kept_for_a_part_of_the_data(in_folder: Path, capsys: pytest.CaptureFixture):
+    labelled = ["--data.labelled", "0.1", "--evaluate.limit", "20", "--name", "mine"]
+    assert main(["train", *QUICK, "--model.kind", "semi_supervised", *labelled]) == 0
+    assert read_run(in_folder / "runs" / "mine" / "run.toml").data.labelled == 0.1
+    assert main(["train", *QUICK, "--model.kind", "conditional", *labelled[:-1], "other"]) == 2
+    assert "Labels must lie between 0 and 9, got -1" in capsys.readouterr().err
+
+
+def test_names_in_any_case(in_folder: Path, capsys: pytest.CaptureFixture):
+    np.save("x.npy", np.random.default_rng(0).poisson(4.0, (60, 5)))
+    names = ["--estimator.kind", "IWAE", "--model.likelihood", "NB", "--train.optimizer", "AdamW", "--name", "mine"]
+    assert main(["train", "--data.path", "x.npy", *QUICK, *names]) == 0
+    assert "Likelihood: negative_binomial, since" in capsys.readouterr().out
+    assert pv.VAE.from_pretrained(in_folder / "runs" / "mine").likelihood.dispersion == "per_dimension"
+
+
+def test_the_package_is_a_command_and_its_output_may_end_early():
+    code = f"{sys.executable} -m pyrovae list | head -n 1"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert (done.stdout, done.stderr) == ("priors\n", "")
+
+
+def test_epochs_are_lines_where_there_is_no_terminal(in_folder: Path, capsys: pytest.CaptureFixture):
+    assert main(["train", *QUICK, "--name", "mine", "--evaluate.limit", "5"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1 of 2", "epoch 2 of 2"]

@@ -291,29 +291,27 @@ def _semi() -> SemiSupervisedVAE:
     [
         (
             lambda: _small().model(torch.zeros(2, 5), torch.tensor([0, 3])),
-            "Labels lie between 0 and 2, but these range from 0 to 3: renumber them, or set num_classes.",
+            "Labels must lie between 0 and 2, got 0 to 3: renumber them, or set num_classes.",
         ),
         (
             lambda: _small().model(torch.zeros(2, 5), torch.tensor([0, -1])),
-            "Labels lie between 0 and 2, but these range from -1 to 0: renumber them, or set num_classes.",
+            "Labels must lie between 0 and 2, got -1 to 0: renumber them, or set num_classes.",
         ),
         (
             lambda: _semi().fit((torch.zeros(4, 5), torch.tensor([0, -1, -2, 1])), progress=False),
-            "Labels lie between -1 and 2, but these range from -2 to 1: renumber them, or set num_classes.",
+            "Labels must lie between -1 and 2, got -2 to 1: renumber them, or set num_classes.",
         ),
         (
             lambda: _semi().model(torch.zeros(2, 5), torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])),
-            "A row of one-hot labels has a single one, or zeros where there is no label: correct the others.",
+            "A row of one-hot labels must have a single one, or be zeros if there is no label: correct the others.",
         ),
         (
             lambda: _small().model(torch.zeros(2, 5), torch.zeros(2)),
-            "Labels are integers of shape (2,) or one-hot of shape (2, 3), not torch.float32 of shape (2,): bring "
-            "them to one of these.",
+            "Labels must be integers of shape (2,) or one-hot of shape (2, 3), got torch.float32 of shape (2,).",
         ),
         (
             lambda: _small().model(torch.zeros(2, 5), torch.zeros(3, 3)),
-            "Labels are integers of shape (2,) or one-hot of shape (2, 3), not torch.float32 of shape (3, 3): bring "
-            "them to one of these.",
+            "Labels must be integers of shape (2,) or one-hot of shape (2, 3), got torch.float32 of shape (3, 3).",
         ),
         (lambda: make_conditional_vae(5, num_classes=0, latent_dim=2), "num_classes must be a positive integer, got 0."),
         (
@@ -332,7 +330,7 @@ def test_mistakes_get_one_sentence(make: Callable[[], object], message: str) -> 
 
 
 def test_arrays_are_refused_with_the_cure() -> None:
-    with pytest.raises(TypeError, match=r"Labels are a tensor, not ndarray: write torch.as_tensor\(y\)"):
+    with pytest.raises(TypeError, match=r"Labels must be a tensor, got ndarray: write torch.as_tensor\(y\)"):
         _small().model(torch.zeros(2, 5), np.zeros(2))
 
 

@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from pyrovae.cli.config import SECTIONS, Run, build_vae, load_split, load_vae, read_run, run_name, with_likelihood, write_run
-from pyrovae.models.conditional import make_conditional_vae
+from pyrovae import registry
+from pyrovae.cli.config import SECTIONS, Run, build_model, load_model, load_split, read_run, run_name, with_data, write_run
+from pyrovae.models.conditional import ConditionalVAE, SemiSupervisedVAE, make_conditional_vae, make_semi_supervised_vae
 from pyrovae.models.hierarchical import HierarchicalVAE, make_hierarchical_vae
 from pyrovae.models.vae import VAE, make_vae
 
@@ -27,7 +30,7 @@ def test_written_runs_read_back_equal(tmp_path: Path):
     path.write_text(write_run(run))
     assert read_run(path) == run
     path.write_text(write_run(Run()))
-    assert read_run(path) == Run() == read_run()
+    assert read_run(path) == read_run()
 
 
 def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path):
@@ -78,13 +81,16 @@ def test_any_character_survives_the_file(tmp_path: Path):
         ({"model": {"hidden": [3, -1]}}, "model.hidden.1 is -1"),
         ({"model": {"hidden": [[3], [4, -1]]}}, "model.hidden.1 is -1"),
         ({"model": {"hidden": [[3], "x"]}}, "model.hidden.1 is 'x'"),
-        ({"model": {"kind": "hierarchy"}}, "model.kind is 'hierarchy', but input should be 'vae' or 'hierarchical'"),
-        ({"model": {"kind": "hierarchical"}}, r"a hierarchy needs model.latent_dims, .*: say \[8, 4\]"),
+        ({"model": {"kind": "hierarchy"}}, "There is no model 'hierarchy'; did you mean 'hierarchical'"),
+        (
+            {"model": {"kind": "hierarchical"}},
+            r'kind "hierarchical" needs model.latent_dims, the sizes of .* such as \[8, 4\]: set it',
+        ),
         (
             {"model": {"kind": "hierarchical", "latent_dims": [3, 2], "latent_dim": 2}},
-            'model.latent_dim is for models of kind "vae", and this one is of kind "hierarchical": leave it out',
+            'model.latent_dim is for models of kind "conditional", "semi_supervised", "vae", got kind "hierarchical"',
         ),
-        ({"model": {"guide": "ladder"}}, 'model.guide is for models of kind "hierarchical", and this one is of kind "vae"'),
+        ({"model": {"guide": "ladder"}}, 'model.guide is for models of kind "hierarchical", got kind "vae"'),
         ({"model": 3}, "model is 3"),
     ],
 )
@@ -108,7 +114,7 @@ def test_bad_toml_names_the_file_and_the_place(tmp_path: Path):
 
 def test_a_run_builds_what_it_says():
     run = read_run(overrides={"model": {"latent_dim": 3, "hidden": [11], "dtype": "float64", "encoder": "diagonal_normal"}})
-    vae = build_vae(run, load_split(run))
+    vae = build_model(run, load_split(run))
     assert vae.latent_dim == 3
     assert type(vae.encoder).__name__ == "DiagonalNormal"
     assert vae.likelihood.total_count == 16, "the data set's own likelihood"
@@ -127,7 +133,7 @@ def test_a_hierarchy_is_built_as_it_says(tmp_path: Path):
         'prior = { kind = "vamp", components = 4 }\nlayer = "diagonal_normal"\ndtype = "float64"\n'
     )
     run = read_run(path)
-    vae = build_vae(run, load_split(run))
+    vae = build_model(run, load_split(run))
     assert isinstance(vae, HierarchicalVAE)
     assert (vae.latent_dims, vae.prior.components, vae.likelihood.total_count) == ((3, 2), 4, 16)
     assert [(body.hidden, body.out_shape, body.activation) for body in vae.inference.bodies] == [
@@ -154,21 +160,26 @@ def test_a_hierarchy_has_defaults_of_its_own(tmp_path: Path):
 
 
 def test_a_folder_says_which_class_it_holds(tmp_path: Path):
-    made = {"one": make_vae(6, latent_dim=2, hidden=[4]), "two": make_hierarchical_vae(6, latent_dims=[3, 2])}
+    made = {
+        "one": make_vae(6, latent_dim=2, hidden=[4]),
+        "two": make_hierarchical_vae(6, latent_dims=[3, 2]),
+        "three": make_conditional_vae(6, num_classes=3, latent_dim=2),
+        "four": make_semi_supervised_vae(6, num_classes=3, latent_dim=2),
+    }
     for name, vae in made.items():
         vae.save_pretrained(tmp_path / name)
-        assert type(load_vae(tmp_path / name)) is type(vae)
+        assert type(load_model(tmp_path / name)) is type(vae)
     # As folders were written before they said it.
     said = tmp_path / "one" / "model.json"
     described = json.loads(said.read_text())
     assert described.pop("model") == "VAE"
     said.write_text(json.dumps(described))
-    assert type(load_vae(tmp_path / "one")) is VAE
-    make_conditional_vae(6, num_classes=3, latent_dim=2).save_pretrained(tmp_path / "three")
+    assert type(load_model(tmp_path / "one")) is VAE
+    said.write_text(json.dumps({"model": "Diffusion"}))
     with pytest.raises(
-        ValueError, match=r"model\.json does not describe a VAE but a ConditionalVAE: call Cond.*from_pretrained\.$"
+        ValueError, match=r"model\.json describes a model that is not registered: There is no model 'Diffusion'"
     ):
-        load_vae(tmp_path / "three")
+        load_model(tmp_path / "one")
 
 
 def test_names_of_runs():
@@ -203,13 +214,69 @@ def test_the_likelihood_that_was_chosen_is_written_down(tmp_path: Path):
     run = read_run()
     split = load_split(run)
     path = tmp_path / "run.toml"
-    path.write_text(write_run(with_likelihood(run, split)))
+    path.write_text(write_run(with_data(run, split)))
     assert tomllib.loads(path.read_text())["model"]["likelihood"] == {"kind": "binomial", "total_count": 16}
     given = read_run(path, {"model": {"likelihood": "poisson"}})
-    assert with_likelihood(given, split) is given
+    assert with_data(given, split) is given
 
 
 def test_every_setting_is_documented():
     for section in (Run, *SECTIONS.values()):
         for name in section.__dataclass_fields__:
             assert f"    {name}: " in section.__doc__, f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("conditional", ConditionalVAE), ("Semi_Supervised", SemiSupervisedVAE)])
+def test_models_of_data_with_labels_are_built_as_any(tmp_path: Path, kind: str, cls: type):
+    run = read_run(overrides={"model": {"kind": kind, "hidden": [7], "encoder": {"kind": "DiagonalNormal"}}})
+    split = load_split(run)
+    run = with_data(run, split)
+    assert (run.model.num_classes, run.model.latent_dim) == (10, 4)
+    vae = build_model(run, split)
+    assert isinstance(vae, cls)
+    assert vae.encoder.body.in_shape == (74,)
+    (tmp_path / "run.toml").write_text(write_run(run))
+    assert read_run(tmp_path / "run.toml") == run
+
+
+def test_a_kind_that_needs_labels_refuses_data_without(tmp_path: Path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20, 3)))
+    tables = {"data": {"path": str(tmp_path / "x.npy")}, "model": {"kind": "conditional"}}
+    run = read_run(overrides=tables)
+    with pytest.raises(ValueError, match=r'kind "conditional" needs model.num_classes, and data without labels do not give it'):
+        build_model(run, load_split(run))
+    run = read_run(overrides=tables | {"model": {"kind": "conditional", "num_classes": 3}})
+    split = load_split(run)
+    with pytest.raises(ValueError, match="The data of a ConditionalVAE must have labels"):
+        build_model(run, split).train_inputs(split.train, split.train_labels)
+    with pytest.raises(ValueError, match=r"The data set 'x' has no labels to keep: leave data.labelled out"):
+        load_split(read_run(overrides={"data": tables["data"] | {"labelled": 0.5}}))
+
+
+def test_labels_are_kept_for_a_part_of_each_class():
+    whole, part = (load_split(read_run(overrides={"data": data})) for data in ({}, {"labelled": 0.1}))
+    assert part.num_classes == whole.num_classes == 10
+    kept = part.train_labels >= 0
+    assert (part.train_labels[kept] == whole.train_labels[kept]).all()
+    counts, kept_counts = (labels.bincount() for labels in (whole.train_labels, part.train_labels[kept]))
+    assert ((0.1 * counts - kept_counts).abs() <= 0.5).all()
+
+
+def test_a_model_of_another_distribution_is_a_kind_like_ours(monkeypatch: pytest.MonkeyPatch):
+    registry.names("model")
+    monkeypatch.setitem(registry._classes, "model", dict(registry._classes["model"]))
+
+    @registry.register("model")
+    class Shifted(VAE):
+        @classmethod
+        def from_names(cls, data_shape: Any, *, latent_dim: int, shift: float, likelihood: Any = "bernoulli"):
+            made = super().from_names(data_shape, latent_dim=latent_dim, likelihood=likelihood)
+            made.shift = shift
+            return made
+
+    run = read_run(overrides={"model": {"kind": "shifted", "options": {"shift": 2.0}}})
+    assert build_model(run, load_split(run)).shift == 2.0
+    with pytest.raises(ValueError, match=r"no key 'model.options.shfit'; did you mean 'model.options.shift'"):
+        read_run(overrides={"model": {"kind": "shifted", "options": {"shfit": 2.0}}})
+    with pytest.raises(ValueError, match=r'kind "shifted" needs model.shift: set it'):
+        read_run(overrides={"model": {"kind": "shifted"}})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,20 +15,33 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from benchmarks import gpu
 from pairs import two_latents_pair
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyrovae as pv
-from pyrovae.compile import cuda
+from pyrovae.compile import cuda, inductor
 from pyrovae.compile import graph as compile_graph
 from pyrovae.compile import step as compile_step
 from pyrovae.compile.step import Step
 from pyrovae.data.batches import Batches
 from pyrovae.data.datasets import binarize
-from pyrovae.evidence import importance
-from pyrovae.evidence.psis_together import pareto_smooth_together
+from pyrovae.evidence import planning, sampler
+from pyrovae.evidence.psis import pareto_smooth_together
 from pyrovae.programs.parameters import find_parameters
+
+
+def _loaded_from(path: Path) -> Any:
+    """A script as a module, loaded by its path: tests import nothing from experiments/ by name."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu = _loaded_from(Path(__file__).parent.parent / "experiments" / "benchmarks" / "gpu.py")
 
 X = torch.bernoulli(torch.full((12, 6), 0.3), generator=torch.Generator().manual_seed(0))
 ADAM = {
@@ -166,7 +181,7 @@ def test_betas_that_change_are_noticed() -> None:
     def one_cycle(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)  # which cycles Adam's first beta too
 
-    with pytest.warns(RuntimeWarning, match="launched one by one, since the optimizer's settings change"):
+    with pytest.warns(RuntimeWarning, match="launched one by one, since the optimizer's settings or hooks change"):
         other = steps_of([(X,)] * 15, graphs=True, schedule=one_cycle)
     assert_same(steps_of([(X,)] * 15, graphs=False, schedule=one_cycle), other)
 
@@ -289,9 +304,9 @@ def test_other_pairs_are_graphed_too(pair: str) -> None:
 def test_a_gpu_scores_in_large_groups_and_fits_tails_together(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     vae, x = a_vae(), torch.bernoulli(torch.full((700, 6), 0.4))
     expected = vae.log_marginal(x, num_samples=300, seed=0, **options)
-    monkeypatch.setattr(importance, "_on_gpu", lambda device: True)
-    monkeypatch.setattr(importance, "free_memory", lambda device: 2**26)
-    monkeypatch.setattr(importance, "GPU_GROUP", 300)
+    monkeypatch.setattr(planning, "_on_gpu", lambda device: True)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 2**26)
+    monkeypatch.setattr(planning, "GPU_GROUP", 300)
     fitted: list[Tensor] = []
 
     def together(*given: Any, **options: Any) -> Any:
@@ -301,14 +316,14 @@ def test_a_gpu_scores_in_large_groups_and_fits_tails_together(options: dict[str,
     def no_tail_is_ordinary(*given: Any, **options: Any) -> Any:
         return *pareto_smooth_together(*given, **options)[:2], torch.zeros(len(given[0]), dtype=torch.bool)
 
-    monkeypatch.setattr(importance, "pareto_smooth_together", together)
+    monkeypatch.setattr(sampler, "pareto_smooth_together", together)
     found = vae.log_marginal(x, num_samples=300, chunk_size=3060, seed=0, **options)
     # Other groups have other seeds, so the numbers agree within their errors.
     error = (expected.se**2 + found.se**2) ** 0.5
     assert abs(found.log_px - expected.log_px).max() < 5 * error.max()
     assert abs(found.mean - expected.mean) < 4 * (expected.mean_se**2 + found.mean_se**2) ** 0.5
     assert fitted
-    monkeypatch.setattr(importance, "pareto_smooth_together", no_tail_is_ordinary)
+    monkeypatch.setattr(sampler, "pareto_smooth_together", no_tail_is_ordinary)
     by_arviz = vae.log_marginal(x, num_samples=300, chunk_size=3060, seed=0, **options)
     for one, other in [(found.khat, by_arviz.khat), (found.log_px_psis, by_arviz.log_px_psis), (found.log_px, by_arviz.log_px)]:
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
@@ -354,3 +369,13 @@ def test_the_benchmark_runs_small(tmp_path: Path) -> None:
     assert set(kept["checks"]) == set(gpu.CHECKS)
     assert kept["cells"]["K=1 B=100"]["float32"]["ms"] > 0
     assert "K=1 B=100" in gpu.table(kept)
+
+
+def test_scalar_constants_of_a_graph_move_to_the_device() -> None:
+    def program(x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.where(x > 0, 0.0, x).sum(), torch.where(x > 1, x, 1.0))
+
+    module = inductor.scalars_on(make_fx(program)(torch.randn(4)), torch.device("meta"))
+    constants = module.graph.find_nodes(op="call_function", target=torch.ops.aten.scalar_tensor.default)
+    assert [node.kwargs["device"].type for node in constants] == ["meta", "meta"]
+    assert module(torch.randn(4, device="meta"))[1].device.type == "meta"

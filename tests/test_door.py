@@ -95,6 +95,13 @@ def test_a_masked_array_is_its_values_and_what_it_shows() -> None:
         np.testing.assert_allclose(found.log_px, expected, atol=0.3)
 
 
+def test_a_list_of_masked_rows_keeps_what_it_hides() -> None:
+    rows = [np.ma.masked_array([1.0, 1e3], mask=[False, True]), np.ma.masked_array([2.0, 3.0], mask=[False, False])]
+    values, mask = as_arrays(rows)
+    assert values.tolist() == [[1, 0], [2, 3]]
+    assert mask.tolist() == [[True, False], [True, True]]
+
+
 def test_a_masked_array_beside_labels_and_of_counts_and_missing_values() -> None:
     # The mask goes to the parameter of that name, wherever it stands, and NaN under it does not matter.
     counts = np.ma.masked_array([[3, 999], [1, 2]], mask=[[False, True], [False, False]])

@@ -19,16 +19,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae import files
-from pyrovae.evidence import importance as evidence_importance
-from pyrovae.evidence import psis
+from pyrovae.evidence import kinds, planning, psis
 from pyrovae.evidence.annealing import ais
 from pyrovae.evidence.comparison import compare
+from pyrovae.evidence.curve import Curve, curve_of
 from pyrovae.evidence.draws import Draws
 from pyrovae.evidence.exact import exact
 from pyrovae.evidence.importance import log_marginal
 from pyrovae.evidence.measure import Measure
 from pyrovae.evidence.psis import pareto_khat, pareto_smooth, tail_size
-from pyrovae.evidence.results import Curve, Evidence, curve_of, curve_sizes
+from pyrovae.evidence.results import Evidence
+from pyrovae.evidence.streaming import curve_sizes
 
 
 def made(log_px: object, **changes: object) -> Evidence:
@@ -133,7 +134,7 @@ def test_a_guide_narrower_by_w_has_the_pareto_k_of_its_law():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("chunk", [1500, 700, 8])
 def test_the_curve_is_the_estimate_from_the_first_samples(chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(evidence_importance, "_num_probes", lambda *_: 0)
+    monkeypatch.setattr(planning, "num_probes", lambda *_: 0)
     log_w = np.random.default_rng(0).normal(size=(1500, 3))
     size = math.ceil(1500 / math.ceil(1500 / chunk))  # chunks are as even as can be
     weights = iter(part for datum in torch.as_tensor(log_w).split(1, 1) for part in datum.split(size))
@@ -433,7 +434,7 @@ def test_a_comparison_knows_the_data():
         compare({"one": one, "other": made(log_px, fingerprint=prints[[0, 2, 1, 3]])})
     with pytest.raises(ValueError, match=r"on other data \(1 of 4\) than 'one'"):
         compare({"one": one, "old": made(log_px), "other": made(log_px, fingerprint=np.array([10, 11, 99, 13]))})
-    with pytest.raises(TypeError, match="takes evidence by name"):
+    with pytest.raises(TypeError, match="mapping of names to evidence"):
         compare([one, one])
 
 
@@ -651,7 +652,7 @@ def test_the_datatree_goes_into_arviz_summary_compare_and_plots():
     (az.plot_ppc if old else az.plot_ppc_dist)(taken)
     az.plot_khat(scored.to_elpd())
     matplotlib.pyplot.close("all")
-    with pytest.raises(ValueError, match="draws are of 5 data"):
+    with pytest.raises(ValueError, match="got draws of 5"):
         scored.to_datatree(draws_of(5))
 
 
@@ -667,3 +668,14 @@ def test_an_unwritable_cache_folder_does_not_stop_the_fit(tmp_path: Path):
         [sys.executable, "-W", "error::FutureWarning", "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.stdout.split() == ["True", str(tmp_path / "file" / "cache")], done.stderr
+
+
+def test_the_method_of_a_file_names_its_kind() -> None:
+    for name, kind in kinds.KINDS.items():
+        assert kinds.kind_of(kind.method) is kind, name
+    assert kinds.kind_of("importance sampling from the guide refined per datum") == kinds.Refined(kinds.KINDS["refined"].method)
+    annealed = kinds.kind_of("AIS from the guide, 1000 temperatures")
+    assert isinstance(annealed, kinds.Annealed)
+    assert annealed == kinds.Annealed.of("guide", 1000)
+    # A method of one's own is judged by its weights, whatever its name begins with.
+    assert type(kinds.kind_of("exact-ish refined importance sampling")) is kinds.ImportanceSampled

@@ -387,11 +387,11 @@ def _parts() -> SimpleNamespace:
         (lambda p: _small(guide="laddr"), "There is no guide 'laddr'; did you mean 'ladder'?"),
         (
             lambda p: _small(latent_dims=[3]),
-            "A hierarchy has two or more layers, not latent_dims=[3]: for one, call make_vae.",
+            "latent_dims must hold two sizes or more, got [3]: for one layer, call make_vae.",
         ),
         (
             lambda p: _small(hidden=[[8]]),
-            "hidden has a list of widths for each of 2 layers, as [[200, 200], [100, 100]], not [[8]].",
+            "hidden must have a list of widths for each of 2 layers, as [[200, 200], [100, 100]], got [[8]].",
         ),
         (lambda p: _small(latent_dims=[3, 0]), "Each of latent_dims must be a positive integer, got 0."),
         (
@@ -414,7 +414,7 @@ def _parts() -> SimpleNamespace:
         ),
         (
             lambda p: BottomUp([p.low]),
-            "A hierarchy's guide has an encoder for each of two or more layers, not 1.",
+            "A hierarchy's guide must have an encoder for each of two or more layers, got 1.",
         ),
         (
             lambda p: Structured(MLP(6, []), [p.low, p.high]),
@@ -438,11 +438,11 @@ def _parts() -> SimpleNamespace:
         ),
         (
             lambda p: HierarchicalVAE(p.prior, [], p.likelihood, BottomUp([p.low, p.high])),
-            "layers is a list with at least one encoder, p(z1|z2): for one layer, make a VAE.",
+            "layers must be a list of one encoder or more, p(z1|z2), ...: for a model of one layer, make a VAE.",
         ),
         (
             lambda p: HierarchicalVAE(p.prior, [p.layer], p.likelihood, p.low),
-            "The guide must be a pyrovae.models.guides.Guide, not a DiagonalNormal: build one, or subclass it.",
+            "The guide must be a pyrovae.models.guides.Guide, got a DiagonalNormal: build one, or subclass it.",
         ),
     ],
 )

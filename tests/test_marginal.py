@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae.compile import graph
-from pyrovae.evidence import importance
-from pyrovae.evidence.importance import _parts, _stopping_checks, log_marginal
+from pyrovae.evidence import planning, sampler
+from pyrovae.evidence.chunks import parts_of
+from pyrovae.evidence.importance import log_marginal
 from pyrovae.evidence.psis import pareto_smooth, tail_size
 from pyrovae.programs.coverage import covered_data
 from pyrovae.programs.inspect import inspect_pair, prepare
@@ -80,14 +81,14 @@ def test_draws_exactly_that_many_samples_per_datum(num_samples: int, chunk_size:
     drawn.clear()
     log_marginal(pair.model, guide, x, num_samples=num_samples, chunk_size=chunk_size)
     parts = math.ceil(2 / max(1, chunk_size // num_samples))
-    probes = importance._num_probes(num_samples, None)
+    probes = planning.num_probes(planning.ImportanceOptions(num_samples=num_samples))
     assert probes == {1: 0, 7: 0, 1000: 16, 5000: 78}[num_samples]
     assert sum(drawn) == looked + parts * num_samples + math.ceil(2 / max(1, chunk_size // max(probes, 1))) * probes
 
 
 @pytest.mark.usefixtures("float64")
 def test_streaming_equals_the_formulas_on_the_same_weights(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importance, "_num_probes", lambda *_: 0)
+    monkeypatch.setattr(planning, "num_probes", lambda *_: 0)
     pair = LinearGaussian(spread=1.5)
     x = pair.sample(3)
     torch.manual_seed(5)
@@ -294,22 +295,22 @@ def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, threads: int, m
 @pytest.mark.parametrize("loaded", [False, True])
 def test_chunks_grow_as_wide_values_go(loaded: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(graph, "_inductor", lambda module, inputs, rounded, apart: module)
-    monkeypatch.setattr(importance, "COMPILED_CHUNK_NUMBERS", 300 * 40)
-    monkeypatch.setattr(importance, "NARROWEST", 10)
+    monkeypatch.setattr(planning, "COMPILED_CHUNK_NUMBERS", 300 * 40)
+    monkeypatch.setattr(planning, "SMALLEST_COMPILED_WIDTH", 10)
     captured = []
     widest = graph.largest_value
-    monkeypatch.setattr(importance, "largest_value", lambda *args: captured.append(args) or widest(*args))
-    plain = importance._parts
+    monkeypatch.setattr(planning, "largest_value", lambda *args: captured.append(args) or widest(*args))
+    plain = sampler.parts_of
     chunks = []
     monkeypatch.setattr(
-        importance, "_parts", lambda active, step, chunk, *rest: chunks.append(chunk) or plain(active, step, chunk, *rest)
+        sampler, "parts_of", lambda active, step, chunk, *rest: chunks.append(chunk) or plain(active, step, chunk, *rest)
     )
     vae = pv.make_vae(6, latent_dim=2, hidden=[40])
     x = torch.bernoulli(torch.full((20, 6), 0.4))
     data = torch.utils.data.DataLoader(x, batch_size=5) if loaded else x
     vae.log_marginal(data, num_samples=50, seed=0, compile=True)
     (_, length, one), *_ = captured
-    assert (len(length), one.shape) == (importance.PROBED, (1, 6))
+    assert (len(length), one.shape) == (planning.SIZING_DRAWS, (1, 6))
     assert set(chunks) == {300}  # 40 hidden values a draw are the widest
     vae.log_marginal(data, num_samples=50, seed=0, compile=True, chunk_size=7)
     assert len(captured) == 1
@@ -383,7 +384,7 @@ def test_max_memory_makes_smaller_chunks_and_nonsense_is_refused():
     vae.likelihood.register_forward_hook(lambda module, z, distribution: sizes.append(z[0].numel()))
     vae.log_marginal(torch.ones(3, 6), num_samples=4000, max_memory=1.0)
     assert 100 < max(sizes) / 2 <= 2**20 / (6 * 256 * 4)
-    with pytest.raises(ValueError, match="max_memory is a positive number of MiB"):
+    with pytest.raises(ValueError, match="max_memory must be a positive number of MiB"):
         vae.log_marginal(torch.ones(3, 6), max_memory=0)
 
 
@@ -429,7 +430,7 @@ def test_a_target_error_out_of_reach_takes_the_most_and_says_so():
 
 @pytest.mark.usefixtures("float64")
 def test_a_pilot_decides_and_the_estimate_is_from_fresh_draws(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importance, "_num_probes", lambda *_: 0)
+    monkeypatch.setattr(planning, "num_probes", lambda *_: 0)
     # Weights that depend on the datum alone and on how many came before: hard data take more of them.
     random = np.random.default_rng(0)
     log_w = random.normal(size=(3, 1400)) * np.array([[0.1], [0.4], [3.0]])
@@ -498,21 +499,21 @@ def test_a_target_error_resumes_and_compiles_to_the_same_numbers(tmp_path: Path,
 
 
 def test_the_shapes_of_a_target_are_few():
-    looks = _stopping_checks(100_000, 0.01, 1)
+    looks = planning.stopping_checks(100_000, 0.01, 1)
     assert looks == [250, 500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 100000]
     shapes = set()
     for before, look in itertools.pairwise([0, *looks]):
-        parts = list(_parts(torch.arange(32), look - before, 4100, looks[0]))
+        parts = list(parts_of(torch.arange(32), look - before, 4100, looks[0], 256))
         assert torch.cat([chosen for chosen, _ in parts]).tolist() == list(range(32))
         shapes |= {(len(chosen), min(most, look - before)) for chosen, most in parts}
         assert all(len(chosen) * min(most, look - before) <= 4100 for chosen, most in parts)
     assert shapes == {(16, 250), (1, 4000)}
     # A mixture looks where its share is a whole number; no target looks only at the end.
-    assert _stopping_checks(5000, 0.01, 500) == [500, 1000, 2000, 4000, 5000]
-    assert _stopping_checks(5003, 0.01, 5003) == [5003]
-    assert _stopping_checks(5000, None, 1) == [5000]
+    assert planning.stopping_checks(5000, 0.01, 500) == [500, 1000, 2000, 4000, 5000]
+    assert planning.stopping_checks(5003, 0.01, 5003) == [5003]
+    assert planning.stopping_checks(5000, None, 1) == [5000]
     # Chunks smaller than a look are kept to.
-    assert [most for _, most in _parts(torch.arange(2), 250, 20, 250)] == [20, 20]
+    assert [most for _, most in parts_of(torch.arange(2), 250, 20, 250, 256)] == [20, 20]
 
 
 def _base(x: torch.Tensor, more: Callable[[torch.Tensor], None] = lambda x: None) -> None:
@@ -671,7 +672,7 @@ def test_what_the_guide_never_draws_is_found_by_the_prior(model: Callable[..., N
     assert mixture.missed is None
     short = mixture.mean - scored.log_px
     assert (short > 0.5).all()
-    assert scored._consistent.mean() > 0.9, "no weight shows it"
+    assert scored.kind.consistent(scored).mean() > 0.9, "no weight shows it"
     # Draws of the prior are few, but more than one datum in ten is never believed.
     assert scored.reliable.mean() < 0.1
     assert np.median(scored.missed) == pytest.approx(np.median(short), abs=0.4)
@@ -818,7 +819,7 @@ def test_a_file_of_a_vae_is_refused_after_training_or_with_another_likelihood(tm
 @pytest.mark.parametrize("bad", [0, -1.0, math.inf, math.nan, "small"])
 def test_a_target_error_is_positive(bad: object):
     vae = pv.make_vae(6, latent_dim=2, hidden=[8])
-    with pytest.raises(ValueError, match="target_se is a positive number of nats"):
+    with pytest.raises(ValueError, match="target_se must be a positive number of nats"):
         vae.log_marginal(torch.ones(2, 6), target_se=bad)
 
 
@@ -859,3 +860,29 @@ def test_a_target_leaves_the_estimate_of_p_unbiased(latent_dim: int, spread: flo
     ratio = np.exp(scored.log_px - pair.log_px(x))
     assert abs(ratio.mean() - 1) < 3 * ratio.std() / math.sqrt(len(ratio))
     assert ratio.std() / math.sqrt(len(ratio)) < 0.007
+
+
+def counts_by_the_million(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Poisson(1e7 * z.exp()), obs=x)
+
+
+def sharp_gamma(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Gamma(3e6 * z.exp(), 3e6), obs=x)
+
+
+@pytest.mark.parametrize(("model", "unit", "spread"), [(counts_by_the_million, 1e7, 3.2e-4), (sharp_gamma, 1.0, 6e-4)])
+def test_terms_that_cancel_within_a_density_are_seen_in_float32(model: Callable[..., None], unit: float, spread: float):
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x / unit).log(), spread))
+
+    x = unit * torch.tensor([1.0, 1.1, 1.5])
+    single = pv.log_marginal(model, guide, x, num_samples=1000, seed=0)
+    assert not single.reliable.any()
+    assert "score in float64" in single.summary()
+    double = pv.log_marginal(model, guide, x.double(), num_samples=1000, seed=0)
+    assert double.reliable.all()

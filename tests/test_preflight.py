@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import pyrovae as pv
 from pyrovae.data.batches import Batches
 from pyrovae.programs.parameters import find_parameters
-from pyrovae.training.preflight import SupportCheck, check_other_batches
+from pyrovae.training.preflight import check_other_batches
+from pyrovae.training.values import SupportCheck
 
 
 class Pair(nn.Module):

@@ -258,12 +258,12 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence():
     x = torch.ones(4, 6)
     with pytest.raises(ValueError, match="mixture"):
         vae.log_marginal(x, num_samples=5, proposal="mixtur")
-    with pytest.raises(ValueError, match="at least two samples"):
+    with pytest.raises(ValueError, match="must be at least 2 for a mixture"):
         vae.log_marginal(x, num_samples=1, proposal="mixture")
     with pytest.raises(ValueError, match="prior_share must be between 0 and 1"):
         vae.log_marginal(x, num_samples=5, proposal="mixture", prior_share=1.0)
     refinement = pv.refine(vae.model, vae.guide, x[:3], steps=2, num_samples=2)
-    with pytest.raises(ValueError, match="of 3 data in their order"):
+    with pytest.raises(ValueError, match="must be the 3 data of the refinement in their order"):
         vae.log_marginal(x, num_samples=5, proposal=refinement)
     for bad in (
         {"steps": 0},

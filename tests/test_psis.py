@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrovae.evidence import psis_together
-from pyrovae.evidence.psis import pareto_smooth, tail_size
-from pyrovae.evidence.psis_together import pareto_smooth_together
+from pyrovae.evidence import psis
+from pyrovae.evidence.psis import pareto_smooth, pareto_smooth_together, tail_size
 
 LAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "Pareto 0.2": lambda u: -0.2 * torch.log(u),
@@ -32,7 +31,7 @@ def weights(distribution: str, rows: int, samples: int) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("samples", [225, 1000, 5000])
 @pytest.mark.parametrize("distribution", LAWS)
 def test_together_is_one_by_one(distribution: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psis_together, "MOST_NUMBERS", 10_000)  # in several parts
+    monkeypatch.setattr(psis, "MOST_NUMBERS", 10_000)  # in several parts
     largest, log_sum = weights(distribution, 6, samples)
     khat, smoothed, ordinary = pareto_smooth_together(largest, log_sum, samples)
     expected = pareto_smooth(largest.numpy(), (log_sum - math.log(samples)).numpy(), samples)

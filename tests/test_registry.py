@@ -1,13 +1,8 @@
-"""The contract of every registered component, and the registry itself.
-
-The contract runs over the names: a new class is tested by being registered.
-"""
+"""The registry: names, tables, descriptions and entry points."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import os
 import re
 import subprocess
@@ -18,10 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import SMALL
-from pyro.distributions import constraints
 from torch import nn
-from torch.distributions import Distribution
 
 import pyrovae
 from pyrovae import registry
@@ -31,232 +23,7 @@ from pyrovae.likelihoods import Bernoulli, Normal
 from pyrovae.models.vae import make_vae
 from pyrovae.nn import MLP
 from pyrovae.priors import Prior, StandardNormal
-from pyrovae.registry import build, describe, find, names, register, snake_case
-
-LATENT, DATA = 2, (2,)
-
-# What a class needs that has no default. One line for a new class that has such an argument.
-NEEDED: dict[tuple[str, str], dict] = {
-    ("likelihood", "beta_binomial"): {"total_count": 3},
-    ("likelihood", "binomial"): {"total_count": 3},
-    ("likelihood", "categorical"): {"num_levels": 4},  # not needed, but 256 are many
-    ("likelihood", "discretized_logistic"): {"num_levels": 4},
-    ("likelihood", "mixed"): {"parts": [[[1], "normal"], [[0], {"kind": "binomial", "total_count": 3}]]},
-} | SMALL
-# Options worth their own contract run.
-VARIANTS = [
-    ("likelihood", {"kind": "normal", "scale": 0.3}),
-    ("likelihood", {"kind": "normal", "scale": "shared"}),
-    ("likelihood", {"kind": "normal", "scale": "per_dimension"}),
-    ("likelihood", {"kind": "normal", "scale": "decoder"}),
-    ("prior", {"kind": "vamp", "components": 3, "squash": False, "learn_weights": True}),
-    ("prior", {"kind": "flow", "family": "coupling", "hidden": [8]}),
-    ("prior", {"kind": "flow", "family": "nsf", "hidden": [8], "depth": 1}),
-    ("prior", {"kind": "categorical", "learned": True}),
-    ("prior", {"kind": "relaxed_one_hot", "learned": True}),
-    ("encoder", {"kind": "flow", "family": "coupling", "hidden": [8]}),
-    ("encoder", {"kind": "flow", "family": "nsf", "hidden": [8], "depth": 1}),
-    ("encoder", {"kind": "flow", "base": "full_covariance_normal", "hidden": [8]}),
-]
-COMPONENTS = [
-    (kind, {"kind": name} | NEEDED.get((kind, name), {}))
-    for kind in ("prior", "likelihood", "encoder", "body")
-    for name in names(kind)
-] + VARIANTS
-
-over_components = pytest.mark.parametrize(("kind", "spec"), COMPONENTS, ids=lambda case: str(case))
-over_distributions = pytest.mark.parametrize(
-    ("kind", "spec"), [case for case in COMPONENTS if case[0] != "body"], ids=lambda case: str(case)
-)
-
-
-def lender(dtype: torch.dtype | None = None) -> DiagonalNormal:
-    """An encoder for priors that are made of posteriors, the same in each call."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return DiagonalNormal(MLP(DATA, [5], activation="tanh"), LATENT).to(dtype or torch.get_default_dtype())
-
-
-def component(kind: str, spec: dict, *, data_shape: tuple[int, ...] = DATA, dtype: torch.dtype | None = None) -> nn.Module:
-    """A small instance of any registered class, with every parameter moved off its initial value."""
-    defaults: dict = {}
-    if kind == "prior":
-        defaults = {"latent_dim": LATENT, "data_shape": data_shape}
-    if kind == "likelihood":
-        out_shape = find(kind, spec["kind"]).decoder_shape(data_shape, spec)
-        defaults = {"decoder": MLP(LATENT, [5], out_shape, activation="tanh")}
-    if kind == "encoder":
-        defaults = {"body": MLP(data_shape, [5], activation="tanh"), "latent_dim": LATENT}
-    if kind == "body":
-        image = {"in_shape": (1, 6, 9), "out_shape": 5}
-        defaults = ({"in_shape": LATENT, "out_shape": (2, 6, 9)} if spec["kind"].endswith("_decoder") else image) | {
-            "hidden": [4, 3],
-            "activation": "tanh",
-        }
-    built = build(kind, spec, **defaults)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    built.to(dtype)
-    if kind == "prior":
-        built.bind(lender(dtype))
-    return built
-
-
-def inputs(kind: str, built: nn.Module, *batch: int) -> tuple[torch.Tensor, ...]:
-    if kind == "prior":
-        return ()
-    event = {"likelihood": (LATENT,), "encoder": DATA}.get(kind) or built.in_shape
-    return (torch.randn(*batch, *event),)
-
-
-def output(kind: str, built: nn.Module, *args: torch.Tensor) -> torch.Tensor:
-    """Something that depends on all that a component computes."""
-    found = built(*args)
-    if kind == "body":
-        return found
-    anywhere = kind != "likelihood" and type(built).support in (None, constraints.real_vector)
-    value = torch.full_like(found.sample(), 0.4) if anywhere else found.sample()
-    return found.log_prob(value)
-
-
-@over_components
-def test_keeps_every_argument(kind: str, spec: dict) -> None:
-    built = component(kind, spec)
-    for argument in inspect.signature(type(built)).parameters:
-        assert hasattr(built, argument)
-
-
-@over_components
-def test_description_builds_the_same_component(kind: str, spec: dict) -> None:
-    built = component(kind, spec)
-    again = build(kind, json.loads(json.dumps(describe(built, kind))))
-    assert type(again) is type(built)
-    assert list(again.state_dict()) == list(built.state_dict())
-    again.load_state_dict(built.state_dict())
-    if kind == "prior":
-        again.bind(lender())
-    args = inputs(kind, built, 4)
-    torch.manual_seed(11)
-    expected = output(kind, built, *args)
-    torch.manual_seed(11)
-    assert torch.equal(output(kind, again, *args), expected)
-
-
-@over_components
-def test_gradients_reach_every_parameter(kind: str, spec: dict) -> None:
-    built = component(kind, spec)
-    out = output(kind, built, *inputs(kind, built, 6))
-    # Random directions, since a sum can have a gradient of exactly zero.
-    if out.requires_grad:
-        (out * torch.randn_like(out)).sum().backward()
-    for name, parameter in built.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
-
-
-@over_components
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_keeps_the_precision_of_its_weights(kind: str, spec: dict, dtype: torch.dtype) -> None:
-    built = component(kind, spec, dtype=dtype)
-    out = output(kind, built, *(arg.to(dtype) for arg in inputs(kind, built, 3)))
-    assert out.dtype == dtype
-    if kind != "body":
-        assert built(*(arg.to(dtype) for arg in inputs(kind, built, 3))).sample().dtype == dtype
-
-
-@over_components
-@pytest.mark.usefixtures("float64")
-def test_whatever_leads_is_a_batch(kind: str, spec: dict) -> None:
-    built = component(kind, spec)
-    if kind == "prior":
-        distribution = built()
-        assert (distribution.batch_shape, distribution.event_shape) == ((), (LATENT,))
-        return
-    (x,) = inputs(kind, built, 3, 4)
-    together = built(x)
-    if kind == "body":
-        assert together.shape == (3, 4, *built.out_shape)
-        assert built(x[0, 0]).shape == built.out_shape
-        torch.testing.assert_close(together[2, 1], built(x[2, 1]))
-        return
-    event = {"likelihood": DATA, "encoder": (LATENT,)}[kind]
-    assert (together.batch_shape, together.event_shape) == ((3, 4), event)
-    value = together.sample()
-    assert value.shape == (3, 4, *event)
-    single = built(x[2, 1])
-    assert single.batch_shape == ()
-    torch.testing.assert_close(together.log_prob(value)[2, 1], single.log_prob(value[2, 1]))
-
-
-@over_distributions
-@pytest.mark.usefixtures("float64")
-def test_samples_lie_in_the_support(kind: str, spec: dict) -> None:
-    built = component(kind, spec)
-    distribution = built(*inputs(kind, built, 5))
-    value = distribution.sample((50,))
-    assert distribution.support.check(value).all()
-    assert distribution.log_prob(value).isfinite().all()
-
-
-def quadrature(distribution: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points of a two-dimensional event, and the weights with which a function of them integrates, or sums."""
-    base = distribution
-    while hasattr(base, "base_dist") and base.support is not constraints.simplex:
-        base = base.base_dist
-    if distribution.support is constraints.sphere:
-        angle = torch.arange(1000) * (2 * math.pi / 1000)
-        return torch.stack([angle.cos(), angle.sin()], -1), torch.full((1000,), 2 * math.pi / 1000)
-    if distribution.support is constraints.simplex:
-        logit = torch.arange(-3000.0, 3001.0) * 0.02
-        points = torch.stack([logit, -logit], -1).sigmoid()
-        return points, 0.02 * points.prod(-1)
-    if base.support.is_discrete:
-        axis = torch.arange(0.0, 61.0)
-        weight = torch.ones_like(axis)
-    else:
-        # Steps that grow outwards reach the tails of a Student-t.
-        at = torch.arange(-200.0, 201.0) * 0.035
-        axis, weight = at.sinh(), 0.035 * at.cosh()
-    points, weights = torch.cartesian_prod(axis, axis), torch.cartesian_prod(weight, weight).prod(-1)
-    inside = distribution.support.check(points)
-    return points[inside], weights[inside]
-
-
-# Likelihoods come in more kinds of support than one grid serves: test_likelihoods.py sums and integrates them.
-over_latents = pytest.mark.parametrize(
-    ("kind", "spec"), [case for case in COMPONENTS if case[0] in ("prior", "encoder")], ids=lambda case: str(case)
-)
-
-
-@over_latents
-@pytest.mark.usefixtures("float64")
-@torch.no_grad()
-def test_is_normalised(kind: str, spec: dict) -> None:
-    """exp(log_prob) over all values of a two-dimensional event sums, or integrates, to one: no constant is left out."""
-    built = component(kind, spec)
-    distribution = built(*inputs(kind, built))
-    points, weights = quadrature(distribution)
-    total = (weights * distribution.log_prob(points).exp()).sum().item()
-    # Where the density has kinks, the grid is only so good.
-    assert math.isclose(total, 1.0, rel_tol=1e-3 if spec["kind"] in ("flow", "laplace") else 1e-6)
-
-
-@over_latents
-@pytest.mark.usefixtures("float64")
-@torch.no_grad()
-def test_sampler_and_density_agree(kind: str, spec: dict) -> None:
-    """The mean of a statistic over samples equals its integral over the density, within five standard errors."""
-    built = component(kind, spec)
-    distribution = built(*inputs(kind, built))
-    points, weights = quadrature(distribution)
-    mass = weights * distribution.log_prob(points).exp()
-    drawn = distribution.sample((20_000,))
-    for statistic in (lambda z: z, lambda z: torch.tanh(z - 0.3), lambda z: torch.tanh(z[..., :1] * z[..., 1:])):
-        exact, found = (mass[:, None] * statistic(points)).sum(0), statistic(drawn)
-        error = found.std(0) / len(drawn) ** 0.5
-        assert ((found.mean(0) - exact).abs() < 5 * error + 1e-4).all()
-
+from pyrovae.registry import build, canonical, describe, find, names, register, snake_case
 
 # -- the registry itself ---------------------------------------------------------------------------------------------------
 
@@ -295,11 +62,41 @@ def test_names_load_the_room_that_has_them() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name", "nearest"),
-    [("prior", "standardnormal", "standard_normal"), ("likelihood", "bernouli", "bernoulli"), ("body", "gated", "gated_mlp")],
+    [("prior", "standardnormel", "standard_normal"), ("likelihood", "bernouli", "bernoulli"), ("body", "gated", "gated_mlp")],
 )
 def test_unknown_name_says_the_nearest(kind: str, name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"There is no {kind} '{name}'; did you mean '{nearest}'\\?"):
         find(kind, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "registered"),
+    [
+        ("estimator", "IWAE", "iwae"),
+        ("estimator", "DReG", "dreg"),
+        ("encoder", "DiagonalNormal", "diagonal_normal"),
+        ("encoder", "Diagonal_Normal", "diagonal_normal"),
+        ("likelihood", "nb", "negative_binomial"),
+        ("likelihood", "ZINB", "zero_inflated_negative_binomial"),
+        ("body", "GatedMLP", "gated_mlp"),
+        ("model", "ConditionalVAE", "conditional"),
+    ],
+)
+def test_names_in_any_case_and_those_of_classes(kind: str, name: str, registered: str) -> None:
+    assert canonical(kind, name) == registered
+    assert find(kind, name) is find(kind, registered)
+    assert name == registered or name not in names(kind)
+
+
+@pytest.mark.usefixtures("_scratch")
+def test_an_alias_belongs_to_one_class() -> None:
+    with pytest.raises(ValueError, match=r"The likelihood name 'nb' belongs to pyrovae\.likelihoods\.Neg"):
+        register("likelihood", "nb")(type("NaiveBayes", (), {}))
+
+
+def test_far_names_are_not_suggested() -> None:
+    with pytest.raises(ValueError, match=r"There is no prior 'normalising_flow'; choose one of .*, vamp\."):
+        find("prior", "normalising_flow")
 
 
 def test_name_like_no_other_lists_them_all() -> None:

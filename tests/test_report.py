@@ -17,7 +17,8 @@ from sklearn.datasets import load_digits
 from pyrovae.cli.figures import image_grid
 from pyrovae.cli.report import write_report
 from pyrovae.diagnostics.decomposition import Decomposition
-from pyrovae.evidence.results import Curve, Evidence
+from pyrovae.evidence.curve import Curve
+from pyrovae.evidence.results import Evidence
 from pyrovae.plots import learning_curve
 
 RECORDS = [

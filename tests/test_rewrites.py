@@ -255,9 +255,9 @@ def test_products_in_float64_stay() -> None:
     assert torch.equal(run(*inputs), torch.mm(*inputs))
 
 
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("layout", ["rows", "columns", "mixed", "every second"])
-def test_onednn_products_are_products(flip: bool, layout: str) -> None:
+def test_onednn_products_are_products(transposed: bool, layout: str) -> None:
     left, right = torch.randn(33, 70), torch.randn(70, 50)
     if layout in ("columns", "mixed"):
         right = right.t().contiguous().t()
@@ -265,7 +265,7 @@ def test_onednn_products_are_products(flip: bool, layout: str) -> None:
         left = left.t().contiguous().t()
     if layout == "every second":
         left, right = torch.randn(33, 140)[:, ::2], torch.randn(140, 100)[::2, ::2]
-    found = torch.ops.pyrovae.mm(left, right, flip)
+    found = torch.ops.pyrovae.mm(left, right, transposed)
     assert found.is_contiguous()
     torch.testing.assert_close(found, (left.double() @ right.double()).float(), rtol=1e-5, atol=1e-4)
 
@@ -277,7 +277,7 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="th
 def chosen(monkeypatch: pytest.MonkeyPatch, shares: Callable[..., dict[str, float]], *inputs: Tensor) -> list[object]:
     """The ways of the products x @ weight.T (1000 x 50 x 200, 2 threads) and 3 x 4 x 5 of which oneDNN has taken the first."""
     monkeypatch.setattr(matmul, "_onednn_time_ratio", shares)
-    monkeypatch.setattr(matmul, "_native_is_faster", lambda threads, rounded: False)
+    monkeypatch.setattr(matmul, "native_is_faster", lambda threads, rounded: False)
 
     def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return x @ weight.t(), a @ b
@@ -292,7 +292,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, shares: Callable[..., dict[str, floa
 
 @onednn
 @pytest.mark.parametrize(
-    ("large", "straight", "flipped", "expected"),
+    ("large", "straight", "transposed", "expected"),
     [
         (0.5, 0.5, 0.6, [False]),
         (0.5, 0.6, 0.5, [True]),
@@ -301,13 +301,13 @@ def chosen(monkeypatch: pytest.MonkeyPatch, shares: Callable[..., dict[str, floa
     ],
 )
 def test_a_product_goes_to_the_faster_library(
-    monkeypatch: pytest.MonkeyPatch, large: float, straight: float, flipped: float, expected: list[bool]
+    monkeypatch: pytest.MonkeyPatch, large: float, straight: float, transposed: float, expected: list[bool]
 ) -> None:
     asked = []
 
     def shares(*product: object) -> dict[str, float]:
         asked.append(product)
-        return {"straight": large, "flipped": 1.1} if product == LARGE else {"straight": straight, "flipped": flipped}
+        return {"straight": large, "transposed": 1.1} if product == LARGE else {"straight": straight, "transposed": transposed}
 
     inputs = torch.randn(1000, 50), torch.randn(200, 50), torch.randn(3, 4), torch.randn(4, 5)
     assert chosen(monkeypatch, shares, *inputs) == expected
@@ -319,11 +319,11 @@ def test_products_stay_without_onednn_and_in_float64(monkeypatch: pytest.MonkeyP
     inputs = torch.randn(1000, 50), torch.randn(200, 50), torch.randn(3, 4), torch.randn(4, 5)
     assert chosen(monkeypatch, lambda *product: {}, *inputs) == []
     doubles = tuple(each.double() for each in inputs)
-    assert chosen(monkeypatch, lambda *product: {"straight": 0.1, "flipped": 0.1}, *doubles) == []
+    assert chosen(monkeypatch, lambda *product: {"straight": 0.1, "transposed": 0.1}, *doubles) == []
 
 
 def test_rounded_products_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_onednn_time_ratio", lambda *product: {"straight": 0.1, "flipped": 0.1})
+    monkeypatch.setattr(matmul, "_onednn_time_ratio", lambda *product: {"straight": 0.1, "transposed": 0.1})
     inputs = torch.randn(1000, 50), torch.randn(50, 200)
     module = select_matmul_backend(rewrite(round_products(make_fx(torch.mm)(*inputs))), threads=1)
     (product,) = module.graph.find_nodes(op="call_function", target=aten.mm.default)
@@ -336,7 +336,7 @@ def test_a_product_is_timed_in_float32_whatever_the_default() -> None:
     seen = []
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu"):
         patch.setattr(matmul, "_seconds", lambda each: {name: float(seen.append(run()) or 1) for name, run in each.items()})
-        assert matmul._onednn_time_ratio.__wrapped__(64, 32, 16, (True, True), 1) == {"straight": 1.0, "flipped": 1.0}
+        assert matmul._time_onednn(64, 32, 16, (True, True), 1) == {"straight": 1.0, "transposed": 1.0}
     assert [each.dtype for each in seen] == [torch.float32] * 3
 
 
@@ -345,7 +345,7 @@ def test_a_build_without_such_products_keeps_its_own(monkeypatch: pytest.MonkeyP
         raise RuntimeError("itensor_view_from_dense")
 
     monkeypatch.setattr(matmul, "_seconds", refused)
-    assert matmul._onednn_time_ratio.__wrapped__(64, 32, 16, (True, True), 1) == {}
+    assert matmul._time_onednn(64, 32, 16, (True, True), 1) == {}
 
 
 def test_the_module_can_be_loaded_again() -> None:
@@ -356,8 +356,8 @@ def test_the_module_can_be_loaded_again() -> None:
 @onednn
 def test_timing_a_product_leaves_threads_and_random_numbers_alone() -> None:
     before, state = torch.get_num_threads(), torch.get_rng_state()
-    shares = matmul._onednn_time_ratio.__wrapped__(64, 32, 16, (False, True), before + 1)
-    assert set(shares) == {"straight", "flipped"}
+    shares = matmul._time_onednn(64, 32, 16, (False, True), before + 1)
+    assert set(shares) == {"straight", "transposed"}
     assert all(share > 0 for share in shares.values())
     assert torch.get_num_threads() == before
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import inspect
 import math
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pyro
@@ -16,8 +22,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import pyrovae as pv
 from pyrovae.compile import step as compile_step
 from pyrovae.compile.step import Step
-from pyrovae.training import loop
+from pyrovae.evidence.keywords import LogMarginalKeywords
+from pyrovae.training import loop, setup
 from pyrovae.training.loop import fit
+from pyrovae.training.options import FitKeywords, FitOptions
 
 
 def pca_data(num: int = 400, data_dim: int = 6, latent_dim: int = 2, noise: float = 0.6) -> torch.Tensor:
@@ -335,7 +343,7 @@ def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "SYNC_EVERY", 7)
     monkeypatch.setattr(Step, "drain", counted)
     for asynchronous in (False, True):
-        monkeypatch.setattr(loop, "stage", partial(stage, asynchronous=asynchronous))
+        monkeypatch.setattr(setup, "stage", partial(stage, asynchronous=asynchronous))
         looked.clear()
         vae = pv.make_vae(4, latent_dim=2, hidden=[8])
         with torch.no_grad():
@@ -349,7 +357,7 @@ def test_a_gpu_is_looked_at_seldom_and_says_the_same(monkeypatch: pytest.MonkeyP
 
     said = []
     for asynchronous in (False, True):
-        monkeypatch.setattr(loop, "stage", partial(stage, asynchronous=asynchronous))
+        monkeypatch.setattr(setup, "stage", partial(stage, asynchronous=asynchronous))
         torch.manual_seed(0)
         vae = pv.make_vae(4, latent_dim=2, hidden=[8], likelihood={"kind": "normal", "scale": "shared"})
         with pytest.raises(FloatingPointError) as error:
@@ -441,8 +449,8 @@ def test_a_bad_datum_in_a_late_batch_is_found_before_training():
         ({"estimator": 3}, "pyro.infer.ELBO"),
         ({"optimizer": "adm"}, "did you mean 'adam'"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
-        ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates the loss several times"),
-        ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau waits for a metric"),
+        ({"optimizer": torch.optim.LBFGS}, "got LBFGS, which does so several times"),
+        ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "got ReduceLROnPlateau, which needs a metric"),
         ({"estimator": pyro.infer.TraceTailAdaptive_ELBO(num_particles=3)}, "has a gradient and no loss"),
         ({"lr": "fast"}, "lr must be a positive number, got 'fast'"),
         ({"epochs": 0}, "epochs must be a positive integer"),
@@ -497,3 +505,33 @@ def test_history_plots_itself():
     drawn = [line.get_ydata() for line in ax.lines]
     assert len(drawn) >= 2
     assert len(drawn[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("function", "keywords"), [(pv.fit, FitKeywords), (pv.log_marginal, LogMarginalKeywords)], ids=["fit", "log_marginal"]
+)
+def test_passed_on_keywords_are_the_functions_own(function: Callable, keywords: type):
+    hints = get_type_hints(function)
+    own = {p.name: hints[p.name] for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert get_type_hints(keywords) == own
+
+
+def test_the_options_of_fit_are_its_keywords():
+    assert get_type_hints(FitOptions, include_extras=True).items() >= get_type_hints(FitKeywords).items()
+    assert list(FitOptions.__dataclass_fields__) == list(inspect.signature(pv.fit).parameters)[3:]
+
+
+@pytest.mark.slow
+def test_a_type_checker_objects_to_a_misspelt_keyword(tmp_path: Path):
+    pytest.importorskip("mypy")
+    (tmp_path / "program.py").write_text(
+        "import pyrovae as pv\nvae = pv.make_vae(4, latent_dim=2)\nvae.fit([[0.0] * 4], epochs=3)\n"
+        "vae.fit([[0.0] * 4], epohcs=3)\nvae.fit([[0.0] * 4], epochs='3')\nvae.log_marginal([[0.0] * 4], num_sample=3)\n"
+    )
+    root = Path(pv.__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", "--config-file", str(root / "pyproject.toml"), "--no-incremental"]
+    done = subprocess.run([*command, str(tmp_path / "program.py")], cwd=root, capture_output=True, text=True)
+    lines = [line.partition("program.py:")[2] for line in done.stdout.splitlines() if ": error:" in line]
+    assert [line[0] for line in lines] == ["4", "5", "6"], done.stdout
+    assert '"epohcs"' in lines[0]
+    assert '"num_sample"' in lines[2]

@@ -34,8 +34,6 @@ from pyrovae.priors import StandardNormal
 from pyrovae.programs.inspect import inspect_pair
 from pyrovae.registry import build, names
 
-NAMED = {spec if isinstance(spec, str) else spec["kind"] for spec in LIKELIHOODS}
-
 
 def _binary(num: int, *shape: int, seed: int = 0) -> Tensor:
     """Two clusters of noisy bits, so that there is something to learn."""
@@ -95,10 +93,6 @@ def test_every_combination_is_a_pair(prior: str, likelihood: object, encoder: st
         loss.differentiable_loss(vae.model, vae.guide, x).backward()
         for name, parameter in vae.named_parameters():
             assert parameter.grad is not None, name
-
-
-def test_every_registered_likelihood_is_combined() -> None:
-    assert set(names("likelihood")) <= NAMED, "add the new likelihood to LIKELIHOODS"
 
 
 def test_sites_and_plate_are_the_vocabularys() -> None:
@@ -481,12 +475,12 @@ def test_labels_beside_the_data_are_left_out_as_before() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(4, 5, dtype=torch.bool), "not one of torch.bool and shape (4, 5)."),
-        (torch.ones(4, 6), "not one of torch.float32 and shape (4, 6)."),
+        (torch.ones(4, 5, dtype=torch.bool), "got torch.bool of shape (4, 5)."),
+        (torch.ones(4, 6), "got torch.float32 of shape (4, 6)."),
     ],
 )
 def test_a_mask_of_another_kind_gets_one_sentence(mask: Tensor, message: str) -> None:
-    said = f"A mask is a boolean tensor of the data's shape (4, 6), true where a value was observed, {message}"
+    said = f"A mask must be a boolean tensor of the data's shape (4, 6), true where a value was observed, {message}"
     for program in (_small().model, _small().guide, _small().impute):
         with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
             program(torch.zeros(4, 6), mask)
@@ -664,7 +658,7 @@ def test_make_vae_takes_tables_and_ready_parts() -> None:
         ),
         (
             lambda: VAE(dist.Normal(0, 1), Bernoulli(MLP(2, [], 7)), DiagonalNormal(MLP(7, []), 2)),
-            "The prior must be a pyrovae.priors.Prior, not a Normal: build one, or subclass it.",
+            "The prior must be a pyrovae.priors.Prior, got a Normal: build one, or subclass it.",
         ),
         (
             lambda: _small().encode(torch.zeros(4, 5)),
@@ -680,7 +674,7 @@ def test_make_vae_takes_tables_and_ready_parts() -> None:
         ),
         (
             lambda: _small().interpolate(torch.zeros(6), torch.zeros(2, 6)),
-            "The ends must have one shape, not (6,) and (2, 6).",
+            "The ends must have one shape, got (6,) and (2, 6).",
         ),
         (
             lambda: _small().decode(torch.zeros(4, 3)),
@@ -695,5 +689,5 @@ def test_mistakes_get_one_sentence(make: Callable[[], object], message: str) -> 
 
 
 def test_arrays_are_refused_with_the_cure() -> None:
-    with pytest.raises(TypeError, match=r"takes a tensor, not ndarray: write torch.as_tensor\(x\)"):
+    with pytest.raises(TypeError, match=r"must be a tensor, got ndarray: write torch.as_tensor\(x\)"):
         _small().model(np.zeros((3, 6)))

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import pyrovae as pv
-from pyrovae.evidence.importance import CHUNK_NUMBERS
+from pyrovae.evidence.planning import CHUNK_NUMBERS
 
 SEED = 0
 OURS, ROUNDED, EAGER = "pyrovae log_marginal", "pyrovae log_marginal, bfloat16", "pyrovae log_marginal, compile=False"

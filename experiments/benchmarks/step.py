@@ -12,10 +12,11 @@ All compute in float32 but for one of ours, whose products are of factors in bfl
 
     python experiments/benchmarks/step.py --root ../shared/data      # 20 minutes on two cores
     python experiments/benchmarks/step.py --cells tanh-100 epoch --rounds 10
+    python experiments/benchmarks/step.py --native none decoder all  # our step with and without our own C++, interleaved
 
 What it finds goes to ../results: the cells to step.json, where those that are not asked for stay as they were, an epoch of
-MNIST through fit to epoch.json, what a step allocates to memory.json. A library that is not installed leaves its contenders
-out, and the result names them: pip install numpyro pythae.
+MNIST through fit to epoch.json, what a step allocates to memory.json; with --native, the cells to native.json. A library that
+is not installed leaves its contenders out, and the result names them: pip install numpyro pythae.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import common
 import numpy as np
@@ -50,9 +52,10 @@ from pyrovae.compile.step import Step
 LR, SEED, CHECKED_BLOCKS = 1e-12, 0, 10
 OURS, ROUNDED, BASELINE = "pyrovae staged", "pyrovae staged, bfloat16", "hand-written eager"
 PYTHAE, BARE = "pythae trainer", "bare products, torch.mm"
-STEPS = common.RESULTS / "step.json"
+STEPS, NATIVES = common.RESULTS / "step.json", common.RESULTS / "native.json"
 NOWHERE = open(os.devnull, "w")  # noqa: SIM115  (progress bars are drawn, but for nobody)
 Block = Callable[[], Any]  # takes one step on each batch; returns their losses, each in nats, summed over the batch
+Contenders = dict[str, Callable[["Cell", Network, list[Tensor]], Block]]
 
 
 @dataclass(frozen=True)
@@ -92,34 +95,53 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", choices=PARTS, default=PARTS, metavar="CELL", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--root", default="../shared/data", help="the folder that holds MNIST/raw")
+    levels = ("none", "decoder", "all")
+    parser.add_argument(
+        "--native",
+        nargs="+",
+        choices=levels,
+        metavar="LEVEL",
+        help=f"time our step at these of PYROVAE_NATIVE, {', '.join(levels)}",
+    )
     parser.add_argument("--peak", choices=CELLS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print(json.dumps(peaks(CELLS[options.peak])))
         return
     setting = {"seed": SEED, "learning_rate": LR}
+    contenders, target = CONTENDERS, STEPS
+    if options.native:
+        ours_at = {natively(level): partial(ours, backend="inductor", native=level) for level in options.native}
+        contenders, target = {**ours_at, BASELINE: CONTENDERS[BASELINE]}, NATIVES
     for name in [name for name in options.cells if name in CELLS]:
         try:
-            measured = time_cell(name, CELLS[name], options.rounds, options.root)
+            measured = time_cell(name, CELLS[name], options.rounds, options.root, contenders)
         except LeftOut as reason:
             print(f"\n{name}: left out, {reason}")
             continue
-        kept = json.loads(STEPS.read_text())["cells"] if STEPS.exists() else {}
+        kept = json.loads(target.read_text())["cells"] if target.exists() else {}
         cells = {each: measured if each == name else kept[each] for each in CELLS if each == name or each in kept}
-        common.write("step", {**setting, "cells": cells})  # after each, so that a later failure loses nothing
+        common.write(target.stem, {**setting, "cells": cells})  # after each, so that a later failure loses nothing
+    if options.native:
+        return
     if "epoch" in options.cells:
         common.write("epoch", {**setting, "rounds": options.rounds, **time_epoch(options.root, options.rounds)})
     if "memory" in options.cells:
         common.write("memory", memory())
 
 
-def time_cell(name: str, cell: Cell, rounds: int, root: str) -> dict[str, Any]:
+def natively(level: str) -> str:
+    """The name of our step at a level of PYROVAE_NATIVE; at "all" it is whatever the package chooses on this machine."""
+    return f"{OURS}, native {level}"
+
+
+def time_cell(name: str, cell: Cell, rounds: int, root: str, contenders: Contenders) -> dict[str, Any]:
     torch._dynamo.reset()  # the cells share code, whose cache of compiled shapes would overflow
     pyro.clear_param_store()
     net, batches = start(cell, root)
     blocks: dict[str, Block] = {}
     left_out: dict[str, str] = {}
-    for contender, build in CONTENDERS.items():
+    for contender, build in contenders.items():
         try:
             blocks[contender] = build(cell, copy.deepcopy(net), batches)
         except LeftOut as reason:
@@ -133,7 +155,8 @@ def time_cell(name: str, cell: Cell, rounds: int, root: str) -> dict[str, Any]:
             times[contender].append(seconds / cell.steps)
     milliseconds = {contender: round(1e3 * float(np.median(values)), 4) for contender, values in times.items()}
     ratios = {contender: common.ratio(times, contender, BASELINE) for contender in times}
-    to_ours = {contender: common.ratio(times, OURS, contender) for contender in times if OURS in times}
+    own = next((each for each in (OURS, natively("all")) if each in times), None)
+    to_ours = {contender: common.ratio(times, own, contender) for contender in times if own is not None}
     common.table((name, "ms a step", "x eager"), milliseconds, ratios, to_ours, left_out)
     return {
         "cell": asdict(cell),
@@ -189,7 +212,12 @@ def check(name: str, cell: Cell, net: Network, batches: list[Tensor], blocks: di
     return {contender: [round(number, 5) for number in pair] for contender, pair in found.items()}
 
 
-def ours(cell: Cell, net: Network, batches: list[Tensor], **options: str) -> Block:
+def ours(cell: Cell, net: Network, batches: list[Tensor], native: str | None = None, **options: str) -> Block:
+    with mock.patch.dict(os.environ, {} if native is None else {"PYROVAE_NATIVE": native}):  # read where a graph is compiled
+        return staged(cell, net, batches, **options)
+
+
+def staged(cell: Cell, net: Network, batches: list[Tensor], **options: str) -> Block:
     vae = common.as_vae(net)
     data = [x.reshape(-1, *vae.data_shape) for x in batches]
     estimator = pv.estimators.ELBO() if cell.particles == 1 else pv.estimators.IWAE(cell.particles)
@@ -309,7 +337,7 @@ def bare_products(cell: Cell, net: Network, batches: list[Tensor]) -> Block:
     return block
 
 
-CONTENDERS: dict[str, Callable[[Cell, Network, list[Tensor]], Block]] = {
+CONTENDERS: Contenders = {
     OURS: partial(ours, backend="inductor"),
     ROUNDED: partial(ours, backend="inductor", precision="bfloat16"),
     "pyrovae eager": partial(ours, backend="eager"),

@@ -1,173 +1,34 @@
 """The TOML description of a run, checked, and what it stands for.
 
-This file imports neither torch nor Pyro, so that the command line can read and refuse a description at once.
+Importing this file imports neither torch nor Pyro, so that the command line can print its help at once.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import tomllib
-from collections.abc import Callable
-from dataclasses import field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError, WrapValidator
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
+
+from .._validation import unknown
+from .sections import GIVEN_BY_DATA, NOT_OF_KINDS, DataSection, EvaluateSection, ModelSection, Run, TrainSection
 
 if TYPE_CHECKING:
     import torch
 
     from ..data.datasets import Split
-    from ..models.hierarchical import HierarchicalVAE
-    from ..models.vae import VAE
+    from ..models.base import PairModule
 
-_STRICT = ConfigDict(extra="forbid")
-Component = str | dict[str, Any]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-def _each(value: Any, check: Callable[[Any], int]) -> Any:
-    return [check(each) for each in value] if isinstance(value, list | tuple) else check(value)
-
-
-# A width, or a list of them; no union, of which the command line cannot tell how many words it takes.
-Widths = Annotated[Positive, WrapValidator(_each), PlainSerializer(lambda value: value, return_type=Any)]
-
-
-@dataclass(frozen=True, config=_STRICT)
-class DataSection:
-    """What to train on.
-
-    Attributes:
-        name: "digits" (ships with scikit-learn) or "mnist".
-        path: A .npy array of shape (N, ...) instead.
-        root: The folder that holds MNIST/raw.
-        binarize: "dynamic" (MNIST's default), "static", "none" (grey in [0, 1]), "levels" (0..255), "dequantized" (with noise).
-        download: Let torchvision fetch MNIST.
-        test_fraction: The held-out part of a .npy file.
-    """
-
-    name: str = "digits"
-    path: str | None = None
-    root: str = "data"
-    binarize: Literal["dynamic", "static", "none", "levels", "dequantized"] | None = None
-    download: bool = False
-    test_fraction: Fraction = 0.2
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ModelSection:
-    """Prior, likelihood, encoder and networks, by name or as tables with options.
-
-    Attributes:
-        kind: "vae", of one stochastic layer, or "hierarchical", of several; see pyrovae.make_vae and make_hierarchical_vae.
-        latent_dim: Number of latent dimensions of a vae.
-        latent_dims: Those of each layer of a hierarchy, nearest to the data first.
-        prior: p(z), in a hierarchy that of the top layer.
-        likelihood: p(x|z); by default the one that fits the data set, by the support of a file's values.
-        encoder: The family of q(z|x), or of each factor of a hierarchy's guide, where it is "diagonal_normal" by default.
-        guide: A hierarchy's guide: "bottom_up", "ladder" or "structured".
-        layer: The family of a hierarchy's p(z_i|z_{i+1}).
-        body: "mlp", "gated_mlp", "conv" or "resnet".
-        hidden: Widths of the encoder's hidden layers, mirrored in the decoder; in a hierarchy a list for each layer.
-        activation: "relu", "tanh", ...; by default the body's own, and "tanh" in a hierarchy.
-        dtype: "float32" or "float64".
-    """
-
-    kind: Literal["vae", "hierarchical"] = "vae"
-    latent_dim: Positive = 4
-    latent_dims: list[Positive] | None = None
-    prior: Component = "standard_normal"
-    likelihood: Component | None = None
-    encoder: Component = "full_covariance_normal"
-    guide: str = "bottom_up"
-    layer: Component = "diagonal_normal"
-    body: str = "mlp"
-    hidden: list[Widths] | None = None
-    activation: str | None = None
-    dtype: Literal["float32", "float64"] = "float32"
-
-
-@dataclass(frozen=True, config=_STRICT)
-class TrainSection:
-    """How to train; see pyrovae.fit.
-
-    Attributes:
-        epochs: Passes over the data.
-        batch_size: Data per step.
-        lr: Learning rate.
-        optimizer: "adam", "adamw", "sgd", ...
-        schedule: "constant" or "cosine".
-        clip_norm: Largest norm of the gradient.
-        validation: Fraction of the training data held out for the validation curve; 0 for none.
-        patience: Stop after this many epochs without a better validation bound.
-        compile: Capture and compile the training step: true, false, or "auto" for runs long enough to repay it.
-        precision: Of matrix products: "float32", "tf32" on a GPU, or "bfloat16".
-        device: "cpu", "cuda", or "auto": a GPU if there is one. Scoring takes the same.
-        tensorboard: Also log the curves for TensorBoard, in the run's folder.
-    """
-
-    epochs: Positive = 60
-    batch_size: Positive = 64
-    lr: PositiveFloat = 2e-3
-    optimizer: str = "adam"
-    schedule: Literal["constant", "cosine"] = "cosine"
-    clip_norm: PositiveFloat | None = None
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    patience: Positive | None = None
-    compile: bool | Literal["auto"] = "auto"
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensorboard: bool = False
-
-
-@dataclass(frozen=True, config=_STRICT)
-class EvaluateSection:
-    """How to score the test data; see pyrovae.log_marginal.
-
-    Attributes:
-        num_samples: Importance samples per datum; the most that one gets where target_se is given.
-        target_se: Aim at this standard error of each datum's estimate, in nats.
-        proposal: What the samples come from: "guide", "refined", "mixture" or "prior".
-        limit: Score only the first so many test data.
-        decompose: Split the gap and the rate of the first so many; 0 leaves it out.
-    """
-
-    num_samples: Positive = 5000
-    target_se: PositiveFloat | None = None
-    proposal: Literal["guide", "refined", "mixture", "prior"] = "guide"
-    limit: Positive | None = None
-    decompose: Annotated[int, Field(ge=0)] = 200
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Run:
-    """A whole run.
-
-    Attributes:
-        seed: Seeds initialisation, order, draws and evaluation.
-        name: The run's folder under runs/; by default made of data set, estimator and latent dimensions.
-        data: What to train on.
-        model: The pair of programs.
-        estimator: An estimator's name, or a table such as {kind = "iwae", num_particles = 50}.
-        train: How to train.
-        evaluate: How to score.
-    """
-
-    seed: Annotated[int, Field(ge=0)] = 0
-    name: str | None = None
-    data: DataSection = field(default_factory=DataSection)
-    model: ModelSection = field(default_factory=ModelSection)
-    estimator: Component = field(default_factory=lambda: {"kind": "dreg", "num_particles": 10})
-    train: TrainSection = field(default_factory=TrainSection)
-    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
-
+__all__ = [
+    "DataSection", "EvaluateSection", "ModelSection", "Run", "TrainSection", "build_model", "load_model", "load_split",
+    "read_run", "run_device", "run_name", "with_data", "write_run",
+]  # fmt: skip
 
 COMPONENTS = ("prior", "likelihood", "encoder", "layer", "estimator")
-# The keys of [model] that one kind of model has alone.
-ONLY_FOR = {"latent_dim": "vae", "latent_dims": "hierarchical", "guide": "hierarchical", "layer": "hierarchical"}
 SECTIONS = {"data": DataSection, "model": ModelSection, "train": TrainSection, "evaluate": EvaluateSection}
 
 
@@ -200,42 +61,29 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
     where = str(path) if path is not None else "The run"
     # Options without a name are meant for the component that would run without them.
     tables = {"estimator": Run().estimator} | tables
-    tables["model"] = _model_defaults(tables.get("model", {}), overrides.get("model", {}))
-    merged = _merged(tables, overrides)
     try:
-        run = TypeAdapter(Run).validate_python(merged)
+        TypeAdapter(Run).validate_python(_merged(tables, overrides))
+        table = tables.get("model")
+        tables["model"] = _with_defaults(table if isinstance(table, dict) else {}, overrides.get("model", {}))
+        run = TypeAdapter(Run).validate_python(_merged(tables, overrides))
     except ValidationError as error:
         raise ValueError(_sentence(error, where)) from error
-    kind = run.model.kind
-    for key in merged["model"]:
-        if ONLY_FOR.get(key, kind) != kind:
-            raise ValueError(
-                f'{where}: model.{key} is for models of kind "{ONLY_FOR[key]}", and this one is of kind "{kind}": leave it '
-                f"out, or set model.kind."
-            )
     if run.data.path is not None and run.data.name != DataSection.name:
         raise ValueError(
             f"{where}: data.name is {run.data.name!r} and data.path {run.data.path!r}, but a run has one data set: drop one."
         )
-    if kind == "hierarchical" and run.model.latent_dims is None:
-        raise ValueError(f"{where}: a hierarchy needs model.latent_dims, the sizes of its layers from the data up: say [8, 4].")
+    _check_keys(run.model, where)
     return run
 
 
 def write_run(run: Run) -> str:
     """The TOML text of a run, which :func:`read_run` reads back."""
+    import tomli_w
+
     tables = TypeAdapter(Run).dump_python(run, exclude_none=True)
-    plain = [f"{key} = {_toml(value)}" for key, value in tables.items() if key not in SECTIONS]
-    for section in SECTIONS:
-        plain += ["", f"[{section}]"]
-        kind = tables[section].get("kind")
-        left_out = {"name"} if section == "data" and run.data.path is not None else set()
-        plain += [
-            f"{key} = {_toml(value)}"
-            for key, value in tables[section].items()
-            if ONLY_FOR.get(key, kind) == kind and key not in left_out
-        ]
-    return "\n".join(plain) + "\n"
+    if run.data.path is not None:
+        del tables["data"]["name"]
+    return tomli_w.dumps(tables)
 
 
 def run_name(run: Run) -> str:
@@ -244,15 +92,16 @@ def run_name(run: Run) -> str:
         return run.name
     estimator = run.estimator if isinstance(run.estimator, str) else str(run.estimator.get("kind"))
     data = run.data.name if run.data.path is None else Path(run.data.path).stem
-    sizes = [run.model.latent_dim] if run.model.latent_dims is None else run.model.latent_dims
+    sizes = run.model.latent_dims or [size for size in [run.model.latent_dim] if size is not None]
     return "-".join(map(str, [data, estimator, *sizes]))
 
 
-def with_likelihood(run: Run, split: Split) -> Run:
-    """The run with the likelihood that fits the data set written out, where it names none."""
-    if run.model.likelihood is not None:
-        return run
-    return replace(run, model=replace(run.model, likelihood=split.likelihood))
+def with_data(run: Run, split: Split) -> Run:
+    """The run with what the data set says of the model written out, unless it is set: its likelihood, its number of classes."""
+    given = dict(zip(GIVEN_BY_DATA, (split.likelihood, split.num_classes), strict=True))
+    takes = _arguments_of(run.model.kind)
+    changes: dict[str, Any] = {key: value for key, value in given.items() if key in takes and getattr(run.model, key) is None}
+    return replace(run, model=replace(run.model, **changes)) if changes else run
 
 
 def load_split(run: Run) -> Split:
@@ -260,7 +109,7 @@ def load_split(run: Run) -> Split:
     from ..data.datasets import load
 
     data = run.data
-    return load(
+    split = load(
         data.name,
         path=data.path,
         root=data.root,
@@ -268,30 +117,29 @@ def load_split(run: Run) -> Split:
         download=data.download,
         test_fraction=data.test_fraction,
     )
+    return split if data.labelled is None else split.with_labels_of(data.labelled)
 
 
-def build_vae(run: Run, split: Split) -> VAE | HierarchicalVAE:
-    """The model that a run describes, freshly initialised, for a data set."""
+def build_model(run: Run, split: Split) -> PairModule:
+    """The model that a run describes, freshly initialised, for a data set.
+
+    Raises:
+        ValueError: the kind needs a setting that is missing.
+    """
     import torch
 
-    from ..models.hierarchical import make_hierarchical_vae
-    from ..models.vae import make_vae
+    from ..registry import find
 
-    model = run.model
-    options: dict[str, Any] = {
-        "prior": model.prior,
-        "likelihood": model.likelihood if model.likelihood is not None else split.likelihood,
-        "encoder": model.encoder,
-        "body": model.body,
-        "hidden": model.hidden,
-    } | ({} if model.activation is None else {"activation": model.activation})
-    vae: VAE | HierarchicalVAE
-    if model.kind == "hierarchical":
-        dims = model.latent_dims or []
-        vae = make_hierarchical_vae(split.data_shape, latent_dims=dims, guide=model.guide, layer=model.layer, **options)
-    else:
-        vae = make_vae(split.data_shape, latent_dim=model.latent_dim, **options)
-    return vae.to(getattr(torch, model.dtype))
+    model, options = run.model, with_data(run, split).model.arguments()
+    parameters = _arguments_of(model.kind).values()
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in options]
+    if missing:
+        raise ValueError(
+            f'A model of kind "{model.kind}" needs model.{missing[0]}, and data without labels do not give it: choose labelled '
+            f"data, or set it."
+        )
+    family: type[PairModule] = find("model", model.kind)
+    return family.from_names(split.data_shape, **options).to(getattr(torch, model.dtype))
 
 
 def run_device(run: Run) -> torch.device:
@@ -310,34 +158,70 @@ def run_device(run: Run) -> torch.device:
     return torch.device("cuda" if found and run.train.device != "cpu" else "cpu")
 
 
-def load_vae(folder: str | Path) -> VAE | HierarchicalVAE:
+def load_model(folder: str | Path) -> PairModule:
     """The trained model of a run's folder, of the class that its ``model.json`` names.
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
-        ValueError: a file is truncated, or describes no model that a run can have.
+        ValueError: a file is truncated, or describes no model that is registered.
     """
     from .. import files
-    from ..models.hierarchical import HierarchicalVAE
-    from ..models.vae import VAE
+    from ..registry import find
 
-    described = files.read_json(Path(folder) / "model.json")
-    named = described.get("model") if isinstance(described, dict) else None
-    return HierarchicalVAE.from_pretrained(folder) if named == "HierarchicalVAE" else VAE.from_pretrained(folder)
+    path = Path(folder) / "model.json"
+    described = files.read_json(path)
+    # Version 0.1 wrote no name, and had one class.
+    name = described.get("model", "vae") if isinstance(described, dict) else "vae"
+    try:
+        family: type[PairModule] = find("model", name)
+    except ValueError as error:
+        raise ValueError(f"{path} describes a model that is not registered: {error}") from error
+    return family.from_pretrained(folder)
 
 
-def _model_defaults(given: Any, overrides: Any) -> Any:
-    """The model's table with what its components would be without it, and without what another kind than its own has."""
-    if not isinstance(given, dict) or not isinstance(overrides, dict):
-        return given  # which is refused
-    default = ModelSection()
-    before = given.get("kind", default.kind)
+def _arguments_of(kind: str) -> dict[str, inspect.Parameter]:
+    """The arguments by which a kind of model is made from names, besides the shape of the data and its own name."""
+    from ..registry import find
+
+    parameters = dict(inspect.signature(find("model", kind).from_names).parameters)  # type: ignore[attr-defined]
+    return {name: parameter for name, parameter in parameters.items() if name not in ("data_shape", "name")}
+
+
+def _with_defaults(given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The file's table with the defaults of the kind of model, and without what another kind alone takes."""
+    from ..registry import canonical, find
+
+    before = given.get("kind", ModelSection.kind)
     kind = overrides.get("kind", before)
-    hierarchical = kind == "hierarchical"
-    components = {"prior": default.prior, "encoder": "diagonal_normal" if hierarchical else default.encoder}
-    if hierarchical:
-        components["layer"] = default.layer
-    return components | {key: value for key, value in given.items() if kind == before or ONLY_FOR.get(key, kind) == kind}
+    arguments = _arguments_of(kind)
+    defaults = {name: p.default for name, p in arguments.items() if p.default not in (p.empty, None)}
+    defaults = {name: value for name, value in defaults.items() if name not in GIVEN_BY_DATA}
+    for_runs: dict[str, Any] = find("model", kind).run_defaults  # type: ignore[attr-defined]
+    defaults |= {name: value for name, value in for_runs.items() if name in arguments}
+    same = canonical("model", kind) == canonical("model", before)
+    kept = {key: value for key, value in given.items() if same or key in arguments or key in NOT_OF_KINDS}
+    return defaults | kept
+
+
+def _check_keys(model: ModelSection, where: str) -> None:
+    """Refuse settings that a kind of model does not take, and a run without one that it needs."""
+    from ..registry import names
+
+    takes, arguments = _arguments_of(model.kind), model.arguments()
+    for key in arguments:
+        if key not in takes:
+            kinds = [kind for kind in names("model") if key in _arguments_of(kind)]
+            if not kinds:
+                raise ValueError(f"{where}: {unknown('key', f'model.options.{key}', [f'model.options.{k}' for k in takes])}")
+            kind = ", ".join(f'"{each}"' for each in kinds)
+            raise ValueError(
+                f'{where}: model.{key} is for models of kind {kind}, got kind "{model.kind}": leave it out, or set model.kind.'
+            )
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in arguments and name not in GIVEN_BY_DATA:
+            described = re.search(rf"^ +{name}: (.*?)\.$", ModelSection.__doc__ or "", re.MULTILINE)
+            what = "" if described is None else f", {described[1][0].lower()}{described[1][1:]}"
+            raise ValueError(f'{where}: a model of kind "{model.kind}" needs model.{name}{what}: set it.')
 
 
 def _drop_idle_binarize(data: Any) -> None:
@@ -350,18 +234,20 @@ def _merged(tables: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
     merged = dict(tables)
     for key, value in overrides.items():
         if key in COMPONENTS and isinstance(value, dict):
-            held = merged.get(key)
-            held = {"kind": held} if isinstance(held, str) else held
-            same = isinstance(held, dict) and value.get("kind", held.get("kind")) == held.get("kind")
-            merged[key] = held if same else {}  # another kind has options of its own
+            before = merged.get(key)
+            before = {"kind": before} if isinstance(before, str) else before
+            same = isinstance(before, dict) and _is_same_name(value.get("kind", before.get("kind")), before.get("kind"))
+            merged[key] = before if same else {}  # another kind has options of its own
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
 
 
-def _sentence(error: ValidationError, where: str) -> str:
-    from .._validation import unknown
+def _is_same_name(one: Any, other: Any) -> bool:
+    return str(one).casefold() == str(other).casefold()
 
+
+def _sentence(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     path = [
         str(part)
@@ -376,18 +262,3 @@ def _sentence(error: ValidationError, where: str) -> str:
 
 def _keys(section: type, prefix: list[str]) -> list[str]:
     return [".".join([*prefix, name]) for name in section.__dataclass_fields__]  # type: ignore[attr-defined]
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, str):
-        # JSON's escapes are TOML's too, but for surrogate pairs; and TOML wants the delete character escaped.
-        import json
-
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)

@@ -22,6 +22,8 @@ from ..plots import BLUE, INK, LINE, MUTED, ORANGE, RED, SURFACE, _count, _numbe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+__all__ = ["image_grid"]
+
 # Matplotlib draws in these; in the page each becomes a CSS variable, so that figures follow dark mode and print in light.
 _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", SURFACE: "surface", BLUE: "blue", ORANGE: "orange", RED: "red"}
 # Ten colours told apart with any colour vision: Petroff (2021), "Accessible color sequences for data visualization".

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from ..diagnostics.decomposition import Decomposition
     from ..evidence.results import Evidence
 
+__all__ = ["write_report"]
+
 
 def write_report(
     path: str | Path,
     *,
     title: str,
     evidence: Evidence,
+    quantity: str = "log p(x)",
     records: list[dict[str, Any]],
     settings: str,
     facts: dict[str, str],
@@ -44,6 +47,7 @@ def write_report(
         path: where the page goes.
         title: the name of the run.
         evidence: log p(x) of the N data that were scored.
+        quantity: what was estimated, in symbols, such as ``"log p(x|y)"``.
         records: one per epoch, with ``epoch``, and ``bound`` and ``validation`` (may be None) in nats per datum.
         settings: the run's TOML.
         facts: versions, seed and machine, by name.
@@ -66,6 +70,7 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         title=title,
         evidence=evidence,
+        quantity=quantity,
         numbers=_numbers(evidence),
         verdict=_verdict(evidence),
         curve=_svg("curve", lambda ax: learning_curve(records, ax), 3.3) if _finite_epochs(records) else None,

@@ -1,10 +1,11 @@
 """CUDA: whole training steps as graphs of kernels, and the precision of products on a GPU.
 
-A small step is some fifty kernels of a few microseconds, and the host takes longer to launch one. A CUDA graph records whole
-steps, from the rows of a batch to the optimizer's kernel, and one call replays them. What differs between steps lies in tensors
-that are filled before, and losses stay on the device until they are asked for. torch registers its generator with every graph,
-so that each replay draws new numbers: those that the steps would draw one by one. Pyro's handlers copy scalars from the host,
-which a CUDA graph refuses; the captured function that this module is given (:mod:`pyrovae.compile`) has them on the device.
+A small step runs some fifty kernels of a few microseconds each, and launching one takes the host longer than that. A CUDA graph
+records whole steps, from the rows of a batch to the optimizer's kernel, and one call replays them. Values that differ between
+steps are copied into fixed tensors before each launch, and losses stay on the device until they are read. torch registers its
+generator with every graph, so that replays draw the numbers that single steps would draw. Pyro's handlers copy scalars from the
+host, which a CUDA graph refuses: what is recorded here is a captured function (:mod:`pyrovae.compile.graph`), whose scalars are
+on the device.
 """
 
 from __future__ import annotations
@@ -19,35 +20,46 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = [
+    "STEPS_AT_ONCE",
+    "GraphedSteps",
+    "NotCaptured",
+    "as_before",
+    "check_precision",
+    "free_memory",
+    "products_in",
+    "record",
+]
+
 Tensors = tuple[Tensor, ...]
 Run = Callable[[], object]
 Waiting = tuple[Tensors, float, float | None]  # a step's inputs, learning rate and beta
-# More gain nothing, and those left over at the end of an epoch are launched one by one.
+# More steps in one launch gain nothing, and steps left over at the end of an epoch are launched one by one.
 STEPS_AT_ONCE = 10
-# By how much a replay's losses, and what it changes, may differ from the step that it recorded, relatively: sums by atomic
-# additions come in any order, and Adam makes whole steps of gradients that are nothing but rounding.
+# Largest relative difference between a replay and the step that it recorded, of losses and of updates: atomic additions sum in
+# any order, and Adam turns gradients that are only rounding into steps of full size.
 CLOSE_LOSSES, CLOSE_CHANGES = 1e-3, 0.1
 
 
 class NotCaptured(RuntimeError):  # noqa: N818
-    """Why a step is no CUDA graph."""
+    """A step cannot be a CUDA graph; the message says why."""
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse TF32 where there is none."""
+    """Refuse TF32 without an NVIDIA GPU."""
     if precision == "tf32" and device.type != "cuda":
         raise ValueError('precision="tf32" must run on an NVIDIA GPU, got a pair on the CPU: move it, or leave this out.')
 
 
 @contextmanager
 def products_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Multiply and convolve float32 numbers on a GPU in TF32 for ``"tf32"``, else in float32 whatever torch's settings are."""
+    """A context in which a GPU multiplies and convolves float32 in TF32 for ``"tf32"``, else in float32."""
     if device.type != "cuda":
         yield
         return
 
     def allow(products: str, convolutions: bool) -> None:
-        with warnings.catch_warnings():  # torch announces a newer way, which its own compiler did not read at first
+        with warnings.catch_warnings():  # torch announces a newer setting, which its compiler did not read at first
             warnings.simplefilter("ignore")
             if torch.get_float32_matmul_precision() != products:
                 torch.set_float32_matmul_precision(products)
@@ -62,7 +74,7 @@ def products_in(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that are free, those that torch holds and does not use among them."""
+    """Free bytes of a GPU, including those that torch has reserved and does not use."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
@@ -76,7 +88,7 @@ def record(run: Run) -> Run:
 
 
 class _Slot(NamedTuple):
-    """What one of the steps of a launch reads, which is filled before, and writes: loss and norm."""
+    """The tensors of one step in a launch: what it reads, filled before the launch, and loss and norm, which it writes."""
 
     moving: Tensors
     rate: Tensor
@@ -87,23 +99,23 @@ class _Slot(NamedTuple):
 class GraphedSteps:
     """Training steps of one shape as CUDA graphs, several of them in one launch.
 
-    Made at a step that is about to be taken, and compared with it: everything is left as it was. The first call of ``compute``
-    may capture and the second compile.
+    Recording runs the step that is about to be taken, compares the graphs with it, and restores everything. The first call of
+    ``compute`` may capture, and the second compile.
 
     Args:
-        compute: of a step's inputs, beta where there is one, and a tensor (2,) to which it writes loss and norm.
-        update: takes the optimizer's step with what that returned, at a learning rate that is a tensor. ``None`` where the host
-            has to do so after each launch of a single step; then :attr:`gradients` has it.
-        inputs: of the step that is about to be taken.
-        moving: how many of the inputs, the first ones, are other tensors at each step; the rest are read where they are.
-        rate: its learning rate.
-        beta: its beta, or ``None``.
+        compute: takes a step's inputs, beta if there is one, and a tensor (2,) to which it writes loss and norm.
+        update: takes the optimizer's step, from what ``compute`` returned and a learning rate that is a tensor. ``None`` if the
+            host takes it after each launch of a single step, from :attr:`gradients`.
+        inputs: the inputs of the step that is about to be taken.
+        moving: number of inputs, from the first on, that are new tensors at each step; the others are read in place.
+        rate: the learning rate of that step.
+        beta: the beta of that step, or ``None``.
         touched: all tensors that a step changes.
-        at_once: how many steps one launch takes.
-        recorder: makes a graph of a function; with another one the rest can be tested without a GPU.
+        at_once: number of steps in one launch.
+        recorder: makes a graph of a function; tests without a GPU pass another one.
 
     Raises:
-        NotCaptured: the GPU refuses the capture, or a replay does something else than the step.
+        NotCaptured: the GPU refuses the capture, or a replay differs from the step.
     """
 
     def __init__(
@@ -121,7 +133,7 @@ class GraphedSteps:
         self.compute, self.update, self.moving, self.kept = compute, update, moving, inputs[moving:]
         self.annealed, self.device = beta is not None, touched[0].device
         self.gradients: Tensors = ()
-        # Compiled kernels want their inputs at multiples of 16 bytes: two numbers of float64 for each step.
+        # Compiled kernels require inputs at multiples of 16 bytes: two float64 numbers for each step.
         self._betas = torch.zeros(at_once, 2, dtype=torch.float64, device=self.device)
         self._outcomes = torch.zeros(at_once, 2, dtype=torch.float64, device=self.device)
         self._rates = torch.zeros(at_once, dtype=torch.float32, device=self.device)  # as the optimizer's kernel reads it
@@ -135,12 +147,12 @@ class GraphedSteps:
         self._one, self._several = self._recorded(recorder, touched)
 
     def step_async(self, inputs: Tensors, rate: float, beta: float | None) -> list[Tensor]:
-        """Take a step, now or with those that follow; the outcomes (n, 2) of those that were launched, if any."""
+        """Take a step, now or with later ones; returns loss and norm, (n, 2), of the steps launched now, if any."""
         self._waiting.append((inputs[: self.moving], rate, beta))
         return [self._launch(len(self._slots))] if len(self._waiting) == len(self._slots) else []
 
     def flush(self) -> list[Tensor]:
-        """Launch the steps that wait; their outcomes."""
+        """Launch the waiting steps; returns loss and norm of each."""
         return [self._launch(1) for _ in range(len(self._waiting))]
 
     def _launch(self, number: int) -> Tensor:
@@ -150,7 +162,7 @@ class GraphedSteps:
         return self._outcomes[:number].clone()
 
     def _fill(self, steps: list[Waiting]) -> None:
-        """Put what the steps read where the graph reads it."""
+        """Copy the inputs of steps into the tensors that the graph reads."""
         places = [tensor for slot in self._slots[: len(steps)] for tensor in slot.moving]
         if places:
             torch._foreach_copy_(places, [tensor for inputs, _, _ in steps for tensor in inputs])
@@ -159,10 +171,10 @@ class GraphedSteps:
             self._keep(self._betas, [(beta or 0.0, 0.0) for _, _, beta in steps])
 
     def _keep(self, place: Tensor, values: list[Any]) -> None:
-        held = self._filled.setdefault(id(place), [])
-        if held[: len(values)] != values:
-            held[: len(values)] = values
-            # From memory that is not pinned: it is copied at once to where the device will fetch it, and nothing waits.
+        current = self._filled.setdefault(id(place), [])
+        if current[: len(values)] != values:
+            current[: len(values)] = values
+            # Memory that is not pinned is staged at once, so that the copy need not wait and the tensor may go.
             place[: len(values)].copy_(torch.tensor(values, dtype=place.dtype), non_blocking=True)
 
     def _steps(self, number: int) -> None:
@@ -174,7 +186,7 @@ class GraphedSteps:
                 self.gradients = ()
 
     def _recorded(self, recorder: Callable[[Run], Run], touched: Sequence[Tensor]) -> tuple[Run, Run]:
-        """The graphs of one step and of all, each compared with what it recorded."""
+        """Record graphs of one step and of ``at_once`` steps, and compare each with what it recorded."""
         touched = list({id(tensor): tensor for tensor in touched}.values())
         found: list[Run] = []
         try:
@@ -192,13 +204,13 @@ class GraphedSteps:
                         raise NotCaptured(why)
         except NotCaptured:
             raise
-        except Exception as error:  # whatever CUDA or a library of its says
+        except Exception as error:  # whatever CUDA or one of its libraries raises
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise NotCaptured(f"CUDA refuses to capture it ({line.rstrip('.')[:200]})") from error
         return found[0], found[-1]
 
     def _warm_up(self, run: Run) -> None:
-        """Three runs, the last on a side stream: what libraries set up at their first call is no part of a graph."""
+        """Run three times, the last on a side stream: libraries initialise at their first call, which must not be recorded."""
         run(), run()
         if self.device.type == "cuda":
             side, here = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
@@ -208,7 +220,7 @@ class GraphedSteps:
             here.wait_stream(side)
 
     def _change(self, run: Run, touched: Sequence[Tensor], go_back: Run) -> tuple[Tensor, list[Tensor]]:
-        """The outcomes of a run and what it adds to the tensors that it touches, which are put back."""
+        """Loss and norm of a run, and what it adds to the tensors that it changes, which are then restored."""
         before = [tensor.to(torch.float64, copy=True) for tensor in touched]
         self._outcomes.zero_()
         run()
@@ -219,13 +231,13 @@ class GraphedSteps:
 
 @contextmanager
 def as_before(tensors: Sequence[Tensor], device: torch.device) -> Iterator[Run]:
-    """Tensors and random numbers go back to what they are now, at the end and whenever the function that is given is called."""
-    held, random = [tensor.clone() for tensor in tensors], torch.get_rng_state()
+    """A context that restores tensors and random streams at its end, and whenever the function that it yields is called."""
+    values, random = [tensor.clone() for tensor in tensors], torch.get_rng_state()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def go_back() -> None:
         with torch.no_grad():
-            for tensor, value in zip(tensors, held, strict=True):
+            for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
         torch.set_rng_state(random)
         if on_device is not None:
@@ -238,7 +250,7 @@ def as_before(tensors: Sequence[Tensor], device: torch.device) -> Iterator[Run]:
 
 
 def _difference(have: list[Tensor], want: list[Tensor]) -> float:
-    """The relative norm of the difference of two lists of tensors; what is no number must be so in both."""
+    """The relative norm of the difference of two lists of tensors; infinite if not finite in different places."""
     error, size = 0.0, 0.0
     for one, other in zip(have, want, strict=True):
         finite = torch.isfinite(other)

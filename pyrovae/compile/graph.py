@@ -1,47 +1,52 @@
-"""Graphs: a function of tensors captured once, compiled, and run without Pyro in between."""
+"""Graphs: a function of tensors, captured once, compiled, and run without Pyro's handlers."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
-from torch.overrides import TorchFunctionMode
 
 from ..programs.reachable import changed_numbers, python_state
-from .inductor import Tensors, _computed, _inductor
+from .capture import trace
+from .inductor import Tensors, _inductor, computed_values
 from .kernels import SeededNormals, seeded
 from .rewrites import draws_as_inputs, join_decoders
+from .settings import limit_backend
 
-# A graph for every shape that batches come in would be a recompile storm; the shapes past these run uncaptured.
+__all__ = ["MOST_GRAPHS", "USES_BEFORE_CAPTURE", "Staged", "largest_value"]
+
+# At most this many input shapes get a graph each; further shapes run uncaptured, since each graph takes seconds to compile.
 MOST_GRAPHS = 4
-# A second shape, such as a ragged last batch, repays its own graph only if it keeps coming.
+# A second shape, such as that of a smaller last batch, repays its own graph only after this many uses.
 USES_BEFORE_CAPTURE = 50
 
 
 class Staged:
     """A function of tensors that returns a tuple of tensors, captured on its first call and compiled on its second.
 
-    One graph serves one set of shapes. The function must do the same whatever the values are: what it reads into Python
-    (``.item()``, ``if x.sum() > 0``) cannot be captured, and then it runs as it is.
+    One graph serves one set of shapes. The function must do the same for all values: one that reads values into Python
+    (``.item()``, ``if x.sum() > 0``) cannot be captured, and runs as it is.
 
     Args:
         function: what to run; it may read live parameters and buffers, and draw from torch's random stream.
-        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
-        precision: ``"float32"`` and ``"tf32"`` leave products as they are (:func:`pyrovae.cuda.products_in` is for those);
-            ``"bfloat16"`` rounds the factors of float32 ones, where compiled.
-        threads: of a CPU, on which as many calls of :meth:`submit` run side by side, each on one of them, where compiled.
-        programs: whose Python state is watched for what a run changes in it; by default the function's own.
+        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing. The variable
+            ``PYROVAE_COMPILE`` limits it.
+        precision: ``"float32"`` and ``"tf32"`` leave products as they are (see :func:`pyrovae.compile.cuda.products_in`);
+            ``"bfloat16"`` rounds the factors of float32 products in a compiled graph.
+        threads: number of :meth:`submit` calls that run concurrently, on one CPU thread each (compiled graphs only).
+        programs: the objects whose Python state a run must not change; by default the function.
 
     Attributes:
-        reason: why it runs slower than asked, one sentence, or ``None``.
+        reason: why it runs slower than asked, in one sentence, or ``None``.
+
+    Raises:
+        ValueError: an option is unknown, or ``precision="bfloat16"`` without compilation.
 
     Example:
         >>> import torch
@@ -63,14 +68,25 @@ class Staged:
         programs: tuple[Any, ...] | None = None,
     ):
         if backend not in ("inductor", "aten", "eager"):
-            raise ValueError(f'backend is "inductor", "aten" or "eager", not {backend!r}.')
+            raise ValueError(f'backend must be "inductor", "aten" or "eager", got {backend!r}.')
         if precision not in ("float32", "tf32", "bfloat16"):
-            raise ValueError(f'precision is "float32", "tf32" or "bfloat16", not {precision!r}.')
+            raise ValueError(f'precision must be "float32", "tf32" or "bfloat16", got {precision!r}.')
         if precision == "bfloat16" and backend != "inductor":
-            raise ValueError("Products in bfloat16 belong to a compiled step: pass compile=True, or leave precision out.")
-        self.function, self.backend, self.precision, self.threads = function, backend, precision, threads
+            raise ValueError(
+                f'precision="bfloat16" must have a compiled step, got backend={backend!r}: pass compile=True, or leave '
+                "precision out."
+            )
+        limited = limit_backend(backend)
+        if precision == "bfloat16" and limited != "inductor":
+            raise ValueError(
+                f'precision="bfloat16" must have a compiled step, got PYROVAE_COMPILE={limited}: unset it, or leave '
+                "precision out."
+            )
+        self.function, self.backend, self.precision, self.threads = function, limited, precision, threads
         self.programs = (function,) if programs is None else programs
-        self.reason: str | None = None
+        self.reason = (
+            None if limited == backend else f"This step runs slower than asked, since PYROVAE_COMPILE={limited} is set."
+        )
         self._agreed = ""
         self._pool: _SideBySide | None = None
         self._graphs: dict[tuple, _Graph] = {}
@@ -83,7 +99,7 @@ class Staged:
 
     @property
     def touched(self) -> Tensors:
-        """What the captured function reads and may change: parameters, buffers and constants."""
+        """The tensors that the captured function reads and may change: parameters, buffers and constants."""
         return tuple(tensor for graph in self._graphs.values() for tensor in graph.outside)
 
     def __call__(self, *inputs: Tensor) -> Tensors:
@@ -99,26 +115,26 @@ class Staged:
 
     @property
     def due(self) -> bool:
-        """Whether the next call runs as it is, beside its graph."""
+        """Whether the next call runs the function as well as its graph, and compares them."""
         return any(graph.due for graph in self._graphs.values())
 
     def leave_uncompiled(self) -> None:
-        """Stop at captured graphs from now on, which are there to be compared with."""
+        """Compile no further graphs: a CUDA graph runs the steps, and captured graphs are only compared with it."""
         self.backend = "aten" if self.backend == "inductor" else self.backend
 
     def recheck(self, when: str) -> None:
-        """Let the next call run as it is, beside its graph: where they differ, every later call runs as it is.
+        """Compare function and graph at the next call; if they differ, later calls run the function as it is.
 
         Args:
-            when: what the warning then calls this moment, such as ``"at the start of epoch 3"``.
+            when: how the warning names this moment, such as ``"at the start of epoch 3"``.
         """
         for graph in self._graphs.values():
             graph.due = graph.due or when
 
     def submit(self, *inputs: Tensor) -> Callable[[], Tensors]:
-        """What to call for the function's value; with several threads it may be computed meanwhile, until :meth:`close`.
+        """A function that returns the value; with several threads it is computed in the background, until :meth:`close`.
 
-        Its random numbers, or the seed of them where they are many, are drawn now: they do not depend on what else runs.
+        Random numbers, or a seed if they are many, are drawn now, so that they do not depend on what else runs.
         """
         if self.backend == "eager":
             value = self.function(*inputs)
@@ -130,7 +146,7 @@ class Staged:
             return lambda: value
         graph = self._graphs.get(key)
         if graph is None or graph.due:
-            # Captured and compiled aside, so that no number depends on what was computed before.
+            # Capture and compile without moving the random stream, so that no number depends on what was computed before.
             random = _random_state(inputs)
             self(*inputs) if graph else self._first(key, inputs)
             _set_random_state(random)
@@ -145,13 +161,13 @@ class Staged:
         return self._pool.submit(lambda: graph(inputs, tuple([numbers() for numbers in drawn]))).result
 
     def close(self) -> None:
-        """Drop what has not begun, and give the threads back."""
+        """Cancel what has not begun, and release the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     def _captures(self, key: tuple) -> bool:
-        """Whether another call with such inputs is worth a graph."""
+        """Count a use of a shape without a graph; whether it is worth one."""
         uses = self._uses[key] = self._uses.get(key, 0) + 1
         return not self._graphs or (uses >= USES_BEFORE_CAPTURE and len(self._graphs) < MOST_GRAPHS)
 
@@ -167,7 +183,7 @@ class Staged:
         return outputs
 
     def _checked(self, graph: _Graph, inputs: Tensors) -> Tensors:
-        """One call as it is, whose value is returned, beside what the graph makes of the same inputs and random numbers."""
+        """Run the function and its graph on the same inputs and random numbers, and compare; return the function's value."""
         when, graph.due = graph.due, ""
         state = _State(graph, inputs)
         captured = graph.value_of(graph.module, inputs)
@@ -176,7 +192,7 @@ class Staged:
         value = self.function(*inputs)
         counted = changed_numbers(before, python_state(*self.programs))
         agrees = graph.close(captured, value, inputs, exactly=True)
-        # Inputs that are the captured ones show nothing of a value that was read from them: their rows in another order do.
+        # On the inputs of the capture, a graph that froze a value of theirs still agrees: permute their rows and compare again.
         if agrees and not counted and graph.captured_on is not None and all(map(torch.equal, graph.captured_on, inputs)):
             agrees = self._agrees_on(graph, tuple(each.roll(1, 0) if each.dim() else each for each in inputs))
         graph.captured_on = None
@@ -195,7 +211,7 @@ class Staged:
         return value
 
     def _agrees_on(self, graph: _Graph, inputs: Tensors) -> bool:
-        """Whether graph and function agree on other inputs; nothing is left of either."""
+        """Whether graph and function agree on other inputs; all that they change is restored."""
         state = _State(graph, inputs)
         captured = graph.value_of(graph.module, inputs)
         state.put_back()
@@ -204,7 +220,7 @@ class Staged:
         return graph.close(captured, value, inputs, exactly=True)
 
     def _compile(self, graph: _Graph, inputs: Tensors, state: _State, value: Tensors) -> None:
-        """Compile a graph that agrees with its function, whose value on the inputs and from the state is known."""
+        """Compile a graph that agrees with its function, and compare the result with ``value``, computed from ``state``."""
         graph.run, inputs = graph.module, _distinct(inputs)
         if self.backend != "inductor":
             return
@@ -221,7 +237,7 @@ class Staged:
             return
         finally:
             after.put_back()
-        # Rounded products give other numbers by design.
+        # Rounded products differ on purpose.
         if not (rounded or graph.close(compiled, value, inputs, exactly=False)):
             self._fall_back("eager", "its compiled graph gives other numbers, which is the compiler's fault")
 
@@ -233,13 +249,13 @@ class Staged:
 
 
 def _distinct(inputs: Tensors) -> Tensors:
-    """The inputs as tensors of their own: a graph captured from one that came twice would read one place alone ever after."""
+    """The inputs, with a copy of any that comes twice: a graph captured from one tensor would have one input for both."""
     places = {id(tensor): place for place, tensor in reversed(list(enumerate(inputs)))}
     return tuple(tensor if places[id(tensor)] == place else tensor.clone() for place, tensor in enumerate(inputs))
 
 
 class _SideBySide(ThreadPoolExecutor):
-    """Threads whose operations stay on them; while they are there the caller's do too, as idle ones of its own would spin."""
+    """Threads that each compute on one core; meanwhile the caller does too, since idle threads of its own would spin."""
 
     def __init__(self, number: int):
         super().__init__(number, initializer=torch.set_num_threads, initargs=(1,))
@@ -253,51 +269,26 @@ class _SideBySide(ThreadPoolExecutor):
 
 def _capture(function: Callable[..., Tensors], inputs: Tensors) -> tuple[_Graph, Tensors]:
     """Record one run; return the graph, and what that run itself returned."""
-    returned: list[Tensors] = []
-
-    def run(*given: Tensor) -> Tensors:
-        outputs = function(*given)
-        returned.append(tuple(tensor.detach() for tensor in outputs))
-        return outputs
-
-    with _values_stay_tensors(), _NoValuesRead():
-        module = make_fx(run)(*inputs)
-    return _Graph(module), returned[-1]
-
-
-class _NoValuesRead(TorchFunctionMode):
-    """Refuse to read values that follow from inputs or parameters: a graph would keep the first ones for ever.
-
-    The tracer itself refuses what goes through its operations, and never sees ``.numpy()``, ``.tolist()`` and their kin.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _READS and args and isinstance(args[0], Tensor):
-            tracing, tensor = get_proxy_mode(), args[0]
-            if tensor.requires_grad or (tracing is not None and has_proxy_slot(tensor, tracing.tracer)):
-                raise RuntimeError(f"it reads a tensor's values into Python, by {func.__name__}")
-        return func(*args, **(kwargs or {}))
-
-
-_READS = {"numpy", "tolist", "item", "__array__", "__dlpack__", "__float__", "__int__", "__index__", "__bool__", "__complex__"}
+    module, returned = trace(function, inputs)
+    return _Graph(module), returned
 
 
 def largest_value(function: Callable[..., Tensors], *inputs: Tensor) -> int | None:
-    """How many numbers a compiled graph's largest value has; ``None`` of a function that cannot be captured."""
+    """The number of elements of a compiled graph's largest value; ``None`` for a function that cannot be captured."""
     random = _random_state(inputs)
     try:
         graph, _ = _capture(function, _distinct(inputs))
-    except Exception:  # whatever stops the tracer: the function's own call will say it
+    except Exception:  # whatever stops the tracer: the caller's own call warns with the reason
         return None
     finally:
         _set_random_state(random)
-    return max((value.numel() for value in _computed(join_decoders(graph.module))), default=0)
+    return max((value.numel() for value in computed_values(join_decoders(graph.module))), default=0)
 
 
 class _Graph:
-    """A captured function: a module over its inputs and then over all it met from outside, and what to call for it.
+    """A captured function: a module whose inputs are the function's, then the tensors that it closes over.
 
-    What it met from outside are inputs too, so that no compiler takes a parameter for a constant.
+    The latter are inputs too, so that no compiler takes a parameter for a constant.
     """
 
     def __init__(self, module: fx.GraphModule):
@@ -305,7 +296,7 @@ class _Graph:
         self.outside: list[Tensor] = []
         self.draws: list[partial[Tensor]] = []
         self.run: Callable[..., Any] | None = None
-        self.due = "at its second call"  # when to run as it is beside the graph: a moment's name, or nothing
+        self.due = "at its second call"  # compare with the function at the next call; how to name this moment, or ""
         self.captured_on: Tensors | None = None
         placed: dict[int, fx.Node] = {}
         last = list(graph.find_nodes(op="placeholder"))[-1]
@@ -321,33 +312,33 @@ class _Graph:
         self.module = fx.GraphModule(nn.Module(), graph)
 
     def __call__(self, inputs: Tensors, drawn: Tensors) -> Tensors:
-        """The function's value, from random numbers drawn before."""
+        """The function's value, from the random numbers that are inputs."""
         assert self.run is not None
         return tuple(self.run(*inputs, *self.outside, *drawn))
 
     def draw_first(self) -> bool:
-        """Make random numbers inputs of the graph, where it draws any and all can be drawn before the rest."""
+        """Make random numbers inputs of the graph; whether it draws any, and all can be drawn before the rest."""
         self.draws = draws_as_inputs(self.module)
         return bool(self.draws)
 
     def drawn(self) -> Tensors:
-        """The random numbers that are inputs."""
+        """Draw the random numbers that are inputs."""
         return tuple(draw() for draw in self.draws)
 
     def value_of(self, run: Callable[..., Any], inputs: Tensors) -> Tensors:
-        """What a form of the graph makes of the inputs, kept from what may change later."""
+        """The values of a form of the graph on the inputs, as copies."""
         with torch.no_grad():
             return tuple(tensor.clone() for tensor in run(*inputs, *self.outside, *self.drawn()))
 
     def close(self, staged: Tensors, eager: Tensors, inputs: Tensors, *, exactly: bool) -> bool:
-        """Whether the values agree: as the same kernels' do, or as a compiler's own do with them."""
+        """Whether values agree, up to the rounding of the same kernels (``exactly``) or of a compiler's."""
         tensors = [tensor for tensor in (*self.outside, *inputs, *eager) if tensor.is_floating_point()]
         coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
         return _close(staged, eager, tolerance=min(3 * coarsest ** (0.75 if exactly else 0.5), 0.1))
 
 
 class _State:
-    """The random stream and all tensors that a graph met from outside, to be put back: a run draws, and moves buffers."""
+    """The random stream and the tensors that a graph closes over, to be restored: a run draws numbers and moves buffers."""
 
     def __init__(self, graph: _Graph, inputs: Tensors):
         self.outside, self.random = graph.outside, _random_state(inputs)
@@ -372,22 +363,6 @@ def _close(staged: Tensors, eager: Tensors, tolerance: float) -> bool:
         if error > tolerance * (float(want[finite].double().norm()) + 1e-2 * largest) + 1e-12:
             return False
     return True
-
-
-@contextlib.contextmanager
-def _values_stay_tensors() -> Iterator[None]:
-    """Let Pyro's own losses be captured: they read values to report and to warn, not to decide anything."""
-    from pyro.infer import trace_elbo, trace_mean_field_elbo
-
-    def detached(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) else value
-
-    with contextlib.ExitStack() as stack:
-        for module in (trace_elbo, trace_mean_field_elbo):
-            for name, stand_in in [("torch_item", detached), ("warn_if_nan", lambda value, *args, **kwargs: value)]:
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, stand_in))
-        yield
 
 
 def _random_state(inputs: Tensors) -> list[tuple[torch.device, Tensor]]:

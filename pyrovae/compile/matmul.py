@@ -1,30 +1,34 @@
-"""Which library multiplies the matrices of a graph."""
+"""Which library multiplies the matrices of a graph: MKL, oneDNN or our own products; and products rounded to bfloat16."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from timeit import timeit
 
 import torch
 from torch import Tensor, fx
 
 from . import kernels
+from .choices import measured_once
+from .notes import note
 from .patterns import FEWEST_MULTIPLICATIONS, VIEWS, _replace, _split_addmm, aten
+
+__all__ = ["NATIVE_CLEARLY_FASTER", "native_is_faster", "round_products", "select_matmul_backend"]
 
 
 def round_products(module: fx.GraphModule, threads: int | None = None) -> fx.GraphModule:
-    """In place, every float32 product and convolution, of its factors in bfloat16; all else stays in float32.
+    """Round the factors of every float32 product and convolution to bfloat16; all else stays in float32.
 
-    A processor's bfloat16 units multiply exactly and add up in float32. Libraries round the sum once more; our own tiles, where
-    they are clearly faster, leave it as it is, and of few rows the factors too, as rounding those takes longer than it saves. A
-    linear layer's bias is added after that.
+    bfloat16 instructions multiply exactly and add in float32. Libraries then round the sum to bfloat16; our own products, which
+    are used if they are clearly faster, do not, and leave the factors of few rows unrounded, since rounding those takes longer
+    than it saves. A linear layer's bias is added after that.
 
     Args:
-        module: what ``make_fx`` captured; each node's ``meta["val"]`` says its type.
-        threads: on how many of a CPU the products will run; without them all are a library's.
+        module: what ``make_fx`` captured, changed in place; each node's ``meta["val"]`` has its dtype.
+        threads: number of CPU threads that the products will use; ``None`` leaves all products to a library.
 
     Returns:
         The module.
@@ -53,7 +57,7 @@ def round_products(module: fx.GraphModule, threads: int | None = None) -> fx.Gra
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in PRODUCTS:
             continue
-        # Gradients that nobody asked for have no value.
+        # A convolution's gradients that are not used have no value.
         outputs = [user for user in node.users if "val" in user.meta] if isinstance(node.meta["val"], tuple) else [node]
         if any(output.meta["val"].dtype is not torch.float32 for output in outputs):
             continue
@@ -70,15 +74,15 @@ PRODUCTS = (aten.mm.default, aten.bmm.default, aten.convolution.default, aten.co
 
 
 def select_matmul_backend(module: fx.GraphModule, threads: int) -> fx.GraphModule:
-    """In place, float32 products by our own tiles where these are clearly faster than MKL on this processor, else by oneDNN.
+    """Let our own products compute a graph's float32 products if they are clearly faster here than MKL, else oneDNN if that is.
 
-    torch multiplies by MKL, which is slow on processors that Intel did not make. The others are timed once in a process, and
-    MKL stays unless they are clearly faster, so that noise decides little: where it does, another process gives the same
-    numbers but for rounding.
+    torch multiplies by MKL, which is slow on processors that Intel did not make. The alternatives are timed once for each
+    machine (:mod:`pyrovae.compile.choices`) and used only if clearly faster, so that noise decides little.
+    ``PYROVAE_NATIVE=decoder`` leaves our own out.
 
     Args:
-        module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape, strides and type.
-        threads: on how many the products will run.
+        module: what ``make_fx`` captured on the CPU, changed in place; each node's ``meta["val"]`` has its shape and dtype.
+        threads: number of threads that the products will use.
 
     Returns:
         The module.
@@ -86,35 +90,35 @@ def select_matmul_backend(module: fx.GraphModule, threads: int) -> fx.GraphModul
     for node in module.graph.find_nodes(op="call_function", target=aten.mm.default):
         left, right = (factor.meta.get("val") for factor in node.args)
         if left is None or right is None or left.dtype is not torch.float32 or left.device.type != "cpu":
-            continue  # rounded factors, which have no value noted, and other types
+            continue  # rounded factors, which have no value noted, and other dtypes
         (rows, depth), columns = left.shape, right.shape[1]
         if _use_native(module.graph, node, threads, rounded=False):
             continue
         if rows * depth * columns >= FEWEST_MULTIPLICATIONS:
-            way = _faster_way(rows, depth, columns, (left.is_contiguous(), right.is_contiguous()), threads)
-            if way is not None:
-                node.target, node.args = torch.ops.pyrovae.mm.default, (*node.args, way == "flipped")
+            order = _onednn_order(rows, depth, columns, (left.is_contiguous(), right.is_contiguous()), threads)
+            if order is not None:
+                node.target, node.args = torch.ops.pyrovae.mm.default, (*node.args, order == "transposed")
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
 
 
-# Of MKL's time: on Intel's processors oneDNN takes as long or longer, on others half, and noise is a tenth.
+# Of MKL's time. On Intel's processors oneDNN takes as long or longer, on others half; timing noise is a tenth.
 CLEARLY_FASTER = 0.75
-# Fewer rows or columns do not repay a copy of the other factor, and a panel of more rows no longer fits a second-level cache.
-THINNEST_FOR_TILES, DEEPEST_FOR_TILES = 16, 3072
-# Fewer take less time as they are.
+# Fewer rows or columns do not repay a copy of the other factor; deeper panels leave the second-level cache.
+THINNEST_NATIVE, DEEPEST_NATIVE = 16, 3072
+# Fewer rows take less time unrounded.
 FEWEST_ROWS_TO_ROUND = 48
-# Of MKL's time, in the mean over the products of small and large steps: on a Zen 4 they take 0.7.
-TILES_CLEARLY_FASTER = 0.9
+# Of MKL's time, on average over products of small and large steps: on a Zen 4 ours take 0.7.
+NATIVE_CLEARLY_FASTER = 0.9
 
 
 def _use_native(graph: fx.Graph, node: fx.Node, threads: int, rounded: bool) -> bool:
-    """Make a product of float32 matrices our tiles', where they are faster; say whether."""
+    """Replace a product of float32 matrices by our own if that is faster; whether it was replaced."""
     left, _ = node.args
     assert isinstance(left, fx.Node)
     (rows, depth), columns = left.meta["val"].shape, node.meta["val"].shape[1]
-    if min(rows, columns) < THINNEST_FOR_TILES or depth > DEEPEST_FOR_TILES or not _native_is_faster(threads, rounded):
+    if min(rows, columns) < THINNEST_NATIVE or depth > DEEPEST_NATIVE or not native_is_faster(threads, rounded):
         return False
     node.target = torch.ops.pyrovae.product.default
     node.args = (*node.args, threads, rounded and rows >= FEWEST_ROWS_TO_ROUND)
@@ -122,72 +126,83 @@ def _use_native(graph: fx.Graph, node: fx.Node, threads: int, rounded: bool) -> 
     return True
 
 
-@cache
-def _native_is_faster(threads: int, rounded: bool) -> bool:
-    """One answer for all shapes, so that few are chosen by noise: products forward, to the weights and to the input."""
-    if not kernels.products():
+def native_is_faster(threads: int, rounded: bool) -> bool:
+    """Whether our products are clearly faster than the library's: one answer for all shapes, so that noise decides little."""
+    if not kernels.register_products():
         return False
+    question = f"our products, {'bfloat16' if rounded else 'float32'}, threads {threads}"
+    return measured_once(question, partial(_native_time_ratio, threads, rounded))["native"] <= NATIVE_CLEARLY_FASTER
+
+
+def _native_time_ratio(threads: int, rounded: bool) -> dict[str, float]:
+    """The mean ratio of our time to the library's over products forward, to the weights and to the inputs of a layer."""
     ones = partial(torch.ones, dtype=torch.float32, device="cpu")
-    several = (100, 1000) if rounded else (20, 100, 1000)
-    pairs = [(ones(rows, 784), ones(200, 784).t()) for rows in several]
-    pairs += [(ones(rows, 784).t(), ones(rows, 200)) for rows in several]
-    pairs += [(ones(rows, 784), ones(784, 200)) for rows in several]
+    batches = (100, 1000) if rounded else (20, 100, 1000)
+    pairs = [(ones(rows, 784), ones(200, 784).t()) for rows in batches]
+    pairs += [(ones(rows, 784).t(), ones(rows, 200)) for rows in batches]
+    pairs += [(ones(rows, 784), ones(784, 200)) for rows in batches]
     library = _rounded_by_a_library if rounded else torch.mm
-    contenders: dict[str, Callable[[], Tensor]] = {
-        f"{way}{place}": partial(multiply, *pair)
-        for place, pair in enumerate(pairs)
-        for way, multiply in (
-            ("library", library),
-            ("tiles", partial(torch.ops.pyrovae.product, threads=threads, rounded=rounded)),
-        )
-    }
+    native = partial(torch.ops.pyrovae.product, threads=threads, rounded=rounded)
+    contenders: dict[str, Callable[[], Tensor]] = {}
+    for place, pair in enumerate(pairs):
+        contenders |= {f"library{place}": partial(library, *pair), f"native{place}": partial(native, *pair)}
     with _on(threads):
         seconds = _seconds(contenders, laps=12)
-    shares = [seconds[f"tiles{place}"] / seconds[f"library{place}"] for place in range(len(pairs))]
-    return sum(shares) / len(shares) <= TILES_CLEARLY_FASTER
+    ratios = [seconds[f"native{place}"] / seconds[f"library{place}"] for place in range(len(pairs))]
+    return {"native": sum(ratios) / len(ratios)}
 
 
 def _rounded_by_a_library(left: Tensor, right: Tensor) -> Tensor:
     return (left.bfloat16() @ right.bfloat16()).float()
 
 
-def _faster_way(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> str | None:
-    """``"straight"`` or ``"flipped"`` where oneDNN is clearly faster so than MKL, else ``None``.
+def _onednn_order(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> str | None:
+    """``"straight"`` or ``"transposed"`` if oneDNN is clearly faster than MKL so, else ``None``.
 
-    First by a large product: a processor where that gains nothing is left alone.
+    A large product is asked first: on a processor where that gains nothing, no other is measured.
     """
     if min(_onednn_time_ratio(1024, 784, 256, (True, False), 1).values(), default=1.0) > CLEARLY_FASTER:
         return None
-    shares = _onednn_time_ratio(rows, depth, columns, contiguous, threads)
-    best = min(shares, key=lambda way: shares[way])
-    return best if shares[best] <= CLEARLY_FASTER else None
+    ratios = _onednn_time_ratio(rows, depth, columns, contiguous, threads)
+    best = min(ratios, key=lambda order: ratios[order], default=None)
+    return best if best is not None and ratios[best] <= CLEARLY_FASTER else None
 
 
-@cache
 def _onednn_time_ratio(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> dict[str, float]:
-    """The time of oneDNN's product as a share of MKL's, for either way to take it; nothing without oneDNN."""
+    """The ratio of oneDNN's time to MKL's, for the product as it is and for its transpose; empty without oneDNN."""
+    layouts = ", ".join("rows" if each else "columns" for each in contiguous)
+    question = f"oneDNN, {rows} x {depth} x {columns}, contiguous {layouts}, threads {threads}"
+    return measured_once(question, partial(_time_onednn, rows, depth, columns, contiguous, threads))
+
+
+def _time_onednn(rows: int, depth: int, columns: int, contiguous: tuple[bool, bool], threads: int) -> dict[str, float]:
     if not torch.backends.mkldnn.is_available():
         return {}
     ones = partial(torch.ones, dtype=torch.float32, device="cpu")
     left = ones(rows, depth) if contiguous[0] else ones(depth, rows).t()
     right = ones(depth, columns) if contiguous[1] else ones(columns, depth).t()
-    ways = {way: partial(torch.ops.pyrovae.mm, left, right, way == "flipped") for way in ("straight", "flipped")}
+    orders = {order: partial(torch.ops.pyrovae.mm, left, right, order == "transposed") for order in ("straight", "transposed")}
     try:
         with _on(threads):
-            seconds = _seconds({"mkl": partial(torch.mm, left, right), **ways})
-    except RuntimeError:  # a build whose oneDNN has no such product
+            seconds = _seconds({"mkl": partial(torch.mm, left, right), **orders})
+    except RuntimeError as error:  # a build whose oneDNN has no such product
+        note(
+            "oneDNN",
+            f"This torch's oneDNN does not multiply float32 matrices ({str(error).splitlines()[0][:200]}).",
+            warn=False,
+        )
         return {}
-    return {way: seconds[way] / seconds["mkl"] for way in ways}
+    return {order: seconds[order] / seconds["mkl"] for order in orders}
 
 
 def _with_squares(graph: fx.Graph, product: fx.Node) -> None:
-    """A gradient's norm wants the sum of its squares, which tiles take while the product is in registers."""
-    seen = [product]
-    for node in seen:
-        seen += [user for user in node.users if user.target in (aten.t.default, *VIEWS)]
-    squared = [user for node in seen for user in node.users if user.target is aten.pow.Tensor_Scalar and user.args[1] == 2]
+    """Compute a product's sum of squares, if a gradient's norm needs it, while the product is in registers."""
+    views = [product]
+    for node in views:
+        views += [user for user in node.users if user.target in (aten.t.default, *VIEWS)]
+    squared = [user for node in views for user in node.users if user.target is aten.pow.Tensor_Scalar and user.args[1] == 2]
     sums = [user for node in squared for user in node.users if user.target is aten.sum.default and not user.kwargs]
-    # Between the two nothing may be written to, as it might be the product under another name.
+    # No operation in between may write in place: it might write to a view of the product.
     order = {node: place for place, node in enumerate(graph.nodes)}
     last = max((order[node] for node in sums), default=-1)
     if not sums or any(_writes(node) for node in list(order)[order[product] : last]):
@@ -218,6 +233,6 @@ def _on(threads: int) -> Iterator[None]:
 
 
 def _seconds(contenders: dict[str, Callable[[], Tensor]], laps: int = 6) -> dict[str, float]:
-    """The least time of each, run in turn: what else the machine does only adds to it."""
+    """The shortest time of each, run in turn: other load on the machine only adds to it."""
     times = [{name: timeit(run, number=1) for name, run in contenders.items()} for _ in range(laps)]
     return {name: min(lap[name] for lap in times) for name in contenders}

@@ -1,4 +1,4 @@
-"""An optimizer's step; of a plain fused Adam its kernel alone."""
+"""An optimizer's step; for a plain fused Adam or AdamW, its kernel alone."""
 
 from __future__ import annotations
 
@@ -6,22 +6,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+
+__all__: list[str] = []
 
 
 class _Update:
-    """The optimizer's step; of a plain fused Adam its kernel alone, as the bookkeeping costs a small step a fifth."""
+    """The step of any optimizer. That of a plain fused Adam calls its kernel: torch's bookkeeping costs a small step a fifth.
+
+    An optimizer with hooks, of its own or for all optimizers, always takes its own ``step()``, so that they run.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
         self._parameters: list[Tensor] = []
         self._state: tuple[Any, int] | None = None
+        # Dictionaries of hooks, which torch fills and empties in place.
+        self._hooks = (
+            optimizer._optimizer_step_pre_hooks,
+            optimizer._optimizer_step_post_hooks,
+            torch_optimizer._global_optimizer_pre_hooks,
+            torch_optimizer._global_optimizer_post_hooks,
+        )
 
     def __call__(
         self, parameters: list[Tensor], gradients: list[Tensor], found_inf: Tensor | None = None, rate: Tensor | None = None
     ) -> None:
-        """Take it; or not, where ``spoiled`` is 1: the kernel finds that out on its device, for others it is read here.
+        """Update the parameters, unless ``found_inf`` is 1: the kernel reads it on its device, other optimizers wait for it.
 
-        ``rate`` is for a CUDA graph, which cannot have the optimizer's own learning rate, a number of the host.
+        Args:
+            parameters: those that the loss reaches.
+            gradients: of each, of its shape.
+            found_inf: whether a loss or gradient is not finite, 0 or 1.
+            rate: the learning rate as a tensor, for a CUDA graph, which cannot read the optimizer's own number on the host.
         """
         optimizer, group = self.optimizer, self.optimizer.param_groups[0]
         if not self.is_kernel(parameters):
@@ -32,7 +49,7 @@ class _Update:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return
-        if self._counted is None:  # a GPU's kernel wants the parameters' own strides, which a product's transpose has not
+        if self._counted is None:  # a GPU's kernel requires the parameters' strides, which a transposed product does not have
             gradients = [
                 gradient if gradient.stride() == value.stride() else torch.empty_like(value).copy_(gradient)
                 for gradient, value in zip(gradients, self._values, strict=True)
@@ -59,29 +76,29 @@ class _Update:
         )
 
     def is_kernel(self, parameters: list[Tensor]) -> bool:
-        """Whether it is a kernel's call and nothing else."""
+        """Whether the step is one call of a kernel."""
         optimizer, group = self.optimizer, self.optimizer.param_groups[0]
         plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and len(optimizer.param_groups) == 1
-        return bool(plain and group["fused"] and self._know(parameters))
+        return bool(plain and group["fused"] and not any(self._hooks) and self._read_state(parameters))
 
     def settings(self) -> tuple:
-        """What its kernel is called with, but for the learning rate."""
+        """What a CUDA graph depends on: the kernel's arguments except the learning rate, and whether there are hooks."""
         group = self.optimizer.param_groups[0]
-        return tuple([group.get(name) for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize")])
+        return (*[group.get(name) for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize")], any(self._hooks))
 
     @property
     def touched(self) -> list[Tensor]:
-        """The optimizer's tensors that its kernel changes."""
+        """The tensors of the optimizer that its kernel changes."""
         return [self._count, *self._means, *self._squares, *self._largest] if self._state is not None else []
 
     def is_current(self) -> bool:
-        """Whether the optimizer's moments are those at hand, or it never had any at hand."""
-        # Loading a checkpoint puts another state in its place, and clearing it leaves none.
+        """Whether the moments read last are still the optimizer's, or none were read."""
+        # Loading a checkpoint replaces the state, and clearing it empties it.
         state = self.optimizer.state
         return self._state is None or (self._state[0] is state and len(state) == self._state[1])
 
-    def _know(self, parameters: list[Tensor]) -> bool:
-        """Whether the optimizer keeps its moments of all these parameters, which are then at hand."""
+    def _read_state(self, parameters: list[Tensor]) -> bool:
+        """Read the optimizer's moments of the parameters, if it has those of all; whether it has."""
         state = self.optimizer.state
         if self._parameters is parameters and self._state is not None and self.is_current():
             return True
@@ -89,11 +106,11 @@ class _Update:
         if not all(parameter in state for parameter in parameters):
             return False
         states = [state[parameter] for parameter in parameters]
-        self._values = [parameter.detach() for parameter in parameters]  # of the same storage, so no gradient mode need change
-        # The counts of steps become parts of one tensor, so that one addition serves them all.
+        self._values = [parameter.detach() for parameter in parameters]  # sharing storage, so that no_grad is not needed
+        # The step counts become views of one tensor, so that one addition updates all.
         self._count = torch.stack([each["step"] for each in states])
         self._steps = [self._count[place] for place in range(len(states))]
-        # NumPy adds in a microsecond where torch's dispatch, met cold, takes ten.
+        # NumPy adds in a microsecond; torch's dispatch, not in the processor's caches, takes ten.
         self._counted = self._count.numpy() if self._count.device.type == "cpu" else None
         for each, step in zip(states, self._steps, strict=True):
             each["step"] = step

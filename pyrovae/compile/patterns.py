@@ -1,19 +1,21 @@
-"""What rewrites of a graph share: nodes found behind views, and nodes replaced."""
+"""Helpers that rewrites of a graph share: nodes below views, and nodes replaced."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
+__all__ = ["FEWEST_MULTIPLICATIONS", "VIEWS", "aten"]
+
 aten = torch.ops.aten
-# Below, dispatch through Python costs more than any library gains.
+# With fewer multiplications, dispatch through Python costs more than any library gains.
 FEWEST_MULTIPLICATIONS = 2_000_000
 
 
 def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:
-    """A product, and then its bias: Inductor adds that for nothing in the next kernel, where MKL first copies it to each row.
+    """Separate a product from its bias: Inductor adds the bias in the next kernel at no cost; MKL first copies it to each row.
 
-    Under a view, as Inductor joins the two again where it sees them side by side.
+    A view keeps the two apart, since Inductor would join them again.
     """
     bias, left, right = node.args
     shape = list(node.meta["val"].shape)
@@ -26,24 +28,24 @@ def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _under_views(node: fx.Node) -> fx.Node:
-    """What lies under views that keep the last dimension and are each wanted for one use."""
+    """The node below views that keep the last dimension and have one use each."""
     while node.target in (*VIEWS, aten.expand.default) and len(node.users) == 1:
         inner = node.args[0]
         if not isinstance(inner, fx.Node) or "val" not in inner.meta or "val" not in node.meta:
             break
-        seen, under = node.meta["val"].shape, inner.meta["val"].shape
-        if under[-1:] != seen[-1:] or under.numel() != seen.numel():
+        outer_shape, shape = node.meta["val"].shape, inner.meta["val"].shape
+        if shape[-1:] != outer_shape[-1:] or shape.numel() != outer_shape.numel():
             break
         node = inner
     return node
 
 
-# A linear layer's value is under the second from torch 2.15 on.
+# From torch 2.15 on, linear layers are captured with the second.
 VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def _data(x: fx.Node, shape: list[int]) -> fx.Node | None:
-    """What lies under an expansion of data over draws, where their other dimensions are those of the shape's end."""
+    """The data below an expansion over draws, if its dimensions are the last of ``shape``; else ``None``."""
     if x.target is aten.expand.default:
         x = x.args[0]  # type: ignore[assignment]
     value = x.meta["val"]

@@ -1,8 +1,7 @@
-"""Rewrites of a captured graph that a compiler does not make by itself: the same numbers to rounding, in fewer instructions.
+"""Rewrites of a captured graph that the compiler does not make: the same numbers up to rounding, in fewer instructions.
 
-Each was measured (``experiments/benchmarks/NOTES.md``), and each is tested against float64. They serve training and scoring
-alike, whoever wrote the programs, as they look for what Pyro's and torch's distributions become once captured. One of them
-trades accuracy for speed, and is asked for by name: products in bfloat16.
+The gain of each was measured (``experiments/benchmarks/NOTES.md``), and each is tested against float64. They look for the
+operations that Pyro's and torch's distributions become when captured, and so apply to training and scoring of any program.
 """
 
 from __future__ import annotations
@@ -15,17 +14,19 @@ from torch import Tensor, fx
 from . import kernels
 from .patterns import FEWEST_MULTIPLICATIONS, VIEWS, _data, _replace, _split_addmm, _under_views, aten
 
-# As many factors of 1 to 2 as a float32 multiplies without overflow, with room to spare.
+__all__ = ["draws_as_inputs", "join_decoders", "rewrite"]
+
+# The product of this many factors between 1 and 2 does not overflow a float32.
 MOST_FACTORS = 64
-# A vector register of float32 numbers: groups of factors are multiplied side by side.
+# float32 numbers in a vector register: groups of factors are multiplied in parallel.
 LANES = 16
 
 
 def rewrite(module: fx.GraphModule) -> fx.GraphModule:
-    """The same function, in place: products without a bias, tanh as a rational function, fewer logarithms and copies.
+    """Separate biases from products, make tanh a rational function, and save logarithms and copies.
 
     Args:
-        module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape.
+        module: what ``make_fx`` captured on the CPU, changed in place; each node's ``meta["val"]`` has its shape.
 
     Returns:
         The module.
@@ -52,13 +53,13 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def join_decoders(module: fx.GraphModule, rounded: bool = False) -> fx.GraphModule:
-    """In place, one operation for a Bernoulli likelihood and the linear layers before it, where nothing else reads any of them.
+    """Replace a Bernoulli likelihood and the linear layers before it by one operation, if nothing else reads any of them.
 
-    Before :func:`rewrite` and :func:`round_products`, which take the same things apart where they are not joined.
+    Call it before :func:`rewrite` and :func:`pyrovae.compile.matmul.round_products`, which take the same patterns apart.
 
     Args:
-        module: what ``make_fx`` captured on the CPU; each node's ``meta["val"]`` says its shape, strides and type.
-        rounded: whether their products are of factors in bfloat16, added up in float32.
+        module: what ``make_fx`` captured on the CPU, changed in place; each node's ``meta["val"]`` has its shape and dtype.
+        rounded: whether the factors of their products are rounded to bfloat16; sums stay in float32.
 
     Returns:
         The module.
@@ -70,7 +71,7 @@ def join_decoders(module: fx.GraphModule, rounded: bool = False) -> fx.GraphModu
             continue
         logits, x, shape = found
         data, layers = _data(x, shape), [_layer(logits)]
-        if data is None or layers[0] is None or kernels.compiled() is None:
+        if data is None or layers[0] is None or kernels.load_library() is None:
             continue
         depth = layers[0][1].meta["val"].shape[0]
         if depth * logits.meta["val"].numel() < FEWEST_MULTIPLICATIONS:
@@ -92,13 +93,14 @@ def join_decoders(module: fx.GraphModule, rounded: bool = False) -> fx.GraphModu
 
 
 def draws_as_inputs(module: fx.GraphModule) -> list[partial[Tensor]]:
-    """Let the graph take its random numbers as inputs after all others, so that runs side by side draw in a fixed order.
+    """Make a graph's random numbers its last inputs, so that concurrent runs draw in a fixed order.
 
     Args:
         module: what ``make_fx`` captured on the CPU, changed in place.
 
     Returns:
-        What draws each of them, in order; nothing, and the module as it was, where some distribution depends on other values.
+        A function for each of them that draws it, in order; an empty list, and the module unchanged, if a draw depends on other
+        values of the graph.
     """
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=aten.normal_.default):
@@ -115,13 +117,13 @@ def draws_as_inputs(module: fx.GraphModule) -> list[partial[Tensor]]:
     return [partial(node.target, *node.args, **node.kwargs) for node in random]
 
 
-# Random numbers whose distribution depends on nothing.
+# Draws that depend on nothing but their shape.
 FREE_DRAWS = (aten.randn.default, aten.rand.default)
 
 
 def _split_sum(graph: fx.Graph, node: fx.Node) -> None:
-    """A product and another value, added under a view as well: Inductor would have MKL copy that value first."""
-    if "val" not in node.meta:  # added by a rewrite before, under a view already
+    """Add a product and another value through a view, as for a bias: otherwise Inductor lets MKL copy the value first."""
+    if "val" not in node.meta:  # another rewrite added this node, with a view
         return
     shape = list(node.meta["val"].shape)
     for product in node.args:
@@ -135,7 +137,7 @@ def _split_sum(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _rational_tanh(graph: fx.Graph, node: fx.Node) -> None:
-    r""":math:`\tanh x = x \, P(x^2) / Q(x^2)` within 4e-7 of its value; the vector library's takes five times as long."""
+    r""":math:`\tanh x = x \, P(x^2) / Q(x^2)` within 4e-7 relative error; the vector library takes five times as long."""
 
     def polynomial(coefficients: tuple[float, ...], square: fx.Node) -> fx.Node:
         value: fx.Node | float = coefficients[-1]
@@ -152,15 +154,15 @@ def _rational_tanh(graph: fx.Graph, node: fx.Node) -> None:
         _replace(node, graph.call_function(aten.div.Tensor, (above, polynomial(TANH_BELOW, square))))
 
 
-# Minimax in the relative error on [0, 8], beyond which a float32 tanh is 1 within two units in the last place
-# (experiments/minimax.py).
+# Minimax in the relative error on [0, 8]; beyond, tanh is 1 within two units in the last place of a float32
+# (experiments/minimax.py; native/decoder.cpp has the same coefficients).
 TANH_REACH = 8.0
 TANH_ABOVE = (0.9999999935788794, 0.1344450501004544, 0.003571606367429252, 2.1894799482147274e-05, 1.523061009625666e-08)
 TANH_BELOW = (1.0, 0.46777832332818475, 0.026164474688748766, 0.00034113056644328934, 8.522524893850866e-07)
 
 
 def _log_of_repeated(graph: fx.Graph, node: fx.Node) -> None:
-    """The logarithm of few numbers, repeated, for that of the many that they are repeated to, as scales are over draws."""
+    """Take the logarithm before an expansion, not after it: scales are few, and expanded over many draws."""
     repeated = node.args[0]
     if not (isinstance(repeated, fx.Node) and repeated.target is aten.expand.default):
         return
@@ -173,12 +175,12 @@ def _log_of_repeated(graph: fx.Graph, node: fx.Node) -> None:
         _replace(node, graph.call_function(aten.expand.default, (log, shape)))
 
 
-# So many take longer than a call through Python.
+# This many logarithms take longer than a call through Python.
 MANY_LOGARITHMS = 2**16
 
 
 def _standard_normal(graph: fx.Graph, node: fx.Node) -> None:
-    """The same draws as a new tensor's own: filling an empty one in place makes the compiler copy it first."""
+    """Draw into a new tensor: the compiler copies an empty one before it fills it in place. The numbers are the same."""
     empty = node.args[0]
     if node.kwargs or node.args[1:] not in ((), (0,), (0, 1)):
         return
@@ -193,7 +195,7 @@ def _standard_normal(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _bernoulli_sum(graph: fx.Graph, node: fx.Node) -> None:
-    r"""A Bernoulli's log-likelihood, summed over an event, with one logarithm for many of its terms.
+    r"""Sum a Bernoulli log-likelihood over an event with one logarithm for many terms.
 
     .. math:: \sum_d \log \mathrm{Bernoulli}(x_d \mid l_d) = \sum_d \big[\min(l_d, 0) - (1 - x_d) \, l_d\big]
         - \sum_g \log \prod_{d \in g} \big(1 + e^{-|l_d|}\big)
@@ -222,7 +224,7 @@ def _bernoulli_sum(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _layer(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Inputs, weights and bias of a linear layer whose value is wanted for nothing but this one use."""
+    """Inputs, weights and bias of a linear layer whose value has only this use."""
     node = _under_views(node)
     if node.target is not aten.addmm.default or len(node.users) != 1 or node.kwargs:
         return None
@@ -237,7 +239,7 @@ def _layer(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 
 def _activated(node: fx.Node) -> tuple[int, tuple[fx.Node, fx.Node, fx.Node]] | None:
-    """The activation and the layer whose value this is, where it is wanted for nothing but this one use."""
+    """The activation and the layer that make this value, if it has only this use."""
     node = _under_views(node)
     if node.target not in kernels.ACTIVATIONS or len(node.users) != 1:
         return None
@@ -246,7 +248,7 @@ def _activated(node: fx.Node) -> tuple[int, tuple[fx.Node, fx.Node, fx.Node]] | 
 
 
 def _summed_cross_entropy(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int]] | None:
-    """Logits, data and the shape whose last dimension is summed, where the node is such a sum and alone reads its terms."""
+    """Logits, data and the shape before the sum, if the node sums a Bernoulli log-likelihood and alone reads its terms."""
     if len(node.args) != 2 or node.kwargs or node.args[1] != [-1]:
         return None
     view = node.args[0]

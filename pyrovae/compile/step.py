@@ -16,6 +16,8 @@ from .graph import MOST_GRAPHS, USES_BEFORE_CAPTURE, Staged
 from .inductor import Tensors
 from .optimizer import _Update
 
+__all__ = ["Outcome", "Step", "stage"]
+
 
 class Outcome(NamedTuple):
     """What one training step returns.
@@ -50,16 +52,17 @@ def stage(
         guide: a Pyro program for q(z|x); takes the same arguments.
         optimizer: holds the pair's parameters; Adam and AdamW made with ``fused=True`` go straight to their kernel.
         example: a batch, or a tuple of tensors for programs of several arguments. It is scored once with Pyro's validation,
-            which the steps leave out; the random stream does not notice.
-        clip_norm: the largest norm that the gradient of all parameters together may have.
-        count: from a batch to the number of data that its loss stands for; by default their number.
-        load: makes a batch of the tensors that a step is called with, such as rows and the whole data, by tensor operations
-            that then belong to the graph; by default they are the batch.
-        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing.
+            which the steps leave out; the random stream does not move.
+        clip_norm: the largest norm of the gradient of all parameters together.
+        count: a function from a batch to the number of data that its loss stands for; by default the batch size.
+        load: a function from the tensors that a step is called with, such as row indices and the whole data, to a batch, by
+            tensor operations, which become part of the graph; by default the tensors are the batch.
+        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing. The variable
+            ``PYROVAE_COMPILE`` limits it.
         precision: of products, as in :func:`pyrovae.fit`.
 
     Returns:
-        A step: called with a batch's tensors it updates the parameters and returns loss and gradient norm.
+        A step: a call with a batch's tensors updates the parameters and returns loss and gradient norm.
 
     Raises:
         ValueError: the pair or the estimator refuses the example.
@@ -85,14 +88,14 @@ def stage(
 class Step:
     """One training step of a pair: draw, weigh, differentiate, clip, update.
 
-    Nothing moves where the loss is NaN or the gradient NaN or infinite. Learning rates are read from the optimizer at each
-    step, and an annealed beta from the estimator.
+    If the loss is NaN or the gradient not finite, nothing is updated. Learning rates are read from the optimizer at each step,
+    and an annealed beta from the estimator. Hooks on the optimizer's step run at each step.
 
-    Made by :func:`stage`, whose arguments it has.
+    :func:`stage` makes it, and describes the arguments.
 
     Attributes:
-        parameters: those that the optimizer holds.
-        reached: those of them that the loss reaches, known after the first step.
+        parameters: the optimizer's parameters.
+        reached: those that the loss depends on, known after the first step.
         asynchronous: whether :meth:`step_async` returns before the step is over, as it does on a GPU.
         reason: why it runs slower than asked, or ``None``.
     """
@@ -129,7 +132,7 @@ class Step:
         self._outside: str | None = None
         self.recorder = record if self.asynchronous else None
         self._annealed: Tensor | None = None
-        self._held: float | None = None
+        self._annealed_to: float | None = None
         self._update = _Update(optimizer)
         if not hasattr(estimator, "differentiable_loss"):
             backend = "eager"
@@ -147,7 +150,7 @@ class Step:
         return self._staged.captured
 
     def recheck(self, when: str) -> None:
-        """Let the next step run as it is, beside its graph, as :meth:`Staged.recheck` says."""
+        """Compare the graph with the program at the next step; see :meth:`Staged.recheck`."""
         self._staged.recheck(when)
 
     def __call__(self, *inputs: Tensor) -> Outcome:
@@ -163,10 +166,10 @@ class Step:
         return outcome
 
     def step_async(self, *inputs: Tensor) -> None:
-        """Take the step without waiting for a GPU; :meth:`outcomes` says later what came of it.
+        """Take the step without waiting for a GPU; :meth:`drain` later returns its loss and norm.
 
-        Where a loss or a gradient is no number, the steps taken ahead after it move nothing either, until :meth:`outcomes` has
-        said so. Optimizers other than a fused Adam ask that of each step, and so wait.
+        After a loss or gradient that is not finite, further steps update nothing until :meth:`drain` is called. Optimizers
+        other than a fused Adam have to read that from the GPU at each step, and so wait.
         """
         if not self.asynchronous:
             self._outcomes.append(self(*inputs))
@@ -187,7 +190,7 @@ class Step:
         self._update(self.reached, gradients, self._found_inf)
 
     def drain(self) -> list[Outcome]:
-        """What came of the steps taken :meth:`step_async` since the last call, in order."""
+        """Loss and norm of each step taken by :meth:`step_async` since the last call, in order."""
         if self._filling is not None:
             self._unread += self._filling.flush()
         if self._unread:
@@ -197,21 +200,21 @@ class Step:
         return outcomes
 
     def _noted(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Loss and norm side by side; from the first on that is no number, ``_found_inf`` is 1."""
+        """Loss and norm as one tensor; ``_found_inf`` becomes 1 if either is not finite, and stays 1."""
         found_inf = (torch.isnan(loss) | ~torch.isfinite(norm)).to(self._found_inf.dtype)
         self._found_inf.copy_(torch.maximum(self._found_inf, found_inf))
         return torch.stack([loss, norm]).double()
 
     def _graph_for(self, inputs: Tensors, beta: float | None) -> GraphedSteps | None:
-        """The CUDA graphs that take such a step; ``None`` where it is taken without."""
+        """The CUDA graphs for such a step; ``None`` if it is launched without."""
         settings, before = self._update.settings(), self._settings
         self._settings = settings
         if self.recorder is None or before is None or not self._staged.captured or (self._graphs and self._staged.due):
             return None
-        if self._graphs and not self._update.is_current():  # as after a checkpoint was loaded
+        if self._graphs and not self._update.is_current():  # a checkpoint was loaded, for example
             self._graphs.clear()
         if settings != before:
-            self._launch_singly("the optimizer's settings change, and not its learning rate alone")
+            self._launch_singly("the optimizer's settings or hooks change, and not its learning rate alone")
             return None
         moving = len(inputs) if self._moving is None else self._moving
         key = (tuple([(each.shape, each.dtype, each.device) for each in inputs[:moving]]), tuple(map(id, inputs[moving:])))
@@ -237,7 +240,7 @@ class Step:
 
         inside, rate = self._update.is_kernel(self.reached), self.optimizer.param_groups[0]["lr"]
         touched = [*self._staged.touched, *self._update.touched, self._found_inf]
-        # A batch made outside may have come of random numbers, which a step that waits would draw too late.
+        # A batch made outside the graph may depend on random numbers, which a delayed step would draw too late.
         at_once = STEPS_AT_ONCE if inside and self._moving is not None else 1
         try:
             with products_in(self.precision, self._device):
@@ -259,7 +262,7 @@ class Step:
         warnings.warn(self._outside, RuntimeWarning, stacklevel=5)
 
     def _differentiate_and_note(self, *inputs: Tensor) -> Tensors:
-        """As :meth:`_differentiate`, and loss and norm are written to the last input: it asks nothing of the host."""
+        """As :meth:`_differentiate`, and write loss and norm to the last input, without reading them on the host."""
         *given, outcome = inputs
         loss, norm, *gradients = self._differentiate(*given)
         outcome.copy_(self._noted(loss, norm))
@@ -270,8 +273,8 @@ class Step:
             return inputs
         if self._annealed is None:
             self._annealed = torch.zeros((), dtype=torch.float64, device=self._device)
-        if beta != self._held:
-            self._held = beta
+        if beta != self._annealed_to:
+            self._annealed_to = beta
             self._annealed.fill_(beta)
         return (*inputs, self._annealed)
 
@@ -293,11 +296,11 @@ class Step:
         if not pairs:
             raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")
         reached, found = [par for par, _ in pairs], tuple(grad for _, grad in pairs)
-        if list(map(id, reached)) != list(map(id, self.reached)):  # else the list by which the optimizer's kernel knows them
+        if list(map(id, reached)) != list(map(id, self.reached)):  # the optimizer's kernel recognises the list itself
             self.reached = reached
-        if self._device.type == "cuda":  # four kernels, where the sums below are two for each parameter
+        if self._device.type == "cuda":  # four kernels in all; the sums below take two for each parameter
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
-        else:  # not get_total_norm, which a compiler leaves as it is: one call for each parameter
+        else:  # get_total_norm would stay one call for each parameter in the compiled graph
             norm = torch.stack([gradient.square().sum() for gradient in found]).sum().sqrt()
         if self.clip_norm is not None:
             found = torch._foreach_mul(found, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -294,6 +294,7 @@ def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str 
 
 def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]]:
     """Arrays without masks: a masked array's values with zeros, and at the end its inverted mask; and the names of all."""
+    items = tuple(_stacked(item) for item in items)
     masked = [item for item in items if isinstance(item, np.ma.MaskedArray)]
     if len(masked) > 1:
         raise ValueError(
@@ -303,6 +304,12 @@ def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]
     plain = tuple(item.filled(0) if isinstance(item, np.ma.MaskedArray) else item for item in items)
     observed = tuple(~np.ma.getmaskarray(item) for item in masked)
     return (*plain, *observed), [*[None] * len(plain), *[MASK] * len(observed)]
+
+
+def _stacked(item: Any) -> Any:
+    """A list of masked rows as one masked array, since a plain array of them would show what they hide."""
+    masked = isinstance(item, list) and any(isinstance(row, np.ma.MaskedArray) for row in item)
+    return np.ma.stack([np.ma.asarray(row) for row in item]) if masked else item
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

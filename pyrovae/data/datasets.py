@@ -35,6 +35,8 @@ def binarize(x: Tensor) -> Tensor:
         >>> binarize(torch.tensor([0.0, 1.0]))
         tensor([0., 1.])
     """
+    if x.is_cuda:  # random numbers are cheap there, and the bytes below were compiled to other numbers than in eager mode
+        return torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).lt(x).to(x.dtype)
     # Compare each pixel with 8 random bits. Ties (1 in 256) are broken by 16 further bits, which are shared by 16 images to
     # save random numbers. That is as fine as float32's random numbers, in a fifth of the time.
     size, dtype = x.numel(), torch.promote_types(x.dtype, torch.float32)
@@ -80,6 +82,7 @@ class Split:
         train: training data, shape (N, *data_shape).
         test: held-out data, shape (M, *data_shape); if they are binarised, then once.
         test_labels: classes of the held-out data, shape (M,), or ``None``.
+        train_labels: classes of the training data, shape (N,), with -1 for unlabelled data, or ``None``.
         likelihood: a likelihood for these numbers, as a registry table.
         transform: a function that is applied to every training batch, or ``None``.
         note: one sentence on the source of the data and their treatment.
@@ -94,11 +97,32 @@ class Split:
     transform: Callable[[Tensor], Tensor] | None
     note: str
     reason: str = ""
+    train_labels: Tensor | None = None
 
     @property
     def data_shape(self) -> tuple[int, ...]:
         """The shape of one datum."""
         return tuple(self.train.shape[1:])
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the labels have, or ``None`` without labels."""
+        return None if self.train_labels is None else int(self.train_labels.max()) + 1
+
+    def with_labels_of(self, fraction: float) -> Split:
+        """The split with the labels of a random part of each class of the training data; -1 for the others.
+
+        Raises:
+            ValueError: the data set has no labels.
+        """
+        if self.train_labels is None:
+            raise ValueError(f"The data set {self.name!r} has no labels to keep: leave data.labelled out.")
+        order = torch.as_tensor(np.random.default_rng(0).permutation(len(self.train)))
+        labels = torch.full_like(self.train_labels, -1)
+        for label in self.train_labels.unique():
+            rows = order[self.train_labels[order] == label]
+            labels[rows[: max(1, round(fraction * len(rows)))]] = label
+        return replace(self, train_labels=labels)
 
     @property
     def unit(self) -> str:
@@ -164,6 +188,7 @@ def _digits() -> Split:
         train=images[train],
         test=images[test],
         test_labels=torch.as_tensor(bunch.target)[test],
+        train_labels=torch.as_tensor(bunch.target)[train],
         likelihood={"kind": "binomial", "total_count": 16},
         transform=None,
         note="scikit-learn's handwritten digits, 8 x 8 counts 0..16; 1,437 train, 360 test, by a fixed permutation",
@@ -198,6 +223,7 @@ def _mnist(root: str, how: str, download: bool) -> Split:
         train=parts[0].data[:, None],
         test=parts[1].data[:, None],
         test_labels=parts[1].targets,
+        train_labels=parts[0].targets,
         likelihood={},
         transform=None,
         note="MNIST, 60,000 train and 10,000 test images of 28 x 28",

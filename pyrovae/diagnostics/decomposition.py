@@ -15,6 +15,7 @@ from ..evidence.importance import log_marginal
 from ..evidence.results import Evidence
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
+from ..tables import text_table
 from .posterior import Array, PairOnData
 
 __all__ = ["Decomposition", "decompose"]
@@ -130,9 +131,10 @@ class Decomposition:
 
     def __str__(self) -> str:
         """A table of 80 columns."""
-        lines = [f"{'nats per datum':<20} {'mean':>10} {'se':>7}"]
-        for name, mean, error, what in self.rows():
-            lines.append(f"{name:<20} {mean:>10.3f} {'-' if math.isnan(error) else f'{error:.3f}':>7}  {what}")
+        rows = [
+            [name, f"{mean:.3f}", "-" if math.isnan(error) else f"{error:.3f}", what] for name, mean, error, what in self.rows()
+        ]
+        lines = [text_table(["nats per datum", "mean", "se", ""], rows, left=(0, 3))]
         for name, active in self.active_units.items():
             line = f"active units: {active} of {self.mean_variances[name].size} in {name}"
             lines.append(line if len(line) <= 80 else line[:79] + "…")

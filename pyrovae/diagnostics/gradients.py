@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pyro.infer
@@ -23,7 +23,9 @@ from ..programs.inspect import FIRST_ROWS, FirstBatch, prepare
 from ..programs.log_weights import log_weights
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
+from ..tables import text_table
 from ..training.loop import fit
+from ..training.options import FitKeywords, TrainKeywords
 from .posterior import Array
 
 if TYPE_CHECKING:
@@ -75,19 +77,17 @@ class EstimatorComparison:
 
     def __str__(self) -> str:
         """A table of 80 columns, two lines for each estimator."""
-        width = max(9, *(len(name) for name in self.names))
-        head = f"{'estimator':<{width}} {'K':>4} {'bound':>9} {'se':>6} {'ms':>7}"
-        lines = [f"{head}  {'of':<5} {'bias':>6} {'p':>5} {'SNR':>7} {'SNR 1s':>7}"]
+        rows = []
         for e, name in enumerate(self.names):
-            left = f"{name:<{width}} {self.num_particles[e]:>4} {self.bound[e]:>9.3f} {self.bound_se[e]:>6.3f}"
-            left += f" {1e3 * self.seconds[e]:>7.2f}"
+            left = [name, str(self.num_particles[e]), f"{self.bound[e]:.3f}", f"{self.bound_se[e]:.3f}"]
+            left.append(f"{1e3 * self.seconds[e]:.2f}")
             for g, group in enumerate(GROUPS):
                 bias = "-" if math.isnan(self.bias[e, g]) else f"{self.bias[e, g]:.0%}"
                 p = "-" if math.isnan(self.bias_p[e, g]) else f"{self.bias_p[e, g]:.2f}"
-                lines.append(
-                    f"{left if g == 0 else '':<{len(left)}}  {group:<5} {bias:>6} {p:>5} {self.snr[e, g]:>7.3g} "
-                    f"{self.snr_per_second[e, g]:>7.3g}"
-                )
+                right = [group, bias, p, f"{self.snr[e, g]:.3g}", f"{self.snr_per_second[e, g]:.3g}"]
+                rows.append([*(left if g == 0 else [""] * len(left)), *right])
+        header = ["estimator", "K", "bound", "se", "ms", "of", "bias", "p", "SNR", "SNR 1s"]
+        lines = [text_table(header, rows, left=(0, 5))]
         lines.append(f"bound in nats per datum; gradient bias against {self.reference}, paired test's p")
         lines.append(f"SNR = |mean| / sd over {self.num_draws} gradients; SNR 1s: of a second's mean gradient")
         return "\n".join(lines)
@@ -240,7 +240,7 @@ def train_estimators(
     held_out: Any,
     num_samples: int = 1000,
     seed: int = 0,
-    **fit_options: Any,
+    **fit_options: Unpack[TrainKeywords],
 ) -> Comparison:
     """Train each estimator from the pair's present parameters for the same time, and compare held-out log p(x).
 
@@ -278,7 +278,14 @@ def train_estimators(
     results = {}
     for name, estimator in named.items():
         try:
-            fit(model, guide, data, estimator=estimator, max_seconds=seconds, **({"epochs": 10**6, "seed": seed} | fit_options))
+            options: FitKeywords = {
+                "epochs": 10**6,
+                "seed": seed,
+                "estimator": estimator,
+                "max_seconds": seconds,
+                **fit_options,
+            }
+            fit(model, guide, data, **options)
             results[name] = log_marginal(model, guide, held_out, num_samples=num_samples, seed=seed)
         finally:
             with torch.no_grad():

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from .._validation import positive_integer
 from ..data.batches import Batches
 from ..evidence.draws import Draws
-from ..evidence.importance import CHUNK_NUMBERS
+from ..evidence.planning import CHUNK_NUMBERS
+from ..evidence.streaming import LogMoments, Resampler
 from ..programs.checks import refuse_no_weights
 from ..programs.inspect import inspect_pair, open_pair
 from ..programs.log_weights import read_weights
@@ -285,31 +286,18 @@ class PairOnData:
     def resample(self, batch: tuple, num_draws: int, num_samples: int) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
         """Draws of the posterior of each datum by importance resampling, and the effective sample sizes, shape (B,)."""
         num_data = len(batch[0])
-        log_sum = torch.full((num_data,), -math.inf, dtype=torch.float64, device=self.device)
-        log_square = log_sum.clone()
-        kept: dict[str, dict[str, Tensor]] = {"posterior": {}, "log_likelihood": {}}
+        resampler = Resampler(LogMoments(num_data, num_samples, self.device), num_draws)
         observed: dict[str, Tensor] = {}
-        rows = torch.arange(num_data, device=self.device)
         for size in self.sizes(num_samples, num_data):
             draws = self.weighted_draws(batch, size)
-            log_w = draws.log_weights.double()
-            chunk_sum = torch.logsumexp(log_w, 0)
-            log_sum = torch.logaddexp(log_sum, chunk_sum)
-            log_square = torch.logaddexp(log_square, torch.logsumexp(2 * log_w, 0))
-            # Weighted reservoir sampling: replace a kept draw by one of this chunk with probability
-            # (chunk's weight) / (total weight so far).
-            chunk_weight = torch.where(log_sum == -math.inf, 0.0, torch.exp(chunk_sum - log_sum))
-            replaced = torch.rand(num_draws, num_data, dtype=torch.float64, device=self.device) < chunk_weight
-            possible = torch.where(torch.isfinite(chunk_sum), log_w, torch.zeros_like(log_w))
-            chosen = torch.distributions.Categorical(logits=possible.T).sample((num_draws,))  # (M, B)
             observed = draws.observed
-            for group, values in (("posterior", draws.latents), ("log_likelihood", draws.log_likelihood)):
-                for name, value in values.items():
-                    new = value[chosen, rows]
-                    old = kept[group].get(name, new)
-                    kept[group][name] = torch.where(replaced.reshape(replaced.shape + (1,) * (new.dim() - 2)), new, old)
-        ess = torch.where(log_sum == -math.inf, 0.0, torch.exp(2 * log_sum - log_square))
-        return kept | {"observed_data": observed}, ess
+            values = {("posterior", name): value for name, value in draws.latents.items()}
+            values |= {("log_likelihood", name): value for name, value in draws.log_likelihood.items()}
+            resampler.update(draws.log_weights.double(), values)
+        groups: dict[str, dict[str, Tensor]] = {"posterior": {}, "log_likelihood": {}, "observed_data": observed}
+        for (group, name), value in resampler.draws.items():
+            groups[group][name] = value
+        return groups, torch.as_tensor(resampler.moments.finish().ess)
 
     def predict(self, batch: tuple, posterior: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """New draws of the observed sites at the posterior's latents, and of all sites from the model alone."""

@@ -1,4 +1,4 @@
-"""Comparisons of several models' evidence over the same data."""
+"""The evidence of several models for the same data, compared."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..plots import _axes
+from ..tables import text_table
 from .psis import Array, _comparison, _elpd
 from .results import Evidence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+__all__ = ["Comparison", "compare"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Comparison:
         difference: each mean minus the best one's, in nats per datum.
         difference_se: its standard error from the data, of paired differences.
         monte_carlo_se: its standard error from sampling.
-        unreliable: how many data of each cannot be believed; see :attr:`Evidence.reliable`.
+        unreliable: how many data of each are not reliable; see :attr:`pyrovae.Evidence.reliable`.
         stacking: the weight of each in the mixture of models that predicts these data best (Yao et al. 2018), by ArviZ;
             ``nan`` where an estimate is not finite.
     """
@@ -43,39 +46,31 @@ class Comparison:
 
     def __str__(self) -> str:
         """A table with one line for each model."""
-        width = max(5, *(len(name) for name in self.names))
-        head = f"{'model':<{width}}  {'log p(x)':>10}  {'diff.':>8}  {'se data':>8}  {'se MC':>8}  {'unrel.':>6}  {'weight':>6}"
-        lines = [head]
-        for name, mean, *errors, bad, weight in zip(
-            self.names,
-            self.mean,
-            self.difference,
-            self.difference_se,
-            self.monte_carlo_se,
-            self.unreliable,
-            self.stacking,
-            strict=True,
-        ):
-            numbers = "  ".join(f"{number:>8.3f}" for number in errors)
-            lines.append(f"{name:<{width}}  {mean:>10.3f}  {numbers}  {bad:>6d}  {weight:>6.2f}")
-        return "\n".join(lines)
+        columns = zip(self.mean, self.difference, self.difference_se, self.monte_carlo_se, strict=True)
+        rows = [
+            [name, *(f"{number:.3f}" for number in numbers), str(bad), f"{weight:.2f}"]
+            for name, numbers, bad, weight in zip(self.names, columns, self.unreliable, self.stacking, strict=True)
+        ]
+        return text_table(["model", "log p(x)", "diff.", "se data", "se MC", "unrel.", "weight"], rows)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw each model's difference to the best, with 95 % intervals of the data (thin) and of sampling (thick)."""
         ax = _axes(ax, (7, 1.1 + 0.4 * len(self.names)))
         rows = np.arange(len(self.names))
-        shown = np.isfinite(self.difference)
+        finite = np.isfinite(self.difference)
 
         def bars(errors: Array, **style: Any) -> None:
-            ax.errorbar(self.difference[shown], rows[shown], xerr=1.96 * errors[shown], fmt="none", ecolor="C0", **style)
+            ax.errorbar(self.difference[finite], rows[finite], xerr=1.96 * errors[finite], fmt="none", ecolor="C0", **style)
 
         bars(self.difference_se, elinewidth=1.2, capsize=4, label="from the choice of data")
         bars(self.monte_carlo_se, elinewidth=5, alpha=0.35, label="from sampling")
-        # Hollow where some estimates cannot be believed.
+        # Hollow markers: some estimates are not reliable.
         for chosen, face in ((self.unreliable == 0, "C0"), (self.unreliable > 0, "white")):
-            ax.plot(self.difference[chosen & shown], rows[chosen & shown], "o", color="C0", markerfacecolor=face, markersize=7)
+            ax.plot(
+                self.difference[chosen & finite], rows[chosen & finite], "o", color="C0", markerfacecolor=face, markersize=7
+            )
         for row, (difference, bad) in enumerate(zip(self.difference, self.unreliable, strict=True)):
-            if bad and shown[row]:
+            if bad and finite[row]:
                 text = f"{bad} unreliable"
                 ax.annotate(text, (difference, row), (0, 7), textcoords="offset points", ha="center", fontsize="small")
         ax.axvline(0, color="0.6", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
@@ -94,18 +89,19 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
     .. math:: \Delta = \frac1N \sum_n d_n, \quad \operatorname{se}(\Delta) = \sqrt{\operatorname{var}(d) / N}, \qquad
         d_n = \log \hat p_a(x_n) - \log \hat p_b(x_n)
 
-    The error from sampling is kept apart: it is what more samples would lower, the other what more data would.
+    The error from sampling is separate: more samples reduce it, and more data reduce the other one.
 
     Args:
         evidence: the models' evidence by name; at least two, over the same data in the same order.
 
     Raises:
-        TypeError: it is no mapping of names to evidence.
-        ValueError: fewer than two, other data or the same in another order, or numbers by different measures: a density and a
-            probability, other numbers of observed values, or a likelihood that is given a part of the datum.
+        TypeError: ``evidence`` is not a mapping of names to evidence.
+        ValueError: there are fewer than two, the data or their order differ, or the measures do: a density and a
+            probability, different numbers of observed values, or a likelihood that conditions on a part of the datum.
 
     References:
-        Yao, Vehtari, Simpson and Gelman, Using stacking to average Bayesian predictive distributions, 2018.
+        `Yao, Vehtari, Simpson and Gelman, Using stacking to average Bayesian predictive distributions, 2018
+        <https://doi.org/10.1214/17-BA1091>`_.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -116,14 +112,14 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
         ['large', 'small']
     """
     if not isinstance(evidence, Mapping) or not all(isinstance(result, Evidence) for result in evidence.values()):
-        raise TypeError('compare takes evidence by name: pass {"one": evidence, "other": evidence}, not a list.')
+        raise TypeError('evidence must be a mapping of names to evidence: pass {"one": evidence, "other": evidence}.')
     if len(evidence) < 2:
-        raise ValueError("A comparison takes at least two models: pass {'name': evidence, ...}.")
+        raise ValueError("evidence must have at least two models: pass {'name': evidence, ...}.")
     sizes = {name: len(result) for name, result in evidence.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"The models were scored on different numbers of data {sizes}: score all on the same.")
+        raise ValueError(f"The models must be scored on the same data, got different numbers of data {sizes}.")
     if min(sizes.values()) < 2:
-        raise ValueError("A comparison needs at least two data to tell differences from chance.")
+        raise ValueError("The models must be scored on at least two data, so that differences have an error.")
     _check_same_data(evidence)
     _check_same_measure(evidence)
     ranked = sorted(evidence, key=lambda name: -np.nan_to_num(evidence[name].mean, nan=-np.inf))
@@ -141,7 +137,7 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
 
 
 def _check_same_data(evidence: Mapping[str, Evidence]) -> None:
-    """Refuse evidence over other data, or the same in another order, as far as fingerprints tell."""
+    """Refuse evidence for different data or in a different order, by their fingerprints."""
     known = {name: result.fingerprint for name, result in evidence.items() if result.fingerprint is not None}
     for name, prints in known.items():
         first, expected = next(iter(known.items()))
@@ -159,7 +155,7 @@ def _check_same_data(evidence: Mapping[str, Evidence]) -> None:
 
 
 def _check_same_measure(evidence: Mapping[str, Evidence]) -> None:
-    """Refuse numbers that are not with respect to the same thing, as far as it is known."""
+    """Refuse numbers with respect to different measures, if these are known."""
     known = {name: result.measure for name, result in evidence.items() if result.measure is not None}
     for name, measure in known.items():
         first, expected = next(iter(known.items()))

@@ -12,10 +12,12 @@ from .psis import Array
 if TYPE_CHECKING:
     import xarray
 
+__all__ = ["Draws"]
+
 
 @dataclass(frozen=True)
 class Draws:
-    r"""Draws from p(z|x), by importance resampling, and what ArviZ wants beside them.
+    r"""Draws from p(z|x) by importance resampling, with the other groups that ArviZ uses.
 
     Arrays are over M draws and N data, under the names of the pair's sites.
 

@@ -1,4 +1,4 @@
-"""Measures: what log p(x) is with respect to, and of which data."""
+"""The measure that p(x) is a density with respect to, and the data that it is of."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from ..data.batches import fingerprints
 from ..data.matching import Batch
 from ..programs.inspect import PairInfo
+
+__all__ = ["SCORED_DATA", "Measure", "evidence_fields", "scored_data"]
 
 
 def scored_data(info: PairInfo, batch: Batch) -> dict[str, np.ndarray]:
@@ -26,24 +28,24 @@ SCORED_DATA = ("observed", "density", "mass", "rounding", "fingerprint")
 
 
 def evidence_fields(parts: list[dict[str, np.ndarray]], given: tuple[str, ...]) -> dict[str, Any]:
-    """What evidence says of the data that it is of, from :func:`scored_data` of consecutive batches."""
+    """The fields of evidence that describe the data, from :func:`scored_data` of consecutive batches."""
     whole = {name: np.concatenate([part[name] for part in parts]) for name in SCORED_DATA}
-    num_dims, density, mass = (_whole(float(whole[name].mean())) for name in ("observed", "density", "mass"))
-    known = whole["fingerprint"] if whole["fingerprint"].any() else None
+    num_dims, density, mass = (_round_integer(float(whole[name].mean())) for name in ("observed", "density", "mass"))
+    fingerprint = whole["fingerprint"] if whole["fingerprint"].any() else None
     return {
         "num_dims": num_dims,
         "measure": Measure(density, mass, given),
         "rounding": whole["rounding"],
-        "fingerprint": known,
+        "fingerprint": fingerprint,
     }
 
 
-def _whole(number: float) -> float:
+def _round_integer(number: float) -> float:
     return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
 
 
 class Measure(NamedTuple):
-    """What log p(x) is with respect to: only numbers that share it can be compared.
+    """The measure that p(x) is a density with respect to: only numbers with the same measure can be compared.
 
     Attributes:
         density: observed numbers per datum that have a density.
@@ -56,7 +58,7 @@ class Measure(NamedTuple):
     given: tuple[str, ...] = ()
 
     def agrees(self, other: Measure) -> bool:
-        """Whether numbers by this and the other can be compared."""
+        """Whether numbers with this measure and the other can be compared."""
         return self.given == other.given and all(
             math.isclose(own, its, rel_tol=1e-9) for own, its in zip(self[:2], other[:2], strict=True)
         )

@@ -17,16 +17,26 @@ from ..programs.log_weights import log_weights, prior_weights
 from ..programs.sites import Program
 from ..programs.unconstrained import UnconstrainedPair
 
+__all__ = [
+    "Covariance",
+    "Draw",
+    "Kind",
+    "Probe",
+    "Refinement",
+    "guide_draws",
+    "missed_nats",
+    "mixture_draws",
+    "prior_count",
+    "prior_draws",
+    "prior_probe",
+    "refined_draws",
+    "refined_probe",
+]
+
 Array = np.ndarray
 Draw = Callable[[Batch, int], Tensor]
 Kind = Literal["guide", "prior", "mixture", "refined"]
 Covariance = Literal["diagonal", "full"]
-METHODS = {
-    "guide": "importance sampling",
-    "prior": "importance sampling from the prior",
-    "mixture": "importance sampling from the mixture of prior and guide",
-    "refined": "importance sampling from the guide refined per datum",
-}
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def guide_draws(model: Program, guide: Program, vectorize: bool, nesting: int) -
         weights = log_weights(
             model, guide, *batch, num_particles=size, vectorize_particles=vectorize, max_plate_nesting=nesting
         )
-        # Parts that nearly cancel are brought together in float64.
+        # The parts nearly cancel, so they are added in float64.
         return weights.log_likelihood.double() + weights.log_prior.double() - weights.log_guide.double()
 
     return draw
@@ -111,14 +121,14 @@ def prior_draws(model: Program, vectorize: bool, nesting: int) -> Draw:
 
 
 class Probe(NamedTuple):
-    """Draws of the prior as the proposal sees them, each (M, B), in nats."""
+    """Draws of the prior, scored under the proposal, each (M, B), in nats."""
 
     log_likelihood: Tensor
     log_weights: Tensor
 
 
 def prior_probe(model: Program, guide: Program, vectorize: bool, nesting: int) -> Callable[[Batch, int], Probe]:
-    """What scores draws of the prior under the guide: where it never goes, their log-weights are larger than any it has."""
+    """What scores draws of the prior under the guide: where it never draws, their log-weights are larger than its own."""
 
     def probe(batch: Batch, size: int) -> Probe:
         weights = prior_weights(
@@ -138,7 +148,9 @@ def refined_probe(model: Program, guide: Program, refinement: Refinement, vector
         flat = pair.draw(size, "prior")
         terms = pair.terms(flat)
         log_likelihood, log_prior = terms.log_likelihood.double(), terms.log_prior.double()
-        return Probe(log_likelihood, log_likelihood + log_prior - _refined_law(refinement, pair.device).log_prob(flat.double()))
+        return Probe(
+            log_likelihood, log_likelihood + log_prior - _refined_distribution(refinement, pair.device).log_prob(flat.double())
+        )
 
     return probe
 
@@ -175,11 +187,11 @@ def prior_count(num_samples: int, prior_share: float) -> int:
 def mixture_draws(
     model: Program, guide: Program, vectorize: bool, nesting: int, num_samples: int, num_prior: int, done: int = 0
 ) -> Draw:
-    r"""Log-weights under the mixture of prior and guide, for one batch: exactly as many draws of each as its shares say.
+    r"""Log-weights under the mixture of prior and guide, for one batch, stratified: exact numbers of draws from each.
 
     .. math:: w = \frac{p(x \mid z) \, p(z)}{\alpha \, p(z) + (1 - \alpha) \, q(z \mid x)} \le \frac{p(x \mid z)}{\alpha}
     """
-    share = num_prior / num_samples
+    prior_fraction = num_prior / num_samples
 
     def draw(batch: Batch, size: int) -> Tensor:
         nonlocal done
@@ -194,7 +206,7 @@ def mixture_draws(
         log_w = []
         for part in parts:
             log_prior, log_guide = part.log_prior.double(), part.log_guide.double()
-            mixture = torch.logaddexp(log_prior + math.log(share), log_guide + math.log1p(-share))
+            mixture = torch.logaddexp(log_prior + math.log(prior_fraction), log_guide + math.log1p(-prior_fraction))
             log_w.append(part.log_likelihood.double() + log_prior - mixture)
         return torch.cat(log_w)
 
@@ -208,14 +220,14 @@ def refined_draws(model: Program, guide: Program, refinement: Refinement, vector
     def draw(batch: Batch, size: int) -> Tensor:
         nonlocal pair
         pair = pair or UnconstrainedPair(model, guide, batch, vectorize_particles=vectorize)
-        distribution = _refined_law(refinement, pair.device)
+        distribution = _refined_distribution(refinement, pair.device)
         flat = distribution.sample((size,))  # (size, B, L)
         return pair.log_joint(flat.to(pair.dtype)).double() - distribution.log_prob(flat)
 
     return draw
 
 
-def _refined_law(refinement: Refinement, device: torch.device) -> Any:
+def _refined_distribution(refinement: Refinement, device: torch.device) -> Any:
     """The mixture that one batch's refinement draws from, over u (B, L)."""
     fitted = (refinement.loc, refinement.scale_tril, refinement.shares)
     loc, scale_tril, shares = (torch.as_tensor(part, device=device) for part in fitted)

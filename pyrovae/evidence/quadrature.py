@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["Integral", "integrate"]
+
 LogFunction = Callable[[Tensor], Tensor]  # (P, B, L) -> (P, B)
 MOST_POINTS = 2**18  # per datum
 # Edges of the first cells along an axis in s, where sinh s is in units of the scale that the caller gives: sinh 40 is 10^17,

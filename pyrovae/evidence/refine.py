@@ -19,9 +19,11 @@ from ..data.matching import Batch
 from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
-from ..programs.tracing import evaluation_mode
 from ..programs.unconstrained import UnconstrainedPair
 from .proposals import _PER_DATUM, Array, Covariance, Refinement, guide_draws, refined_draws
+from .scope import seeded_evaluation
+
+__all__ = ["RefineOptions", "joined", "refine", "refine_batch", "rows_at_once", "usual_options"]
 
 # Refining keeps a graph of all that the decoder computed, so its chunks hold fewer numbers than a chunk that is only scored.
 CHUNK_NUMBERS = 2**20
@@ -34,7 +36,7 @@ TOURNAMENT, CANDIDATES = 8, 32
 EVEN_SHARE = 0.1
 
 
-class Options(NamedTuple):
+class RefineOptions(NamedTuple):
     """How a refinement is fitted; see :func:`refine`."""
 
     steps: int = 200
@@ -46,12 +48,10 @@ class Options(NamedTuple):
     tail_df: float | None = None
     num_components: int = 1
 
-    def check(self) -> Options:
-        """Refuse what cannot be meant."""
+    def check(self) -> RefineOptions:
+        """Refuse what an option cannot be."""
         for name in ("steps", "num_particles", "num_samples", "num_components"):
-            value = getattr(self, name)
-            if int(value) != value or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+            positive_integer(getattr(self, name), name)
         if not self.lr > 0:
             raise ValueError(f"lr must be a positive number, got {self.lr!r}.")
         if self.covariance not in ("diagonal", "full"):
@@ -59,7 +59,7 @@ class Options(NamedTuple):
         if self.objective not in ("elbo", "iwae"):
             raise ValueError(unknown("objective", self.objective, ["elbo", "iwae"]))
         if self.tail_df is not None and not self.tail_df > 0:
-            raise ValueError(f"tail_df is a positive number, or None for Gaussian tails, not {self.tail_df!r}.")
+            raise ValueError(f"tail_df must be a positive number, or None for Gaussian tails, got {self.tail_df!r}.")
         return self
 
 
@@ -86,16 +86,16 @@ def refine(
 
     .. math:: \max_{\mu_n, C_n} \; E_{q_n(u)} \left[ \log p(x_n, u) - \log q_n(u) \right], \quad q_n = N(\mu_n, C_n C_n^\top)
 
-    in the unconstrained space of the latents, for any pair of Pyro programs with continuous ones, from where the guide put it.
-    The parameters of the pair stay as they are. Gradients follow the path alone (Roeder et al. 2017), so they vanish where the
-    Gaussian is the posterior; steps are Adam's, with a learning rate that falls to zero along a cosine, in units of the prior's
-    scale at first, so that a guide far off is no obstacle, and of the Gaussian's own in the end.
+    in the unconstrained space of the latents, for any pair of Pyro programs with continuous latents, starting from the guide.
+    The parameters of the pair do not change. Path gradients are used (`Roeder et al. 2017 <https://arxiv.org/abs/1703.09194>`_),
+    which vanish if the Gaussian is the posterior. Steps are Adam's with cosine decay. They are scaled by the prior's standard
+    deviation at first, so that a distant start can be reached, and by the fitted Gaussian's at the end.
 
-    A Gaussian has one mode. Where the posterior has others that no draw comes near, the estimate from it is too low, and
-    neither its standard error nor k can show that. With ``num_components`` more Gaussians are fitted, from likely draws of the
-    prior that lie far apart, and weighted: nine tenths by the posterior mass that falls to each (Cappe et al. 2008), a tenth
-    evenly. With a few latents this finds the modes that matter; with many the prior's draws rarely lie near one: compare the
-    estimate with that from a ``"mixture"`` proposal, or with :func:`pyrovae.ais`.
+    A Gaussian has one mode. If the posterior has others that no draw comes near, the estimate is too low, and neither its
+    standard error nor k shows that. With ``num_components``, further Gaussians are fitted, from likely draws of the prior that
+    are far from each other. Nine tenths of their weights follow the posterior mass of each (Cappe et al. 2008), one tenth is
+    even. With a few latents this finds the modes that matter; with many the prior's draws are rarely near one. Then compare the
+    estimate with that of a ``"mixture"`` proposal, or with :func:`pyrovae.ais`.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -123,9 +123,10 @@ def refine(
         ValueError: bad options or data, a latent that is not continuous, or a pair that :func:`pyrovae.log_weights` refuses.
 
     References:
-        Kim, Wiseman, Miller, Sontag and Rush, Semi-Amortized Variational Autoencoders, 2018. Cremer, Li and Duvenaud,
-        Inference Suboptimality in Variational Autoencoders, 2018. Cappe, Douc, Guillin, Marin and Robert, Adaptive importance
-        sampling in general mixture classes, 2008.
+        `Kim, Wiseman, Miller, Sontag and Rush, Semi-Amortized Variational Autoencoders, 2018
+        <https://arxiv.org/abs/1802.02550>`_. `Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders,
+        2018 <https://arxiv.org/abs/1801.03558>`_. `Cappe, Douc, Guillin, Marin and Robert, Adaptive importance sampling in
+        general mixture classes, 2008 <https://arxiv.org/abs/0710.4242>`_.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -135,27 +136,26 @@ def refine(
         >>> pv.log_marginal(vae.model, vae.guide, x, num_samples=100, proposal=refinement, seed=0).method
         'importance sampling from the guide refined per datum'
     """
-    options = Options(steps, lr, covariance, objective, num_particles, num_samples, tail_df, num_components).check()
+    options = RefineOptions(steps, lr, covariance, objective, num_particles, num_samples, tail_df, num_components).check()
     data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
     first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
     data.to(first.dtype, first.device, first.floating)
     size = positive_integer(batch_size or rows_at_once(first.info.num_dims, options), "batch_size")
     data.batch_size = first.whole or size
     parts: list[Refinement] = []
-    devices = [first.device] if first.device.type == "cuda" else []
-    with evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        with tqdm(data, total=data.num_batches, desc="refine", unit="batch", disable=not progress) as bar:
-            for batch in bar:
-                inspect_pair(model, guide, *batch)
-                parts.append(refine_batch(model, guide, batch, options, vectorize_particles))
+    with (
+        seeded_evaluation(model, guide, first.device, seed),
+        tqdm(data, total=data.num_batches, desc="refine", unit="batch", disable=not progress) as bar,
+    ):
+        for batch in bar:
+            inspect_pair(model, guide, *batch)
+            parts.append(refine_batch(model, guide, batch, options, vectorize_particles))
     return joined(parts)
 
 
-def usual_options(num_latents: int) -> Options:
+def usual_options(num_latents: int) -> RefineOptions:
     """How ``proposal="refined"`` is fitted: in few dimensions several modes are looked for, by steps of fewer draws."""
-    usual = Options(covariance="full", tail_df=5.0)
+    usual = RefineOptions(covariance="full", tail_df=5.0)
     return usual._replace(num_components=8, num_particles=4) if num_latents <= FEW_LATENTS else usual
 
 
@@ -165,12 +165,12 @@ def joined(parts: list[Refinement]) -> Refinement:
     return Refinement(**arrays, covariance=parts[0].covariance, tail_df=parts[0].tail_df)
 
 
-def rows_at_once(num_dims: int, options: Options) -> int:
+def rows_at_once(num_dims: int, options: RefineOptions) -> int:
     """How many data are refined together."""
     return max(1, CHUNK_NUMBERS // (options.num_particles * options.num_components * max(num_dims, 256)))
 
 
-def refine_batch(model: Program, guide: Program, batch: Batch, options: Options, vectorize: bool) -> Refinement:
+def refine_batch(model: Program, guide: Program, batch: Batch, options: RefineOptions, vectorize: bool) -> Refinement:
     """Fit one batch and measure both ELBOs."""
     # The data have been checked; a step that goes astray must not raise, it is not taken.
     with pyro.validation_enabled(False):
@@ -200,7 +200,7 @@ def _split(total: int, size: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def _fit(pair: UnconstrainedPair, options: Options) -> tuple[Tensor, Tensor]:
+def _fit(pair: UnconstrainedPair, options: RefineOptions) -> tuple[Tensor, Tensor]:
     """Adam on the mean, log-scales and unit triangular factor of each component, C = diag(exp s) (I + B).
 
     Returns means (B, M, L) and factors (B, M, L, L); within, components lead.
@@ -230,15 +230,15 @@ def _fit(pair: UnconstrainedPair, options: Options) -> tuple[Tensor, Tensor]:
         ascent = torch.nan_to_num(slope.double() * scale, nan=0.0, posinf=0.0, neginf=0.0) + own
         if options.objective == "iwae":
             log_w = log_joint.detach().double() + noise.square().sum(-1) / 2
-            share = torch.softmax(torch.nan_to_num(log_w, nan=-math.inf), 0)
-            share = torch.nan_to_num(share).square()[..., None]
+            coefficient = torch.softmax(torch.nan_to_num(log_w, nan=-math.inf), 0)
+            coefficient = torch.nan_to_num(coefficient).square()[..., None]
         else:
-            share = torch.full_like(noise[..., :1], 1 / options.num_particles)
-        toward = (share * ascent).sum(0)
+            coefficient = torch.full_like(noise[..., :1], 1 / options.num_particles)
+        toward = (coefficient * ascent).sum(0)
         gradients = (
             toward + (below.mT @ toward[..., None])[..., 0],  # with respect to m in u = mu + C m
-            (share * ascent * mixed).sum(0),
-            torch.einsum("kmbi,kmbj->mbij", share * ascent, noise) * lower,
+            (coefficient * ascent * mixed).sum(0),
+            torch.einsum("kmbi,kmbj->mbij", coefficient * ascent, noise) * lower,
         )
         rate = options.lr * (1 + math.cos(math.pi * step / options.steps)) / 2
         moves = [_adam(*pair_of, step + 1) * rate for pair_of in zip(gradients, moments, strict=True)]
@@ -260,8 +260,8 @@ def _spread(pair: UnconstrainedPair, first: Tensor, unit: Tensor, number: int) -
         likely.append(_chosen(some.double(), winner))
     starts = [first]
     for _ in range(number):
-        apart = [((torch.stack(likely) - start) / unit).square().sum(-1) for start in starts]
-        starts.append(_chosen(torch.stack(likely), torch.stack(apart).amin(0).argmax(0)))
+        distances = [((torch.stack(likely) - start) / unit).square().sum(-1) for start in starts]
+        starts.append(_chosen(torch.stack(likely), torch.stack(distances).amin(0).argmax(0)))
     return starts
 
 
@@ -270,11 +270,11 @@ def _chosen(points: Tensor, which: Tensor) -> Tensor:
     return points.gather(0, which[None, :, None].expand_as(points[:1]))[0]
 
 
-def _weighed(pair: UnconstrainedPair, loc: Tensor, scale_tril: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The components' shares (B, M), and which of them has the highest ELBO (B,).
+def _weighed(pair: UnconstrainedPair, loc: Tensor, scale_tril: Tensor, options: RefineOptions) -> tuple[Tensor, Tensor]:
+    """The components' weights (B, M), and which of them has the highest ELBO (B,).
 
-    A share is the posterior mass that falls to the component by importance weights of draws from all of them, each counted by
-    how probably it is the component's own (Cappe et al. 2008): two that found the same mode halve it.
+    A weight is the posterior mass of the component, by importance weights of draws from all components, each multiplied with
+    the probability that the component drew it (Cappe et al. 2008). Two components at the same mode have half its mass each.
     """
     parts = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)  # batch (B, M)
     num_data, num_components, _ = loc.shape
@@ -289,9 +289,9 @@ def _weighed(pair: UnconstrainedPair, loc: Tensor, scale_tril: Tensor, options: 
     joint = torch.nan_to_num(joint, nan=-math.inf)
     elbo = (joint - dense.diagonal(dim1=1, dim2=3).transpose(1, 2)).mean(0)  # (M, B)
     log_w = joint - torch.logsumexp(dense, -1)
-    share = torch.softmax(log_w.flatten(0, 1), 0)[..., None] * torch.softmax(dense, -1).flatten(0, 1)
-    share = torch.nan_to_num(share.sum(0), nan=1 / num_components)
-    return EVEN_SHARE / num_components + (1 - EVEN_SHARE) * share, elbo.argmax(0)
+    responsibility = torch.softmax(log_w.flatten(0, 1), 0)[..., None] * torch.softmax(dense, -1).flatten(0, 1)
+    responsibility = torch.nan_to_num(responsibility.sum(0), nan=1 / num_components)
+    return EVEN_SHARE / num_components + (1 - EVEN_SHARE) * responsibility, elbo.argmax(0)
 
 
 def _adam(gradient: Tensor, moments: tuple[Tensor, Tensor], step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evidence: log p(x) per datum with what tells whether to believe it."""
+"""Evidence: log p(x) of each datum, with diagnostics of its reliability."""
 
 from __future__ import annotations
 
@@ -11,92 +11,19 @@ import numpy as np
 import torch
 
 from .. import files
-from ..plots import _axes
+from .curve import Curve
 from .draws import Draws
+from .kinds import Annealed, EvidenceKind, Exact, ImportanceSampled, data_have, kind_of
 from .measure import Measure
-from .psis import CONSTANT, FEWEST_SAMPLES, Array, _elpd, khat_limit
+from .psis import Array, _elpd, khat_limit
 
 if TYPE_CHECKING:
     import xarray
-    from matplotlib.axes import Axes
 
-# Effective chains of an annealing, below which nothing agrees with anything.
-LEAST_CHAINS = 4
-# Nats that rounding, and two quadratures, may leave in doubt.
-GRIDS_AGREE = 0.01
+__all__ = ["Evidence"]
+
 # Nats by which rounding, or what the proposal missed, may move an estimate that can be believed.
 NEGLIGIBLE = 0.05
-
-
-@dataclass(frozen=True)
-class Curve:
-    """How the estimate of log p(x) rises with the number of samples: the first K of each datum's S, for several K.
-
-    Attributes:
-        num_samples: K, ascending up to S, shape (C,). A datum that stopped before K samples stays where it stopped.
-        log_px: the estimate of each datum from its first K samples, in nats, shape (C, N).
-        se: its Monte Carlo standard error, shape (C, N). From one sample it is the distance to the datum's mean log-weight,
-            which says little of one datum but has the right mean square over many.
-    """
-
-    num_samples: Array
-    log_px: Array
-    se: Array
-
-    @property
-    def mean(self) -> Array:
-        """The mean estimate over data for each K, in nats per datum, shape (C,)."""
-        return np.mean(self.log_px, 1)
-
-    @property
-    def mean_se(self) -> Array:
-        """Monte Carlo standard error of :attr:`mean`, shape (C,)."""
-        return np.sqrt(np.sum(self.se**2, 1)) / self.log_px.shape[1]
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the mean estimate against K, with two Monte Carlo standard errors to either side."""
-        ax = _axes(ax, (6.2, 3.3))
-        shown = np.isfinite(self.mean)
-        error = np.where(np.isfinite(self.mean_se), 2 * self.mean_se, 0.0)
-        ax.errorbar(self.num_samples[shown], self.mean[shown], error[shown], marker="o", markersize=4, linewidth=1.6, capsize=3)
-        ax.set_xscale("log")
-        ax.set_xlabel("samples per datum, K")
-        ax.set_ylabel("log p(x), estimate (nats per datum)")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", alpha=0.3)
-        return ax
-
-
-def curve_sizes(num_samples: int) -> list[int]:
-    """The K of a :class:`Curve`: the powers of ten below S, and S.
-
-    Example:
-        >>> from pyrovae.evidence import curve_sizes
-        >>> curve_sizes(5000)
-        [1, 10, 100, 1000, 5000]
-    """
-    return [10**power for power in range(20) if 10**power < num_samples] + [num_samples]
-
-
-def curve_of(log_sums: Array, log_squares: Array, elbo: Array, num_samples: int, drawn: Array | None = None) -> Curve:
-    """A curve from running sums over each datum's first K samples, for the K of :func:`curve_sizes`.
-
-    Args:
-        log_sums: logarithm of the summed weights, shape (C, N).
-        log_squares: logarithm of the summed squares, shape (C, N).
-        elbo: the mean log-weight of all samples, shape (N,).
-        num_samples: S.
-        drawn: how many each datum took where some took fewer, shape (N,); past them its sums stay.
-    """
-    sizes = np.array(curve_sizes(num_samples))
-    counts = np.minimum(sizes[:, None], num_samples if drawn is None else drawn)  # (C, N or 1)
-    log_px = log_sums - np.log(counts)
-    with np.errstate(all="ignore"):
-        share = np.exp(log_squares - 2 * log_sums)  # the sum of squared normalised weights
-        se = np.sqrt(np.maximum(share - 1 / counts, 0.0) * (counts / (counts - 1)))
-        # One sample has no spread of its own. All S do: what one lies off their mean, squared, has its variance as mean.
-        se[0] = np.abs(log_px[0] - elbo) * np.sqrt(counts[-1] / (counts[-1] - 1)) if num_samples > 1 else math.nan
-    return Curve(sizes, log_px, se)
 
 
 @dataclass(frozen=True)
@@ -111,22 +38,22 @@ class Evidence:
             answer, is exact, or that all the largest are equal; ``nan`` that there were too few samples to tell, or that
             weights were NaN.
         elbo: the mean log-weight, which estimates the evidence lower bound, shape (N,).
-        num_samples: S, draws per datum; the most that one got where ``drawn`` says that some got fewer.
-        num_dims: D, observed numbers per datum, for bits per dimension; where a mask hides different ones, their mean.
-        method: how the estimate was made; ``"exact..."`` and ``"AIS..."`` are judged by standards of their own.
-        notes: what else the method says of itself, such as its ``target_se``.
-        log_px_psis: the Pareto-smoothed estimate, shape (N,): steadier than ``log_px`` where the tail is heavy, at some bias.
-            ``nan`` where there were too few samples to smooth. ``None`` where the method has no importance weights.
-        curve: the estimate against the number of samples, where it was recorded.
-        drawn: how many samples each datum's estimate is from, shape (N,), where a target decided; ``None`` where all took S.
-        pilot: how many more it took to decide on that number, shape (N,); they are no part of the estimate.
-        missed: what draws of the prior add to log p(x) where the weights are larger than any that was drawn, shape (N,), in
-            nats; ``None`` where the prior was not asked.
-        rounding: what one rounding of the largest term of the log-weights comes to, shape (N,), in nats.
-        fingerprint: a 64-bit hash of each datum's first array, shape (N,), by which :func:`compare` knows the data.
-        measure: what the numbers are with respect to; ``None`` where it is not known.
-        covered: false where the guide rules out values that the prior allows and p(x, z) too, shape (N,), as far as some points
-            show; ``None`` where the proposal covers them by its kind, or where it cannot be told.
+        num_samples: S, draws per datum; the largest number if ``drawn`` says that some took fewer.
+        num_dims: D, observed numbers per datum, for bits per dimension; their mean if masks differ.
+        method: how the estimate was made, for display; it names the :attr:`kind`, by whose standard it is judged.
+        notes: further settings and findings of the method, such as its ``target_se``.
+        log_px_psis: the Pareto-smoothed estimate, shape (N,): less variable than ``log_px`` if the tail is heavy, with some
+            bias. ``nan`` if there were too few samples to smooth, ``None`` if the method has no importance weights.
+        curve: the estimate against the number of samples, if it was recorded.
+        drawn: samples of each datum's estimate, shape (N,), if a target decided; ``None`` if all took S.
+        pilot: further samples that decided on that number, shape (N,); they are not part of the estimate.
+        missed: what draws of the prior add to log p(x) where their weights are larger than any that was drawn, shape (N,),
+            in nats; ``None`` if the prior was not sampled.
+        rounding: the rounding error of the largest term of the log-weights, shape (N,), in nats.
+        fingerprint: a 64-bit hash of each datum's first array, shape (N,), by which :func:`pyrovae.compare` identifies data.
+        measure: the measure that p(x) is a density with respect to; ``None`` if it is not known.
+        covered: false if the guide rules out values that the prior and p(x, z) allow, by a test at some points, shape (N,);
+            ``None`` if the proposal always covers them, or if this cannot be tested.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -157,7 +84,7 @@ class Evidence:
     covered: Array | None = None
 
     def __repr__(self) -> str:
-        """One line: the mean, its errors, and how many data can be believed."""
+        """One line: the mean, its error, and how many data are reliable."""
         good = int(self.reliable.sum())
         return (
             f"Evidence(mean={self.mean:.4g} +- {self.mean_se:.2g} nats, {len(self)} data, {good} reliable, "
@@ -170,7 +97,7 @@ class Evidence:
         if self.curve is not None:
             shapes["curve"] = np.shape(self.curve.log_px)[1:]
         if len(set(shapes.values())) != 1 or len(shapes["log_px"]) != 1:
-            raise ValueError(f"Evidence takes one entry per datum in every array, not shapes {shapes}.")
+            raise ValueError(f"Arrays of Evidence must have one entry per datum, got shapes {shapes}.")
 
     def __len__(self) -> int:
         """N, the number of data."""
@@ -188,12 +115,12 @@ class Evidence:
 
     @property
     def mean_se(self) -> float:
-        """Monte Carlo standard error of :attr:`mean`: what more samples would lower."""
+        """Monte Carlo standard error of :attr:`mean`, which more samples reduce."""
         return float(np.sqrt(np.sum(self.se**2)) / len(self))
 
     @property
     def data_se(self) -> float:
-        """Standard error of :attr:`mean` as an estimate for the population: what more data would lower."""
+        """Standard error of :attr:`mean` as an estimate for the population, which more data reduce."""
         if len(self) < 2 or not np.isfinite(self.log_px).all():
             return math.nan
         return float(np.std(self.log_px, ddof=1) / math.sqrt(len(self)))
@@ -209,14 +136,19 @@ class Evidence:
         return -self.mean / (self.num_dims * math.log(2)) if self.num_dims else math.nan
 
     @property
+    def kind(self) -> EvidenceKind:
+        """The kind of evidence that ``method`` names: what makes it reliable, and in which words."""
+        return kind_of(self.method)
+
+    @property
     def is_exact(self) -> bool:
         """Whether nothing was sampled: summed, in closed form, or by quadrature."""
-        return self.method.startswith("exact")
+        return isinstance(self.kind, Exact)
 
     @property
     def is_annealed(self) -> bool:
         """Whether the weights are those of annealed chains."""
-        return self.method.startswith("AIS")
+        return isinstance(self.kind, Annealed)
 
     @property
     def khat_threshold(self) -> float:
@@ -226,208 +158,111 @@ class Evidence:
     @property
     def khat_thresholds(self) -> Array:
         """The k below which the samples of each datum are enough, shape (N,); lower where it drew fewer."""
-        return np.array([khat_limit(int(size)) for size in self._drawn()])
+        return np.array([khat_limit(int(size)) for size in self.samples_drawn])
 
     @property
     def reliable(self) -> Array:
         """Whether each datum's estimate can be believed, shape (N,).
 
-        By importance sampling, or annealing with 25 chains or more: Pareto k below the threshold, or constant weights. By
-        annealing with fewer chains, to which no tail can be fitted: an effective number of chains of at least half of them, and
-        of four. Chains that do not keep up with the temperatures have weights that a few of them dominate; at half, normal
+        For importance sampling, and for annealing with 25 chains or more: Pareto k is below the threshold, or the weights are
+        constant. For annealing with fewer chains, to which no tail can be fitted: the effective number of chains is at least
+        half of them, and at least four. If the chains are far from equilibrium, a few of them dominate; at half, normal
         log-weights have a variance of log 2, and the estimate lies 1/(2 K) nats too low. Fewer effective chains suggest that a
-        heavier chain was missed. This check is weaker than Pareto k: few chains can agree by chance, and all can miss the same
-        mode: :func:`pyrovae.bdmc` shows what to expect. Exact answers: finite, with a standard error, which is what rounding
-        and two independent grids leave in doubt, of at most 0.01 nats. Estimates besides: ``rounding`` of no more than 0.05
-        nats, and ``missed`` of no more than that or three standard errors. And ``covered``, where it is known.
+        heavier-weighted chain was missed. This check is weaker than Pareto k: few chains can agree by chance, and all can miss
+        the same mode; :func:`pyrovae.bdmc` shows what to expect. For exact answers: they are finite, and their standard error,
+        which is the doubt that rounding and two independent grids leave, is at most 0.01 nats. Estimates also need a
+        ``rounding`` of at most 0.05 nats, a ``missed`` of at most that or three standard errors, and ``covered`` if known.
         """
-        return np.isfinite(self.log_px) & self._consistent & ~self._rounded & ~self._blind & self._covers
-
-    @property
-    def _consistent(self) -> Array:
-        """Whether what was computed agrees with itself, by the method's own standard."""
-        with np.errstate(invalid="ignore"):
-            if self.is_exact:
-                return self.se <= GRIDS_AGREE
-            if self._few_chains:
-                return self.ess >= self._enough_chains
-            return (self.khat < self.khat_thresholds) | np.isneginf(self.khat)
+        return np.isfinite(self.log_px) & self.kind.consistent(self) & ~self._rounded & ~self._blind & self._covers
 
     @property
     def _rounded(self) -> Array:
-        """Whether the terms are too large for their floating type; exact answers have it in their standard error."""
+        """Whether the terms are too large for their floating type; the standard error of exact answers includes rounding."""
         return np.zeros(len(self), bool) if self.rounding is None or self.is_exact else self.rounding > NEGLIGIBLE
 
     @property
     def _covers(self) -> Array:
-        """Whether the guide can draw what p(x, z) allows, as far as it is known."""
+        """Whether the guide can draw what p(x, z) allows, if this is known."""
         return np.ones(len(self), bool) if self.covered is None else self.covered
 
     @property
     def _blind(self) -> Array:
-        """Whether draws of the prior find more than the proposal's own can account for."""
+        """Whether draws of the prior find more mass than the error of the estimate explains."""
         if self.missed is None:
             return np.zeros(len(self), bool)
         return self.missed > np.fmax(NEGLIGIBLE, 3 * self.se)
 
     @property
+    def samples_drawn(self) -> Array:
+        """How many samples each datum's estimate is from, shape (N,)."""
+        return np.full(len(self), self.num_samples) if self.drawn is None else self.drawn
+
+    @property
     def effort(self) -> str:
         """How many samples there were, in words."""
-        if self.is_exact:
-            unit = {"by enumeration": "assignments", "by quadrature": "grid points"}.get(self.method.removeprefix("exact, "))
-            return "in closed form" if unit is None else f"up to {self.num_samples:,} {unit} each"
-        unit, drawn = "chain" if self.is_annealed else "sample", self._drawn()
-        pilot = "" if self.pilot is None or not self.pilot.any() else f", after a pilot of {self.pilot.mean():,.0f}"
-        if drawn.min() == drawn.max():
-            return f"{drawn[0]:,} {unit}{'s' if drawn[0] > 1 else ''} each{pilot}"
-        return f"{drawn.min():,} to {drawn.max():,} {unit}s each, {drawn.mean():,.0f} on average{pilot}"
+        return self.kind.effort(self)
 
     @property
     def criterion(self) -> str:
-        """What makes an estimate reliable, in words; a range where data drew different numbers of samples."""
-        if self.is_exact:
-            return "an exact answer"
-        if self._few_chains:
-            return f"{self._enough_chains:g} or more of {self.num_samples} chains effective"
-        low, high = self.khat_thresholds.min(), self.khat_thresholds.max()
-        covers = "" if self.covered is None or self.covered.all() else " and a guide that covers the prior"
-        return f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "") + covers
+        """What makes an estimate reliable, in words; a range if data drew different numbers of samples."""
+        return self.kind.criterion(self)
 
     def summary(self) -> str:
         """The findings in words: what was estimated, from how many samples, and what to do if it cannot be believed."""
-        size = len(self)
-        said = f"log p(x): {self.mean:.3f} nats per datum over {size} data ({self.method}, {self.effort}); standard error "
-        if self.is_exact:
-            return f"{said}{self.data_se:.3f} from the data, none from sampling. {self._exactness()}"
-        said += f"{self.mean_se:.3f} from sampling, {self.data_se:.3f} from the data. "
+        kind, size = self.kind, len(self)
+        words = f"log p(x): {self.mean:.3f} nats per datum over {size} data ({self.method}, {self.effort}); standard error "
+        if not isinstance(kind, ImportanceSampled):
+            return f"{words}{self.data_se:.3f} from the data, none from sampling. {kind.findings(self)}"
+        words += f"{self.mean_se:.3f} from sampling, {self.data_se:.3f} from the data. "
         if self.log_px_psis is not None and np.isfinite(self.log_px_psis).all():
-            said += f"Pareto-smoothed: {np.mean(self.log_px_psis):.3f}. "
-        bound = "Mean log-weight of a chain, a bound" if self.is_annealed else "Bound (ELBO)"
-        said += f"{bound}: {np.mean(self.elbo):.3f}, so the gap is {self.gap:.3f} nats. "
-        target = self.notes.get("target_se")
-        if target is not None and (missed := int(np.sum(~(self.se <= target)))):
-            most = int(np.sum(~(self.se <= target) & (self._drawn() == self.num_samples)))
-            said += f"{missed} of {size} data miss the target error {target:g}, {most} of them with all {self.num_samples:,} "
-            said += "samples. "
+            words += f"Pareto-smoothed: {np.mean(self.log_px_psis):.3f}. "
+        words += f"{kind.bound}: {np.mean(self.elbo):.3f}, so the gap is {self.gap:.3f} nats. {self._missed_target()}"
         for broken, word in ((np.isnan(self.log_px), "NaN"), (np.isposinf(self.log_px), "infinite")):
             if broken.any():
-                return said + f"{_first(broken)} {word} weights: the model or guide overflows there."
-        if np.isneginf(self.log_px).any():
-            units, who = ("chains", "they miss") if self.is_annealed else ("samples", "the guide misses")
-            return said + f"{_first(np.isneginf(self.log_px))} zero weight in all {units}: {who} all that the model allows."
+                return f"{words}{data_have(broken)} {word} weights: the model or guide overflows there."
+        zero = np.isneginf(self.log_px)
+        if zero.any():
+            return f"{words}{data_have(zero)} zero weight in all {kind.unit}s: {kind.who_misses} all that the model allows."
         uncovered = np.zeros(size, dtype=bool) if self.covered is None else ~self.covered
         if uncovered.any():
-            said += self._gaps(uncovered)
+            words += (
+                f"The guide rules out values that the prior allows for {uncovered.sum()} of {size} data (first datum "
+                f"{np.flatnonzero(uncovered)[0]}), so that their estimates are probably too low whatever else they show: use "
+                f"{kind.cover_cure}. "
+            )
             if (self.reliable | uncovered).all():
-                return said.rstrip() + self._doubts()
-        return said + (self._agreement() if self._few_chains else self._tails()) + self._doubts()
+                return words.rstrip() + self._doubts()
+        return words + kind.findings(self) + self._doubts()
+
+    def _missed_target(self) -> str:
+        """How many data miss the target error, if there was one."""
+        target = self.notes.get("target_se")
+        missed = np.zeros(len(self), bool) if target is None else ~(self.se <= target)
+        if not missed.any():
+            return ""
+        most = int(np.sum(missed & (self.samples_drawn == self.num_samples)))
+        return (
+            f"{missed.sum()} of {len(self)} data miss the target error {target:g}, {most} of them with all "
+            f"{self.num_samples:,} samples. "
+        )
 
     def _doubts(self) -> str:
         """What no weight shows: terms that the floating type cannot resolve, and what only draws of the prior find."""
-        said = ""
+        words = ""
         if self._rounded.any():
             assert self.rounding is not None
-            said += (
-                f" {_first(self._rounded)} terms so large that rounding moves them by up to {self.rounding.max():.2g} nats: "
+            words += (
+                f" {data_have(self._rounded)} terms so large that rounding moves them by up to {self.rounding.max():.2g} nats: "
                 f"score in float64, by calling double() on the modules and giving float64 data."
             )
         if self._blind.any():
             assert self.missed is not None
             worst = float(self.missed[self._blind].max())
-            said += (
-                f" {_first(self._blind)} an estimate that is too low: draws of the prior find up to {worst:.3g} nats more "
+            words += (
+                f" {data_have(self._blind)} an estimate that is too low: draws of the prior find up to {worst:.3g} nats more "
                 f'where the proposal draws next to nothing. Score with proposal="mixture", which also draws from the prior.'
             )
-        return said
-
-    def _gaps(self, uncovered: Array) -> str:
-        """What the guide cannot draw, which no draw of it shows."""
-        cure = 'start="prior"' if self.is_annealed else 'proposal="mixture"'
-        return (
-            f"The guide rules out values that the prior allows for {uncovered.sum()} of {len(self)} data (first datum "
-            f"{np.flatnonzero(uncovered)[0]}), so that their estimates are probably too low whatever else they show: use "
-            f"{cure}. "
-        )
-
-    def _exactness(self) -> str:
-        """What there is to say of exact answers."""
-        lost = ~np.isfinite(self.log_px)
-        if lost.any():
-            return f"{_first(lost)} no finite answer: the model overflows there, or rules it out."
-        quadrature = self.method.endswith("quadrature")
-        doubt = "two quadratures and rounding leave" if quadrature else "exact to rounding, which leaves"
-        said = f"Nothing was sampled; {doubt} at most {self.se.max():.1e} nats in doubt."
-        bad = ~self.reliable
-        if not bad.any():
-            return said
-        cure = "check by annealing (pv.ais)" if quadrature else "score in float64"
-        return f"{said} {_first(bad)} more than {GRIDS_AGREE:g} nats in doubt: {cure}."
-
-    def _agreement(self) -> str:
-        """What a few annealed chains say of their estimate."""
-        chains, enough, bad = self.num_samples, self._enough_chains, np.flatnonzero(~self.reliable)
-        check = "pv.bdmc with the same settings shows, on data that the model simulates, how far off they can be."
-        if enough > chains:
-            return f"Fewer than {LEAST_CHAINS} chains do not show whether they agree: take num_chains=16. And {check}"
-        if not len(bad):
-            return (
-                f"At least {enough:g} of {chains} chains are effective for all data (at worst {self.ess.min():.1f}): the "
-                f"chains agree. All may yet miss the same mode: {check}"
-            )
-        return (
-            f"Fewer than {enough:g} of {chains} chains are effective for {len(bad)} of {len(self)} data (first datum {bad[0]}, "
-            f"at worst {self.ess.min():.1f}): a few chains carry those estimates, which are probably too low. What to do: more "
-            f'num_temperatures first, then more num_chains, or start="guide"; and {check}'
-        )
-
-    def _tails(self) -> str:
-        """What Pareto k says of importance weights."""
-        size, bad = len(self), np.flatnonzero(~self._consistent)
-        if self.num_samples < FEWEST_SAMPLES:
-            return f"With fewer than {FEWEST_SAMPLES} samples nothing tells whether to believe it: draw more."
-        if not len(bad):
-            if not self.reliable.all():
-                return f"{self.criterion} for all data, and yet {int((~self.reliable).sum())} of {size} cannot be believed."
-            # The largest may be equal where others are not.
-            equal = np.isneginf(self.khat).all() and np.all(self.log_px - self.elbo <= CONSTANT)
-            constant = " (the weights are constant: the guide is exact)" if equal else ""
-            return f"{self.criterion} for all data: the estimate can be believed{constant}.{self._other_modes()}"
-        unfitted = " (for some of them no k can be fitted)" if np.isnan(self.khat[bad]).any() else ""
-        said = (
-            f"{len(bad)} of {size} data (first datum {bad[0]}) do not have {self.criterion}{unfitted}: their estimates are "
-            f"probably too low. "
-        )
-        if self.is_annealed:
-            return said + 'What to do: more num_temperatures first, then more num_chains, or start="guide".'
-        if self.curve is not None and len(self.curve.num_samples) > 1 and np.isfinite(self.curve.mean[-2]):
-            rise = self.curve.mean[-1] - self.curve.mean[-2]
-            said += f"The mean moved by {rise:.3f} nats from {self.curve.num_samples[-2]:,} to {self.num_samples:,} samples. "
-        other = (
-            '"mixture", which also draws from the prior'
-            if "refined" in self.method
-            else '"refined", which fits the guide to each datum'
-        )
-        return said + (
-            f"What to do: draw more samples; score with proposal={other}; or check these "
-            f"data by annealing (pv.ais), which needs no good guide.{self._other_modes()}"
-        )
-
-    def _other_modes(self) -> str:
-        """What no weight can show of a proposal that was fitted to modes."""
-        if "refined" not in self.method:
-            return ""
-        return (
-            " A refined proposal has the modes that its steps found, and no weight shows another that it never visits: where "
-            "the guide's own estimate lies higher by more than its error, believe that one."
-        )
-
-    @property
-    def _few_chains(self) -> bool:
-        return self.is_annealed and self.num_samples < FEWEST_SAMPLES
-
-    @property
-    def _enough_chains(self) -> float:
-        return max(self.num_samples / 2, LEAST_CHAINS)
+        return words
 
     def rows(self, chosen: slice | Array) -> Evidence:
         """The part for some of the data, by a slice or their numbers."""
@@ -448,7 +283,7 @@ class Evidence:
         """The arrays over data as an xarray ``DataTree`` with the group ``evidence`` and the dimension ``datum``.
 
         Args:
-            draws: what :func:`pyrovae.posterior_draws` returned for the same data; their groups stand beside it.
+            draws: what :func:`pyrovae.posterior_draws` returned for the same data; their groups are added.
 
         Raises:
             ValueError: the draws are of another number of data.
@@ -457,7 +292,7 @@ class Evidence:
 
         if draws is not None and len(draws) != len(self):
             raise ValueError(
-                f"The draws are of {len(draws)} data and the evidence of {len(self)}: pass draws for the same data."
+                f"draws must be of the evidence's {len(self)} data, got draws of {len(draws)}: pass draws for the same data."
             )
         arrays: dict[str, Any] = {name: ("datum", array) for name, array in self._per_datum().items()}
         arrays["reliable"] = ("datum", self.reliable)
@@ -490,29 +325,20 @@ class Evidence:
             ValueError: it is truncated, or holds something else.
         """
         arrays, notes = files.read_arrays(path)
-        kept = notes.get("evidence")
+        record = notes.get("evidence")
         fields: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
         curve = {name: fields.pop(f"curve.{name}") for name in _CURVE if f"curve.{name}" in fields}
         complete = set(fields) - set(_OPTIONAL) == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
-        if not complete or not isinstance(kept, dict) or set(kept) - {"measure"} != set(_NOTES):
-            raise ValueError(f"{path} holds no evidence: give a file that Evidence.save wrote.")
-        if "measure" in kept:
-            density, mass, given = kept["measure"]
-            kept["measure"] = Measure(density, mass, tuple(given))
-        return cls(**fields, **kept, curve=Curve(**curve) if curve else None)
+        if not complete or not isinstance(record, dict) or set(record) - {"measure"} != set(_NOTES):
+            raise ValueError(f"{path} must be a file that Evidence.save wrote, got one that holds no evidence.")
+        if "measure" in record:
+            density, mass, given = record["measure"]
+            record["measure"] = Measure(density, mass, tuple(given))
+        return cls(**fields, **record, curve=Curve(**curve) if curve else None)
 
     def _per_datum(self) -> dict[str, Array]:
         names = [*_PER_DATUM, *(name for name in _OPTIONAL if getattr(self, name) is not None)]
         return {name: np.asarray(getattr(self, name)) for name in names}
-
-    def _drawn(self) -> Array:
-        return np.full(len(self), self.num_samples) if self.drawn is None else self.drawn
-
-
-def _first(bad: Array) -> str:
-    """Who they are, to stand before what they have."""
-    found = np.flatnonzero(bad)
-    return f"Datum {found[0]} has" if len(found) == 1 else f"Datum {found[0]} and {len(found) - 1} more have"
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")

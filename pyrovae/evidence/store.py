@@ -1,4 +1,4 @@
-"""Scored groups of data: here, in other processes, and in a file from before."""
+"""Groups of data that have been scored, in memory and in a file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from ..programs.log_weights import log_weights
 from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
 
+__all__ = ["PairIdentity", "Store", "agreed_seed"]
 
-def _agreed_seed(seed: int | None) -> int:
+
+def agreed_seed(seed: int | None) -> int:
     """The seed, or one from the global stream; the same in all processes."""
     chosen = [int(torch.randint(2**62, ())) if seed is None else int(seed)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -26,16 +28,16 @@ def _agreed_seed(seed: int | None) -> int:
     return chosen[0]
 
 
-class _Pair(NamedTuple):
-    """What a pair is, as a file can hold it."""
+class PairIdentity(NamedTuple):
+    """What identifies a pair in a file."""
 
-    state: str  # a hash of parameters and buffers
-    datum: str  # one of the first datum
-    terms: list[float]  # the parts of a log-weight of it, which show whatever else has changed
+    state: str  # a hash of its parameters and buffers
+    datum: str  # a hash of the first datum
+    terms: list[float]  # the parts of one log-weight of it, which show any other change
 
     @classmethod
-    def of(cls, model: Program, guide: Program, first: FirstBatch, one: Batch) -> _Pair:
-        """The pair, by its parameters, its modules' state, and a draw of a stream of its own."""
+    def of(cls, model: Program, guide: Program, first: FirstBatch, one: Batch) -> PairIdentity:
+        """The pair's identity: hashes of its state, and one draw from a fixed random stream."""
         state = {id(parameter): parameter for parameter in first.parameters}
         for owner in (getattr(program, "__self__", program) for program in (model, guide)):
             if isinstance(owner, torch.nn.Module):
@@ -48,15 +50,15 @@ class _Pair(NamedTuple):
         return cls(content_hash(state.values()), content_hash(one), terms.double().flatten().tolist())
 
     def differs(self, state: str, datum: str, terms: list[float]) -> bool:
-        """Whether a file was made by another pair; other processors round otherwise, and other data are not its affair."""
+        """Whether a file was made by another pair. Terms may differ by rounding, and are compared for the same datum only."""
         same = self.datum != datum or np.allclose(self.terms, terms, rtol=1e-4, atol=1e-4, equal_nan=True)
         return self.state != state or not same
 
 
-class _Store:
-    """Groups of data that have been scored: here, in other processes, and in a file from before."""
+class Store:
+    """Groups of data that have been scored: by this process, by others, and by an interrupted call."""
 
-    def __init__(self, path: str | Path | None, seed: int, settings: dict[str, Any], pair: _Pair | None, chosen: bool):
+    def __init__(self, path: str | Path | None, seed: int, settings: dict[str, Any], pair: PairIdentity | None, chosen: bool):
         self.path, self.seed, self.settings = None if path is None else Path(path), seed, settings
         self.pair, self.chosen = pair, chosen
         self.groups: dict[int, dict[str, np.ndarray]] = {}
@@ -71,18 +73,18 @@ class _Store:
 
     def _read(self, path: Path) -> None:
         arrays, notes = files.read_arrays(path)
-        kept, cure = notes.get("scored"), "remove it, or resume from a file of its own."
-        if not isinstance(kept, dict) or not {"settings", "pair", "hashes", "seed"} <= set(kept):
+        record, cure = notes.get("scored"), "remove it, or resume from a file of its own."
+        if not isinstance(record, dict) or not {"settings", "pair", "hashes", "seed"} <= set(record):
             raise ValueError(f"{path} keeps something else, or was written by an earlier version: {cure}")
-        settings = kept["settings"]
+        settings = record["settings"]
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 raise ValueError(f"{path} keeps another evaluation ({name} was {settings.get(name)!r}, not {value!r}): {cure}")
-        if self.chosen and int(kept["seed"]) != self.seed:
-            raise ValueError(f"{path} keeps another evaluation (seed was {kept['seed']}, not {self.seed}): {cure}")
-        if self.pair is not None and self.pair.differs(*kept["pair"]):
+        if self.chosen and int(record["seed"]) != self.seed:
+            raise ValueError(f"{path} keeps another evaluation (seed was {record['seed']}, not {self.seed}): {cure}")
+        if self.pair is not None and self.pair.differs(*record["pair"]):
             raise ValueError(f"{path} keeps an evaluation of another pair, or of other parameters or buffers: {cure}")
-        self.seed, self.hashes = int(kept["seed"]), kept["hashes"]
+        self.seed, self.hashes = int(record["seed"]), record["hashes"]
         for name, tensor in arrays.items():
             start, _, field = name.partition(".")
             self.groups.setdefault(int(start), {})[field] = tensor.numpy()
@@ -94,8 +96,8 @@ class _Store:
     def wants(self, start: int, batch: Batch) -> bool:
         """Whether this process has to score the group that starts there."""
         mine = next(self.turn) % self.world == self.rank
-        held = "" if self.path is None else content_hash(batch)
-        if self.hashes.setdefault(str(start), held) != held:
+        checksum = "" if self.path is None else content_hash(batch)
+        if self.hashes.setdefault(str(start), checksum) != checksum:
             raise ValueError(
                 f"{self.path} keeps an evaluation of other data, or of the same in another order (from row {start}): remove "
                 f"it, or resume from a file of its own."
@@ -107,7 +109,9 @@ class _Store:
         self.groups[start] = arrays
         if self.path is not None:
             flat = {
-                f"{start}.{name}": torch.as_tensor(array) for start, held in self.groups.items() for name, array in held.items()
+                f"{start}.{name}": torch.as_tensor(array)
+                for start, group in self.groups.items()
+                for name, array in group.items()
             }
             notes = {"seed": self.seed, "settings": self.settings, "pair": self.pair, "hashes": self.hashes}
             files.write_arrays(self.path, flat, {"scored": notes})
@@ -115,7 +119,7 @@ class _Store:
     @property
     def mean(self) -> float:
         """Mean estimate over the data so far."""
-        return float(np.concatenate([held["log_px"] for held in self.groups.values()]).mean())
+        return float(np.concatenate([group["log_px"] for group in self.groups.values()]).mean())
 
     def gathered(self, num_data: int) -> dict[str, Any]:
         """All groups of all processes, in the data's order.
@@ -129,6 +133,6 @@ class _Store:
         if self.world > 1:
             everyone = [None] * self.world
             torch.distributed.all_gather_object(everyone, self.groups)
-        groups: dict[int, dict[str, np.ndarray]] = {start: held for part in everyone for start, held in part.items()}
+        groups: dict[int, dict[str, np.ndarray]] = {start: group for part in everyone for start, group in part.items()}
         ordered = [groups[start] for start in sorted(groups)]
-        return {name: np.concatenate([held[name] for held in ordered]) for name in ordered[0]}
+        return {name: np.concatenate([group[name] for group in ordered]) for name in ordered[0]}

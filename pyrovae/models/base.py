@@ -1,4 +1,4 @@
-"""What every model of ours does the same way."""
+"""The base class of the models, and the checks and builders that they share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import pyro
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from .. import files
 from .._validation import unknown
@@ -21,20 +22,38 @@ from ..encoders import Encoder
 from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape, as_widths
 from ..priors import Prior
-from ..registry import build, describe, find, names
+from ..registry import build, canonical, describe, find, names
 
 if TYPE_CHECKING:
+    from ..evidence.keywords import LogMarginalKeywords
     from ..evidence.results import Evidence
-    from ..training.loop import History
+    from ..training.history import History
+    from ..training.options import FitKeywords
+
+__all__ = [
+    "PairModule",
+    "body_pair",
+    "build_likelihood",
+    "check_parts",
+    "check_sizes",
+    "in_shape_of",
+    "in_size_of",
+    "same_support",
+]
 
 _counter = itertools.count()
 
 
 class PairModule(nn.Module):
-    """A module whose ``model`` and ``guide`` are Pyro programs: what every such model does the same way.
+    """A module whose ``model`` and ``guide`` are Pyro programs: training, scoring, saving and loading.
 
     A concrete one writes the two programs, and names in ``parts`` the arguments of its ``__init__``, which it keeps as
-    attributes: each with its kind in the registry, or ``None`` for plain data.
+    attributes: each with its kind in the registry, or ``None`` for plain data. A registered one (``@register("model")``) is
+    trained from the command line too, which makes it by :meth:`from_names`.
+
+    Attributes:
+        run_defaults: arguments of :meth:`from_names` for runs of the command line that do not set them.
+        quantity: what ``log_marginal`` estimates of :meth:`score_inputs`, in symbols.
 
     Args:
         name: the name under which Pyro's parameter store knows this instance; unique unless set, so that two models in one
@@ -42,6 +61,8 @@ class PairModule(nn.Module):
     """
 
     parts: ClassVar[dict[str, str | None]]
+    run_defaults: ClassVar[dict[str, Any]] = {}
+    quantity: ClassVar[str] = "log p(x)"
     prior: Prior
     likelihood: Likelihood
 
@@ -61,6 +82,11 @@ class PairModule(nn.Module):
         super().__setstate__(state)
         self.name = _fresh_name()
 
+    @classmethod
+    @abstractmethod
+    def from_names(cls, data_shape: Shape, *args: Any, **kwargs: Any) -> Self:
+        """A model from names of its parts; keyword arguments are the keys of the command line's ``[model]``."""
+
     @property
     def data_shape(self) -> tuple[int, ...]:
         """The shape of one datum."""
@@ -74,13 +100,37 @@ class PairModule(nn.Module):
     def guide(self, *args: Any, **kwargs: Any) -> None:
         """The variational posterior as a Pyro program; takes what ``model`` takes."""
 
-    def fit(self, data: Any, **options: Any) -> History:
+    @abstractmethod
+    def embed(self, *args: Any) -> Tensor:
+        """One point for each datum, shape ``(B, L)``; takes what ``model`` takes."""
+
+    @abstractmethod
+    def reconstruct(self, *args: Any) -> Tensor:
+        """A mean of the data for each datum; takes what ``model`` takes."""
+
+    @abstractmethod
+    def examples(self, num_samples: int) -> Tensor:
+        """Means of p(x|z) at draws of z, for a report; shape ``(num_samples, *data_shape)``."""
+
+    def train_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """What ``model`` takes in training, of data and their labels; ``None`` if they have none."""
+        return (x,)
+
+    def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """What ``model`` takes of test data and their labels, so that :attr:`quantity` is what is estimated."""
+        return (x,)
+
+    def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
+        """What the model finds out about labels of test data, in words, by name."""
+        return {}
+
+    def fit(self, data: Any, **options: Unpack[FitKeywords]) -> History:
         """Train on data; see :func:`pyrovae.fit`."""
         from ..training.loop import fit
 
         return fit(self.model, self.guide, data, **options)
 
-    def log_marginal(self, x: Any, **options: Any) -> Evidence:
+    def log_marginal(self, x: Any, **options: Unpack[LogMarginalKeywords]) -> Evidence:
         """Importance-sampled log p(x) of every datum; see :func:`pyrovae.log_marginal`."""
         from ..evidence.importance import log_marginal
 
@@ -122,6 +172,10 @@ class PairModule(nn.Module):
         files.load_weights(folder / "model.safetensors", model, cast=True)
         return model
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def _register(self) -> None:
         pyro.module(self.name, self)
         store = pyro.get_param_store()
@@ -137,7 +191,7 @@ class PairModule(nn.Module):
 
     def _as_data(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
-            raise TypeError(f"The model takes a tensor, not {type(x).__name__}: write torch.as_tensor(x).")
+            raise TypeError(f"The data must be a tensor, got {type(x).__name__}: write torch.as_tensor(x).")
         if tuple(x.shape[1:]) != self.data_shape:
             raise ValueError(
                 f"The data have shape {tuple(x.shape)}, but the model takes (N, {', '.join(map(str, self.data_shape))}): "
@@ -157,8 +211,8 @@ class PairModule(nn.Module):
             return None
         if mask.dtype != torch.bool or mask.shape != x.shape:
             raise ValueError(
-                f"A mask is a boolean tensor of the data's shape {tuple(x.shape)}, true where a value was observed, not one of "
-                f"{mask.dtype} and shape {tuple(mask.shape)}."
+                f"A mask must be a boolean tensor of the data's shape {tuple(x.shape)}, true where a value was observed, got "
+                f"{mask.dtype} of shape {tuple(mask.shape)}."
             )
         return mask.to(next(self.parameters()).device)
 
@@ -189,55 +243,81 @@ def check_parts(*parts: tuple[Any, type]) -> None:
         if not isinstance(part, family):
             kind = family.__name__
             raise ValueError(
-                f"The {kind.lower()} must be a {family.__module__}.{kind}, not a {type(part).__name__}: build one, or "
+                f"The {kind.lower()} must be a {family.__module__}.{kind}, got a {type(part).__name__}: build one, or "
                 f"subclass it."
             )
 
 
-def check_sizes(where: str, **said: Any) -> None:
-    """Refuse parts that say different sizes; ``None`` says nothing.
+def check_sizes(where: str, **sizes: Any) -> None:
+    """Refuse parts of different sizes; ``None`` is a size that is not known.
 
     Raises:
         ValueError: they disagree.
     """
-    found = {part: size for part, size in said.items() if size is not None}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{part} {size}" for part, size in found.items())
+    known = {part: size for part, size in sizes.items() if size is not None}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{part} {size}" for part, size in known.items())
         raise ValueError(f"The parts disagree {where} ({listed}): build them with the same one.")
 
 
 def in_shape_of(body: nn.Module) -> tuple[int, ...] | None:
-    """The event shape that a network takes, if it says it."""
-    said: Any = getattr(body, "in_shape", None)
-    return None if said is None else as_shape(said)
+    """The event shape that a network takes, if it has an attribute ``in_shape``."""
+    in_shape: Any = getattr(body, "in_shape", None)
+    return None if in_shape is None else as_shape(in_shape)
 
 
 def in_size_of(body: nn.Module) -> int | None:
-    """How many numbers a network takes, if it says it."""
+    """The number of inputs of a network, if it has an attribute ``in_shape``."""
     shape = in_shape_of(body)
     return None if shape is None else math.prod(shape)
 
 
 def _check_supports(prior: Prior, encoder: Encoder) -> None:
-    wanted, given = str(prior.support), str(encoder.support)
-    if prior.support is None or wanted == given:
+    if prior.support is None or same_support(prior.support, encoder.support):
         return
-    known: dict[str, type[Encoder]] = {name: find("encoder", name) for name in names("encoder")}
-    fitting = [name for name, family in known.items() if str(family.support) == wanted]
+    families: dict[str, type[Encoder]] = {name: find("encoder", name) for name in names("encoder")}
+    fitting = [name for name, family in families.items() if same_support(prior.support, family.support)]
     choose = f"choose the encoder {' or '.join(map(repr, fitting))}" if fitting else "write an encoder for that set"
     raise ValueError(
-        f"The prior {type(prior).__name__} is a distribution on {_SETS.get(wanted, wanted)} and the encoder "
-        f"{type(encoder).__name__} one on {_SETS.get(given, given)}, so their densities do not compare: {choose}, or "
+        f"The prior {type(prior).__name__} is a distribution on {_set_name(prior.support)} and the encoder "
+        f"{type(encoder).__name__} one on {_set_name(encoder.support)}, so their densities do not compare: {choose}, or "
         f"another prior."
     )
 
 
-_SETS = {
-    str(constraints.real_vector): "all real vectors",
-    str(constraints.sphere): "the unit sphere",
-    str(constraints.simplex): "the simplex",
-    str(constraints.one_hot): "one-hot vectors",
-}
+SET_NAMES = [
+    (constraints.real_vector, "all real vectors"),
+    (constraints.sphere, "the unit sphere"),
+    (constraints.simplex, "the simplex"),
+    (constraints.one_hot, "one-hot vectors"),
+]
+
+
+def _set_name(support: Any) -> str:
+    return next((name for known, name in SET_NAMES if same_support(known, support)), str(support))
+
+
+def same_support(first: Any, second: Any) -> bool:
+    """Whether two supports are one: of one class, with equal bounds and parts.
+
+    Example:
+        >>> from pyro.distributions import constraints
+        >>> from pyrovae.models.base import same_support
+        >>> same_support(constraints.real_vector, constraints.independent(constraints.real, 1))
+        True
+    """
+    if type(first) is not type(second):
+        return False
+    one, other = vars(first), vars(second)
+    return one.keys() == other.keys() and all(_same_part(one[name], other[name]) for name in one)
+
+
+def _same_part(first: Any, second: Any) -> bool:
+    if isinstance(first, Constraint):
+        return same_support(first, second)
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return bool(torch.equal(torch.as_tensor(first), torch.as_tensor(second)))
+    return bool(first == second)
 
 
 def _fresh_name() -> str:
@@ -264,14 +344,15 @@ def body_pair(
     Raises:
         ValueError: an unknown name, or widths that are no positive integers.
     """
-    known = names("body")
-    pairs = [name.removesuffix("_encoder") for name in known if name.endswith("_encoder")]
-    chosen = {} if activation is None else {"activation": activation}
+    registered = names("body")
+    pairs = [name.removesuffix("_encoder") for name in registered if name.endswith("_encoder")]
+    given = {} if activation is None else {"activation": activation}
+    body = body.casefold() if isinstance(body, str) and body.casefold() in pairs else canonical("body", body)
     if body in pairs:
-        options: dict[str, Any] = chosen if hidden is None else {"hidden": as_widths(hidden)} | chosen
+        options: dict[str, Any] = given if hidden is None else {"hidden": as_widths(hidden)} | given
         return f"{body}_encoder", f"{body}_decoder", options, options
-    single = [name for name in known if not name.endswith(("_encoder", "_decoder"))]
+    single = [name for name in registered if not name.endswith(("_encoder", "_decoder"))]
     if body not in single:
         raise ValueError(unknown("body", body, single + pairs))
     widths = [200, 200] if hidden is None else as_widths(hidden)
-    return body, body, {"hidden": widths} | chosen, {"hidden": widths[::-1]} | chosen
+    return body, body, {"hidden": widths} | given, {"hidden": widths[::-1]} | given

@@ -1,11 +1,11 @@
-"""Conditions: models of data beside a label, which is always known, or known for some data and summed out for the rest."""
+"""Models of data with labels, which are known for all data, or for some of them and summed out for the rest."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pyro
 import pyro.distributions as dist
@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from .._validation import positive_integer
+from ..distributions import centre
 from ..encoders import Encoder
 from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
-from ..registry import build
+from ..registry import build, register
 from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
+
+__all__ = ["ConditionalVAE", "SemiSupervisedVAE", "make_conditional_vae", "make_semi_supervised_vae"]
 
 
 class _LabelledVAE(PairModule):
-    """What models of data and labels share: labels stand beside the input of encoder and decoder."""
+    """A model of data with labels, which are further inputs of encoder and decoder."""
 
     parts: ClassVar[dict[str, str | None]] = {
         "prior": "prior",
@@ -30,6 +33,7 @@ class _LabelledVAE(PairModule):
         "encoder": "encoder",
         "num_classes": None,
     }
+    run_defaults: ClassVar[dict[str, Any]] = {"latent_dim": 4, "encoder": "full_covariance_normal"}
 
     def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, num_classes: int, name: str | None = None):
         super().__init__(name)
@@ -54,6 +58,57 @@ class _LabelledVAE(PairModule):
             check_sizes("on what the encoder takes", **{"data and label": beside, "encoder": takes})
         self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
 
+    @classmethod
+    def from_names(
+        cls,
+        data_shape: Shape,
+        *,
+        num_classes: int,
+        latent_dim: int,
+        prior: Any = "standard_normal",
+        likelihood: Any = "bernoulli",
+        encoder: Any = "diagonal_normal",
+        body: str = "mlp",
+        hidden: Sequence[int] | None = None,
+        activation: Activation | None = None,
+        name: str | None = None,
+    ) -> Self:
+        """A model of this class from names of its parts; ``pyrovae.make_conditional_vae`` and the like are this.
+
+        Args:
+            data_shape: the shape of one datum.
+            num_classes: C, how many labels there are, or how many numbers a condition has.
+            latent_dim: L.
+            prior: p(z): a name, a table or a ready object, as in :func:`pyrovae.make_vae`; so too the rest.
+            likelihood: p(x|z,y).
+            encoder: the family of q(z|x,y).
+            body: of ``"conv"`` and the like the labels enter as planes.
+            hidden: widths of the encoder's hidden layers, mirrored in the decoder.
+            activation: a name; by default the body's own.
+            name: see :class:`pyrovae.VAE`.
+
+        Raises:
+            ValueError: an unknown name (the message has the nearest), or parts that do not fit.
+
+        Example:
+            >>> import pyrovae as pv
+            >>> pv.make_conditional_vae((1, 28, 28), num_classes=10, latent_dim=5, body="conv").encoder.body.in_shape
+            (11, 28, 28)
+            >>> pv.make_semi_supervised_vae((1, 28, 28), num_classes=10, latent_dim=5).encoder.body.in_shape
+            (794,)
+        """
+        shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
+        num_classes = positive_integer(num_classes, "num_classes")
+        inward, outward, networks, mirrored = body_pair(body, hidden, activation)
+        likelihood = build_likelihood(
+            likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim + num_classes, out_shape=out, **mirrored)
+        )
+        image = inward != outward and len(shape) == 3
+        in_shape = (shape[0] + num_classes, *shape[1:]) if image else (math.prod(shape) + num_classes,)
+        encoder_body = build("body", inward, in_shape=in_shape, **networks)
+        encoder = build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale)
+        return cls(build("prior", prior, latent_dim=latent_dim), likelihood, encoder, num_classes, name)
+
     @property
     def latent_dim(self) -> int:
         """L, the number of latent dimensions."""
@@ -63,6 +118,22 @@ class _LabelledVAE(PairModule):
         """q(z|x,y), batch shape ``(B,)`` and event shape ``(L,)``."""
         x = self._as_data(x)
         return self._encode(x, self._as_labels(y, x))
+
+    def embed(self, x: Tensor, y: Tensor) -> Tensor:
+        """One point for each datum, shape ``(B, L)``: the mean of q(z|x,y), or its centre if it has no mean."""
+        return centre(self.encode(x, y))
+
+    def train_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """The data and their labels."""
+        if y is None:
+            raise ValueError(
+                f"The data of a {type(self).__name__} must have labels, got data without: choose others, or another model.kind."
+            )
+        return x, y
+
+    def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """The data and the labels that they are scored with."""
+        return self.train_inputs(x, y)
 
     def _encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
         # The encoder scales all that it takes, and a label has unit size already.
@@ -80,12 +151,12 @@ class _LabelledVAE(PairModule):
     def _as_labels(self, y: Tensor, like: Tensor) -> Tensor:
         """Labels as numbers (B, C)."""
         if not isinstance(y, Tensor):
-            raise TypeError(f"Labels are a tensor, not {type(y).__name__}: write torch.as_tensor(y).")
+            raise TypeError(f"Labels must be a tensor, got {type(y).__name__}: write torch.as_tensor(y).")
         shapes = {1: (len(like),), 2: (len(like), self.num_classes)}
         if tuple(y.shape) != shapes.get(y.dim()) or (y.dim() == 1 and y.is_floating_point()):
             raise ValueError(
-                f"Labels are integers of shape ({len(like)},) or one-hot of shape ({len(like)}, {self.num_classes}), not "
-                f"{y.dtype} of shape {tuple(y.shape)}: bring them to one of these."
+                f"Labels must be integers of shape ({len(like)},) or one-hot of shape ({len(like)}, {self.num_classes}), got "
+                f"{y.dtype} of shape {tuple(y.shape)}."
             )
         # As distributions check their values: not within a captured step, whose data have been checked.
         if dist.is_validation_enabled():
@@ -101,11 +172,12 @@ class _LabelledVAE(PairModule):
     def _check_range(self, y: Tensor, lowest: int) -> None:
         if y.dim() == 1 and len(y) and not lowest <= int(y.min()) <= int(y.max()) < self.num_classes:
             raise ValueError(
-                f"Labels lie between {lowest} and {self.num_classes - 1}, but these range from {int(y.min())} to "
-                f"{int(y.max())}: renumber them, or set num_classes."
+                f"Labels must lie between {lowest} and {self.num_classes - 1}, got {int(y.min())} to {int(y.max())}: renumber "
+                f"them, or set num_classes."
             )
 
 
+@register("model", "conditional")
 class ConditionalVAE(_LabelledVAE):
     r"""A variational autoencoder of data given a label.
 
@@ -126,8 +198,9 @@ class ConditionalVAE(_LabelledVAE):
         ValueError: a part is not of its family, or they disagree on a size.
 
     References:
-        Kingma et al., Semi-supervised Learning with Deep Generative Models, 2014. Sohn, Lee and Yan, Learning Structured
-        Output Representation using Deep Conditional Generative Models, 2015.
+        Kingma et al., Semi-supervised Learning with Deep Generative Models, 2014, https://arxiv.org/abs/1406.5298.
+        Sohn, Lee and Yan, Learning Structured Output Representation using Deep Conditional Generative Models, 2015,
+        https://papers.nips.cc/paper/5775-learning-structured-output-representation-using-deep-conditional-generative-models.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -137,6 +210,8 @@ class ConditionalVAE(_LabelledVAE):
         >>> vae.log_marginal((torch.zeros(5, 9), torch.zeros(5, dtype=torch.long)), num_samples=10).log_px.shape
         (5,)
     """
+
+    quantity: ClassVar[str] = "log p(x|y)"
 
     def model(self, x: Tensor, y: Tensor) -> None:
         """p(x, z|y) as a Pyro program; ``x`` has shape ``(B, *data_shape)``, ``y`` ``(B,)`` or ``(B, C)``."""
@@ -160,9 +235,14 @@ class ConditionalVAE(_LabelledVAE):
         return self._decode(z, self._as_labels(y, z))
 
     @torch.no_grad()
-    def sample(self, y: Tensor) -> Tensor:
-        """A draw from p(x|y) for each label, shape ``(B, *data_shape)``."""
-        return self.decode(self.prior().sample((len(y),)), y).sample()
+    def sample(self, y: Tensor, *, mean: bool = False) -> Tensor:
+        """A draw from p(x|y) for each label, shape ``(B, *data_shape)``; or the means of p(x|z,y) at draws of z."""
+        distribution = self.decode(self.prior().sample((len(y),)), y)
+        return distribution.mean if mean else distribution.sample()
+
+    def examples(self, num_samples: int) -> Tensor:
+        """Means of p(x|z,y) at draws of z, for each class in turn; shape ``(num_samples, *data_shape)``."""
+        return self.sample(torch.arange(num_samples, device=self._device) % self.num_classes, mean=True)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
@@ -173,6 +253,7 @@ class ConditionalVAE(_LabelledVAE):
         self._check_range(y, lowest=0)
 
 
+@register("model", "semi_supervised")
 class SemiSupervisedVAE(_LabelledVAE):
     r"""A variational autoencoder of data whose labels are known for some and summed out, exactly, for the rest.
 
@@ -199,7 +280,8 @@ class SemiSupervisedVAE(_LabelledVAE):
         ValueError: a part is not of its family, or they disagree on a size.
 
     References:
-        Kingma, Rezende, Mohamed and Welling, Semi-supervised Learning with Deep Generative Models, 2014.
+        Kingma, Rezende, Mohamed and Welling, Semi-supervised Learning with Deep Generative Models, 2014,
+        https://arxiv.org/abs/1406.5298.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -253,11 +335,30 @@ class SemiSupervisedVAE(_LabelledVAE):
         return torch.softmax(torch.logsumexp(log_w, 0), -1)
 
     @torch.no_grad()
-    def sample(self, num_samples: int, y: Tensor | None = None) -> Tensor:
-        """Draws from p(x), or from p(x|y) for each of ``num_samples`` labels; shape ``(num_samples, *data_shape)``."""
+    def sample(self, num_samples: int, y: Tensor | None = None, *, mean: bool = False) -> Tensor:
+        """Draws from p(x), or from p(x|y) for each of ``num_samples`` labels; shape ``(num_samples, *data_shape)``.
+
+        With ``mean`` the means of p(x|z), or of p(x|z,y), at draws of z.
+        """
         z = self.prior().sample((num_samples,))
         none = torch.full((num_samples,), -1, device=z.device)
-        return self.decode(z, none if y is None else y).sample()
+        distribution = self.decode(z, none if y is None else y)
+        return distribution.mean if mean else distribution.sample()
+
+    def examples(self, num_samples: int) -> Tensor:
+        """Means of p(x|z,y) at draws of z, for each class in turn; shape ``(num_samples, *data_shape)``."""
+        return self.sample(num_samples, torch.arange(num_samples, device=self._device) % self.num_classes, mean=True)
+
+    def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        """The data with -1 in place of labels, so that all of them are scored by p(x)."""
+        return x, torch.full((len(x),), -1, device=x.device)
+
+    def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
+        """How many labels Bayes' rule gets right."""
+        if y is None:
+            return {}
+        right = int((self.classify(x).argmax(-1) == y.to(x.device)).sum())
+        return {"classified": f"{right:,} of {len(x):,} ({right / len(x):.1%}) rightly, by the largest p(y|x)"}
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
@@ -289,94 +390,10 @@ class SemiSupervisedVAE(_LabelledVAE):
     def _check_labels(self, y: Tensor) -> None:
         self._check_range(y, lowest=-1)
         if y.dim() == 2 and not bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) <= 1)).all()):
-            raise ValueError("A row of one-hot labels has a single one, or zeros where there is no label: correct the others.")
+            raise ValueError(
+                "A row of one-hot labels must have a single one, or be zeros if there is no label: correct the others."
+            )
 
 
-def make_conditional_vae(
-    data_shape: Shape,
-    *,
-    num_classes: int,
-    latent_dim: int,
-    prior: Any = "standard_normal",
-    likelihood: Any = "bernoulli",
-    encoder: Any = "diagonal_normal",
-    body: str = "mlp",
-    hidden: Sequence[int] | None = None,
-    activation: Activation | None = None,
-    name: str | None = None,
-) -> ConditionalVAE:
-    """A :class:`ConditionalVAE` from names.
-
-    Args:
-        data_shape: the shape of one datum.
-        num_classes: C, how many labels there are, or how many numbers a condition has.
-        latent_dim: L.
-        prior: as in :func:`pyrovae.make_vae`, and so the rest.
-        likelihood: p(x|z,y).
-        encoder: the family of q(z|x,y).
-        body: of ``"conv"`` and the like the labels enter as planes.
-        hidden: widths of the encoder's hidden layers, mirrored in the decoder.
-        activation: a name; by default the body's own.
-        name: see :class:`pyrovae.VAE`.
-
-    Raises:
-        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
-
-    Example:
-        >>> import pyrovae as pv
-        >>> pv.make_conditional_vae((1, 28, 28), num_classes=10, latent_dim=5, body="conv").encoder.body.in_shape
-        (11, 28, 28)
-    """
-    found = _named_parts(data_shape, num_classes, latent_dim, prior, likelihood, encoder, body, hidden, activation)
-    return ConditionalVAE(*found, num_classes, name)
-
-
-def make_semi_supervised_vae(
-    data_shape: Shape,
-    *,
-    num_classes: int,
-    latent_dim: int,
-    prior: Any = "standard_normal",
-    likelihood: Any = "bernoulli",
-    encoder: Any = "diagonal_normal",
-    body: str = "mlp",
-    hidden: Sequence[int] | None = None,
-    activation: Activation | None = None,
-    name: str | None = None,
-) -> SemiSupervisedVAE:
-    """A :class:`SemiSupervisedVAE` from names; the arguments are :func:`make_conditional_vae`'s.
-
-    Raises:
-        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
-
-    Example:
-        >>> import pyrovae as pv
-        >>> pv.make_semi_supervised_vae((1, 28, 28), num_classes=10, latent_dim=5).encoder.body.in_shape
-        (794,)
-    """
-    found = _named_parts(data_shape, num_classes, latent_dim, prior, likelihood, encoder, body, hidden, activation)
-    return SemiSupervisedVAE(*found, num_classes, name)
-
-
-def _named_parts(
-    data_shape: Shape,
-    num_classes: int,
-    latent_dim: int,
-    prior: Any,
-    likelihood: Any,
-    encoder: Any,
-    body: str,
-    hidden: Sequence[int] | None,
-    activation: Activation | None,
-) -> tuple[Prior, Likelihood, Encoder]:
-    shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
-    num_classes = positive_integer(num_classes, "num_classes")
-    inward, outward, networks, mirrored = body_pair(body, hidden, activation)
-    likelihood = build_likelihood(
-        likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim + num_classes, out_shape=out, **mirrored)
-    )
-    image = inward != outward and len(shape) == 3
-    in_shape = (shape[0] + num_classes, *shape[1:]) if image else (math.prod(shape) + num_classes,)
-    encoder_body = build("body", inward, in_shape=in_shape, **networks)
-    encoder = build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale)
-    return build("prior", prior, latent_dim=latent_dim), likelihood, encoder
+make_conditional_vae = ConditionalVAE.from_names
+make_semi_supervised_vae = SemiSupervisedVAE.from_names

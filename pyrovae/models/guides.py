@@ -15,6 +15,8 @@ from ..nn import MLP, Shape, as_shape
 from ..registry import build, register
 from .base import check_parts, check_sizes, in_shape_of, in_size_of
 
+__all__ = ["BottomUp", "Draw", "Guide", "Ladder", "Sizes", "Structured", "TopEncoder", "merge"]
+
 Draw = Callable[[int, dist.Distribution], Tensor]
 
 
@@ -104,7 +106,8 @@ class BottomUp(Guide):
         ValueError: the encoders do not chain.
 
     References:
-        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016.
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016,
+        https://arxiv.org/abs/1509.00519.
 
     Example:
         >>> import pyrovae as pv
@@ -171,7 +174,8 @@ class Structured(Guide):
         ValueError: the sizes do not fit.
 
     References:
-        Webb et al., Faithful Inversion of Generative Models for Effective Amortized Inference, 2018.
+        Webb et al., Faithful Inversion of Generative Models for Effective Amortized Inference, 2018,
+        https://arxiv.org/abs/1712.00287.
 
     Example:
         >>> import pyrovae as pv
@@ -219,14 +223,14 @@ class Structured(Guide):
         values = [draw(top, self.encoders[top](h))]
         for i in reversed(range(top)):
             above = values[0]
-            seen = torch.cat([h.expand(*above.shape[:-1], h.shape[-1]), above], -1)
-            values.insert(0, draw(i, self.encoders[i](seen)))
+            inputs = torch.cat([h.expand(*above.shape[:-1], h.shape[-1]), above], -1)
+            values.insert(0, draw(i, self.encoders[i](inputs)))
         return values
 
 
 @register("guide")
 class Ladder(Guide):
-    r"""A guide that corrects the model's own way down by what a way up saw of the data.
+    r"""A guide that goes down the model's layers, and multiplies each with a factor that a bottom-up network gives.
 
     .. math:: d_1 = f_1(x), \quad d_i = f_i(d_{i-1}), \quad q(z_n \mid x) = N(\hat\mu_n(d_n), \hat\sigma_n(d_n)^2), \quad
         q(z_i \mid z_{i+1}, x) = N\!\left(\frac{\hat\mu_i \hat\sigma_i^{-2} + \mu_i \sigma_i^{-2}}
@@ -243,7 +247,7 @@ class Ladder(Guide):
         ValueError: a factor of guide or model is no diagonal normal, or the sizes do not fit.
 
     References:
-        Sonderby et al., Ladder Variational Autoencoders, 2016.
+        Sonderby et al., Ladder Variational Autoencoders, 2016, https://arxiv.org/abs/1602.02282.
 
     Example:
         >>> import pyrovae as pv
@@ -260,7 +264,7 @@ class Ladder(Guide):
         self.init_arguments = {"bodies": list(bodies), "encoders": list(encoders)}
         self.bodies, self.in_scale = nn.ModuleList(bodies), float(in_scale)
         if len(self.bodies) != len(self.encoders):
-            raise ValueError(f"A ladder has a body for each encoder, not {len(self.bodies)} for {len(self.encoders)}.")
+            raise ValueError(f"A ladder must have a body for each encoder, got {len(self.bodies)} for {len(self.encoders)}.")
         _check_diagonal("guide", encoders)
         for i, (body, encoder) in enumerate(zip(bodies, encoders, strict=True)):
             check_sizes(f"on the size of d{i + 1}", body=_features(body), encoder=_in(encoder))
@@ -325,12 +329,12 @@ def merge(evidence: dist.Distribution, prior: dist.Distribution) -> dist.Distrib
 def _listed(encoders: Sequence[Encoder]) -> tuple[nn.ModuleList, tuple[int, ...]]:
     check_parts(*((encoder, Encoder) for encoder in encoders))
     if len(encoders) < 2:
-        raise ValueError(f"A hierarchy's guide has an encoder for each of two or more layers, not {len(encoders)}.")
+        raise ValueError(f"A hierarchy's guide must have an encoder for each of two or more layers, got {len(encoders)}.")
     return nn.ModuleList(encoders), tuple(encoder.latent_dim for encoder in encoders)
 
 
 def _encoder(module: nn.Module) -> Encoder:
-    # nn.ModuleList forgets what it holds.
+    # To a type checker an nn.ModuleList holds plain modules.
     assert isinstance(module, Encoder)
     return module
 
@@ -342,7 +346,7 @@ def _in(encoder: nn.Module) -> int | None:
 def _features(body: nn.Module) -> int:
     shape: Any = getattr(body, "out_shape", None)
     if shape is None or len(as_shape(shape)) != 1:
-        raise ValueError(f"The body of a guide gives a vector and says its out_shape, and {type(body).__name__} does not.")
+        raise ValueError(f"The body of a guide must have an out_shape of one dimension, got a {type(body).__name__} without.")
     return as_shape(shape)[0]
 
 

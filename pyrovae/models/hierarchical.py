@@ -7,7 +7,7 @@ vector to a distribution over a vector, so it is an :class:`pyrovae.encoders.Enc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pyro
 import pyro.distributions as dist
@@ -20,11 +20,14 @@ from ..encoders import Encoder
 from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
-from ..registry import build, find
+from ..registry import build, find, register
 from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_size_of
 from .guides import Draw, Guide, Sizes, _encoder, _in
 
+__all__ = ["HierarchicalVAE", "make_hierarchical_vae"]
 
+
+@register("model", "hierarchical")
 class HierarchicalVAE(PairModule):
     r"""A variational autoencoder of several stochastic layers, as a pair of Pyro programs.
 
@@ -44,8 +47,8 @@ class HierarchicalVAE(PairModule):
         ValueError: a part is not of its family, they disagree on a size, or the guide cannot use the model's layers.
 
     References:
-        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016. Sonderby et al., Ladder Variational
-        Autoencoders, 2016.
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
+        Sonderby et al., Ladder Variational Autoencoders, 2016, https://arxiv.org/abs/1602.02282.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -68,7 +71,9 @@ class HierarchicalVAE(PairModule):
     ):
         super().__init__(name)
         if not isinstance(layers, Sequence) or not layers:
-            raise ValueError("layers is a list with at least one encoder, p(z1|z2): for one layer, make a VAE.")
+            raise ValueError(
+                "layers must be a list of one encoder or more, p(z1|z2), ...: for a model of one layer, make a VAE."
+            )
         check_parts((prior, Prior), *((layer, Encoder) for layer in layers), (likelihood, Likelihood), (inference, Guide))
         dims = (*(layer.latent_dim for layer in layers), prior.latent_dim)
         check_sizes("on the layers", guide=inference.latent_dims, model=dims)
@@ -88,6 +93,77 @@ class HierarchicalVAE(PairModule):
         self.prior, self.likelihood, self.inference = prior, likelihood, inference
         self.layers = nn.ModuleList(layers)
 
+    @classmethod
+    def from_names(
+        cls,
+        data_shape: Shape,
+        *,
+        latent_dims: Sequence[int],
+        hidden: Sequence[Sequence[int]] | None = None,
+        guide: Any = "bottom_up",
+        prior: Any = "standard_normal",
+        likelihood: Any = "bernoulli",
+        layer: Any = "diagonal_normal",
+        encoder: Any = "diagonal_normal",
+        body: str = "mlp",
+        activation: Activation | None = "tanh",
+        name: str | None = None,
+    ) -> Self:
+        """A :class:`HierarchicalVAE` from names of its parts; ``pyrovae.make_hierarchical_vae`` is this.
+
+        By default the networks are those of Burda et al. (2016). ``latent_dims=[100, 50]`` is their model of two layers:
+        784-200-200-100 and 100-100-100-50 up, the mirror image down.
+
+        Args:
+            data_shape: the shape of one datum, ``(1, 28, 28)`` or ``784``.
+            latent_dims: sizes of the stochastic layers, nearest to the data first; two or more.
+            hidden: widths of the deterministic layers below each stochastic one, mirrored on the way down; by default
+                ``[[200, 200], [100, 100], ...]``.
+            guide: ``"bottom_up"``, ``"ladder"``, ``"structured"``, or a ready guide.
+            prior: of the top layer: a name, a table or a ready object.
+            likelihood: p(x|z1), likewise.
+            layer: the family of p(z_i|z_{i+1}): an encoder's name or table.
+            encoder: the family of the guide's factors: an encoder's name or table.
+            body: as in :func:`pyrovae.make_vae`; a pair such as ``"conv"`` makes the layers next to the data, and MLPs are
+                above.
+            activation: a name; ``None`` for the body's own.
+            name: see :class:`pyrovae.VAE`.
+
+        Raises:
+            ValueError: an unknown name (the message has the nearest), or parts that do not fit.
+
+        Example:
+            >>> import pyrovae as pv
+            >>> vae = pv.make_hierarchical_vae((1, 28, 28), latent_dims=[100, 50], hidden=[[200, 200], [100, 100]])
+            >>> vae.latent_dims, sum(p.numel() for p in vae.parameters())
+            ((100, 50), 521084)
+        """
+        shape = as_shape(data_shape)
+        dims = tuple(positive_integer(size, "Each of latent_dims") for size in latent_dims)
+        if len(dims) < 2:
+            raise ValueError(f"latent_dims must hold two sizes or more, got {list(dims)}: for one layer, call make_vae.")
+        widths = [[200, 200]] + [[100, 100]] * (len(dims) - 1) if hidden is None else list(hidden)
+        if len(widths) != len(dims):
+            raise ValueError(
+                f"hidden must have a list of widths for each of {len(dims)} layers, as [[200, 200], [100, 100]], got {hidden}."
+            )
+        # A pair of image networks suits the data alone.
+        inward, outward, _, _ = body_pair(body, widths[0])
+        bodies = [body_pair(body if i == 0 or inward == outward else "mlp", each, activation) for i, each in enumerate(widths)]
+
+        def up(i: int, in_shape: Shape) -> nn.Module:
+            return build("body", bodies[i][0], in_shape=in_shape, **bodies[i][2])
+
+        def down(i: int, in_shape: Shape, **out: Any) -> nn.Module:
+            return build("body", bodies[i][1], in_shape=in_shape, **bodies[i][3], **out)
+
+        likelihood = build_likelihood(likelihood, shape, lambda out_shape: down(0, dims[0], out_shape=out_shape))
+        layers = [build("encoder", layer, body=down(i + 1, dims[i + 1]), latent_dim=dims[i]) for i in range(len(dims) - 1)]
+        if isinstance(guide, str):
+            family: type[Guide] = find("guide", guide)
+            guide = family.of_sizes(Sizes(shape, dims, encoder, likelihood.in_scale, up))
+        return cls(build("prior", prior, latent_dim=dims[-1], data_shape=shape), layers, likelihood, guide, name)
+
     @property
     def latent_dims(self) -> tuple[int, ...]:
         """The size of each layer, nearest to the data first."""
@@ -99,8 +175,8 @@ class HierarchicalVAE(PairModule):
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = self._descend(lambda i, distribution: pyro.sample(f"z{i + 1}", distribution))
-            distribution, seen = self.likelihood.observe(z, x, mask)
-            pyro.sample("x", distribution, obs=seen)  # batch (B,), event data_shape
+            distribution, value = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", distribution, obs=value)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""
@@ -126,6 +202,10 @@ class HierarchicalVAE(PairModule):
         )
         return distribution.mean if mean else distribution.sample()
 
+    def examples(self, num_samples: int) -> Tensor:
+        """Means of p(x|z) at draws of z; shape ``(num_samples, *data_shape)``."""
+        return self.sample(num_samples, mean=True)
+
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x|z1) where :meth:`embed` puts x, shape of ``x``."""
@@ -142,69 +222,4 @@ class HierarchicalVAE(PairModule):
         return z
 
 
-def make_hierarchical_vae(
-    data_shape: Shape,
-    *,
-    latent_dims: Sequence[int],
-    hidden: Sequence[Sequence[int]] | None = None,
-    guide: Any = "bottom_up",
-    prior: Any = "standard_normal",
-    likelihood: Any = "bernoulli",
-    layer: Any = "diagonal_normal",
-    encoder: Any = "diagonal_normal",
-    body: str = "mlp",
-    activation: Activation | None = "tanh",
-    name: str | None = None,
-) -> HierarchicalVAE:
-    """A :class:`HierarchicalVAE` from names; by default with the networks of Burda et al. (2016).
-
-    ``latent_dims=[100, 50]`` is their model of two layers: 784-200-200-100 and 100-100-100-50 up, the mirror image down.
-
-    Args:
-        data_shape: the shape of one datum, ``(1, 28, 28)`` or ``784``.
-        latent_dims: sizes of the stochastic layers, nearest to the data first; two or more.
-        hidden: widths of the deterministic layers below each stochastic one, mirrored on the way down; by default
-            ``[[200, 200], [100, 100], ...]``.
-        guide: ``"bottom_up"``, ``"ladder"``, ``"structured"``, or a ready guide.
-        prior: of the top layer: a name, a table or a ready object.
-        likelihood: p(x|z1), likewise.
-        layer: the family of p(z_i|z_{i+1}): an encoder's name or table.
-        encoder: the family of the guide's factors: an encoder's name or table.
-        body: as in :func:`pyrovae.make_vae`; of a pair such as ``"conv"`` the layers next to the data are made, and MLPs above.
-        activation: a name; ``None`` for the body's own.
-        name: see :class:`pyrovae.VAE`.
-
-    Raises:
-        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
-
-    Example:
-        >>> import pyrovae as pv
-        >>> vae = pv.make_hierarchical_vae((1, 28, 28), latent_dims=[100, 50], hidden=[[200, 200], [100, 100]])
-        >>> vae.latent_dims, sum(p.numel() for p in vae.parameters())
-        ((100, 50), 521084)
-    """
-    shape = as_shape(data_shape)
-    dims = tuple(positive_integer(size, "Each of latent_dims") for size in latent_dims)
-    if len(dims) < 2:
-        raise ValueError(f"A hierarchy has two or more layers, not latent_dims={list(dims)}: for one, call make_vae.")
-    widths = [[200, 200]] + [[100, 100]] * (len(dims) - 1) if hidden is None else list(hidden)
-    if len(widths) != len(dims):
-        raise ValueError(
-            f"hidden has a list of widths for each of {len(dims)} layers, as [[200, 200], [100, 100]], not {hidden}."
-        )
-    # A pair of image networks suits the data alone.
-    inward, outward, _, _ = body_pair(body, widths[0])
-    bodies = [body_pair(body if i == 0 or inward == outward else "mlp", each, activation) for i, each in enumerate(widths)]
-
-    def up(i: int, in_shape: Shape) -> nn.Module:
-        return build("body", bodies[i][0], in_shape=in_shape, **bodies[i][2])
-
-    def down(i: int, in_shape: Shape, **out: Any) -> nn.Module:
-        return build("body", bodies[i][1], in_shape=in_shape, **bodies[i][3], **out)
-
-    likelihood = build_likelihood(likelihood, shape, lambda out_shape: down(0, dims[0], out_shape=out_shape))
-    layers = [build("encoder", layer, body=down(i + 1, dims[i + 1]), latent_dim=dims[i]) for i in range(len(dims) - 1)]
-    if isinstance(guide, str):
-        family: type[Guide] = find("guide", guide)
-        guide = family.of_sizes(Sizes(shape, dims, encoder, likelihood.in_scale, up))
-    return HierarchicalVAE(build("prior", prior, latent_dim=dims[-1], data_shape=shape), layers, likelihood, guide, name)
+make_hierarchical_vae = HierarchicalVAE.from_names

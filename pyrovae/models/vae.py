@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyro
@@ -19,10 +19,13 @@ from ..encoders import Encoder
 from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
-from ..registry import build
+from ..registry import build, register
 from .base import PairModule, _check_supports, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
 
+__all__ = ["VAE", "make_vae"]
 
+
+@register("model", "vae")
 class VAE(PairModule):
     r"""A variational autoencoder as a pair of Pyro programs.
 
@@ -46,7 +49,7 @@ class VAE(PairModule):
             prior and encoder live on different sets, such as a sphere and all vectors.
 
     References:
-        Kingma and Welling, Auto-Encoding Variational Bayes, 2014.
+        Kingma and Welling, Auto-Encoding Variational Bayes, 2014, https://arxiv.org/abs/1312.6114.
 
     Example:
         >>> import torch
@@ -59,6 +62,7 @@ class VAE(PairModule):
     """
 
     parts: ClassVar[dict[str, str | None]] = {"prior": "prior", "likelihood": "likelihood", "encoder": "encoder"}
+    run_defaults: ClassVar[dict[str, Any]] = {"latent_dim": 4, "encoder": "full_covariance_normal"}
 
     def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, name: str | None = None):
         super().__init__(name)
@@ -74,6 +78,57 @@ class VAE(PairModule):
         prior.bind(encoder)
         self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
 
+    @classmethod
+    def from_names(
+        cls,
+        data_shape: Shape,
+        *,
+        latent_dim: int,
+        prior: Any = "standard_normal",
+        likelihood: Any = "bernoulli",
+        encoder: Any = "diagonal_normal",
+        body: str = "mlp",
+        hidden: Sequence[int] | None = None,
+        activation: Activation | None = None,
+        name: str | None = None,
+    ) -> Self:
+        """A :class:`VAE` from names of its parts; ``pyrovae.make_vae`` is this.
+
+        Args:
+            data_shape: the shape of one datum, ``(1, 28, 28)`` or ``784``.
+            latent_dim: L.
+            prior: a name, a table ``{"kind": name, ...}``, or a ready object; so too ``likelihood`` and ``encoder``.
+            likelihood: p(x|z).
+            encoder: the family of q(z|x).
+            body: ``"mlp"``, ``"gated_mlp"``, ``"conv"`` or ``"resnet"``; the last two stand for a pair, such as
+                ``"conv_encoder"`` and ``"conv_decoder"``.
+            hidden: widths of the encoder's hidden layers, mirrored in the decoder; channels for such a pair. By default
+                ``[200, 200]``, or the pair's own channels.
+            activation: a name such as ``"tanh"``; by default the body's own.
+            name: see :class:`VAE`.
+
+        Raises:
+            ValueError: an unknown name (the message has the nearest), or parts that do not fit.
+
+        Example:
+            >>> import pyrovae as pv
+            >>> vae = pv.make_vae((1, 28, 28), latent_dim=50, likelihood={"kind": "normal", "scale": "shared"})
+            >>> vae.data_shape, vae.latent_dim
+            ((1, 28, 28), 50)
+        """
+        shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
+        inward, outward, networks, mirrored = body_pair(body, hidden, activation)
+        likelihood = build_likelihood(
+            likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim, out_shape=out, **mirrored)
+        )
+        encoder_body = build("body", inward, in_shape=shape, **networks)
+        return cls(
+            prior=build("prior", prior, latent_dim=latent_dim, data_shape=shape),
+            likelihood=likelihood,
+            encoder=build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale),
+            name=name,
+        )
+
     @property
     def latent_dim(self) -> int:
         """L, the number of latent dimensions."""
@@ -85,8 +140,8 @@ class VAE(PairModule):
         self._register()
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
-            distribution, seen = self.likelihood.observe(z, x, mask)
-            pyro.sample("x", distribution, obs=seen)  # batch (B,), event data_shape
+            distribution, value = self.likelihood.observe(z, x, mask)
+            pyro.sample("x", distribution, obs=value)  # batch (B,), event data_shape
 
     def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""
@@ -113,6 +168,10 @@ class VAE(PairModule):
         distribution = self.decode(self.prior().sample((num_samples,)))
         return distribution.mean if mean else distribution.sample()
 
+    def examples(self, num_samples: int) -> Tensor:
+        """Means of p(x|z) at draws of z; shape ``(num_samples, *data_shape)``."""
+        return self.sample(num_samples, mean=True)
+
     @torch.no_grad()
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z) where :meth:`embed` puts x, shape of ``x``."""
@@ -132,7 +191,7 @@ class VAE(PairModule):
             Shape ``(steps, *data_shape)`` or ``(steps, B, *data_shape)``.
         """
         if a.shape != b.shape:
-            raise ValueError(f"The ends must have one shape, not {tuple(a.shape)} and {tuple(b.shape)}.")
+            raise ValueError(f"The ends must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
         single = a.dim() == len(self.data_shape)
         ends = [self.embed(x[None] if single else x) for x in (a, b)]
         weight = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=ends[0].device)[:, None, None]
@@ -184,7 +243,7 @@ class VAE(PairModule):
             >>> filled[0, 0].item(), bool(filled[0, 8] < 1)
             (1.0, True)
         """
-        from ..evidence.importance import CHUNK_NUMBERS
+        from ..evidence.planning import CHUNK_NUMBERS
         from ..programs.tracing import scoring_context
 
         num_samples = positive_integer(num_samples, "num_samples")
@@ -204,49 +263,31 @@ class VAE(PairModule):
         return torch.cat([filled for filled, _ in parts], 0 if num_draws is None else 1)
 
     def _impute(self, x: Tensor, mask: Tensor, num_samples: int, num_draws: int | None, chunk: int) -> tuple[Tensor, Tensor]:
-        """One batch, in chunks of particles; all weight so far is kept as one log-sum and the largest for each datum."""
-        from ..evidence.psis import tail_size
+        """One batch, in chunks of particles: the filled data, and the largest log-weights of each datum."""
+        from ..evidence.streaming import LogMoments, Resampler
         from ..programs.log_weights import log_weights
         from ..programs.tracing import Recorder
 
         event = (1,) * len(self.data_shape)
-        log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-        tail, keep = log_sum[:, None][:, :0], tail_size(num_samples)
-        mean, latents = torch.zeros_like(x), x.new_zeros(num_draws or 0, len(x), self.latent_dim)
-        left = num_samples
-        while left:
+        moments, mean = LogMoments(len(x), num_samples, x.device), torch.zeros_like(x)
+        resampler = None if num_draws is None else Resampler(moments, num_draws)
+        while left := num_samples - moments.num_drawn:
             size = min(left, chunk)
             with Recorder() as recorder:
                 weights = log_weights(self.model, self.guide, x, mask, num_particles=size, max_plate_nesting=1)
             log_w = weights.log_weights.double()  # (size, B)
-            tail = torch.cat([tail, log_w.T], 1)
-            tail = torch.topk(tail, min(keep, tail.shape[1])).values
-            total = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
-            dead = total == -math.inf
-            kept = torch.where(dead, 1.0, torch.exp(log_sum - total))  # the earlier chunks' share of all weight so far
-            share = torch.where(dead, 0.0, torch.exp(log_w - total))
-            if num_draws is None:
-                share = share.to(x.dtype).reshape(*share.shape, *event)
-                mean = mean * kept.to(x.dtype).reshape(-1, *event) + (
-                    share * recorder.distributions["x"].mean.reshape(size, *x.shape)
-                ).sum(0)
-            else:
-                # Each draw moves to this chunk with the chunk's share, and picks within it by weight.
-                picked = torch.multinomial(torch.where(share.sum(0) > 0, share, 1.0).T, num_draws, replacement=True).T
-                moves = torch.rand(picked.shape, dtype=log_w.dtype, device=x.device) >= kept
-                drawn = (
-                    recorder.values["z"].reshape(size, *latents.shape[1:]).gather(0, picked[..., None].expand(latents.shape))
-                )
-                latents = torch.where(moves[..., None], drawn, latents)
-            log_sum = total
-            left -= size
+            if resampler is not None:
+                resampler.update(log_w, {"z": recorder.values["z"].reshape(size, len(x), self.latent_dim)})
+                continue
+            earlier, new = (part.to(x.dtype).reshape(*part.shape, *event) for part in moments.normalize(log_w))
+            mean = mean * earlier + (new * recorder.distributions["x"].mean.reshape(size, *x.shape)).sum(0)
         filled = mean
-        if num_draws is not None:
-            distribution, _ = self.likelihood.observe(latents, x, mask)
+        if resampler is not None:
+            distribution, _ = self.likelihood.observe(resampler.draws["z"], x, mask)
             filled = distribution.sample()
         # Where no latent explains what was observed, nothing can be said of the rest.
-        filled = filled.masked_fill((log_sum == -math.inf).reshape(-1, *event), math.nan)
-        return torch.where(mask, x, filled), tail
+        filled = filled.masked_fill((moments.log_sum == -math.inf).reshape(-1, *event), math.nan)
+        return torch.where(mask, x, filled), moments.tail
 
 
 def _warn_of_tails(tail: Tensor, num_samples: int, precision: float) -> None:
@@ -266,51 +307,4 @@ def _warn_of_tails(tail: Tensor, num_samples: int, precision: float) -> None:
         )
 
 
-def make_vae(
-    data_shape: Shape,
-    *,
-    latent_dim: int,
-    prior: Any = "standard_normal",
-    likelihood: Any = "bernoulli",
-    encoder: Any = "diagonal_normal",
-    body: str = "mlp",
-    hidden: Sequence[int] | None = None,
-    activation: Activation | None = None,
-    name: str | None = None,
-) -> VAE:
-    """A :class:`VAE` from names.
-
-    Args:
-        data_shape: the shape of one datum, ``(1, 28, 28)`` or ``784``.
-        latent_dim: L.
-        prior: a name, a table ``{"kind": name, ...}``, or a ready object; so too ``likelihood`` and ``encoder``.
-        likelihood: p(x|z).
-        encoder: the family of q(z|x).
-        body: ``"mlp"``, ``"gated_mlp"``, ``"conv"`` or ``"resnet"``; the last two stand for a pair, such as ``"conv_encoder"``
-            and ``"conv_decoder"``.
-        hidden: widths of the encoder's hidden layers, mirrored in the decoder; channels for such a pair. By default
-            ``[200, 200]``, or the pair's own channels.
-        activation: a name such as ``"tanh"``; by default the body's own.
-        name: see :class:`VAE`.
-
-    Raises:
-        ValueError: an unknown name (the message has the nearest), or parts that do not fit.
-
-    Example:
-        >>> import pyrovae as pv
-        >>> vae = pv.make_vae((1, 28, 28), latent_dim=50, likelihood={"kind": "normal", "scale": "shared"})
-        >>> vae.data_shape, vae.latent_dim
-        ((1, 28, 28), 50)
-    """
-    shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
-    inward, outward, networks, mirrored = body_pair(body, hidden, activation)
-    likelihood = build_likelihood(
-        likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim, out_shape=out, **mirrored)
-    )
-    encoder_body = build("body", inward, in_shape=shape, **networks)
-    return VAE(
-        prior=build("prior", prior, latent_dim=latent_dim, data_shape=shape),
-        likelihood=likelihood,
-        encoder=build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale),
-        name=name,
-    )
+make_vae = VAE.from_names

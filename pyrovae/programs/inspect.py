@@ -16,10 +16,11 @@ from .checks import check_finite, check_sites, check_support, why_no_weights
 from .independence import PROBED_ROWS, check_independence
 from .log_weights import read_weights
 from .parameters import all_parameters, own_parameters
-from .sites import Program, data_plate, log_prob_of, num_known_of, num_observed_of, per_datum, plate_nesting, sites_of
+from .rounding import rounding_of
+from .sites import Program, data_plate, num_known_of, num_observed_of, plate_nesting, sites_of
 from .state import own_scope
-from .support import support_of
-from .tracing import Traces, evaluation_mode, inspection, trace_pair
+from .support import bare, bounds_of, inside_of, support_of
+from .tracing import evaluation_mode, inspection, trace_pair
 from .wrappers import base_distribution
 
 __all__ = [
@@ -52,7 +53,7 @@ class PairInfo:
         num_densities: those of the numbers observed that have a density.
         num_probabilities: those that have a probability; a one-hot vector is one.
         given: the parts of a datum that the likelihood conditions on, from its distribution's ``conditional_on``.
-        rounding: the rounding error of each datum's largest term, shape (B,), in nats.
+        rounding: the rounding error of each datum's log-weight, shape (B,), in nats.
     """
 
     max_plate_nesting: int
@@ -95,7 +96,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         traces = trace_pair(model, guide, args, kwargs, 1, None)
         model_trace, guide_trace = traces.model, traces.guide
         for site in sites_of(model_trace):
-            if site["is_observed"]:
+            if site["is_observed"] and not _outside_by_a_latent(site, model, guide, args, kwargs):
                 check_support(site)
         enumerated = tuple(
             site["name"]
@@ -107,7 +108,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         check_sites(traces)
         weights = read_weights(traces, 1)
         no_weights = why_no_weights(model, guide, args, kwargs, traces)
-        rounding = _rounding(traces)
+        rounding = rounding_of(traces)
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
@@ -134,13 +135,24 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     )
 
 
-def _rounding(traces: Traces) -> Tensor:
-    """The rounding error of each datum's largest term, before terms cancel, shape (B,), in nats."""
-    sites = [*sites_of(traces.model), *sites_of(traces.guide)]
-    data, nesting = data_plate(sites), plate_nesting(traces.model, traces.guide)
-    terms = [per_datum(site, log_prob_of(site), data, 1, nesting)[0] for site in sites]
-    largest = torch.stack([term.double().abs() for term in terms]).nan_to_num(posinf=0.0).amax(0)
-    return largest * max(torch.finfo(term.dtype).eps for term in terms)
+def _outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple, kwargs: dict) -> bool:
+    """Whether observed values lie outside a support that depends on latents: their weight is zero, and the data are valid."""
+    try:
+        support = support_of(site["fn"])
+    except NotImplementedError:  # raised by a distribution without a support
+        return False
+    bounds = [bound for bound in bounds_of(bare(support)) if isinstance(bound, Tensor)]
+    if not bounds or bool(support.check(site["value"]).all()):
+        return False
+    other = trace_pair(model, guide, args, kwargs, 1, None).model.nodes[site["name"]]
+    others = [bound for bound in bounds_of(bare(support_of(other["fn"]))) if isinstance(bound, Tensor)]
+    moves = any(one.shape != two.shape or bool((one != two).any()) for one, two in zip(bounds, others, strict=True))
+    safe = inside_of(support, site["value"])
+    if not moves or safe is None:
+        return False
+    site["outside"] = ~support.check(site["value"])
+    site["value"] = torch.where(site["outside"][(..., *[None] * support.event_dim)], safe, site["value"])
+    return True
 
 
 def _is_discrete(site: dict) -> bool:
@@ -344,7 +356,8 @@ def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstB
     default = torch.get_default_dtype()
     integers = tuple(i for i, arg in enumerate(args) if not arg.is_floating_point() and arg.dtype != torch.bool)
     devices = [None, torch.device("cuda")] if torch.cuda.is_available() else [None]
-    casts = dict.fromkeys([(), integers[:1], integers])
+    first = () if args[0].is_floating_point() else (0,)  # black and white images may come as booleans, and masks stay such
+    casts = dict.fromkeys([(), first, integers, tuple({*first, *integers})])
     attempts = [(args, ()), *((_moved(args, default, device, cast), cast) for device in devices for cast in casts)]
     for attempt, cast in attempts:
         try:

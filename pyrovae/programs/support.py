@@ -244,7 +244,7 @@ def accept_any_component(distribution: Any) -> None:
 
 
 def inside_of(support: Any, value: Tensor) -> Tensor | None:
-    """Numbers well inside a support, in the shape of ``value``; ``None`` if its bounds are not known."""
+    """Numbers well inside a support, in the shape of ``value`` and its bounds; ``None`` if the bounds are not known."""
     constraint = bare(support)
     low, high = bounds_of(constraint)
     if any(isinstance(each, _MIXTURES) for each in _constraints_of(support)):
@@ -253,7 +253,9 @@ def inside_of(support: Any, value: Tensor) -> Tensor | None:
     if not any(isinstance(bound, Tensor) for bound in (low, high)) and (low, high) == (-math.inf, math.inf):
         return None
     low, high = (torch.as_tensor(bound, dtype=value.dtype, device=value.device) for bound in (low, high))
+    # The guide may leave out a leading plate dimension of size one, over which the bounds are laid.
+    shape = torch.broadcast_shapes(value.shape, low.shape, high.shape)
     if constraint.is_discrete:
-        return torch.where(low.isfinite(), low, high).expand(value.shape)
+        return torch.where(low.isfinite(), low, high).expand(shape)
     finite = torch.where(low.isfinite(), low + 1, high - 1)
-    return torch.where(low.isfinite() & high.isfinite(), (low + high) / 2, finite).expand(value.shape)
+    return torch.where(low.isfinite() & high.isfinite(), (low + high) / 2, finite).expand(shape)

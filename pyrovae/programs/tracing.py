@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -201,6 +202,12 @@ def in_particles(run: Program, num_particles: int, max_plate_nesting: int | None
     return pyro.plate(PARTICLES, num_particles, dim=-max_plate_nesting - 1)(run)
 
 
+# What torch says of a distribution's parameter.
+_INVALID_PARAMETER = re.compile(
+    r"Expected parameter (\w+) .* of distribution (\w+)\(.* to satisfy the constraint (.+), but found invalid values"
+)
+
+
 @contextmanager
 def explained(num_particles: int) -> Iterator[None]:
     """Raise the errors of a pair that does not fit its plates as a ``ValueError`` with a cure."""
@@ -208,6 +215,14 @@ def explained(num_particles: int) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         cause = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        invalid = _INVALID_PARAMETER.match(cause)
+        if invalid is not None:
+            name, distribution, constraint = invalid.groups()
+            raise ValueError(
+                f"The parameter {name} of {distribution} must satisfy {constraint}, and a program gives it other values, as "
+                f"exp does of a network's large outputs: bring the data to a scale near 1, such as pixels / 255, or bound the "
+                f"parameter, as softplus(output) + 1e-4 does."
+            ) from error
         if num_particles > 1:
             raise ValueError(
                 f"The pair runs with one particle but not with {num_particles} on the left of its batch ({cause}): let its "

@@ -1,5 +1,7 @@
-"""Training: one readable loop over any pair of programs, and what is looked at before its first step."""
+"""Training: one readable loop over any pair of programs, and what is checked before its first step."""
 
-from .loop import OPTIMIZERS, History, fit
+from .history import History
+from .loop import fit
+from .options import OPTIMIZERS
 
 __all__ = ["OPTIMIZERS", "History", "fit"]

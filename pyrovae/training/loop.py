@@ -3,98 +3,37 @@
 from __future__ import annotations
 
 import math
-import numbers
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pyro
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .._validation import positive_integer, unknown
-from ..compile.cuda import check_precision, products_in
-from ..compile.step import stage
+from ..compile.cuda import products_in
 from ..data.batches import Batches
-from ..data.datasets import binarize, dequantize
-from ..estimators.base import check_estimator, make_estimator, runs_together
-from ..programs.inspect import PairInfo, check_steady_scale, inspect_pair, prepare
+from ..data.matching import Batch
+from ..programs.inspect import PairInfo
 from ..programs.reachable import changed, outermost_modules, python_state
 from ..programs.sites import Program
-from ..programs.state import buffers_kept, in_own_scope
+from ..programs.state import in_own_scope
 from ..programs.tracing import evaluation_mode, same_random_stream
-from .preflight import (
-    SupportCheck,
-    cause_in_data,
-    check_first_loss,
-    check_other_batches,
-    check_programs,
-    checked_optimizer,
-    rehearse,
-)
+from .history import History
+from .options import FitOptions
+from .progress import Progress
+from .setup import Setup, set_up
+from .values import SupportCheck, cause_in_data
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+__all__ = ["fit"]
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": partial(torch.optim.Adam, fused=True),
-    "adamax": torch.optim.Adamax,
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "radam": torch.optim.RAdam,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
-# Inductor takes 5 to 20 seconds, and saves 3 to 15 milliseconds a step on two cores.
-STEPS_TO_COMPILE = 3000
 # A GPU is told so many steps before it is asked what came of them; the bar and max_seconds are ahead of it by as many.
 SYNC_EVERY = 100
 # A captured step is compared with its program at an epoch's start once so many have been taken since: it costs as much as 10 to
 # 20 of them, or 50 on a GPU, and the checks of a run together shall cost less than 3 %.
 STEPS_BETWEEN_CHECKS, STEPS_BETWEEN_CHECKS_ON_GPU = 500, 2000
-
-
-@dataclass
-class History:
-    """What happened in training, one record an epoch.
-
-    Attributes:
-        estimator: the name of the objective's class.
-        num_particles: K.
-        records: dictionaries with ``epoch``, ``step``, ``bound`` and ``validation`` (nats per datum; ``None`` without
-            validation data), ``lr`` and ``seconds`` since the start.
-        stopped: why training ended.
-        precision: of matrix products and convolutions.
-    """
-
-    estimator: str
-    num_particles: int
-    records: list[dict[str, Any]] = field(default_factory=list)
-    stopped: str = "all epochs done"
-    precision: str = "float32"
-
-    @property
-    def bound(self) -> list[float]:
-        """The training bound of each epoch, averaged while the parameters moved, in nats per datum."""
-        return [record["bound"] for record in self.records]
-
-    @property
-    def validation(self) -> list[float]:
-        """The validation bound of each epoch, in nats per datum; empty without validation data."""
-        return [record["validation"] for record in self.records if record["validation"] is not None]
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the learning curve, on new axes unless given some."""
-        from ..plots import learning_curve
-
-        if ax is None:
-            from matplotlib.figure import Figure
-
-            ax = Figure(figsize=(6, 4), layout="constrained").subplots()
-        return learning_curve(self.records, ax)
 
 
 @in_own_scope(keep=True)
@@ -180,233 +119,203 @@ def fit(
         >>> history.bound[-1] > history.bound[0]
         True
     """
-    epochs = positive_integer(epochs, "epochs")
-    if not (isinstance(lr, numbers.Real) and 0 < lr < math.inf):
-        raise ValueError(f"lr must be a positive number, got {lr!r}.")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be a positive number, got {clip_norm!r}.")
-    if compile not in (True, False, "auto"):
-        raise ValueError(f'compile is True, False or "auto", not {compile!r}.')
-    if patience is not None and validation is None:
-        raise ValueError("patience watches the validation bound: pass validation=0.1, say.")
-    check_programs(model, guide)
-    if seed is not None:
-        torch.manual_seed(seed)
-    elbo = make_estimator(estimator)
-    train, held_out = _split(model, data, validation, batch_size, shuffle, transform)
-    for batches in (train, held_out):
-        if batches is not None:
-            batches.check_passes(epochs)
-    start = prepare(model, guide, train, particles=runs_together(elbo), each=False)
-    if not start.parameters:
-        raise ValueError("The pair has no parameters to train: register modules with pyro.module, or use pyro.param.")
-    train.to(start.dtype, start.device, start.floating)
-    check_estimator(elbo, start.info)
-    check_precision(precision, start.device)
-    with torch.random.fork_rng():
-        example = train.peek()
-    check_batch = SupportCheck(model, guide, example)
-    checked, check_held = check_batch.check_early(train), None
-    if held_out is not None:
-        held_out.to(start.dtype, start.device, start.floating)
-        with torch.random.fork_rng():
-            inspect_pair(model, guide, *held_out.peek())
-        check_held = None if check_batch.check_early(held_out) else check_batch
-    check_other_batches(elbo, model, guide, example, start.parameters, train)
-    if train.num_data is None or train.num_data % len(example[0]):
-        check_steady_scale(model, guide, example, start.info)
-    loss = rehearse(elbo, model, guide, example, start.parameters)
-    check_first_loss(loss / start.info.count(example), start.info.num_dims, model, guide, example)
+    options = FitOptions(
+        estimator=estimator,
+        epochs=epochs,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        lr=lr,
+        optimizer=optimizer,
+        schedule=schedule,
+        clip_norm=clip_norm,
+        validation=validation,
+        patience=patience,
+        max_seconds=max_seconds,
+        compile=compile,
+        precision=precision,
+        transform=transform,
+        progress=progress,
+        seed=seed,
+        on_epoch=on_epoch,
+    ).checked()
+    return _Loop(set_up(model, guide, data, options), options).run()
 
-    batches_each = train.num_batches
-    # Gradients that another loop, or a run that failed, left behind would enter the first step.
-    for parameter in start.parameters:
-        parameter.grad = None
-    steps = None if batches_each is None else epochs * batches_each
-    optimize = checked_optimizer(_named(optimizer, "optimizer", OPTIMIZERS), start.parameters, lr)
-    scheduler = _named(schedule, "schedule", _schedules(steps))(optimize)
-    if isinstance(optimize, torch.optim.LBFGS):
-        raise ValueError("LBFGS evaluates the loss several times a step, which a stochastic one cannot be: choose 'adam'.")
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise ValueError("ReduceLROnPlateau waits for a metric, and a schedule here follows the step: choose 'cosine'.")
-    if compile == "auto":
-        compile = precision == "bfloat16" or (steps is not None and steps >= STEPS_TO_COMPILE)
-    # Data in memory are gathered and drawn within a compiled step, unless by a program that need not be tensor operations.
-    inside = compile and shuffle and train.loader is None and transform in (None, binarize, dequantize)
-    with buffers_kept(model, guide):
-        take_step = stage(
-            elbo,
-            model,
-            guide,
-            optimize,
-            example,
-            clip_norm=clip_norm,
-            count=start.info.count,
-            load=train.load if inside else None,
-            backend="inductor" if compile else "eager",
-            precision=precision,
-        )
-    history = History(type(elbo).__name__, elbo.num_particles, precision=precision)
-    best, best_epoch, best_state = -math.inf, 0, None
-    modules, infinite = outermost_modules(model, guide).values(), list[int]()
-    began, step, compared = time.perf_counter(), 0, 0
 
-    def batch_of(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with same_random_stream(inputs):
-            return train.load(*inputs) if inside else inputs
+class _Loop:
+    """Epochs of steps, with what they leave behind.
 
-    def look() -> float:
-        """The bounds of the steps since the last look, summed."""
-        outcomes = take_step.drain()
-        for at, (loss, norm) in enumerate(outcomes, step - len(outcomes) + 1):
+    Args:
+        setup: the pair, its data and its step.
+        options: how long to train, and what to do after an epoch.
+    """
+
+    def __init__(self, setup: Setup, options: FitOptions):
+        self.setup, self.options = setup, options
+        estimator = setup.estimator
+        self.history = History(type(estimator).__name__, estimator.num_particles, precision=options.precision)
+        self.num_steps, self.compared_at = 0, 0
+        self.warned_of_infinite_loss = False
+        self.checks_held_out = not setup.checked_held_out
+        self.best = _Best(setup.first.parameters, outermost_modules(setup.model, setup.guide).values())
+        self.began = time.perf_counter()
+
+    def run(self) -> History:
+        """Train, and say what happened."""
+        setup, options = self.setup, self.options
+        # The data have been checked, so the validation that Pyro would repeat at each step is off; NaN is still caught.
+        with (
+            pyro.validation_enabled(False),
+            products_in(options.precision, setup.first.device),
+            Progress(setup.total_steps, options.epochs, enabled=options.progress) as progress,
+        ):
+            for epoch in range(1, options.epochs + 1):
+                record = self._record(epoch, self._train(epoch, progress))
+                self.history.records.append(record)
+                progress.epoch(record)
+                self._call_on_epoch(record)
+                if options.patience is not None and not self.best.update(record, options.patience):
+                    self.history.stopped = f"no better validation bound for {options.patience} epochs"
+                    break
+                if self._out_of_time():
+                    self.history.stopped = f"{options.max_seconds} seconds are over"
+                    break
+        self.best.restore()
+        return self.history
+
+    def _train(self, epoch: int, progress: Progress) -> float:
+        """Take the steps of an epoch; their mean bound, in nats per datum."""
+        setup, step = self.setup, self.setup.step
+        # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
+        checks = not setup.checked_train and (epoch == 1 or (setup.check.direct and setup.train.loader is not None))
+        if self.num_steps - self.compared_at >= (STEPS_BETWEEN_CHECKS_ON_GPU if step.asynchronous else STEPS_BETWEEN_CHECKS):
+            step.recheck(f"at the start of epoch {epoch}")
+            self.compared_at = self.num_steps
+        total, num_data = 0.0, 0.0
+        inputs: Batch
+        for number, inputs in enumerate(setup.train.inputs() if setup.loads else setup.train, 1):
+            if checks:
+                setup.check(self._batch(inputs), f"batch {number} of epoch {epoch}")
+            step.step_async(*inputs)
+            if setup.scheduler is not None:
+                setup.scheduler.step()
+            self.num_steps += 1
+            num_data += setup.first.info.count(inputs)
+            progress.step()
+            if not step.asynchronous or self.num_steps % SYNC_EVERY == 0:
+                total += self._read_bounds(epoch, inputs)
+            if self._out_of_time():
+                break
+        total += self._read_bounds(epoch, inputs)
+        return total / num_data
+
+    def _read_bounds(self, epoch: int, inputs: Batch) -> float:
+        """The bounds of the steps since the last call, summed.
+
+        Raises:
+            FloatingPointError: a loss was NaN, or a gradient NaN or infinite.
+        """
+        outcomes = self.setup.step.drain()
+        for number, (loss, norm) in enumerate(outcomes, self.num_steps - len(outcomes) + 1):
             # An infinite loss is a datum of weight zero, whose gradient our estimators leave out.
             if math.isnan(loss) or not math.isfinite(norm):
                 what, value = ("loss", loss) if math.isnan(loss) else ("gradient", norm)
-                cure = f"lower the learning rate ({lr:g}), or {'set clip_norm' if clip_norm is None else 'clip_norm'}."
-                cause = cause_in_data(model, guide, batch_of(inputs))
-                raise FloatingPointError(f"The {what} became {value} in epoch {epoch}, step {at}: {cause or cure}")
-            if math.isinf(loss) and not infinite:
-                infinite.append(at)
-                cause = cause_in_data(model, guide, batch_of(inputs))
+                clip = "set clip_norm" if self.options.clip_norm is None else "clip_norm"
+                cure = self._cause(inputs) or f"lower the learning rate ({self.options.lr:g}), or {clip}."
+                raise FloatingPointError(f"The {what} became {value} in epoch {epoch}, step {number}: {cure}")
+            if math.isinf(loss) and not self.warned_of_infinite_loss:
+                self.warned_of_infinite_loss = True
+                cause = self._cause(inputs)
                 if cause is not None:
-                    warnings.warn(f"The loss is infinite in epoch {epoch}, step {at}: {cause}", stacklevel=3)
+                    warnings.warn(f"The loss is infinite in epoch {epoch}, step {number}: {cause}", stacklevel=6)
         return -sum(loss for loss, _ in outcomes)
 
-    def out_of_time() -> bool:
-        return max_seconds is not None and time.perf_counter() - began > max_seconds
+    def _cause(self, inputs: Batch) -> str | None:
+        return cause_in_data(self.setup.model, self.setup.guide, self._batch(inputs))
 
-    # The data have been checked, so the per-call validation that Pyro would repeat at each step is off; NaN is still caught.
-    with (
-        pyro.validation_enabled(False),
-        products_in(precision, start.device),
-        tqdm(total=steps, unit="step", disable=not progress) as bar,
-    ):
-        for epoch in range(1, epochs + 1):
-            total, seen = 0.0, 0.0
-            if step - compared >= (STEPS_BETWEEN_CHECKS_ON_GPU if take_step.asynchronous else STEPS_BETWEEN_CHECKS):
-                take_step.recheck(f"at the start of epoch {epoch}")
-                compared = step
-            for number, inputs in enumerate(train.inputs() if inside else train, 1):
-                # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
-                if not checked and (epoch == 1 or (check_batch.direct and train.loader is not None)):
-                    check_batch(batch_of(inputs), f"batch {number} of epoch {epoch}")
-                take_step.step_async(*inputs)
-                if scheduler is not None:
-                    scheduler.step()
-                step += 1
-                seen += start.info.count(inputs)
-                bar.update()
-                if not take_step.asynchronous or step % SYNC_EVERY == 0:
-                    total += look()
-                if out_of_time():
-                    break
-            total += look()
-            record = {
-                "epoch": epoch,
-                "step": step,
-                "bound": total / seen,
-                "validation": None if held_out is None else _bound(elbo, model, guide, held_out, start.info, check_held),
-                "lr": optimize.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - began,
-            }
-            history.records.append(record)
-            check_held = check_held if check_batch.direct else None
-            bar.set_postfix_str(_said(record))
-            if on_epoch is not None:
-                before = python_state(model, guide, elbo) if take_step.captured else {}
-                on_epoch(record)
-                if take_step.captured and changed(before, python_state(model, guide, elbo)):
-                    take_step.recheck(f"after on_epoch of epoch {epoch}")
-            if patience is not None:
-                if record["validation"] > best:
-                    best, best_epoch = record["validation"], epoch
-                    best_state = _state_of(start.parameters, modules)
-                elif epoch - best_epoch >= patience:
-                    history.stopped = f"no better validation bound for {patience} epochs"
-                    break
-            if out_of_time():
-                history.stopped = f"{max_seconds} seconds are over"
-                break
-    if best_state is not None:
-        with torch.no_grad():
-            for live, value in best_state:
-                live().copy_(value)
-    return history
+    def _batch(self, inputs: Batch) -> Batch:
+        """The batch that a step makes of its inputs; the random stream does not notice."""
+        with same_random_stream(inputs):
+            return self.setup.train.load(*inputs) if self.setup.loads else inputs
+
+    def _record(self, epoch: int, bound: float) -> dict[str, Any]:
+        setup = self.setup
+        validation = None
+        if setup.held_out is not None:
+            check = setup.check if self.checks_held_out else None
+            validation = _bound(setup.estimator, setup.model, setup.guide, setup.held_out, setup.first.info, check)
+        # By runs of the pair, the validation data are checked once.
+        self.checks_held_out = self.checks_held_out and setup.check.direct
+        return {
+            "epoch": epoch,
+            "step": self.num_steps,
+            "bound": bound,
+            "validation": validation,
+            "lr": setup.optimizer.param_groups[0]["lr"],
+            "seconds": time.perf_counter() - self.began,
+        }
+
+    def _call_on_epoch(self, record: dict[str, Any]) -> None:
+        if self.options.on_epoch is None:
+            return
+        setup, captured = self.setup, self.setup.step.captured
+        programs = (setup.model, setup.guide, setup.estimator)
+        before = python_state(*programs) if captured else {}
+        self.options.on_epoch(record)
+        if captured and changed(before, python_state(*programs)):
+            setup.step.recheck(f"after on_epoch of epoch {record['epoch']}")
+
+    def _out_of_time(self) -> bool:
+        return self.options.max_seconds is not None and time.perf_counter() - self.began > self.options.max_seconds
 
 
-def _split(
-    model: Program, data: Any, validation: Any, batch_size: int, shuffle: bool, transform: Callable[[Tensor], Tensor] | None
-) -> tuple[Batches, Batches | None]:
-    train = Batches(data, batch_size, shuffle=shuffle, transform=transform, program=model)
-    if validation is None:
-        return train, None
-    if not isinstance(validation, numbers.Real):
-        return train, Batches(validation, batch_size, program=model)
-    fraction = float(validation)
-    if not 0 < fraction < 1:
-        raise ValueError(f"validation is a fraction between 0 and 1, or data, not {validation!r}.")
-    if not train.arrays:
-        raise ValueError("A fraction cannot be held out of a Dataset or DataLoader: pass validation=another one.")
-    size = len(train.arrays[0])
-    held = round(size * fraction)
-    if not 0 < held < size:
-        raise ValueError(f"validation={validation} of {size} data leaves one part empty: give more data.")
-    order = torch.randperm(size)
-    kept, held_out = (tuple(array[part] for array in train.arrays) for part in (order[held:], order[:held]))
-    if transform is not None:
-        # Once, so that epochs are compared on the same numbers.
-        held_out = (transform(held_out[0]), *held_out[1:])
-    return Batches(kept, batch_size, shuffle=shuffle, transform=transform), Batches(held_out, batch_size)
+class _Best:
+    """The parameters and buffers of the epoch with the best validation bound.
+
+    Args:
+        parameters: what the optimizer moves.
+        modules: those whose buffers training moves.
+    """
+
+    def __init__(self, parameters: list[Tensor], modules: Iterable[nn.Module]):
+        self.parameters, self.modules = parameters, list(modules)
+        self.bound, self.epoch = -math.inf, 0
+        self.state: list[tuple[Callable[[], Tensor], Tensor]] = []
+
+    def update(self, record: dict[str, Any], patience: int) -> bool:
+        """Take an epoch into account; whether training goes on."""
+        if record["validation"] > self.bound:
+            self.bound, self.epoch = record["validation"], record["epoch"]
+            self._save()
+            return True
+        return record["epoch"] - self.epoch < patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to the best state, if there is one."""
+        for live, value in self.state:
+            live().copy_(value)
+
+    def _save(self) -> None:
+        # Each as what gives the live tensor and its value now, since a buffer may be another tensor by then.
+        self.state = [(partial(_itself, each), each.detach().clone()) for each in self.parameters]
+        for module in self.modules:
+            for name, buffer in module.named_buffers():
+                self.state.append((partial(module.get_buffer, name), buffer.detach().clone()))
 
 
-def _state_of(parameters: list[Tensor], modules: Iterable[nn.Module]) -> list[tuple[Callable[[], Tensor], Tensor]]:
-    """All that training moves, each as what gives the live tensor and its value now; a buffer may be another tensor by then."""
-    state: list[tuple[Callable[[], Tensor], Tensor]] = [(partial(_same, each), each.detach().clone()) for each in parameters]
-    for module in modules:
-        for name, buffer in module.named_buffers():
-            state.append((partial(module.get_buffer, name), buffer.detach().clone()))
-    return state
-
-
-def _same(tensor: Tensor) -> Tensor:
+def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
 @torch.no_grad()
 def _bound(
-    elbo: Any, model: Program, guide: Program, batches: Batches, info: PairInfo, check: SupportCheck | None = None
+    estimator: Any, model: Program, guide: Program, batches: Batches, info: PairInfo, check: SupportCheck | None = None
 ) -> float:
+    """The mean bound of data, in nats per datum."""
     with evaluation_mode(model, guide):
-        total, seen = 0.0, 0.0
+        total, num_data = 0.0, 0.0
         for number, batch in enumerate(batches, 1):
             if check is not None:
                 check(batch, f"batch {number} of the validation data")
-            total, seen = total - elbo.loss(model, guide, *batch), seen + info.count(batch)
-    return total / seen
-
-
-def _named(choice: Any, what: str, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
-    if not isinstance(choice, str):
-        return choice
-    if choice not in known:
-        raise ValueError(unknown(what, choice, known))
-    return known[choice]
-
-
-def _schedules(steps: int | None) -> dict[str, Callable[..., Any]]:
-    schedulers = torch.optim.lr_scheduler
-    return {
-        "constant": lambda optimizer: None,
-        "cosine": lambda optimizer: schedulers.CosineAnnealingLR(optimizer, T_max=_known(steps)),
-    }
-
-
-def _known(steps: int | None) -> int:
-    if steps is None:
-        raise ValueError("A cosine schedule needs data that know their length: choose schedule='constant'.")
-    return steps
-
-
-def _said(record: dict[str, Any]) -> str:
-    validation = "" if record["validation"] is None else f", validation {record['validation']:.2f}"
-    return f"bound {record['bound']:.2f}{validation} nats/datum"
+            total, num_data = total - estimator.loss(model, guide, *batch), num_data + info.count(batch)
+    return total / num_data

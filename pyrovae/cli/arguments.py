@@ -1,0 +1,42 @@
+"""The settings of a command line as nested tables."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from cyclopts import App
+
+__all__ = ["collect", "given"]
+
+# cyclopts would fill in defaults, and only what was given may win over the run's file.
+given: dict[str, Any] = {}
+
+
+def collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
+    """Keep the settings given to ``train`` in :data:`given`, for one validation together with the file's."""
+    given.clear()
+    for argument in arguments if commands[-1:] == ("train",) else ():
+        if not argument.name.startswith("--"):
+            continue
+        for token in argument.tokens:
+            name = {"--device": "--train.device"}.get(argument.name, argument.name)
+            path: list[str] = [*name.removeprefix("--").replace("-", "_").split("."), *token.keys]
+            table, last = given, path[-1]
+            for parent in path[:-1]:
+                table = table.setdefault(parent, {})
+            if argument.hint is bool:
+                table[last] = token.value.lower() in ("", "true", "1", "yes") and ".no-" not in str(token.keyword)
+            elif "list" in str(argument.hint):
+                table.setdefault(last, []).append(_literal(token.value) if token.value[:1] == "[" else token.value)
+            else:
+                table[last] = _literal(token.value) if token.keys or token.value[:1] == "{" else token.value
+        argument.tokens.clear()
+
+
+def _literal(text: str) -> Any:
+    """A TOML value, or the text itself: a component's options have no declared type."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,97 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import registry
+from ..registry import canonical, find, names
+from ..tables import text_table
+from .config import Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.datasets import Split
+    from ..diagnostics.decomposition import Decomposition
+    from ..evidence.results import Evidence
+
+__all__ = ["device_name", "likelihood_reason", "print_evidence", "print_names", "print_start"]
+
+
+def print_start(run: Run, split: Split, device: torch.device) -> None:
+    """Print where a run trains, on what, and with which likelihood."""
+    print(f"On {device_name(device)}.")
+    print(textwrap.fill(f"Data: {split.note}.", 80, break_long_words=False, break_on_hyphens=False))
+    print(textwrap.fill(f"Likelihood: {likelihood_reason(run, split)}.", 80))
+
+
+def print_evidence(
+    folder: Path, split: Split, quantity: str, evidence: Evidence, parts: Decomposition | None, labels: dict[str, str]
+) -> None:
+    """Print what was found on the test data."""
+    from ..evidence.kinds import KINDS
+
+    unit, units = split.unit, {"image": "images", "datum": "data"}[split.unit]
+    reliable, size = int(evidence.reliable.sum()), len(evidence)
+    who = "guide" if evidence.kind == KINDS["guide"] else "proposal"
+    print(f"\nHeld-out {split.name}, {size:,} {units}, in nats per {unit}:")
+    width = max(8, len(quantity))
+
+    def line(label: str, value: str, what: str = "") -> None:
+        print(f"  {label:<{width}}  {value}{what}")
+
+    if quantity != "log p(x)":
+        line("scored", f"{quantity}, each of the {units} given its label")
+    line("method", evidence.method)
+    line("samples", evidence.effort)
+    line("bound", f"{evidence.elbo.mean():9.2f}", f"  the {who}'s ELBO, which lies below {quantity}")
+    line(quantity, f"{evidence.mean:9.2f}", f"  an estimate; its standard error is {evidence.mean_se:.2f} from")
+    line("", " " * 9, f"  sampling and {evidence.data_se:.2f} from the choice of {units}")
+    condition = quantity.removeprefix("log p(").removesuffix(")").replace("|", ",")
+    line("gap", f"{evidence.gap:9.2f}", f"  what the {who} misses: its KL from p(z|{condition})")
+    line("bits/dim", f"{evidence.bits_per_dim:9.3f}")
+    line("reliable", f"{reliable:9d}", f"  of {size} estimates: {evidence.criterion}")
+    if reliable < size:
+        line("", " " * 9, "  the others are probably too low; the report shows which")
+    for name, text in labels.items():
+        line(name, text)
+    if parts is not None:
+        beside = "" if quantity == "log p(x)" else ", given their labels,"
+        print(f"\nWhere the nats of the first {len(parts)}{beside} go:\n{parts}\n")
+    print(f"Report: {folder / 'report.html'}")
+
+
+def print_names() -> None:
+    """Print every registered name with the first sentence of its class."""
+    for kind in registry.KINDS:
+        print(f"{kind}s" if kind != "body" else "bodies")
+        print(text_table(None, [[f"  {name:<22}", _summary(find(kind, name))] for name in names(kind)], left=(0, 1), width=80))
+
+
+def _summary(cls: type) -> str:
+    own = not cls.__module__.startswith("pyro.")
+    first = (inspect.getdoc(cls) or "").split("\n\n")[0] if own else f"Pyro's own pyro.infer.{cls.__name__}, as it is."
+    return re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", " ".join(first.split()))
+
+
+def device_name(device: torch.device) -> str:
+    """A processor or GPU in words."""
+    import torch
+
+    return "the CPU" if device.type == "cpu" else f"the GPU, an {torch.cuda.get_device_name(device)}"
+
+
+def likelihood_reason(run: Run, split: Split) -> str:
+    """The likelihood, and whether it is the one that fits the data's support."""
+    chosen, fitting = (
+        canonical("likelihood", table if isinstance(table, str) else table.get("kind"))
+        for table in (run.model.likelihood or split.likelihood, split.likelihood)
+    )
+    if chosen == fitting:
+        return f"{chosen}, since {split.reason}"
+    return f"{chosen}, as the settings say; {fitting} would be the choice here, since {split.reason}"

@@ -1,0 +1,171 @@
+"""A trained model scored: evidence, summary and report, written into the run's folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import Run, run_device, write_run
+from .printing import device_name, likelihood_reason, print_evidence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data.datasets import Split
+    from ..diagnostics.decomposition import Decomposition
+    from ..evidence.results import Evidence
+    from ..models.base import PairModule
+
+__all__ = ["decomposed", "json_text", "package_version", "score"]
+
+
+def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]]) -> None:
+    """Score the test data, write evidence, summary and report, and print what was found."""
+    from .. import files
+    from .report import write_report
+
+    scoring, labels = run.evaluate, split.test_labels
+    inputs = vae.score_inputs(split.test, labels)
+    inputs = tuple(each[: scoring.limit] for each in inputs)
+    began = time.perf_counter()
+    evidence = vae.log_marginal(
+        inputs,
+        num_samples=scoring.num_samples,
+        target_se=scoring.target_se,
+        proposal=scoring.proposal,
+        seed=run.seed,
+        progress=sys.stderr.isatty(),
+    )
+    seconds = time.perf_counter() - began
+    labels = None if labels is None else labels[: len(evidence)]
+    findings = vae.label_findings(inputs[0], labels)
+    facts = _facts(run, split, records, f"{vae.quantity}, in {seconds:.1f} s") | findings
+    evidence.save(folder / "evidence.safetensors")
+    first = tuple(each[: scoring.decompose] for each in inputs)
+    parts = decomposed(vae, first, evidence, run.seed) if scoring.decompose else None
+    files.write_text(folder / "summary.json", json_text(_summary(run, vae.quantity, evidence, parts, facts)) + "\n")
+    few = tuple(each[:10] for each in inputs)
+    write_report(
+        folder / "report.html",
+        title=folder.name,
+        evidence=evidence,
+        quantity=vae.quantity,
+        records=records,
+        settings=write_run(run),
+        facts=facts,
+        originals=few[0].cpu().numpy(),
+        reconstructions=vae.reconstruct(*few).cpu().numpy(),
+        samples=_examples(vae, 40, run.seed).cpu().numpy(),
+        latents=vae.embed(*inputs).detach().cpu().numpy(),
+        labels=None if labels is None else labels.numpy(),
+        decomposition=parts,
+    )
+    print_evidence(folder, split, vae.quantity, evidence, parts, findings)
+
+
+def decomposed(vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, seed: int) -> Decomposition | None:
+    """Where the nats of data go; the gap is split in two if the guide is of a family that can be fitted to a datum."""
+    from ..diagnostics.decomposition import decompose
+    from ..encoders import DiagonalNormal, FullCovarianceNormal
+    from ..evidence.refine import refine
+
+    families: dict[type, str] = {DiagonalNormal: "diagonal", FullCovarianceNormal: "full"}
+    covariance = families.get(type(getattr(vae, "encoder", None)))
+    num_data = len(inputs[0])
+    try:
+        refined = None
+        if covariance is not None:
+            options: Any = {"covariance": covariance, "seed": seed, "progress": sys.stderr.isatty()}
+            refined = refine(vae.model, vae.guide, inputs, **options).elbo
+        return decompose(
+            vae.model, vae.guide, inputs, evidence=evidence.rows(slice(num_data)), refined=refined, seed=seed, progress=False
+        )
+    except ValueError as error:  # a pair that has a log p(x) but no such parts
+        print(f"No decomposition: {error}")
+        return None
+
+
+def _examples(vae: PairModule, num_samples: int, seed: int) -> Any:
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return vae.examples(num_samples)
+
+
+def _summary(run: Run, quantity: str, evidence: Evidence, parts: Decomposition | None, facts: dict[str, str]) -> dict[str, Any]:
+    of_labels = "" if quantity == "log p(x)" else f" of {quantity}"
+    return {
+        "log_px": evidence.mean,
+        "log_px_kind": f"estimate{of_labels} by {evidence.method}, nats per datum",
+        "monte_carlo_se": evidence.mean_se,
+        "data_se": evidence.data_se,
+        "bound": float(evidence.elbo.mean()),
+        "bound_kind": "ELBO, a lower bound, nats per datum",
+        "gap": evidence.gap,
+        "bits_per_dim": evidence.bits_per_dim,
+        "num_data": len(evidence),
+        "num_samples": evidence.num_samples,
+        "target_se": run.evaluate.target_se,
+        "samples_drawn": evidence.effort,
+        "num_reliable": int(evidence.reliable.sum()),
+        "khat_threshold": evidence.khat_threshold,
+        "findings": evidence.summary(),
+        "decomposition": None if parts is None else _parts(parts),
+        "seed": run.seed,
+        "facts": facts,
+    }
+
+
+def _parts(parts: Decomposition) -> dict[str, Any]:
+    means = {name.strip(): {"nats": mean, "se": error, "what": what} for name, mean, error, what in parts.rows()}
+    return {"num_data": len(parts), "active_units": parts.active_units} | means
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON, with ``null`` for infinities and NaN, which JSON lacks."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: plain(each) for key, each in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(each) for each in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(plain(value), indent=1, allow_nan=False)
+
+
+def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: str) -> dict[str, str]:
+    import platform
+    from datetime import UTC, datetime
+
+    import torch
+
+    packages = ("pyrovae", "pyro-ppl", "arviz", "arviz-stats", "numpy")
+    return {
+        "data": split.note,
+        "likelihood": likelihood_reason(run, split),
+        "seed": str(run.seed),
+        "trained": f"{len(records)} epochs, {records[-1]['step']} steps, {records[-1]['seconds']:.1f} s",
+        "scored": scored,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+        "device": device_name(run_device(run)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    } | {package: version for package in packages if (version := package_version(package))}
+
+
+def package_version(package: str) -> str:
+    """An installed distribution's version, or nothing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,375 @@
+"""Importance sampling of one set of data: plan the chunks, draw log-weights, reduce them to sums, finish the evidence."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..compile.cuda import check_precision, products_in
+from ..compile.graph import Staged
+from ..data.batches import Batches, content_hash
+from ..data.matching import Batch
+from ..programs.checks import refuse_no_weights
+from ..programs.coverage import covered_data
+from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
+from ..programs.sites import Program
+from ..programs.tracing import evaluation_mode
+from .chunks import ahead, chunk_sizes, parts_of, runs_of, side_by_side
+from .curve import curve_of
+from .kinds import KINDS
+from .measure import SCORED_DATA, evidence_fields, scored_data
+from .planning import REACH, ImportanceOptions, make_plan, needed_draws, one_datum, pilot_sizes
+from .proposals import (
+    Draw,
+    Probe,
+    Refinement,
+    guide_draws,
+    missed_nats,
+    mixture_draws,
+    prior_draws,
+    prior_probe,
+    refined_draws,
+    refined_probe,
+)
+from .psis import CONSTANT, Array, pareto_smooth, pareto_smooth_together, tail_size
+from .refine import joined, refine_batch
+from .results import Evidence
+from .store import PairIdentity, Store, agreed_seed
+from .streaming import LogMoments
+
+__all__ = ["Group", "ImportanceSampler"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Data that are scored together.
+
+    Attributes:
+        start: the number of the first of them.
+        batch: the arrays, one for each argument of the programs.
+        refinement: the proposal that was fitted to them, if there is one.
+    """
+
+    start: int
+    batch: Batch
+    refinement: Refinement | None
+
+    def __len__(self) -> int:
+        """How many data there are."""
+        return len(self.batch[0])
+
+
+class ImportanceSampler:
+    """One call of :func:`pyrovae.log_marginal`, which is ``ImportanceSampler(model, guide, x, options).run()``.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x); takes the same arguments.
+        x: data as for :func:`pyrovae.log_marginal`.
+        options: what is asked for.
+
+    Raises:
+        ValueError: the data, or options that do not fit the pair.
+    """
+
+    def __init__(self, model: Program, guide: Program, x: Any, options: ImportanceOptions):
+        self.model, self.guide, self.options = model, guide, options
+        self.data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+        self.first = prepare(model, guide, self.data, vectorize_particles=options.vectorize_particles)
+        self.info, self.device = self.first.info, self.first.device
+        check_precision(options.precision, self.device)
+        if self.info.scale != 1.0:
+            raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
+        if self.first.whole is not None and options.target_se is not None:
+            raise ValueError(
+                "target_se must be None for a pair that is tied to one set of data, of which none can stop before the others: "
+                "leave it out."
+            )
+        self.data.to(self.first.dtype, self.device, self.first.floating)
+        self.eps = torch.finfo(self.first.dtype).eps
+        nesting, vectorize = self.info.max_plate_nesting, options.vectorize_particles
+        self._draw_plain = (
+            prior_draws(model, vectorize, nesting) if options.kind == "prior" else guide_draws(model, guide, vectorize, nesting)
+        )
+        self._probe_errors: list[str] = []
+
+    def run(self) -> Evidence:
+        """Score all data."""
+        self.plan()
+        self.store = self._open_store()
+        with self._scoring() as bar:
+            start = 0
+            for batch in self.data:
+                if self.store.wants(start, batch):
+                    self.store.add(start, self.score(start, batch, bar))
+                    bar.set_postfix_str(f"{self.store.mean:.2f} nats/datum")
+                start += len(batch[0])
+        return self.finish(start)
+
+    def plan(self) -> None:
+        """Divide the draws into chunks, and stage what draws one.
+
+        Raises:
+            ValueError: the data are not those of the refinement that is the proposal.
+        """
+        self._plan = make_plan(self.options, self.model, self.guide, self.data, self.first, self._staged_draw)
+        self.data.batch_size = self._plan.batch_size
+        refinement = self.options.refinement
+        if refinement is not None and (self.data.loader is not None or self.data.num_data != len(refinement)):
+            raise ValueError(
+                f"x must be the {len(refinement)} data of the refinement in their order: pass the same data, as arrays."
+            )
+        backend = "inductor" if self._plan.compile else "eager"
+        self.staged = Staged(
+            self._staged_draw, backend, self.options.precision, self._plan.threads, programs=(self.model, self.guide)
+        )
+
+    def _open_store(self) -> Store:
+        """What keeps the groups that have been scored. The names of the settings are those of files."""
+        options, refinement = self.options, self.options.refinement
+        settings: dict[str, Any] = {
+            "num_samples": options.num_samples,
+            "proposal": str(options.kind),
+            "chunk": self._plan.chunk,
+            "num_dims": self.info.num_dims,
+            "target_se": options.target_se,
+            "precision": options.precision,
+            "num_prior": self._plan.num_prior,
+            "given": list(self.info.given),
+        }
+        if refinement is not None:
+            parts = (refinement.loc, refinement.scale_tril, refinement.shares)
+            settings["refinement"] = content_hash(torch.as_tensor(part) for part in parts)
+        pair = None if options.resume is None else PairIdentity.of(self.model, self.guide, self.first, one_datum(self.first))
+        return Store(options.resume, agreed_seed(options.seed), settings, pair, chosen=options.seed is not None)
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[tqdm]:
+        """Evaluation mode, a random stream of our own, and the progress bar."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.no_grad(),
+            evaluation_mode(self.model, self.guide),
+            torch.random.fork_rng(devices),
+            contextlib.closing(self.staged),
+            products_in(self.options.precision, self.device),
+            tqdm(total=self.data.num_data, desc="log p(x)", unit="datum", disable=not self.options.progress) as bar,
+        ):
+            yield bar
+
+    def score(self, start: int, batch: Batch, bar: tqdm) -> dict[str, Array]:
+        """The answer for one group of data, as arrays over them."""
+        kind, seed = self.options.kind, self.store.seed_of(start)
+        info = inspect_pair(self.model, self.guide, *batch)
+        if kind in ("guide", "mixture"):
+            refuse_no_weights(info.no_weights)
+        described = scored_data(info, batch)
+        torch.manual_seed(seed)
+        if (start // self._plan.group).bit_count() == 1:  # groups 1, 2, 4, ... check the graph on other data
+            self.staged.recheck(f"from datum {start} on")
+        covered = None
+        if kind == "guide":
+            vectorize = self.options.vectorize_particles
+            covered = covered_data(self.model, self.guide, batch, **self.info.layout, vectorize=vectorize)
+        with pyro.validation_enabled(False):
+            group = Group(start, batch, self._refinement_of(start, batch))
+            arrays = self._estimate(group, bar)
+            if self._plan.num_probes:
+                # A random stream of its own, independent of how much the draws took of theirs.
+                torch.manual_seed(seed + 1)
+                arrays["missed"] = self._missed(group, arrays)
+        if covered is not None:
+            arrays["covered"] = covered.cpu().numpy()
+        return arrays | described
+
+    def _refinement_of(self, start: int, batch: Batch) -> Refinement | None:
+        """The proposal of a group, if the proposal is fitted."""
+        if self.options.refinement is not None:
+            return self.options.refinement.rows(np.arange(start, start + len(batch[0])))
+        if self._plan.refine is None:
+            return None
+        vectorize = self.options.vectorize_particles
+        blocks = zip(*(array.split(self._plan.refined_rows) for array in batch), strict=True)
+        return joined([refine_batch(self.model, self.guide, block, self._plan.refine, vectorize) for block in blocks])
+
+    def _estimate(self, group: Group, bar: tqdm) -> dict[str, Array]:
+        """The estimates for a group, from as many fresh draws of each datum as its pilot decided on."""
+        arrays: dict[str, Array] = {}
+        wanted, pilot = self._pilot(group)
+        for until in np.unique(wanted).tolist():
+            active = torch.from_numpy(np.flatnonzero(wanted == until))
+            first = None if self.options.target_se is None else self._plan.checks[0]
+            for rows, moments in self.reduce(group, active, self._moments(group), until, first):
+                # Each part is finished at once, while other threads still draw.
+                for name, part in self._finish_part(moments).items():
+                    place = arrays.setdefault(name, np.empty((len(group), *part.shape[1:]), part.dtype))
+                    place[rows.numpy()] = part
+                bar.update(len(rows))
+        arrays["pilot"] = pilot
+        return arrays
+
+    def _moments(self, group: Group) -> LogMoments:
+        return LogMoments(len(group), self.options.num_samples, self.device, curve=True)
+
+    def _pilot(self, group: Group) -> tuple[Array, Array]:
+        """How many draws each datum's estimate shall be from, and how many were made to decide on that."""
+        options, checks = self.options, self._plan.checks
+        wanted, pilot = np.full(len(group), options.num_samples), np.zeros(len(group), np.int64)
+        if options.target_se is None:
+            return wanted, pilot
+        sizes, active, moments = pilot_sizes(checks), torch.arange(len(group)), self._moments(group)
+        for size in sizes:
+            undecided = []
+            for chosen, part in self.reduce(group, active, moments, size, sizes[0]):
+                number = needed_draws(part, options.target_se, bool(self.info.discrete))
+                enough = np.array(checks)[np.searchsorted(checks[:-1], number)]
+                rows, decided = chosen.numpy(), (enough <= REACH * size) | (number >= 2 * options.num_samples)
+                wanted[rows[decided]] = enough[decided]
+                pilot[rows] = size
+                undecided.append(chosen[torch.from_numpy(~decided)])
+            active, moments.num_drawn = torch.cat(undecided), size
+            if not len(active):
+                break
+        return wanted, pilot
+
+    def draw(self, group: Group, parts: list[tuple[Tensor, int]], done: int, step: int) -> Iterator[Tensor]:
+        """Log-weights of each part of a group in turn, ``step`` draws for each of its data in blocks (size, B), float64.
+
+        Args:
+            group: the data.
+            parts: rows of the group that draw together, and how many draws each takes at once.
+            done: draws that they have had before, by which a mixture divides the next ones.
+            step: draws for each row.
+        """
+
+        def calls() -> Iterator[Callable[[], Tensor]]:
+            for rows, most in parts:
+                place = rows.to(self.device, non_blocking=True)
+                submit, batch = self._submit(group, rows, done), tuple(array[place] for array in group.batch)
+                yield from (submit(batch, size) for size in chunk_sizes(step, most))
+
+        return ahead(calls(), self._plan.threads + 2 if self._plan.threads > 1 else 0)
+
+    def _submit(self, group: Group, rows: Tensor, done: int) -> Callable[[Batch, int], Callable[[], Tensor]]:
+        """What starts to draw log-weights of some rows of a group, and returns the function that waits for them."""
+        model, guide, vectorize = self.model, self.guide, self.options.vectorize_particles
+        if self.options.kind == "mixture":
+            nesting, numbers = self.info.max_plate_nesting, (self.options.num_samples, self._plan.num_prior)
+            draw: Draw = mixture_draws(model, guide, vectorize, nesting, *numbers, done)
+        elif group.refinement is not None:
+            draw = refined_draws(model, guide, group.refinement.rows(rows.numpy()), vectorize)
+        else:
+            return self._submit_staged
+        return lambda batch, size: partial(draw, batch, size)
+
+    def _submit_staged(self, batch: Batch, size: int) -> Callable[[], Tensor]:
+        value = self.staged.submit(torch.empty(size, 0, device=self.device), *batch)
+        return lambda: value()[0]
+
+    def _staged_draw(self, length: Tensor, *batch: Tensor) -> tuple[Tensor]:
+        # Graphs are captured for a shape, so the number of samples is passed as the length of an empty tensor.
+        return (self._draw_plain(batch, len(length)),)
+
+    def reduce(
+        self, group: Group, active: Tensor, moments: LogMoments, until: int, first: int | None
+    ) -> Iterator[tuple[Tensor, LogMoments]]:
+        """Draw until the active rows of a group have ``until`` draws; yield rows and their sums as they are complete.
+
+        Args:
+            group: the data.
+            active: the rows, by their numbers.
+            moments: the sums of all rows of the group so far, which are written to.
+            until: draws that each active row shall have.
+            first: the smallest number of draws that is used; see :func:`~pyrovae.evidence.planning.parts_of`.
+        """
+        done, plan = moments.num_drawn, self._plan
+        step = until - done
+        parts = list(parts_of(active, step, plan.chunk, first, plan.group, plan.whole))
+        blocks = self.draw(group, parts, done, step)
+        for run in runs_of(parts, step, plan.reduced):
+            rows = torch.cat([chosen for chosen, _ in run])
+            part = moments.rows(rows)
+            part.extend(side_by_side(blocks, run, step), until)
+            moments.put(rows, part)
+            yield rows, part
+
+    def _finish_part(self, moments: LogMoments) -> dict[str, Array]:
+        """The answer for some data from their sums, with the names of the store's files."""
+        drawn, sums, estimate = moments.num_drawn, moments.arrays(), moments.finish()
+        size = len(estimate.log_px)
+        khat, smoothed, rest = np.empty(size), np.empty(size), np.ones(size, dtype=bool)
+        if self._plan.on_gpu:
+            largest = moments.tail[:, : tail_size(drawn)]
+            fitted = pareto_smooth_together(largest, moments.log_sum, drawn, precision=self.eps)
+            khat, smoothed, ordinary = (part.cpu().numpy() for part in fitted)
+            rest = ~ordinary
+        tail = sums["tail"][rest, : tail_size(drawn)]
+        khat[rest], smoothed[rest] = pareto_smooth(tail, estimate.log_px[rest], drawn, precision=self.eps)
+        # If a datum stopped before K draws, its curve stays at what it had.
+        reached = np.array(moments.recorded) <= drawn
+        curves = {
+            name: np.column_stack([np.where(reached, sums[name], sums[whole][:, None]), sums[whole]])
+            for name, whole in (("curve_sum", "log_sum"), ("curve_square", "log_square"))
+        }
+        counts = np.full(size, drawn, dtype=np.int64)
+        own = {"khat": khat, "log_px_psis": smoothed, "drawn": counts, "largest": sums["tail"][:, 0]}
+        return estimate._asdict() | own | curves
+
+    def _missed(self, group: Group, arrays: dict[str, Array]) -> Array:
+        """What the proposal missed of each datum of a group, by draws of the prior, in nats."""
+        model, guide, vectorize, plan = self.model, self.guide, self.options.vectorize_particles, self._plan
+        missed = np.full(len(group), math.nan)
+        try:
+            for chosen, most in parts_of(torch.arange(len(group)), plan.num_probes, plan.chunk, None, plan.group, plan.whole):
+                rows, batch = chosen.numpy(), tuple(array[chosen] for array in group.batch)
+                probe = prior_probe(model, guide, vectorize, self.info.max_plate_nesting)
+                if group.refinement is not None:
+                    probe = refined_probe(model, guide, group.refinement.rows(rows), vectorize)
+                blocks = [probe(batch, size) for size in chunk_sizes(plan.num_probes, most)]
+                joint = Probe(*(torch.cat(columns).cpu() for columns in zip(*blocks, strict=True)))
+                largest, log_px = (torch.from_numpy(arrays[name][rows]) for name in ("largest", "log_px"))
+                missed[rows] = missed_nats(joint, largest, log_px, CONSTANT).numpy()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            # The prior may have no sampler, the guide no density there, and a network no answer; the pair may be valid.
+            self._probe_errors.append(str(error) or type(error).__name__)
+        return missed
+
+    def finish(self, num_data: int) -> Evidence:
+        """The evidence, from all groups of all processes."""
+        options, info = self.options, self.info
+        scored = self.store.gathered(num_data)
+        drawn, pilot, _ = (scored.pop(name) for name in ("drawn", "pilot", "largest"))
+        sums, squares = scored.pop("curve_sum").T, scored.pop("curve_square").T
+        curve = curve_of(sums, squares, scored["elbo"], options.num_samples, drawn)
+        fields = evidence_fields([{name: scored.pop(name) for name in SCORED_DATA}], info.given)
+        if info.discrete and set(info.discrete) == set(info.latents):
+            # Weights with finitely many values have no Pareto tail to smooth.
+            scored["log_px_psis"] = scored["log_px"].copy()
+        missed = scored.pop("missed", None)
+        if missed is not None and info.discrete:
+            # A value that was never drawn leaves no trace in the weights, and the prior was not asked.
+            scored["khat"][np.isnan(missed) & np.isneginf(scored["khat"])] = math.nan
+        notes: dict[str, Any] = {} if options.target_se is None else {"target_se": float(options.target_se)}
+        notes |= {"prior_not_asked": self._probe_errors[0]} if self._probe_errors else {}
+        notes |= {} if options.precision == "float32" else {"precision": options.precision}
+        return Evidence(
+            **scored,
+            **fields,
+            curve=curve,
+            num_samples=options.num_samples,
+            method=KINDS[options.kind].method,
+            drawn=None if options.target_se is None else drawn,
+            pilot=None if options.target_se is None else pilot,
+            missed=None if missed is None or np.isnan(missed).all() else missed,
+            notes=notes,
+        )

@@ -1,0 +1,57 @@
+"""How far a training run is: a bar on a terminal and in a notebook, a line for an epoch elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Self
+
+from tqdm import tqdm
+
+__all__ = ["Progress"]
+
+# Lines in a log file: no more than one in so many seconds, but the first epoch's and the last one's.
+SECONDS_BETWEEN_LINES = 1.0
+
+
+class Progress:
+    """Shows steps and bounds on standard error.
+
+    Args:
+        total_steps: how many steps there will be, or ``None`` if nobody knows.
+        epochs: how many epochs there will be at most.
+        enabled: whether to show anything.
+    """
+
+    def __init__(self, total_steps: int | None, epochs: int, *, enabled: bool):
+        interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._bar = tqdm(total=total_steps, unit="step", disable=not (enabled and interactive))
+        self._prints, self._epochs = enabled and not interactive, epochs
+        self._printed_at = -SECONDS_BETWEEN_LINES
+        self._waiting: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+        if self._waiting is not None:
+            print(self._waiting, file=sys.stderr)
+
+    def step(self) -> None:
+        """Count a step."""
+        self._bar.update()
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Show the bounds of an epoch."""
+        validation = "" if record["validation"] is None else f", validation {record['validation']:.2f}"
+        bounds = f"bound {record['bound']:.2f}{validation} nats/datum"
+        self._bar.set_postfix_str(bounds)
+        if not self._prints:
+            return
+        line = f"epoch {record['epoch']} of {self._epochs}: {bounds}, {record['seconds']:.0f} s"
+        if time.monotonic() - self._printed_at < SECONDS_BETWEEN_LINES:
+            self._waiting = line
+            return
+        print(line, file=sys.stderr)
+        self._printed_at, self._waiting = time.monotonic(), None

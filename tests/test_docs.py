@@ -1,0 +1,153 @@
+"""The documentation is true: its examples run, its lists are those of the registry, its links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyrovae
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "pyrovae").rglob("*.md")])
+# Where CONTRIBUTING.md says that each example belongs, and how many lines the example may have.
+EXAMPLES = {
+    "prior": ("priors.py", "Logistic", 15),
+    "likelihood": ("likelihoods.py", "Gumbel", 20),
+    "encoder": ("encoders.py", "DiagonalLaplace", 15),
+    "estimator": ("estimators/elbo.py", "Median", 15),
+}
+COMMAND = "import sys; from pyrovae.cli import main; sys.exit(main())"
+
+
+def _examples() -> dict[str, str]:
+    """The Python blocks of CONTRIBUTING.md that register a class, by kind."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+    return {block.split('"')[1]: block for block in blocks if block.startswith("@register(")}
+
+
+def _run(folder: Path, *arguments: str) -> str:
+    """Run Python on the package in a folder, and return what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "120"}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def contributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package, to which the examples of CONTRIBUTING.md were added, each in its file."""
+    folder = tmp_path_factory.mktemp("contributed")
+    shutil.copytree(Path(pyrovae.__file__).parent, folder / "pyrovae", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    for kind, block in _examples().items():
+        with (folder / "pyrovae" / EXAMPLES[kind][0]).open("a", encoding="utf-8") as file:
+            file.write("\n\n" + block)
+    return folder
+
+
+def test_an_example_of_each_kind_is_a_few_lines() -> None:
+    examples = _examples()
+    assert examples.keys() == EXAMPLES.keys()
+    for kind, (file, name, limit) in EXAMPLES.items():
+        assert f"class {name}(" in examples[kind]
+        assert len([line for line in examples[kind].splitlines() if line.strip()]) <= limit, f"{name}, in {file}"
+
+
+def test_a_contributed_class_is_known_everywhere(contributed: Path) -> None:
+    python = (
+        "import torch, pyrovae as pv\n"
+        "parts = dict(prior='logistic', likelihood='gumbel', encoder='diagonal_laplace')\n"
+        "vae = pv.make_vae(3, latent_dim=2, hidden=[4], **parts)\n"
+        "vae.fit(torch.randn(8, 3), estimator='median', epochs=1, progress=False)\n"
+    )
+    _run(contributed, "-c", python)
+    listed = _run(contributed, "-c", COMMAND, "list")
+    assert all(re.search(rf"^  {name} ", listed, re.M) for name in ("logistic", "gumbel", "diagonal_laplace", "median"))
+    _run(contributed, "docs/components.py")
+    page = (contributed / "docs" / "components.md").read_text(encoding="utf-8")
+    assert "| `logistic` | Independent logistic dimensions" in page
+    assert "| `median` | The median of the log-weights" in page
+
+
+def test_a_contributed_class_trains_from_toml_and_the_command_line(contributed: Path) -> None:
+    np.save(contributed / "x.npy", np.random.default_rng(0).normal(size=(40, 3)).astype("float32"))
+    (contributed / "run.toml").write_text(
+        'estimator = "median"\n[data]\npath = "x.npy"\n'
+        '[model]\nprior = "logistic"\nlikelihood = "gumbel"\nlatent_dim = 2\nhidden = [4]\n'
+        "[train]\nepochs = 1\n[evaluate]\nnum_samples = 50\ndecompose = 0\n"
+    )
+    _run(contributed, "-c", COMMAND, "train", "run.toml", "--model.encoder", "diagonal_laplace", "--name", "run")
+    described = (contributed / "runs" / "run" / "run.toml").read_text(encoding="utf-8")
+    assert "logistic" in described
+    assert "diagonal_laplace" in described
+
+
+def test_the_contract_tests_take_contributed_classes(contributed: Path) -> None:
+    chosen = "logistic or gumbel or diagonal_laplace or median"
+    tests = [str(ROOT / "tests" / name) for name in ("test_contracts.py", "test_contracts_likelihoods.py")]
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    report = _run(contributed, "-m", "pytest", *options, "-k", chosen, *tests)
+    assert int(re.search(r"(\d+) passed", report).group(1)) >= 30, report
+    assert "skipped" not in report
+
+
+def test_the_lists_of_components_are_those_of_the_registry() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "components.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page.name} links to {target}"
+
+
+def test_files_that_are_named_exist() -> None:
+    """Scripts, tests and modules that the pages name in backticks."""
+    for page in PAGES:
+        for name in re.findall(r"`((?:pyrovae|tests|experiments|docs|\.ci)/[\w./-]+\.\w+)", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_walks_of_the_architecture_name_what_there_is() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    walks = text[text.index("### From `fit`") : text.index("## Words")]
+    found = re.findall(r"`((?:[a-z_]+\.)+\w+)`", walks)
+    assert len(found) > 10
+    for name in found:
+        assert _exists(f"pyrovae.{name}") or _exists(f"pyrovae.data.{name}"), (
+            f"ARCHITECTURE.md names {name}, which is not there"
+        )
+
+
+def _exists(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+
+
+def test_the_citation_has_the_version() -> None:
+    assert f"version: {pyrovae.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
