@@ -41,24 +41,29 @@ def centre(distribution: Any) -> Tensor:
     return distribution.centre if hasattr(distribution, "centre") else distribution.mean
 
 
-def same_support(first: constraints.Constraint, second: constraints.Constraint) -> bool:
-    """Whether two constraints without bounds, such as those of latents, are the same set.
+def same_support(first: Any, second: Any) -> bool:
+    """Whether two supports are the same set: of one class, with equal bounds and parts.
 
     Example:
-        >>> from torch.distributions import constraints
+        >>> from pyro.distributions import constraints
         >>> from pyrovae.distributions import same_support
         >>> same_support(constraints.real_vector, constraints.independent(constraints.real, 1))
         True
         >>> same_support(constraints.real_vector, constraints.simplex)
         False
     """
-    if first.event_dim != second.event_dim:
+    if type(first) is not type(second):
         return False
-    while isinstance(first, constraints.independent):
-        first = first.base_constraint
-    while isinstance(second, constraints.independent):
-        second = second.base_constraint
-    return type(first) is type(second)
+    one, other = vars(first), vars(second)
+    return one.keys() == other.keys() and all(_same_part(one[name], other[name]) for name in one)
+
+
+def _same_part(first: Any, second: Any) -> bool:
+    if isinstance(first, constraints.Constraint):
+        return same_support(first, second)
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return bool(torch.equal(torch.as_tensor(first), torch.as_tensor(second)))
+    return bool(first == second)
 
 
 class HypersphereUniform(dist.TorchDistribution):

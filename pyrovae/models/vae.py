@@ -233,7 +233,8 @@ class VAE(PairModule):
             ValueError: the mask is no boolean tensor of the shape of ``x``, or a number is not positive.
 
         References:
-            Mattei and Frellsen, MIWAE: Deep generative modelling and imputation of incomplete data sets, 2019.
+            Mattei and Frellsen, MIWAE: Deep generative modelling and imputation of incomplete data sets, 2019,
+            https://arxiv.org/abs/1812.02633.
 
         Example:
             >>> import torch, pyrovae as pv
