@@ -26,14 +26,14 @@ MOVED: dict[str, tuple[str, ...]] = {
     "integration": ("evidence.exact", "evidence.enumeration", "evidence.linear_gaussian", "evidence.latent_quadrature"),
     "kernels": ("compile.kernels",),
     "marginal": ("evidence.importance", "evidence.sampler", "evidence.planning", "evidence.store"),
-    "pairs": ("programs.inspect",),
+    "pairs": ("programs.inspect", "programs.parameters"),
     "proposals": ("evidence.refine", "evidence.proposals"),
     "report": ("cli.report", "cli.figures", "plots"),
     "rewrites": ("compile.rewrites", "compile.matmul", "compile.patterns"),
     "staging": ("compile.step", "compile.graph", "compile.inductor", "compile.optimizer"),
     "traces": ("programs.sites", "programs.tracing", "programs.checks", "programs.unconstrained"),
     "vae": ("models.vae", "models.base"),
-    "weights": ("programs.log_weights", "programs.wake_sleep"),
+    "weights": ("programs.weights", "programs.log_weights", "programs.wake_sleep"),
 }
 
 

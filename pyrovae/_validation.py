@@ -18,7 +18,7 @@ def positive_integer(value: Any, what: str) -> int:
     """``value`` as a plain integer.
 
     Raises:
-        ValueError: it is no positive whole number; the message calls it ``what``.
+        ValueError: it is not a positive whole number; the message calls it ``what``.
 
     Example:
         >>> from pyrovae._validation import positive_integer
@@ -34,7 +34,7 @@ def positive_number(value: Any, what: str) -> float:
     """``value`` as a plain float.
 
     Raises:
-        ValueError: it is no positive, finite number; the message calls it ``what``.
+        ValueError: it is not a positive, finite number; the message calls it ``what``.
 
     Example:
         >>> from pyrovae._validation import positive_number

@@ -17,6 +17,13 @@ from torch import Size, Tensor, nn
 from torch.distributions import AffineTransform
 from torch.distributions.kl import register_kl
 
+__all__ = [
+    "Beta", "ContinuousBernoulli", "Dequantized", "DiagonalNormalMixture", "DiscretizedLogistic", "FlowDistribution",
+    "HeterogeneousIndependent", "HypersphereUniform", "NormalMixture", "OneHot", "OrdinalCategorical", "PowerSpherical",
+    "RelaxedOneHot", "ZeroInflatedNegativeBinomial", "centre", "check_sphere", "conditioned", "flow_transform", "log_area",
+    "mixture", "normalizing_flow", "same_support",
+]  # fmt: skip
+
 
 def centre(distribution: Any) -> Tensor:
     """One point that stands for a distribution, of its batch and event shape.
@@ -32,6 +39,31 @@ def centre(distribution: Any) -> Tensor:
         tensor([0., 1.])
     """
     return distribution.centre if hasattr(distribution, "centre") else distribution.mean
+
+
+def same_support(first: Any, second: Any) -> bool:
+    """Whether two supports are the same set: of one class, with equal bounds and parts.
+
+    Example:
+        >>> from pyro.distributions import constraints
+        >>> from pyrovae.distributions import same_support
+        >>> same_support(constraints.real_vector, constraints.independent(constraints.real, 1))
+        True
+        >>> same_support(constraints.real_vector, constraints.simplex)
+        False
+    """
+    if type(first) is not type(second):
+        return False
+    one, other = vars(first), vars(second)
+    return one.keys() == other.keys() and all(_same_part(one[name], other[name]) for name in one)
+
+
+def _same_part(first: Any, second: Any) -> bool:
+    if isinstance(first, constraints.Constraint):
+        return same_support(first, second)
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return bool(torch.equal(torch.as_tensor(first), torch.as_tensor(second)))
+    return bool(first == second)
 
 
 class HypersphereUniform(dist.TorchDistribution):
@@ -102,7 +134,7 @@ class PowerSpherical(dist.TorchDistribution):
         ValueError: L is below 2.
 
     References:
-        De Cao and Aziz, The Power Spherical Distribution, 2020.
+        De Cao and Aziz, The Power Spherical Distribution, 2020, https://arxiv.org/abs/2006.04437.
 
     Example:
         >>> import torch
@@ -217,8 +249,8 @@ class DiagonalNormalMixture(dist.MixtureSameFamily):
         component_distribution: ``Normal(...).to_event(1)``, batch shape ``[..., C]`` and event shape ``(L,)``.
 
     References:
-        Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018. Graves, Stochastic Backpropagation through
-        Mixture Density Distributions, 2016.
+        Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018, https://arxiv.org/abs/1805.08498.
+        Graves, Stochastic Backpropagation through Mixture Density Distributions, 2016, https://arxiv.org/abs/1607.05690.
 
     Example:
         >>> import pyro.distributions as dist, torch
@@ -352,7 +384,8 @@ class RelaxedOneHot(dist.RelaxedOneHotCategorical):
         logits: log pi up to a constant, shape ``[..., L]``.
 
     References:
-        Maddison, Mnih and Teh, The Concrete Distribution, 2017. Jang, Gu and Poole, Gumbel-Softmax, 2017.
+        Maddison, Mnih and Teh, The Concrete Distribution, 2017, https://arxiv.org/abs/1611.00712.
+        Jang, Gu and Poole, Categorical Reparameterization with Gumbel-Softmax, 2017, https://arxiv.org/abs/1611.01144.
 
     Example:
         >>> import torch
@@ -455,8 +488,12 @@ def flow_transform(family: str, dim: int, *, context: int = 0, depth: int = 3, h
         ValueError: the family is none of the three.
 
     References:
-        Coupling: Dinh et al., NICE, 2014 and RealNVP, 2016. Germain et al., MADE, 2015. Papamakarios et al., Masked
-        Autoregressive Flow, 2017. Durkan et al., Neural Spline Flows, 2019.
+        Dinh, Krueger and Bengio, NICE, 2014, https://arxiv.org/abs/1410.8516.
+        Dinh, Sohl-Dickstein and Bengio, Density Estimation Using Real NVP, 2016, https://arxiv.org/abs/1605.08803.
+        Germain, Gregor, Murray and Larochelle, MADE, 2015, https://arxiv.org/abs/1502.03509.
+        Papamakarios, Pavlakou and Murray, Masked Autoregressive Flow for Density Estimation, 2017,
+        https://arxiv.org/abs/1705.07057.
+        Durkan, Bekasov, Murray and Papamakarios, Neural Spline Flows, 2019, https://arxiv.org/abs/1906.04032.
 
     Example:
         >>> import torch
@@ -531,7 +568,8 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
         logits: :math:`\ell`, of any shape, which is the batch shape.
 
     References:
-        Loaiza-Ganem and Cunningham, The continuous Bernoulli, 2019.
+        Loaiza-Ganem and Cunningham, The Continuous Bernoulli: Fixing a Pervasive Error in Variational Autoencoders, 2019,
+        https://arxiv.org/abs/1907.06845.
 
     Example:
         >>> import torch
@@ -689,7 +727,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
         num_levels: n, at least 2.
 
     References:
-        Salimans et al., PixelCNN++, 2017.
+        Salimans, Karpathy, Chen and Kingma, PixelCNN++, 2017, https://arxiv.org/abs/1701.05517.
 
     Example:
         >>> import torch
@@ -934,7 +972,7 @@ class Dequantized(dist.TransformedDistribution):
         num_levels: n, at least 2.
 
     References:
-        Theis, van den Oord and Bethge, A note on the evaluation of generative models, 2016.
+        Theis, van den Oord and Bethge, A Note on the Evaluation of Generative Models, 2016, https://arxiv.org/abs/1511.01844.
 
     Example:
         >>> import torch
@@ -942,6 +980,8 @@ class Dequantized(dist.TransformedDistribution):
         >>> Dequantized(ContinuousBernoulli(torch.zeros(())), 256).log_prob(torch.tensor(3.7)).exp() * 256
         tensor(1.)
     """
+
+    support_cure = "add noise with pyrovae.data.dequantize to"
 
     def __init__(self, base_dist: Any, num_levels: int, validate_args: bool | None = None):
         self.num_levels = num_levels

@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 from . import distributions
 from ._validation import positive_integer, positive_number
-from .distributions import FlowDistribution, check_sphere, flow_transform, normalizing_flow
+from .distributions import FlowDistribution, check_sphere, flow_transform, normalizing_flow, same_support
 from .nn import as_shape, as_widths
 from .registry import build, find, register
+
+__all__ = [
+    "Categorical", "DiagonalNormal", "Encoder", "Flow", "FullCovarianceNormal", "LowRankNormal", "Mixture", "PowerSpherical",
+    "RelaxedOneHot",
+]  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -161,7 +166,8 @@ class LowRankNormal(Encoder):
         ValueError: ``rank`` is not a positive integer.
 
     References:
-        Ong, Nott and Smith, Gaussian Variational Approximation with a Factor Covariance Structure, 2018.
+        Ong, Nott and Smith, Gaussian Variational Approximation with a Factor Covariance Structure, 2018,
+        https://arxiv.org/abs/1701.03208.
 
     Example:
         >>> import torch
@@ -206,8 +212,9 @@ class Mixture(Encoder):
         ValueError: ``components`` is not a positive integer.
 
     References:
-        Morningstar et al., Automatic Differentiation Variational Inference with Mixtures, 2021. Figurnov, Mohamed and Mnih,
-        Implicit Reparameterization Gradients, 2018.
+        Morningstar et al., Automatic Differentiation Variational Inference with Mixtures, 2021,
+        https://arxiv.org/abs/2003.01687.
+        Figurnov, Mohamed and Mnih, Implicit Reparameterization Gradients, 2018, https://arxiv.org/abs/1805.08498.
 
     Example:
         >>> import torch
@@ -261,8 +268,10 @@ class Flow(Encoder):
         ValueError: the family is none of these, the base does not live on all real vectors, or a number is not positive.
 
     References:
-        Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow, 2016. Rezende and Mohamed, Variational
-        Inference with Normalizing Flows, 2015. Dinh et al., RealNVP, 2016. Durkan et al., Neural Spline Flows, 2019.
+        Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow, 2016, https://arxiv.org/abs/1606.04934.
+        Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015, https://arxiv.org/abs/1505.05770.
+        Dinh, Sohl-Dickstein and Bengio, Density Estimation Using Real NVP, 2016, https://arxiv.org/abs/1605.08803.
+        Durkan, Bekasov, Murray and Papamakarios, Neural Spline Flows, 2019, https://arxiv.org/abs/1906.04032.
 
     Example:
         >>> import torch
@@ -288,7 +297,7 @@ class Flow(Encoder):
         if family not in families:
             raise ValueError(f"family is one of {', '.join(map(repr, families))}, not {family!r}.")
         below: type[Encoder] = find("encoder", base)
-        if str(below.support) != str(constraints.real_vector):
+        if not same_support(below.support, constraints.real_vector):
             raise ValueError(f"A flow moves all real vectors, and {base!r} does not live there: choose another base.")
         self.init_arguments = {"base": base}
         # The base sees features for data, so that the body has one owner.
@@ -327,8 +336,8 @@ class PowerSpherical(Encoder):
         ValueError: L is below 2.
 
     References:
-        De Cao and Aziz, The Power Spherical Distribution, 2020. Davidson et al., Hyperspherical Variational Auto-Encoders,
-        2018.
+        De Cao and Aziz, The Power Spherical Distribution, 2020, https://arxiv.org/abs/2006.04437.
+        Davidson et al., Hyperspherical Variational Auto-Encoders, 2018, https://arxiv.org/abs/1804.00891.
 
     Example:
         >>> import torch
@@ -375,7 +384,8 @@ class RelaxedOneHot(Encoder):
         ValueError: ``temperature`` is not a positive number.
 
     References:
-        Maddison, Mnih and Teh, The Concrete Distribution, 2017. Jang, Gu and Poole, Gumbel-Softmax, 2017.
+        Maddison, Mnih and Teh, The Concrete Distribution, 2017, https://arxiv.org/abs/1611.00712.
+        Jang, Gu and Poole, Categorical Reparameterization with Gumbel-Softmax, 2017, https://arxiv.org/abs/1611.01144.
 
     Example:
         >>> import torch

@@ -22,6 +22,11 @@ from ._validation import positive_integer, positive_number
 from .nn import Body, Shape, as_shape
 from .registry import build, find, register
 
+__all__ = [
+    "Bernoulli", "Beta", "BetaBinomial", "Binomial", "Categorical", "ContinuousBernoulli", "Dequantized", "DiscretizedLogistic",
+    "Laplace", "Likelihood", "Mixed", "NegativeBinomial", "Normal", "Poisson", "StudentT", "ZeroInflatedNegativeBinomial",
+]  # fmt: skip
+
 # Where a likelihood reads the library size off its datum and there is none, as for draws from the prior: counts per ten
 # thousand, as single-cell data are commonly normalised.
 TYPICAL_LIBRARY = 1e4
@@ -293,7 +298,8 @@ class Normal(_ScaleParameter):
         ValueError: ``scale`` is neither a positive number nor one of the words, or the decoder does not fit it.
 
     References:
-        Rybkin, Daniilidis and Levine, Simple and effective VAE training with calibrated decoders, 2021.
+        Rybkin, Daniilidis and Levine, Simple and Effective VAE Training with Calibrated Decoders, 2021,
+        https://arxiv.org/abs/2006.13202.
 
     Example:
         >>> import torch
@@ -386,7 +392,8 @@ class StudentT(_ScaleParameter):
         ValueError: ``df`` or ``scale`` is none of these, or the decoder does not fit.
 
     References:
-        Takahashi et al., Student-t variational autoencoder for robust density estimation, 2018.
+        Takahashi et al., Student-t Variational Autoencoder for Robust Density Estimation, 2018,
+        https://www.ijcai.org/proceedings/2018/374.
 
     Example:
         >>> import torch
@@ -425,7 +432,8 @@ class ContinuousBernoulli(Likelihood):
         event_shape: the shape of one datum, if the decoder does not say it.
 
     References:
-        Loaiza-Ganem and Cunningham, The continuous Bernoulli, 2019.
+        Loaiza-Ganem and Cunningham, The Continuous Bernoulli: Fixing a Pervasive Error in Variational Autoencoders, 2019,
+        https://arxiv.org/abs/1907.06845.
 
     Example:
         >>> import torch
@@ -671,7 +679,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
         ValueError: ``dispersion`` or ``library`` is none of these, or the decoder does not fit.
 
     References:
-        Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018.
+        Lopez et al., Deep Generative Modeling for Single-Cell Transcriptomics, 2018, https://doi.org/10.1038/s41592-018-0229-2.
 
     Example:
         >>> import torch
@@ -721,7 +729,7 @@ class Categorical(Likelihood):
         ValueError: ``num_levels`` is no integer from 2 on, or the decoder does not fit.
 
     References:
-        Van den Oord, Kalchbrenner and Kavukcuoglu, Pixel recurrent neural networks, 2016.
+        Van den Oord, Kalchbrenner and Kavukcuoglu, Pixel Recurrent Neural Networks, 2016, https://arxiv.org/abs/1601.06759.
 
     Example:
         >>> import torch
@@ -774,7 +782,7 @@ class DiscretizedLogistic(Likelihood):
         ValueError: ``num_levels`` or ``components`` is no such integer, or the decoder does not fit.
 
     References:
-        Salimans et al., PixelCNN++, 2017.
+        Salimans, Karpathy, Chen and Kingma, PixelCNN++, 2017, https://arxiv.org/abs/1701.05517.
 
     Example:
         >>> import torch
@@ -839,7 +847,7 @@ class Dequantized(Likelihood):
         ValueError: the likelihood is one of discrete data, or has no such name, or ``num_levels`` is no integer from 2 on.
 
     References:
-        Theis, van den Oord and Bethge, A note on the evaluation of generative models, 2016.
+        Theis, van den Oord and Bethge, A Note on the Evaluation of Generative Models, 2016, https://arxiv.org/abs/1511.01844.
 
     Example:
         >>> import torch
@@ -913,7 +921,8 @@ class Mixed(Likelihood):
         ValueError: the parts do not share out the columns, or the decoder does not give P numbers.
 
     References:
-        Nazabal et al., Handling incomplete heterogeneous data using VAEs, 2020.
+        Nazabal, Olmos, Ghahramani and Valera, Handling Incomplete Heterogeneous Data Using VAEs, 2020,
+        https://arxiv.org/abs/1807.03653.
 
     Example:
         >>> import torch

@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from ._validation import positive_integer, unknown
 from .registry import register
 
+__all__ = [
+    "MLP", "Activation", "Body", "ConvDecoder", "ConvEncoder", "GatedMLP", "ResNetDecoder", "ResNetEncoder", "Shape",
+    "activation_module", "as_shape", "as_widths",
+]  # fmt: skip
+
 Shape = int | Sequence[int]
 Activation = str | Callable[[], nn.Module]
 
@@ -39,7 +44,7 @@ def as_shape(shape: Shape) -> tuple[int, ...]:
     """``784`` -> ``(784,)``; ``[1, 28, 28]`` -> ``(1, 28, 28)``."""
     found: tuple[Any, ...] = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if not found or not all(isinstance(size, Integral) and int(size) > 0 for size in found):
-        raise ValueError(f"A shape is a positive integer or a non-empty tuple of them, not {shape!r}.")
+        raise ValueError(f"A shape must be a positive integer or a non-empty tuple of them, got {shape!r}.")
     return tuple(int(size) for size in found)
 
 
@@ -51,7 +56,7 @@ def as_widths(widths: Sequence[int]) -> list[int]:
     """
     found = list(widths) if isinstance(widths, Iterable) else [0]
     if not all(isinstance(width, Integral) and width > 0 for width in found):
-        raise ValueError(f"hidden is a list of positive integers such as [200, 200], not {widths!r}.")
+        raise ValueError(f"hidden must be a list of positive integers such as [200, 200], got {widths!r}.")
     return [int(width) for width in found]
 
 
@@ -330,7 +335,8 @@ class ResNetEncoder(_ImageEncoder):
         ValueError: the input is not an image, or too small for that many halvings.
 
     References:
-        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015; Identity Mappings in Deep Residual Networks, 2016.
+        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852.
+        He, Zhang, Ren and Sun, Identity Mappings in Deep Residual Networks, 2016, https://arxiv.org/abs/1603.05027.
 
     Example:
         >>> import torch
@@ -365,7 +371,8 @@ class ResNetDecoder(_ImageDecoder):
         ValueError: the output is not an image, or too small for that many doublings.
 
     References:
-        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015; Identity Mappings in Deep Residual Networks, 2016.
+        He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852.
+        He, Zhang, Ren and Sun, Identity Mappings in Deep Residual Networks, 2016, https://arxiv.org/abs/1603.05027.
 
     Example:
         >>> import torch

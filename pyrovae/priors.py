@@ -16,6 +16,11 @@ from .distributions import FlowDistribution, flow_transform, mixture, normalizin
 from .nn import Shape, as_shape, as_widths
 from .registry import register
 
+__all__ = [
+    "Categorical", "Flow", "HypersphereUniform", "Laplace", "LearnedNormal", "Mixture", "Prior", "RelaxedOneHot",
+    "StandardNormal", "StudentT", "Vamp",
+]  # fmt: skip
+
 
 class Prior(nn.Module):
     """A module that returns p(z); concrete priors set ``latent_dim`` and implement ``forward``.
@@ -117,7 +122,9 @@ class Mixture(Prior):
         ValueError: a number is not a positive integer.
 
     References:
-        Dilokthanakul et al., Deep Unsupervised Clustering with Gaussian Mixture VAEs, 2016; Jiang et al., VaDE, 2017.
+        Dilokthanakul et al., Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders, 2016,
+        https://arxiv.org/abs/1611.02648.
+        Jiang et al., Variational Deep Embedding, 2017, https://arxiv.org/abs/1611.05148.
 
     Example:
         >>> from pyrovae.priors import Mixture
@@ -161,7 +168,7 @@ class Vamp(Prior):
         ValueError: a number is not a positive integer, or a shape not one.
 
     References:
-        Tomczak and Welling, VAE with a VampPrior, 2018.
+        Tomczak and Welling, VAE with a VampPrior, 2018, https://arxiv.org/abs/1705.07120.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -298,8 +305,12 @@ class Flow(Prior):
         ValueError: the family is none of these, or a number is not positive.
 
     References:
-        Dinh et al., NICE, 2014, and Density Estimation Using Real NVP, 2016; Papamakarios et al., Masked Autoregressive Flow,
-        2017; Durkan et al., Neural Spline Flows, 2019; as a prior, Chen et al., Variational Lossy Autoencoder, 2016.
+        Dinh, Krueger and Bengio, NICE, 2014, https://arxiv.org/abs/1410.8516.
+        Dinh, Sohl-Dickstein and Bengio, Density Estimation Using Real NVP, 2016, https://arxiv.org/abs/1605.08803.
+        Papamakarios, Pavlakou and Murray, Masked Autoregressive Flow for Density Estimation, 2017,
+        https://arxiv.org/abs/1705.07057.
+        Durkan, Bekasov, Murray and Papamakarios, Neural Spline Flows, 2019, https://arxiv.org/abs/1906.04032.
+        As a prior: Chen et al., Variational Lossy Autoencoder, 2016, https://arxiv.org/abs/1611.02731.
 
     Example:
         >>> import torch
@@ -350,7 +361,7 @@ class Laplace(_FixedScale):
         ValueError: ``scale`` is not a positive number.
 
     References:
-        Barello, Charles and Pillow, Sparse-Coding Variational Auto-Encoders, 2018.
+        Barello, Charles and Pillow, Sparse-Coding Variational Auto-Encoders, 2018, https://doi.org/10.1101/399246.
 
     Example:
         >>> import torch
@@ -383,7 +394,7 @@ class StudentT(_FixedScale):
         ValueError: ``df`` or ``scale`` is not a positive number.
 
     References:
-        Abiri and Ohlsson, Variational Auto-Encoders with Student's t-Prior, 2019.
+        Abiri and Ohlsson, Variational Auto-Encoders with Student's t-Prior, 2019, https://arxiv.org/abs/2004.02581.
 
     Example:
         >>> import torch
@@ -414,7 +425,7 @@ class HypersphereUniform(Prior):
         ValueError: L is below 2.
 
     References:
-        Davidson et al., Hyperspherical Variational Auto-Encoders, 2018.
+        Davidson et al., Hyperspherical Variational Auto-Encoders, 2018, https://arxiv.org/abs/1804.00891.
 
     Example:
         >>> from pyrovae.priors import HypersphereUniform
@@ -496,7 +507,8 @@ class RelaxedOneHot(_Probabilities):
         ValueError: ``temperature`` is not a positive number.
 
     References:
-        Maddison, Mnih and Teh, The Concrete Distribution, 2017. Jang, Gu and Poole, Gumbel-Softmax, 2017.
+        Maddison, Mnih and Teh, The Concrete Distribution, 2017, https://arxiv.org/abs/1611.00712.
+        Jang, Gu and Poole, Categorical Reparameterization with Gumbel-Softmax, 2017, https://arxiv.org/abs/1611.01144.
 
     Example:
         >>> from pyrovae.priors import RelaxedOneHot

@@ -12,7 +12,7 @@ from pyrovae.encoders import DiagonalNormal
 from pyrovae.estimators import Estimator
 from pyrovae.likelihoods import Likelihood
 from pyrovae.priors import StandardNormal
-from pyrovae.programs.log_weights import LogWeights
+from pyrovae.programs.weights import LogWeights
 from pyrovae.registry import register
 
 

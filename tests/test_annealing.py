@@ -215,7 +215,7 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence():
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             pv.ais(vae.model, vae.guide, x, **bad)
-    with pytest.raises(ValueError, match=r"num_data (is|must be) a positive integer"):
+    with pytest.raises(ValueError, match="num_data must be a positive integer"):
         pv.bdmc(vae.model, vae.guide, x, num_data=0)
     switches = switches_pair()
     with pytest.raises(ValueError, match="is discrete, and this needs continuous latents"):

@@ -359,7 +359,7 @@ _half, _ones, _two = torch.tensor(0.5), torch.ones(3), torch.tensor([1.0, 2.0])
         (
             _one_hot(lambda: dist.OneHotCategorical(torch.ones(3))),
             lambda x: dist.RelaxedOneHotCategorical(_half, torch.ones(len(x), 3)),
-            "a ratio of the two is no weight: sample it in the guide from .* such as OneHotCategorical",
+            "their ratio is not a weight: sample it in the guide from .* such as OneHotCategorical",
         ),
         (
             _one_hot(lambda: dist.RelaxedOneHotCategorical(_half, torch.ones(3))),

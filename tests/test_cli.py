@@ -311,8 +311,11 @@ def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):
         ("train --model.kind hierarchical --model.latent-dims 8 4 --model.guide ladr", "did you mean 'ladder'"),
         ("train --model.kind hierarchical --model.latent-dims 8", "latent_dims must hold two sizes or more"),
         ("train --model.kind hierarchical --model.latent-dims 8 4 --model.hidden 9", "a list of widths for each of 2 layers"),
-        ("train --model.kind hierarchical --model.latent-dims 8 4 --model.hidden 9 9", "hidden is a list of positive integers"),
-        ("train --model.hidden [9] [9]", "hidden is a list of positive integers"),
+        (
+            "train --model.kind hierarchical --model.latent-dims 8 4 --model.hidden 9 9",
+            "hidden must be a list of positive integers",
+        ),
+        ("train --model.hidden [9] [9]", "hidden must be a list of positive integers"),
         ("train --model.body conw", "did you mean 'conv"),
         ("train --model.activation tahn", "did you mean 'tanh'"),
         ("train --estimator iwea", "did you mean 'iwae'"),

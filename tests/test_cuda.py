@@ -28,7 +28,7 @@ from pyrovae.data.batches import Batches
 from pyrovae.data.datasets import binarize
 from pyrovae.evidence import planning, sampler
 from pyrovae.evidence.psis import pareto_smooth_together
-from pyrovae.programs.inspect import find_parameters
+from pyrovae.programs.parameters import find_parameters
 
 
 def _loaded_from(path: Path) -> Any:

@@ -141,7 +141,7 @@ def test_binarize_is_honoured_for_a_file_or_refused(tmp_path: Path):
     [
         (b"nonsense", "cannot be read"),
         (b"", "cannot be read"),
-        (np.array([["a", "b"]]), "no array of numbers"),
+        (np.array([["a", "b"]]), "must be an array of numbers"),
         (np.ones(3), r"shape \(N"),
     ],
 )

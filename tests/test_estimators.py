@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from pyrovae import estimators as est
 from pyrovae.programs.inspect import inspect_pair
-from pyrovae.programs.log_weights import LogWeights, log_weights
-from pyrovae.registry import build, describe, names
+from pyrovae.programs.log_weights import log_weights
+from pyrovae.programs.weights import LogWeights
+from pyrovae.registry import build, describe, find, names
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -904,11 +905,7 @@ def test_the_reported_bound_is_the_expected_one() -> None:
 
 # --- Zero weights -------------------------------------------------------------------------------------------------------
 
-OURS = sorted(name for name in names("estimator") if not name.startswith("trace_") and name != "renyi_elbo")
-
-
-def test_every_estimator_has_its_name() -> None:
-    assert set(OURS) == set("elbo iwae stl dreg gdreg miwae ciwae piwae renyi vr_max tvo rws jvi vimco ovis score_elbo".split())
+OURS = [name for name in names("estimator") if issubclass(find("estimator", name), est.Estimator)]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -1151,17 +1148,17 @@ def test_pyros_renyi_is_refused_on_a_subsampled_plate_with_the_reason() -> None:
         ({"kind": "tvo", "num_particles": 1}, "at least 2"),
         ({"kind": "score_elbo", "num_particles": 1}, "at least 2"),
         ({"kind": "iwae", "num_particles": 0}, "positive integer"),
-        ({"kind": "miwae", "num_particles": 8, "num_groups": 3}, "equal parts"),
+        ({"kind": "miwae", "num_particles": 8, "num_groups": 3}, "num_groups must divide num_particles = 8, got 3"),
         ({"kind": "piwae", "num_particles": 8, "num_groups": 0}, "num_groups must be a positive integer"),
         ({"kind": "ciwae", "beta": 1.2}, "between 0 and 1"),
         ({"kind": "renyi", "alpha": -math.inf}, "vr_max"),
-        ({"kind": "jvi", "num_particles": 3, "order": 3}, "more particles"),
+        ({"kind": "jvi", "num_particles": 3, "order": 3}, "order must be below num_particles = 3, got 3"),
         ({"kind": "tvo", "num_partitions": 0}, "positive integer"),
-        ({"kind": "tvo", "log10_beta": 0.0}, "negative"),
+        ({"kind": "tvo", "log10_beta": 0.0}, "log10_beta must be negative, got 0.0"),
         ({"kind": "rws", "guide_phase": "dream"}, "wake"),
         ({"kind": "ovis", "gamma": -0.1}, "between 0 and 1"),
         ({"kind": "elbo", "kl": "exact"}, "analytic"),
-        ({"kind": "elbo", "beta": -1.0}, "not negative"),
+        ({"kind": "elbo", "beta": -1.0}, "beta must be non-negative, got -1.0"),
         ({"kind": "elbo", "num_particle": 2}, "did you mean 'num_particles'"),
     ],
 )
@@ -1449,7 +1446,7 @@ def test_odd_numbers_of_particles_are_refused_in_a_sentence(num_particles: Any) 
 
 
 def test_odd_orders_and_partitions_are_refused_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"order, where it is not 0, must be a positive integer, got 1\.5"):
+    with pytest.raises(ValueError, match=r"order must be a positive integer, got 1\.5"):
         est.JVI(5, order=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"num_partitions must be a positive integer, got 2\.5"):
         est.TVO(5, num_partitions=2.5)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyrovae as pv
 from pyrovae.data.batches import Batches
-from pyrovae.programs.inspect import find_parameters
+from pyrovae.programs.parameters import find_parameters
 from pyrovae.training.preflight import check_other_batches
 from pyrovae.training.values import SupportCheck
 
@@ -493,5 +493,5 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     loss = rehearse(elbo, pair.model, pair.guide, (x,), parameters)
     assert torch.equal(torch.rand(3), expected)
     assert math.isfinite(loss)
-    assert elbo.advance_beta() == pv.estimators.ELBO(warm_up=10).advance_beta()
+    assert elbo.current_beta == pv.estimators.ELBO(warm_up=10).current_beta
     assert all(parameter.grad is None for parameter in parameters)

@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae.data.batches import Batches
 from pyrovae.programs import coverage as programs_coverage
-from pyrovae.programs.inspect import find_parameters, prepare
-from pyrovae.programs.state import modules_of, own_scope
+from pyrovae.programs.inspect import prepare
+from pyrovae.programs.parameters import find_parameters
+from pyrovae.programs.reachable import modules_of
+from pyrovae.programs.state import own_scope
 from tests.pairs import pyro_module_function_pair
 
 Law = Callable[[Tensor], Any]

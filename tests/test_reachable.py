@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae.programs.reachable import changed, changed_numbers, modules_of, python_state, reachable
+from pyrovae.programs.reachable import changed, changed_numbers, outermost_modules, python_state, reachable
 
 LEVEL = 1.0
 
@@ -91,8 +91,8 @@ def test_networks_are_found_whole_and_by_name() -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         return decoders["x"](encoder(x))
 
-    assert modules_of(program) == {"encoder": encoder, "decoders.x": decoders["x"]}
-    assert modules_of(encoder) == {"Sequential": encoder}
+    assert outermost_modules(program) == {"encoder": encoder, "decoders.x": decoders["x"]}
+    assert outermost_modules(encoder) == {"Sequential": encoder}
 
 
 def test_a_walk_ends() -> None:

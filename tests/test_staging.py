@@ -25,7 +25,7 @@ from pyrovae.compile import matmul, rewrites
 from pyrovae.compile import optimizer as compile_optimizer
 from pyrovae.compile.graph import Staged
 from pyrovae.compile.step import Step
-from pyrovae.programs.inspect import find_parameters
+from pyrovae.programs.parameters import find_parameters
 from pyrovae.registry import names
 from pyrovae.training import loop
 

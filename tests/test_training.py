@@ -416,10 +416,10 @@ def test_unshuffled_data_keep_their_order():
         (torch.ones(5, 3), r"shape \(5, 3\), but the model takes \(N, 4\)"),
         (torch.ones(0, 4), "empty"),
         ([], "empty"),
-        (np.array([["a"]]), "no array of numbers"),
+        (np.array([["a"]]), "must be an array of numbers"),
         (np.ones((3, 4)) * 1j, "complex"),
-        ([[1.0], [1.0, 2.0]], "no array of numbers"),
-        (None, "no array of numbers"),
+        ([[1.0], [1.0, 2.0]], "must be an array of numbers"),
+        (None, "must be an array of numbers"),
         ((torch.ones(5, 4), torch.ones(4)), "different lengths"),
     ],
 )

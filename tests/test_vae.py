@@ -630,7 +630,7 @@ def test_make_vae_takes_tables_and_ready_parts() -> None:
         (lambda: _small(body="convolution"), "There is no body 'convolution'; did you mean 'conv'?"),
         (lambda: _small(body="conv_encoder"), "There is no body 'conv_encoder'; did you mean 'conv'?"),
         (lambda: _small(activation="rellu"), "There is no activation 'rellu'; did you mean 'relu'?"),
-        (lambda: _small(hidden=8), "hidden is a list of positive integers such as [200, 200], not 8."),
+        (lambda: _small(hidden=8), "hidden must be a list of positive integers such as [200, 200], got 8."),
         (lambda: _small(latent_dim=0), "latent_dim must be a positive integer, got 0."),
         (
             lambda: _small(body="conv"),

@@ -29,8 +29,10 @@ from torch import distributions as td
 
 from pyrovae.estimators.base import make_estimator
 from pyrovae.models.vae import make_vae
-from pyrovae.programs.inspect import find_parameters, inspect_pair
-from pyrovae.programs.log_weights import LogWeights, log_weights, prior_weights, zero_negligible
+from pyrovae.programs.inspect import inspect_pair
+from pyrovae.programs.log_weights import log_weights, prior_weights
+from pyrovae.programs.parameters import find_parameters
+from pyrovae.programs.weights import LogWeights, zero_negligible
 
 pytestmark = pytest.mark.usefixtures("float64")
 

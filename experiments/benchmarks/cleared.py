@@ -21,7 +21,7 @@ from step import CELLS, start
 from torch import Tensor
 
 import pyrovae as pv
-from pyrovae.programs.log_weights import zero_negligible
+from pyrovae.programs.weights import zero_negligible
 
 AT, PARTICLES, BATCH, SEED = (0, 10, 100, 1_000, 3_000, 6_000, 15_000), 50, 20, 0
 TIMED = ("tanh-20-k50", "tanh-20-k50-mnist")

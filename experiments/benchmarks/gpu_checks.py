@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import pyrovae as pv
 from pyrovae.compile.step import Step
 from pyrovae.data.datasets import binarize
-from pyrovae.programs.inspect import find_parameters
+from pyrovae.programs.parameters import find_parameters
 
 ADAM = torch.optim.Adam
 Pair = Any  # something with a model and a guide, whose parameters a step finds

@@ -281,7 +281,10 @@ class Step:
 
     def _step_input(self) -> float | None:
         # Pyro's own estimators have none.
-        return self.estimator.advance_beta() if hasattr(self.estimator, "advance_beta") else None
+        beta = getattr(self.estimator, "current_beta", None)
+        if beta is not None:
+            self.estimator.advance()
+        return beta
 
     def _differentiate(self, *inputs: Tensor) -> Tensors:
         """Loss, norm, and the gradient of each parameter that the loss reaches."""
@@ -289,11 +292,7 @@ class Step:
             if self._annealed is None:
                 loss, gradients = self._loss_and_gradients(self.load(*inputs))
             else:
-                self.estimator.captured_beta = inputs[-1]
-                try:
-                    loss, gradients = self._loss_and_gradients(self.load(*inputs[:-1]))
-                finally:
-                    self.estimator.captured_beta = None
+                loss, gradients = self._loss_and_gradients(self.load(*inputs[:-1]), inputs[-1])
         pairs = [(par, grad) for par, grad in zip(self.parameters, gradients, strict=True) if grad is not None]
         if not pairs:
             raise ValueError("No gradient reached any parameter: register modules with pyro.module, or use pyro.param.")
@@ -308,10 +307,13 @@ class Step:
             found = torch._foreach_mul(found, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return (loss.detach(), norm, *found)
 
-    def _loss_and_gradients(self, batch: Tensors) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def _loss_and_gradients(self, batch: Tensors, beta: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor | None]]:
         count = self.count(batch)
         if hasattr(self.estimator, "differentiable_loss"):
-            loss = self.estimator.differentiable_loss(self.model, self.guide, *batch)
+            if beta is None:
+                loss = self.estimator.differentiable_loss(self.model, self.guide, *batch)
+            else:
+                loss = self.estimator.loss_at(beta, self.model, self.guide, *batch)
             if not loss.requires_grad:
                 return loss, [None] * len(self.parameters)
             return loss, torch.autograd.grad(loss / count, self.parameters, allow_unused=True)

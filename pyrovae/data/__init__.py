@@ -1,4 +1,4 @@
-"""Data: whatever a user brings, as batches of tensors; data sets by name and from files."""
+"""Batches of tensors from any data, and data sets by name and from files."""
 
 from .batches import Batch, Batches, arguments, as_arrays
 from .datasets import Split, binarize, dequantize, load

@@ -1,4 +1,4 @@
-"""Batches: whatever a user brings, as batches of tensors."""
+"""Batches of tensors from arrays, masked arrays, data sets and data loaders."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from .._validation import positive_integer
 from .matching import MASK, Batch, match
 from .streams import Stream, in_order, is_one_pass
 
-# Likelihoods that a file of plain matrices is given where these are images.
+__all__ = ["Batch", "Batches", "arguments", "as_arrays", "content_hash", "fingerprints"]
+
+# The likelihoods of files whose matrices are images.
 _OF_IMAGES = ("discretized_logistic", "continuous_bernoulli", "dequantized")
 
 
 class Batches:
     """Minibatches of any data, each a tuple of tensors for the arguments of model and guide.
 
-    Arrays live on the device as whole tensors, so a batch is one gather. A ``Dataset`` goes through a ``DataLoader``; a
-    ``DataLoader`` is taken as it is, with its own batch size and order. A masked array becomes two arrays: its values, zero
-    where they are hidden, and a mask that is true where they are not.
+    Arrays are whole tensors on the device, so a batch is one gather. A ``Dataset`` is read by a ``DataLoader``; a
+    ``DataLoader`` keeps its own batch size and order. A masked array becomes two arrays: its values, with zeros for the masked
+    ones, and a mask that is true for the others.
 
     Args:
         data: an array, a tensor, a masked array, a tuple of them (one for each argument), a ``Dataset`` or a ``DataLoader``.
         batch_size: data per batch; the last one may be smaller.
-        shuffle: a new order on each pass, from torch's random stream.
-        dtype: floating arrays are brought to it; integers stay, since they may be labels or indices.
-        device: where the batches go.
-        transform: applied to the first tensor of every batch, such as :func:`binarize`.
-        program: give the arrays that this program takes, as :func:`arguments` does; by default all.
-        ordered: give all data in the order of the data set, also where a ``DataLoader`` shuffles or drops its last batch.
+        shuffle: use a new random order on each pass, from torch's random stream.
+        dtype: the type of floating-point arrays; integers stay, since they may be labels or indices.
+        device: the device of the batches.
+        transform: a function of the first tensor of every batch, such as :func:`binarize`.
+        program: keep only the arrays that this program takes, as :func:`arguments` does; by default all.
+        ordered: give all data in the order of the data set, even if a ``DataLoader`` shuffles or drops its last batch.
 
     Raises:
-        ValueError: the data are empty, ragged, of mixed length, hold NaN or infinity, or are no numbers; the program does not
-            take what they hold; or a sampler draws them at random, and they must be in order.
+        ValueError: the data are empty, ragged, of different lengths, not finite, or not numbers; the program does not take
+            them; or they must be in order and a sampler draws them at random.
 
     Example:
         >>> import numpy as np
@@ -69,7 +71,7 @@ class Batches:
         self._stream: Stream | None = None
         if isinstance(data, DataLoader):
             self.source = in_order(data) if ordered else data
-            # Processes that read a data set have their own copy of it in each pass.
+            # Worker processes have their own copy of a data set in each pass.
             if isinstance(data.dataset, IterableDataset) and not data.num_workers:
                 self._stream = Stream(self.source)
         elif isinstance(data, IterableDataset):
@@ -83,21 +85,21 @@ class Batches:
 
     @property
     def loader(self) -> DataLoader[Any] | None:
-        """What reads the data, or ``None`` where they are in memory."""
+        """The loader that reads the data, or ``None`` if they are in memory."""
         if self.source is None or isinstance(self.source, DataLoader):
             return self.source
         iterable = isinstance(self.source, IterableDataset)
         return DataLoader(self.source, batch_size=self.batch_size, shuffle=self.shuffle and not iterable)
 
     def to(self, dtype: torch.dtype, device: torch.device, floating: tuple[int, ...] = ()) -> None:
-        """Bring floating arrays and those named to a type, and everything to a device, now and in later batches."""
+        """Convert floating-point arrays, and those at the places ``floating``, to a type, and move all to a device."""
         self.dtype, self.device, self.floating = dtype, device, floating
         if self.arrays:
             self.arrays = self._moved(self.arrays)
 
     @property
     def num_data(self) -> int | None:
-        """How many data there are, or ``None`` where a loader cannot say."""
+        """The number of data, or ``None`` if a loader does not know it."""
         if self.loader is None:
             return len(self.arrays[0])
         try:
@@ -107,7 +109,7 @@ class Batches:
 
     @property
     def num_batches(self) -> int | None:
-        """How many batches one pass has, or ``None`` where a loader cannot say."""
+        """The number of batches in one pass, or ``None`` if a loader does not know it."""
         if self.loader is None:
             return math.ceil(len(self.arrays[0]) / self.batch_size)
         try:
@@ -116,7 +118,7 @@ class Batches:
             return None
 
     def check_passes(self, passes: int) -> None:
-        """Refuse several passes over a stream that gives its data once.
+        """Refuse several passes over a stream that can be read only once.
 
         Raises:
             ValueError: the data are such a stream.
@@ -142,7 +144,7 @@ class Batches:
         return self.load(*self._taken(default_collate(found) if by_rows else found[0]))
 
     def inputs(self) -> Iterator[Batch]:
-        """One pass, as what :meth:`load` makes batches of: rows and the whole arrays, or a part of the data as it is."""
+        """One pass, as the inputs of :meth:`load`: row indices and the whole arrays, or the arrays of a batch."""
         loader = self.loader
         if loader is not None:
             empty = True
@@ -162,7 +164,7 @@ class Batches:
                 yield tuple(array[start : start + step] for array in self.arrays)
 
     def load(self, *inputs: Tensor) -> Batch:
-        """A batch, gathered and transformed by nothing but tensor operations, so that a compiled step can do it."""
+        """A batch, gathered and transformed by tensor operations only, so that a compiled step can include it."""
         batch = inputs
         if self.source is None and self.shuffle:
             rows, *arrays = inputs
@@ -170,7 +172,7 @@ class Batches:
         return batch if self.transform is None else (self.transform(batch[0]), *batch[1:])
 
     def _taken(self, item: Any, *, strict: bool = False) -> Batch:
-        """The arrays of the data, or of a part of them, that the program takes."""
+        """The arrays of the data, or of one batch, that the program takes."""
         item = tuple(item) if self.source is not None and isinstance(item, list) else item
         return self._moved(as_arrays(item, self.dtype, self.device, program=self.program, strict=strict))
 
@@ -183,8 +185,8 @@ class Batches:
     def _refuse_empty(self) -> None:
         if self._found_any:
             raise ValueError(
-                "The data loader gave no batch in a second pass, since its dataset can be read only once; what the first pass "
-                "trained is kept: pass epochs=1, or a dataset whose __iter__ starts anew."
+                "The data loader gave no batch in a second pass, since its dataset can be read only once. What the first "
+                "pass trained is kept: pass epochs=1, or a dataset whose __iter__ starts again."
             )
         raise ValueError("The data loader gave no batch: the data are empty, or a stream that has been read already.")
 
@@ -197,17 +199,18 @@ def as_arrays(
     program: Callable[..., Any] | None = None,
     strict: bool = True,
 ) -> Batch:
-    """Arrays or tensors as a tuple of tensors, checked; a masked array as its values and, last, a mask of what it shows.
+    """Arrays or tensors as a tuple of checked tensors. A masked array gives its values and, at the end, its inverted mask.
 
     Args:
         data: an array, a tensor, a masked array, or a tuple of them.
-        dtype: floating arrays are brought to it.
-        device: where they go.
-        program: give only the arrays that this program takes, in its order.
-        strict: refuse arrays beside labels that the program does not take.
+        dtype: the type of floating-point arrays.
+        device: the device of the tensors.
+        program: keep only the arrays that this program takes, in its order.
+        strict: refuse arrays other than labels that the program does not take.
 
     Raises:
-        ValueError: empty, ragged, of mixed length, NaN or infinite, or no numbers; or not what the program takes.
+        ValueError: the data are empty, ragged, of different lengths, not finite, or not numbers; or the program does not take
+            them.
 
     Example:
         >>> import numpy as np
@@ -233,13 +236,13 @@ def as_arrays(
 
 
 def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
-    """The tensors of a batch that a program takes; labels that it does not ask for are left out.
+    """The tensors of a batch that a program takes, without labels that it does not take.
 
-    Required parameters are filled in order. A parameter whose default is ``None`` takes one of the tensors that are left, one
-    with "mask" in its name a mask only; any other default, such as ``temperature=1.0``, stays.
+    Required parameters are filled in order. A parameter whose default is ``None`` takes one of the remaining tensors; if its
+    name contains "mask", only a mask. A parameter with another default, such as ``temperature=1.0``, keeps it.
 
     Raises:
-        ValueError: the program needs more arguments than the batch has, or takes no mask where the batch has one.
+        ValueError: the program needs more arguments than the batch has, or the batch has a mask and the program takes none.
 
     Example:
         >>> import torch
@@ -251,7 +254,7 @@ def arguments(program: Callable[..., Any], batch: Batch) -> Batch:
 
 
 def fingerprints(batch: Batch) -> np.ndarray:
-    """A 64-bit hash of each datum's first array, shape (B,): the same in float32 and float64, and whatever its event's shape.
+    """A 64-bit hash of each datum's first array, shape (B,), which does not depend on float32 or float64 or the event's shape.
 
     Example:
         >>> import torch
@@ -260,7 +263,7 @@ def fingerprints(batch: Batch) -> np.ndarray:
         >>> bool((fingerprints((x.double().reshape(3, 3, 1),)) == fingerprints((x,))).all())
         True
     """
-    # Zero is added, as minus zero is equal to zero but of other bits.
+    # Adding zero turns minus zero, which has other bits, into zero.
     rows = batch[0].detach().to("cpu", torch.float32).reshape(len(batch[0]), -1).numpy() + np.float32(0)
     hashes = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
     return np.frombuffer(hashes, np.int64).copy()
@@ -282,7 +285,7 @@ def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str 
     except (TypeError, ValueError) as error:
         what = f"dtype {item.dtype}" if isinstance(item, np.ndarray) else type(item).__name__
         raise ValueError(
-            f"The data are no array of numbers ({what}): give an array, a tensor, a tuple of them, a Dataset or a DataLoader."
+            f"The data must be an array of numbers, got {what}: give an array, a tensor, a tuple, a Dataset or a DataLoader."
         ) from error
     if tensor.is_complex():
         raise ValueError("The data are complex: give real numbers, for example real and imaginary parts side by side.")
@@ -290,7 +293,7 @@ def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str 
 
 
 def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]]:
-    """A masked array as its values, zero where they are hidden, and at the end a mask of what it shows; and the mask's name."""
+    """Arrays without masks: a masked array's values with zeros, and at the end its inverted mask; and the names of all."""
     items = tuple(_stacked(item) for item in items)
     masked = [item for item in items if isinstance(item, np.ma.MaskedArray)]
     if len(masked) > 1:
@@ -299,8 +302,8 @@ def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]
             f"with their masks as arrays."
         )
     plain = tuple(item.filled(0) if isinstance(item, np.ma.MaskedArray) else item for item in items)
-    shown = tuple(~np.ma.getmaskarray(item) for item in masked)
-    return (*plain, *shown), [*[None] * len(plain), *[MASK] * len(shown)]
+    observed = tuple(~np.ma.getmaskarray(item) for item in masked)
+    return (*plain, *observed), [*[None] * len(plain), *[MASK] * len(observed)]
 
 
 def _stacked(item: Any) -> Any:
@@ -310,6 +313,6 @@ def _stacked(item: Any) -> Any:
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    """The same numbers in an order of bytes and strides that torch takes, and writable."""
+    """The same numbers as a writable array with native byte order and non-negative strides, as torch needs."""
     native = array.dtype.isnative and array.flags.writeable and all(stride >= 0 for stride in array.strides)
     return array if native else np.array(array, dtype=array.dtype.newbyteorder("="), order="C")

@@ -17,12 +17,17 @@ from .._validation import unknown
 from .batches import _OF_IMAGES, as_arrays
 from .support import choose_likelihood, is_whole
 
-# Data that share the random bits which few of their pixels need.
+__all__ = ["WAYS", "Split", "binarize", "dequantize", "load"]
+
+# The number of images that share the random bits of ties.
 SHARING = 16
 
 
 def binarize(x: Tensor) -> Tensor:
-    """Draw 0 or 1 with the grey value as probability, afresh at each call (Burda et al. 2016).
+    """Draw 0 or 1 with the grey value as probability, anew at each call.
+
+    References:
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
 
     Example:
         >>> import torch
@@ -30,10 +35,10 @@ def binarize(x: Tensor) -> Tensor:
         >>> binarize(torch.tensor([0.0, 1.0]))
         tensor([0., 1.])
     """
-    if x.is_cuda:  # where random numbers cost little, and where the bytes below, compiled, were others than in eager mode
+    if x.is_cuda:  # random numbers are cheap there, and the bytes below were compiled to other numbers than in eager mode
         return torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).lt(x).to(x.dtype)
-    # Eight random bits decide all but one pixel in 256. Sixteen more decide those, and serve sixteen data, so that two pixels
-    # have the same once in 65,536. As fine as float32's own random numbers in a fifth of the time, which a small step feels.
+    # Compare each pixel with 8 random bits. Ties (1 in 256) are broken by 16 further bits, which are shared by 16 images to
+    # save random numbers. That is as fine as float32's random numbers, in a fifth of the time.
     size, dtype = x.numel(), torch.promote_types(x.dtype, torch.float32)
     rows = max(1, len(x)) if x.dim() else 1
     groups, width = -(-rows // SHARING), size // rows
@@ -49,9 +54,12 @@ def binarize(x: Tensor) -> Tensor:
 
 
 def dequantize(x: Tensor) -> Tensor:
-    """Add uniform noise to integer levels, afresh at each call, for a ``dequantized`` likelihood (Theis et al. 2016).
+    """Add uniform noise to integer levels, anew at each call, for a ``dequantized`` likelihood.
 
-    Level k becomes a number inside (k, k + 1), in torch's default type if it was an integer.
+    Level k becomes a number in the open interval (k, k + 1), in torch's default type if it was an integer.
+
+    References:
+        Theis, van den Oord and Bethge, A Note on the Evaluation of Generative Models, 2016, https://arxiv.org/abs/1511.01844.
 
     Example:
         >>> import torch
@@ -60,25 +68,25 @@ def dequantize(x: Tensor) -> Tensor:
         tensor([  0., 255.])
     """
     levels = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-    # Neither end of the bin: zero may be outside a support, and rounding must not reach the next level.
+    # The ends of the bin are excluded: zero may be outside a support, and rounding must not reach the next level.
     noisy = levels + torch.rand_like(levels).clamp(min=2**-25)
     return torch.minimum(noisy, torch.nextafter(levels + 1, levels))
 
 
 @dataclass(frozen=True)
 class Split:
-    """A data set, split once and for all.
+    """A data set with a fixed split.
 
     Attributes:
-        name: what it is called.
+        name: the name of the data set.
         train: training data, shape (N, *data_shape).
-        test: held-out data, shape (M, *data_shape), binarised once if at all.
+        test: held-out data, shape (M, *data_shape); if they are binarised, then once.
         test_labels: classes of the held-out data, shape (M,), or ``None``.
-        train_labels: classes of the training data, shape (N,), -1 where there is none, or ``None``.
-        likelihood: the likelihood that fits these numbers, as a registry table.
-        transform: applied to every training batch, or ``None``.
-        note: one sentence on where the data come from and what was done to them.
-        reason: why that likelihood fits.
+        train_labels: classes of the training data, shape (N,), with -1 for unlabelled data, or ``None``.
+        likelihood: a likelihood for these numbers, as a registry table.
+        transform: a function that is applied to every training batch, or ``None``.
+        note: one sentence on the source of the data and their treatment.
+        reason: the reason for the likelihood.
     """
 
     name: str
@@ -118,7 +126,7 @@ class Split:
 
     @property
     def unit(self) -> str:
-        """What to call one datum."""
+        """The noun for one datum: ``"image"`` or ``"datum"``."""
         matrix_of_pixels = len(self.data_shape) == 2 and self.likelihood["kind"] in _OF_IMAGES
         return "image" if len(self.data_shape) == 3 or matrix_of_pixels else "datum"
 
@@ -136,19 +144,19 @@ def load(
 
     Args:
         name: ``"digits"`` (scikit-learn's 1,797 images of 8 x 8 counts 0..16, which ship with it) or ``"mnist"``.
-        path: a ``.npy`` file of shape (N, ...) instead; its rows are split by a fixed permutation, and the likelihood is one
-            whose support holds its values (:func:`pyrovae.support.choose_likelihood`).
-        root: the folder that torchvision keeps MNIST in.
+        path: a ``.npy`` file of shape (N, ...), in place of a name. A fixed permutation splits its rows, and
+            :func:`pyrovae.data.support.choose_likelihood` chooses a likelihood whose support contains its values.
+        root: torchvision's folder for MNIST.
         binarize: for MNIST, and for files of 8-bit levels or of grey values in [0, 1]: ``"dynamic"`` draws training pixels
-            afresh at each batch, ``"static"`` draws them once, ``"none"`` keeps grey values in [0, 1], ``"levels"`` keeps the
-            levels 0..255, and ``"dequantized"`` adds uniform noise to those, afresh at each batch. The test set is drawn once
-            in all cases, from a fixed seed. By default MNIST is ``"dynamic"``, and a file stays as it is.
-        download: let torchvision fetch MNIST; never without this.
+            anew at each batch, ``"static"`` draws them once, ``"none"`` keeps grey values in [0, 1], ``"levels"`` keeps the
+            levels 0..255, and ``"dequantized"`` adds uniform noise to the levels, anew at each batch. The test set is always
+            drawn once, from a fixed seed. The default is ``"dynamic"`` for MNIST, and no change for a file.
+        download: let torchvision download MNIST if it is missing.
         test_fraction: the held-out part of a ``.npy`` file.
 
     Raises:
-        ValueError: an unknown name or option, or a file that is no array of numbers.
-        FileNotFoundError: the files are not there.
+        ValueError: an unknown name or option, or a file that is not an array of numbers.
+        FileNotFoundError: the files do not exist.
 
     Example:
         >>> from pyrovae.data import load
@@ -224,7 +232,7 @@ def _mnist(root: str, how: str, download: bool) -> Split:
 
 
 def _treated(split: Split, how: str, largest: int) -> Split:
-    """Images of grey values from zero to ``largest``, binarised or not, and what fits them."""
+    """A split of grey values from zero to ``largest``, treated as ``how`` says, with its likelihood and transform."""
     unit = 1 if how in ("levels", "dequantized") else largest
     train, test = ((part / unit).to(torch.get_default_dtype()) for part in (split.train, split.test))
     generator = torch.Generator().manual_seed(0)
@@ -251,13 +259,13 @@ def _from_file(path: Path, test_fraction: float, how: str | None) -> Split:
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}: give the path of a .npy array.")
     if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction lies between 0 and 1, not {test_fraction!r}.")
+        raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction!r}.")
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a .npy array of numbers ({error}): write it with numpy.save.") from error
     if not isinstance(array, np.ndarray) or array.ndim < 2:
-        raise ValueError(f"{path} must hold one array of shape (N, ...), one datum a row.")
+        raise ValueError(f"{path} must contain one array of shape (N, ...), with one datum per row.")
     (data,) = as_arrays(array, torch.get_default_dtype())
     data = data.to(torch.get_default_dtype())
     order = torch.as_tensor(np.random.default_rng(0).permutation(len(data)))
@@ -279,7 +287,7 @@ def _from_file(path: Path, test_fraction: float, how: str | None) -> Split:
 
 
 def _largest(path: Path, array: np.ndarray, how: str) -> int:
-    """White in a file of grey values: 255 of 8-bit levels, or 1."""
+    """The largest grey value of a file: 255 for 8-bit levels, else 1."""
     low, high = array.min(), array.max()
     if low >= 0 and high <= 255 and is_whole(array) and (high > 1 or how in ("levels", "dequantized")):
         return 255
@@ -295,9 +303,9 @@ def _largest(path: Path, array: np.ndarray, how: str) -> int:
 def _torchvision_datasets() -> Any:
     """Import torchvision's datasets, also beside a torch without CUDA.
 
-    The registry's torchvision is built for CUDA and its extension does not load beside a CPU-only torch; then the operators
-    that its Python code names at import have no schema. Reading MNIST needs none of them, so declaring the schemas is enough.
-    Loading the extension first, to see whether it loads, is no way: loaded twice it aborts the process.
+    PyPI's torchvision is built for CUDA, and its extension does not load beside a CPU-only torch. The operators that its Python
+    code names at import then have no schema. Reading MNIST needs none of them, so it is enough to declare the schemas. Trying
+    to load the extension first is not possible: loading it twice aborts the process.
     """
     global _schemas
     try:

@@ -1,4 +1,4 @@
-"""Which array of the data goes to which parameter of a program."""
+"""Matching of the arrays of the data to the parameters of a program."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["MASK", "Batch", "match"]
+
 Batch = tuple[Tensor, ...]
 Parameters = list[inspect.Parameter]
-MASK = "mask"  # the name of an array that says what was observed
+MASK = "mask"  # the name of an array that is true for observed values
 _SETTING = re.compile(r"\b(float|int|bool|str)\b")
 
 
 def match(program: Callable[..., Any], batch: Batch, names: Sequence[str | None] = (), *, strict: bool = False) -> Batch:
     """The arrays of a batch that a program takes, in the order of its parameters.
 
-    Required parameters are filled in order. A parameter whose default is ``None`` takes one of the arrays that are left, one
-    with "mask" in its name a mask only. Any other default, such as ``temperature=1.0``, is a setting, which no array replaces.
+    Required parameters are filled in order. A parameter whose default is ``None`` takes one of the remaining arrays; if its
+    name contains "mask", only a mask. A parameter with another default, such as ``temperature=1.0``, is a setting and takes
+    none.
 
     Args:
         program: the model.
-        batch: the arrays, one entry per datum each.
-        names: :data:`MASK` for an array that is a mask, ``None`` for one given by its place; by default all are.
-        strict: the arrays were put together for this program, and do not come from a data set with labels of its own.
+        batch: the arrays, each with one entry per datum.
+        names: :data:`MASK` for an array that is a mask, ``None`` for one that is matched by its position, the default.
+        strict: refuse arrays other than labels that no parameter takes.
 
     Raises:
-        ValueError: a required parameter has no array, or a mask, or an array meant for a setting, has no parameter.
+        ValueError: a required parameter gets no array; or no parameter takes a mask, or an array in ``strict`` mode.
     """
-    # A module's own signature is that of __call__, which takes anything.
+    # The signature of a module is that of __call__, which takes any arguments.
     called = program.forward if isinstance(program, torch.nn.Module) else program
     parameters = list(inspect.signature(called).parameters.values())
     names = [*names, *[None] * (len(batch) - len(names))]
@@ -50,8 +53,8 @@ def match(program: Callable[..., Any], batch: Batch, names: Sequence[str | None]
     skipped = next((p.name for p, name in zip(positional, filled, strict=False) if p.name != name), None)
     if skipped is not None:
         raise ValueError(
-            f"The model takes {_signature(positional)}, and {_told(batch, places)}, but nothing goes to {skipped!r}, which "
-            f"stands before it: put the parameters that the data fill first."
+            f"The model takes {_signature(positional)}, and {_assignments(batch, places)}, but nothing goes to {skipped!r}, "
+            f"which stands before it: put the parameters that the data fill first."
         )
     for index in sorted(set(range(len(batch))) - set(places.values())):
         _leave_out(index, positional, batch, names, places, strict)
@@ -86,7 +89,7 @@ def _places(positional: Parameters, batch: Batch, names: Sequence[str | None]) -
 
 
 def _without_a_mask(batch: Batch, names: Sequence[str | None]) -> Batch:
-    """The arrays for a program of any number of them, whose parameters have no names."""
+    """The arrays for a program with ``*args``, whose parameters have no names."""
     for array, name in zip(batch, names, strict=True):
         if name == MASK and not bool(array.all()):
             raise ValueError(
@@ -102,12 +105,12 @@ def _leave_out(
     """Refuse an array that no parameter takes, unless nothing is lost without it."""
     array, x = batch[index], batch[0]
     settings = [p.name for p in positional if p.name not in places and not (p.default is None and MASK in p.name)]
-    told = f"The model takes {_signature(positional)}, and {_told(batch, places)}"
+    message = f"The model takes {_signature(positional)}, and {_assignments(batch, places)}"
     if names[index] == MASK or (_has_the_form_of_a_mask(array, x) and bool(((array == 0) | (array == 1)).all())):
         if bool((array != 0).all()):
-            return  # which hides nothing
+            return  # the mask hides nothing
         raise ValueError(
-            f"{told}, but nothing takes the mask that hides values: give the model and the guide a positional parameter "
+            f"{message}, but nothing takes the mask that hides values: give the model and the guide a positional parameter "
             f"mask=None, and score with .mask(mask), or pass data without missing values."
         )
     whole = not array.is_floating_point() and array.dim() == 1
@@ -115,29 +118,29 @@ def _leave_out(
     if strict and (settings or not (whole or indicators)):
         kept = f" ({', '.join(settings)}: a setting that no array replaces)" if settings else ""
         raise ValueError(
-            f"{told}, but nothing takes array {index + 1} of shape {tuple(array.shape)}{kept}: leave it out, or give the "
+            f"{message}, but nothing takes array {index + 1} of shape {tuple(array.shape)}{kept}: leave it out, or give the "
             f"model and the guide a parameter for it."
         )
 
 
 def _has_the_form_of_a_mask(array: Tensor, x: Tensor) -> bool:
-    # A vector beside vectors is as likely a label.
+    # A vector of numbers beside vectors may be a label.
     return array.shape == x.shape and (array.dtype == torch.bool or x.dim() > 1)
 
 
 def _is_setting(parameter: inspect.Parameter) -> bool:
-    """Whether a parameter that may be ``None`` is annotated as a number or a word."""
+    """Whether a parameter that may be ``None`` is annotated as a number or a string."""
     annotation = parameter.annotation
-    said = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return "Tensor" not in said and _SETTING.search(said) is not None
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return "Tensor" not in name and _SETTING.search(name) is not None
 
 
 def _signature(positional: Parameters) -> str:
     return ", ".join(str(p.replace(annotation=p.empty)) for p in positional)
 
 
-def _told(batch: Batch, places: dict[str, int]) -> str:
-    """What each array went to."""
+def _assignments(batch: Batch, places: dict[str, int]) -> str:
+    """The array that each parameter takes, in words."""
     return ", ".join(
         f"array {index + 1} of shape {tuple(batch[index].shape)} goes to {name!r}" for name, index in places.items()
     )

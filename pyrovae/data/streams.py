@@ -1,4 +1,4 @@
-"""Data that come from torch's loaders: in which order, how often, and without losing what a first look took."""
+"""Data from torch's loaders: in the order of the data set, with checks for streams that can be read only once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+__all__ = ["Stream", "in_order", "is_one_pass"]
+
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 class Stream(IterableDataset):
-    """An iterable whose first items can be looked at and are given again by the next pass.
+    """An iterable whose first items can be read in advance; the next pass gives them again.
 
     Args:
         dataset: any iterable, such as an ``IterableDataset`` or a ``DataLoader``.
@@ -48,7 +50,7 @@ class Stream(IterableDataset):
 
 
 def _after(taken: list[Any], items: Iterator[Any]) -> Iterator[Any]:
-    """Items taken from an iterator, and those that are left; ``iter`` would start one anew that is a data set itself."""
+    """The items taken from an iterator, then the remaining ones. ``iter`` would restart an iterator that is a data set."""
     yield from taken
     while True:
         try:
@@ -58,18 +60,18 @@ def _after(taken: list[Any], items: Iterator[Any]) -> Iterator[Any]:
 
 
 def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader of all data in the order of the data set, or in the fixed order that its sampler names.
+    """A loader of all data in the order of the data set, or in its sampler's fixed order.
 
-    A loader that shuffles or drops its last batch is replaced by one that does not.
+    It replaces a loader that shuffles or drops its last batch.
 
     Raises:
-        ValueError: the sampler draws some of the data at random, so that no order of rows is known.
+        ValueError: the sampler draws some of the data at random, so the order of rows is unknown.
     """
     batches = loader.batch_sampler
     size = loader.batch_size if loader.batch_size is not None else getattr(batches, "batch_size", None)
     complete = not loader.drop_last and not getattr(batches, "drop_last", False)
     if loader.num_workers and not getattr(loader, "in_order", True):
-        complete = False  # batches come as they are ready
+        complete = False  # workers give batches in any order
     if isinstance(loader.dataset, IterableDataset):
         return loader if complete else _like(loader, batch_size=size)
     sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler if batches is None else batches
@@ -78,7 +80,7 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         raise ValueError(
             "The DataLoader's DistributedSampler gives this process a part of the data, in an order of its own: pass the data "
-            "set itself, which is shared out among the processes here."
+            "set itself, which pyrovae divides among the processes."
         )
     num_data = len(loader.dataset)  # type: ignore[arg-type]
     whole = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == num_data
@@ -87,20 +89,20 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
         return loader if complete else _like(loader, batch_size=size, sampler=drawn)
     if sorted(drawn) != list(range(num_data)):
         raise ValueError(
-            f"The DataLoader's {type(sampler).__name__} draws {len(drawn)} of {num_data} data at random, so that no answer "
-            f"could be told from another by its row: pass the data set, or torch.utils.data.Subset(dataset, indices)."
+            f"The DataLoader's {type(sampler).__name__} draws {len(drawn)} of {num_data} data at random, so the rows "
+            f"of the answers would not be those of the data: pass the data set, or torch.utils.data.Subset(dataset, indices)."
         )
     return _like(loader, batch_size=size if batches is None or size is not None else 100)
 
 
 def is_one_pass(dataset: Any) -> bool:
-    """Whether an iterable data set can be read only once, as far as its iterators tell without being read."""
+    """Whether an iterable data set can be read only once, as far as this shows without reading it."""
     if not isinstance(dataset, IterableDataset):
         return False
     first, second = iter(dataset), iter(dataset)
     code = getattr(type(first if first is second else dataset).__iter__, "__code__", None)
     if first is second:
-        # One that does more than return itself may start anew.
+        # An ``__iter__`` that does more than return the object may restart it.
         return _cannot_restart(first) or (code is not None and not code.co_names)
     if code is None or any(callable(getattr(type(dataset), name, None)) for name in code.co_names):
         return False
@@ -110,22 +112,22 @@ def is_one_pass(dataset: Any) -> bool:
 
 
 def _cannot_restart(value: Any) -> bool:
-    """Whether a value is a generator, a ``map``, a ``zip`` or the like, which give each item once."""
+    """Whether a value is an iterator that gives each item once, such as a generator, a ``map`` or a ``zip``."""
     return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
 
 
 def _indices(sampler: Any) -> list[int]:
-    """What a sampler gives in one pass, by batches or not; the random stream stays as it was."""
+    """The indices that a sampler gives in one pass, in batches or not, without moving the random stream."""
     with torch.random.fork_rng(devices=[]):
         return [int(index) for each in sampler for index in (each if isinstance(each, list | tuple) else [each])]
 
 
 def _like(loader: DataLoader[Any], **options: Any) -> DataLoader[Any]:
-    """The same data, read and put together in the same way, without shuffling or dropping."""
+    """A loader of the same data with the same options, without shuffling or dropping."""
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(
-            f"The {type(loader).__name__} shuffles its data or drops some, so the answers would not be those of the data in "
-            f"their order: pass the data set, or a loader that does neither."
+            f"The {type(loader).__name__} shuffles its data or drops some, so the order of the answers would not be "
+            f"that of the data: pass the data set, or a loader that does neither."
         )
     workers: dict[str, Any] = {}
     if loader.num_workers:

@@ -1,4 +1,4 @@
-"""Which likelihood an array of numbers can have, read off the set that its values lie in."""
+"""The likelihood for an array of numbers, chosen by the set that contains its values."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["choose_likelihood", "is_whole"]
+
 LEVELS = 256  # of an 8-bit pixel
 
 
 def choose_likelihood(array: np.ndarray) -> tuple[dict[str, Any], str]:
-    """A likelihood whose support holds all values, as a registry table, and why it is this one.
+    """A likelihood whose support contains all values, as a registry table, and the reason for it.
 
     Args:
         array: data of shape (N, ...); more than one dimension in a datum makes it an image.
@@ -26,7 +28,7 @@ def choose_likelihood(array: np.ndarray) -> tuple[dict[str, Any], str]:
     if is_whole(array) and low >= 0:
         if high <= 1:
             return {"kind": "bernoulli"}, "all values are 0 or 1"
-        # Two of three signs of a pixel, since counts can be few, and images can be dark.
+        # Pixels have two of three properties: an image, 8-bit integers, and values above half the range.
         if high < LEVELS and image + (array.dtype == np.uint8) + (high >= LEVELS / 2) >= 2:
             return {"kind": "discretized_logistic"}, (
                 "the values are 8-bit levels 0..255; for a density of grey values in [0, 1] divide them by 255 "
@@ -41,5 +43,5 @@ def choose_likelihood(array: np.ndarray) -> tuple[dict[str, Any], str]:
 
 
 def is_whole(array: np.ndarray) -> bool:
-    """Whether all values are integers, of whatever type."""
+    """Whether all values are integers, in any type."""
     return array.dtype.kind in "biu" or bool((array == np.floor(array)).all())

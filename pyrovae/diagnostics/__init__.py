@@ -1,4 +1,4 @@
-"""Diagnostics: estimators compared, evidence decomposed, posteriors drawn."""
+"""Comparison of estimators, decomposition of the evidence, and draws from the posterior."""
 
 from .decomposition import Decomposition, decompose
 from .gradients import EstimatorComparison, compare_estimators, train_estimators

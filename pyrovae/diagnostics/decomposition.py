@@ -1,4 +1,4 @@
-"""Where the nats go: the decomposition of log p(x) and of the ELBO."""
+"""The decomposition of log p(x) into bound and gap, and of the rate into information and aggregate KL."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._validation import positive_integer
 from ..evidence.importance import log_marginal
 from ..evidence.results import Evidence
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
 from ..tables import text_table
-from .posterior import Array, _Pair
+from .posterior import Array, PairOnData
+
+__all__ = ["Decomposition", "decompose"]
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    r"""Where the nats between a bound and log p(x) go, and what the latents are used for.
+    r"""The parts of the gap between the ELBO and log p(x), and of the rate of the latents.
 
     .. math::
         \log p(x) &= \underbrace{-\text{distortion}(x) - \text{rate}(x)}_{\text{ELBO}(x)}
@@ -29,18 +32,18 @@ class Decomposition:
             + \underbrace{\text{ELBO}^*(x) - \text{ELBO}(x)}_{\text{amortisation}} \\
         \frac1N \sum_n \text{rate}(x_n) &= I_q(x; z) + \mathrm{KL}(q(z) \,\|\, p(z)), \quad q(z) = \frac1N \sum_n q(z|x_n)
 
-    Here ELBO* is that of the guide's family fitted to each datum by itself. Arrays are over N data, in nats.
+    Here ELBO* is the bound of the guide's family fitted to each datum separately. Arrays are over N data, in nats.
 
     Attributes:
-        evidence: log p(x), with what tells whether to believe it.
+        evidence: log p(x), with its diagnostics.
         rate: KL(q(z|x) || p(z)), shape (N,).
         distortion: minus the expected log-likelihood under q(z|x), shape (N,).
-        rate_se: the rate's standard error from sampling, shape (N,); zero where the rate has a closed form.
+        rate_se: the rate's standard error from sampling, shape (N,); zero if the rate has a closed form.
         distortion_se: the distortion's, shape (N,).
         elbo_se: the bound's, shape (N,).
-        information: each datum's part of the mutual information, shape (N,). Over these N data it cannot pass log N.
+        information: each datum's part of the mutual information, shape (N,). Its mean cannot exceed log N.
         mean_variances: by continuous site, the variance over data of each dimension's posterior mean.
-        refined: ELBO* of each datum, shape (N,), where it was given.
+        refined: ELBO* of each datum, shape (N,), if it was given.
         num_draws: draws per datum of the expectations.
         closed_form: sites whose rate has a closed form.
     """
@@ -73,7 +76,7 @@ class Decomposition:
 
     @property
     def approximation(self) -> Array | None:
-        """The part of the gap that the guide's family leaves even where it is fitted to the datum, shape (N,)."""
+        """The part of the gap that remains when the guide's family is fitted to each datum, shape (N,)."""
         return None if self.refined is None else self.evidence.log_px - self.refined
 
     @property
@@ -97,7 +100,7 @@ class Decomposition:
         return {name: int((variances > ACTIVE_VARIANCE).sum()) for name, variances in self.mean_variances.items()}
 
     def rows(self) -> list[tuple[str, float, float, str]]:
-        """The table's lines: a name, the mean in nats per datum, its standard error from sampling, and what it is."""
+        """The rows of the table: a name, the mean in nats per datum, its standard error from sampling, and a description."""
 
         def error(values: Array) -> float:
             return float(np.sqrt(np.sum(values**2)) / len(self))
@@ -141,7 +144,7 @@ class Decomposition:
         return "\n".join(lines)
 
 
-# Burda's threshold: a unit whose posterior mean varies by less is switched off.
+# Burda's threshold: a unit is active if the variance of its posterior mean over data exceeds it.
 ACTIVE_VARIANCE = 0.01
 
 
@@ -160,11 +163,11 @@ def decompose(
     seed: int | None = None,
     progress: bool = False,
 ) -> Decomposition:
-    r"""Split the bound's gap, and the rate, of any pair into what they are made of.
+    r"""Decompose the gap of the ELBO, and the rate, of any pair.
 
     The mutual information is :math:`\frac1N \sum_n E_{q(z|x_n)}[\log q(z|x_n) - \log q(z)]` with the exact mixture
-    :math:`q(z) = \frac1N \sum_m q(z|x_m)` over all N data given, which costs N^2 densities. The rate's other part is the rest,
-    so the two add up exactly. Rates take the closed form of KL(q || p) where a site has one.
+    :math:`q(z) = \frac1N \sum_m q(z|x_m)` over all N data, which costs N^2 densities. The rate's other part is the difference,
+    so the two add up exactly. Rates use the closed form of KL(q || p) for sites that have one.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -172,11 +175,11 @@ def decompose(
         x: an array or tensor (N, ...), a tuple of them, a Dataset or a DataLoader; all of it is kept in memory.
         num_samples: S, importance samples per datum for log p(x).
         num_draws: draws per datum for rate, distortion and posterior means, at least 2.
-        mixture_draws: draws per datum, of those, at which the mixture is evaluated.
-        evidence: log p(x) of these data in this order, where it is known already, by any method.
-        refined: the ELBO of a guide fitted to each datum by itself, shape (N,), in nats.
+        mixture_draws: the number of those draws at which the mixture is evaluated.
+        evidence: log p(x) of these data in this order, by any method; by default importance sampling estimates it.
+        refined: the ELBO of a guide fitted to each datum separately, shape (N,), in nats.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
-        seed: makes the result reproducible and leaves the global random stream untouched.
+        seed: a seed, with which the result is reproducible and the global random stream untouched.
         progress: show bars.
 
     Returns:
@@ -186,8 +189,10 @@ def decompose(
         ValueError: bad data, a pair that :func:`pyrovae.log_weights` refuses, or arrays of another length.
 
     References:
-        Hoffman and Johnson, ELBO surgery, 2016. Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders,
-        2018. Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016. Alemi et al., Fixing a Broken ELBO, 2018.
+        Hoffman and Johnson, ELBO Surgery, 2016, https://approximateinference.org/2016/accepted/HoffmanJohnson2016.pdf.
+        Cremer, Li and Duvenaud, Inference Suboptimality in Variational Autoencoders, 2018, https://arxiv.org/abs/1801.03558.
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
+        Alemi et al., Fixing a Broken ELBO, 2018, https://arxiv.org/abs/1711.00464.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -196,12 +201,10 @@ def decompose(
         >>> bool(abs(parts.rate.mean() - parts.mutual_information - parts.aggregate_kl) < 1e-9)
         True
     """
-    for name, value, least in (("num_draws", num_draws, 2), ("mixture_draws", mixture_draws, 1)):
-        if int(value) != value or value < least:
-            raise ValueError(f"{name} is an integer of at least {least}, not {value!r}.")
-    if mixture_draws > num_draws:
-        raise ValueError(f"mixture_draws ({mixture_draws}) are some of the num_draws ({num_draws}): raise the latter.")
-    pair = _Pair(model, guide, x, vectorize_particles)
+    num_draws, mixture_draws = positive_integer(num_draws, "num_draws"), positive_integer(mixture_draws, "mixture_draws")
+    if num_draws < 2 or mixture_draws > num_draws:
+        raise ValueError(f"num_draws must be at least 2 and at least mixture_draws = {mixture_draws}, got {num_draws}.")
+    pair = PairOnData(model, guide, x, vectorize_particles)
     if evidence is None:
         evidence = log_marginal(
             model,
@@ -213,11 +216,9 @@ def decompose(
             progress=progress,
         )
     refined = None if refined is None else np.asarray(refined, dtype=float)
-    for name, given in (("evidence", evidence.log_px), ("refined", refined)):
-        if given is not None and np.shape(given) != (pair.num_data,):
-            raise ValueError(
-                f"{name} has shape {np.shape(given)}, but there are {pair.num_data} data: give one value for each."
-            )
+    for name, values in (("evidence", evidence.log_px), ("refined", refined)):
+        if values is not None and np.shape(values) != (pair.num_data,):
+            raise ValueError(f"{name} must have shape ({pair.num_data},), one value for each datum, got {np.shape(values)}.")
     with pair.scoring(None if seed is None else seed + 1):
         parts = [pair.expectations(batch, num_draws, mixture_draws) for batch in pair.batches(num_draws, progress)]
         sites = list(parts[0].latents)
@@ -238,10 +239,8 @@ def decompose(
         elbo_se=array(terms["elbo"][1]),
         information=array(information),
         mean_variances={
-            name: array(
-                _variance(torch.cat([part.means[name] for part in parts]), torch.cat([part.spreads[name] for part in parts]))
-            )
-            for name in parts[0].means
+            name: array(_variance(torch.cat([part.means[name] for part in parts]), torch.cat(noise)))
+            for name, noise in ((name, [part.mean_variances[name] for part in parts]) for name in parts[0].means)
         },
         refined=refined,
         num_draws=num_draws,

@@ -1,4 +1,4 @@
-"""Estimators compared: bounds, gradient noise, bias and cost on the same pair and data."""
+"""Comparison of estimators: bounds, gradient noise, bias and cost on the same pair and data."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.figure import Figure
 
+__all__ = ["EstimatorComparison", "compare_estimators", "train_estimators"]
+
 GROUPS = ("model", "guide")
 PER_GROUP = ("norm", "bias", "bias_p", "variance", "snr", "snr_per_second")
 
@@ -47,15 +49,16 @@ class EstimatorComparison:
         num_particles: K of each.
         bound: the mean bound, in nats per datum.
         bound_se: its standard error over draws, in nats per datum.
-        norm: Euclidean norm of the mean gradient per datum, the estimate's own noise subtracted.
-        bias: norm of the mean difference from the reference's gradient, relative to the reference's norm, noise subtracted.
-        bias_p: p-value of no such difference: sign-flip test on the paired draws.
-        variance: summed variance of the gradient's coordinates.
-        snr: signal-to-noise ratio, norm over the root of the variance.
-        seconds: median time of one step's loss and gradients.
-        snr_per_second: signal-to-noise ratio of a second's mean gradient, snr / sqrt(seconds).
-        reference: what the bias is against.
-        num_draws: draws of each gradient.
+        norm: the Euclidean norm of the mean gradient per datum, corrected for sampling noise.
+        bias: the norm of the mean difference from the reference's gradient, relative to the reference's norm, corrected for
+            sampling noise.
+        bias_p: the p-value of a sign-flip test of no difference, on the paired draws.
+        variance: the summed variance of the gradient's coordinates.
+        snr: the signal-to-noise ratio, norm over the root of the variance.
+        seconds: the median time of one step's loss and gradients.
+        snr_per_second: the signal-to-noise ratio of the mean gradient of one second, snr / sqrt(seconds).
+        reference: the estimator that the bias is relative to.
+        num_draws: the number of draws of each gradient.
     """
 
     names: list[str]
@@ -141,35 +144,35 @@ def compare_estimators(
 ) -> EstimatorComparison:
     r"""Compare estimators at the pair's present parameters, with common random numbers, on one batch.
 
-    For the gradient draws :math:`g_r` of one group of parameters, the squared signal is estimated without the draws' own noise,
+    For the gradient draws :math:`g_r` of one group of parameters, the squared norm of the mean is estimated without bias,
 
     .. math:: \widehat{\|E g\|^2} = \frac{1}{R (R-1)} \sum_{r \ne s} g_r^\top g_s, \qquad
         \mathrm{SNR} = \sqrt{\widehat{\|E g\|^2} / \operatorname{tr} \widehat{\operatorname{Var}}(g)},
 
-    and the bias likewise from the paired differences to the reference's draws; its test flips their signs. For the model the
-    reference is nearly the gradient of log p(x). The guide's objectives differ by design (the ELBO's is not IWAE's), so there
-    the bias says how far an estimator pulls elsewhere, not that it is wrong. Parameters belong
-    to the model if log p(x, z) at fixed z depends on them, to the guide if log q(z|x) does, to both if they are shared.
+    and that of the bias likewise from the paired differences to the reference's draws. A sign-flip test of these differences
+    gives the p-value. For the model, the reference is close to the gradient of log p(x). For the guide, objectives differ by
+    design (the ELBO's is not IWAE's), so a non-zero bias measures a difference in objective, not an error. Parameters belong to
+    the model if log p(x, z) at fixed z depends on them, to the guide if log q(z|x) does, and to both if both do.
 
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x).
         x: the batch, or a tuple for programs of several arguments.
-        estimators: names, tables or instances; a mapping gives them names of one's own.
+        estimators: names, tables or instances; a mapping gives each a name for the table.
         num_draws: R, gradient draws of each, at least 10.
-        reference: the estimator whose gradients the biases are against; by default ``dreg`` with 512 particles, whose model
-            gradient is nearly that of log p(x), or ``vimco`` where a site is not reparameterised.
-        seed: seeds draw r with ``seed + r`` for every estimator alike.
+        reference: the estimator that the biases are relative to. The default is ``dreg`` with 512 particles, whose gradient for
+            the model is close to that of log p(x), or ``vimco`` if a site is not reparameterised.
+        seed: draw r of every estimator uses the seed ``seed + r``.
         progress: show bars.
 
     Returns:
-        The comparison. The pair's parameters are as before.
+        The comparison. The pair's parameters do not change.
 
     Raises:
         ValueError: an unknown estimator, one that the pair does not fit, or bad data.
 
     References:
-        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018.
+        Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018, https://arxiv.org/abs/1802.04537.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -180,8 +183,8 @@ def compare_estimators(
         (['elbo', 'iwae'], (2, 2))
     """
     if num_draws < 10:
-        raise ValueError(f"num_draws must be at least 10 to tell a gradient from its noise, not {num_draws}.")
-    named = _named(estimators)
+        raise ValueError(f"num_draws must be at least 10, got {num_draws}: fewer do not estimate a variance.")
+    named = _make_estimators(estimators)
     ours = [*named.values(), *([] if reference is None else [make_estimator(reference)])]
     together = reference is None or any(map(runs_together, ours))
     data = Batches(as_arrays(x, program=model), batch_size=1)
@@ -210,9 +213,9 @@ def compare_estimators(
             bounds, gradients = draws(estimator)
             rows["bound"].append(bounds.mean())
             rows["bound_se"].append(bounds.std(ddof=1) / math.sqrt(num_draws))
-            judged = [_judge(own, ref, random) for own, ref in zip(gradients, reference_draws, strict=True)]
+            judgements = [_judge(own, ref, random) for own, ref in zip(gradients, reference_draws, strict=True)]
             for key in ("norm", "bias", "bias_p", "variance", "snr"):
-                rows[key].append([judgement[key] for judgement in judged])
+                rows[key].append([judgement[key] for judgement in judgements])
         seconds = _times(list(named.values()), model, guide, batch, start.parameters)
     arrays = {name: np.array(values) for name, values in rows.items()}
     return EstimatorComparison(
@@ -245,15 +248,15 @@ def train_estimators(
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x).
         data: training data, as :func:`pyrovae.fit` takes them.
-        estimators: names, tables or instances; a mapping gives them names of one's own.
+        estimators: names, tables or instances; a mapping gives each a name for the table.
         seconds: training time of each.
         held_out: the data that are scored, by importance sampling.
         num_samples: importance samples per held-out datum.
-        seed: seeds training and scoring of every estimator alike.
+        seed: the seed of training and scoring, the same for every estimator.
         **fit_options: passed to :func:`pyrovae.fit`.
 
     Returns:
-        The ranking, with paired standard errors. The pair's parameters are as before.
+        The ranking, with paired standard errors. The pair's parameters do not change.
 
     Raises:
         ValueError: as :func:`pyrovae.fit`, or fewer than two estimators.
@@ -266,9 +269,9 @@ def train_estimators(
         >>> sorted(ranking.names)
         ['elbo', 'iwae']
     """
-    named = _named(estimators)
+    named = _make_estimators(estimators)
     if len(named) < 2:
-        raise ValueError("A comparison takes at least two estimators.")
+        raise ValueError(f"estimators must be at least two, got {len(named)}.")
     first = prepare(model, guide, Batches(data, FIRST_ROWS, program=model), particles=False, each=False)
     parameters = first.parameters
     start = [parameter.detach().clone() for parameter in parameters]
@@ -291,8 +294,8 @@ def train_estimators(
     return compare(results)
 
 
-def _named(estimators: Iterable[Any] | Mapping[str, Any]) -> dict[str, pyro.infer.ELBO]:
-    # Copies, because some count their steps.
+def _make_estimators(estimators: Iterable[Any] | Mapping[str, Any]) -> dict[str, pyro.infer.ELBO]:
+    """The estimators by name, as copies, since some count their steps."""
     if isinstance(estimators, Mapping):
         return {name: copy.copy(make_estimator(spec)) for name, spec in estimators.items()}
     named: dict[str, pyro.infer.ELBO] = {}
@@ -303,7 +306,7 @@ def _named(estimators: Iterable[Any] | Mapping[str, Any]) -> dict[str, pyro.infe
             name += "'"
         named[name] = estimator
     if not named:
-        raise ValueError("There is nothing to compare: name at least one estimator.")
+        raise ValueError("estimators must be at least one, got none: name one.")
     return named
 
 
@@ -322,7 +325,7 @@ def _groups(model: Program, guide: Program, batch: tuple, parameters: list[Tenso
 def _gradients(
     estimator: Any, model: Program, guide: Program, batch: tuple, start: FirstBatch, seed: int, groups: list[list[Tensor]]
 ) -> tuple[float, list[Array]]:
-    """One draw: the bound per datum, and the gradient per datum of each group as one vector (of the bound, upwards)."""
+    """One draw: the bound per datum, and its gradient per datum for each group of parameters as one vector."""
     torch.manual_seed(seed)
     size = start.info.count(batch)
     _clear(start.parameters)
@@ -354,7 +357,7 @@ def _judge(own: Array, reference: Array, random: np.random.Generator) -> dict[st
     squared_bias = _squared_mean(gram)
     reference_norm = math.sqrt(max(0.0, _squared_mean(reference @ reference.T)))
     if np.any(gram):
-        # Under no bias a paired difference is as likely as its negative, so flipping signs draws from the null.
+        # Without bias a paired difference and its negative are equally likely, so random signs sample the null distribution.
         signs = random.choice([-1.0, 1.0], size=(999, num_draws))
         null = ((signs @ gram) * signs).sum(1) - np.trace(gram)
         p = (1 + np.sum(null >= gram.sum() - np.trace(gram))) / 1000
@@ -376,7 +379,7 @@ def _squared_mean(gram: Array) -> float:
 
 
 def _times(estimators: list[Any], model: Program, guide: Program, batch: tuple, parameters: list[Tensor]) -> Array:
-    """Median time of each estimator's loss and gradients, measured in turn so that drift hits all alike."""
+    """The median time of each estimator's loss and gradients, measured in turn so that drift affects all of them equally."""
     times = np.zeros((12, len(estimators)))
     for lap in times:
         for e, estimator in enumerate(estimators):

@@ -1,4 +1,4 @@
-"""Posterior draws and expectations of any pair."""
+"""Draws from the posterior, and expectations under the guide, of any pair."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro.infer
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm import tqdm
 
+from .._validation import positive_integer
 from ..data.batches import Batches
 from ..evidence.draws import Draws
 from ..evidence.planning import CHUNK_NUMBERS
 from ..evidence.streaming import LogMoments, Resampler
 from ..programs.checks import refuse_no_weights
-from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
+from ..programs.inspect import inspect_pair, open_pair
 from ..programs.log_weights import read_weights
-from ..programs.sites import PARTICLES, Program, data_plate, latents_of, log_prob_of, per_datum, plates_of, sites_of
+from ..programs.sites import Layout, Program, data_plate, latents_of, log_prob_of, per_datum, sites_of
 from ..programs.state import in_own_scope
-from ..programs.tracing import evaluation_mode, trace_pair
+from ..programs.tracing import Substitute, scoring_context, trace_pair, trace_program
+from ..programs.wake_sleep import unconditioned, was_observed
 from ..programs.wrappers import is_factor
+
+__all__ = ["posterior_draws"]
 
 Array = np.ndarray
 
@@ -45,10 +45,11 @@ def posterior_draws(
     seed: int | None = None,
     progress: bool = False,
 ) -> Draws:
-    r"""Draw latents from p(z|x) of every datum, by importance resampling, with all that ArviZ wants beside them.
+    r"""Draw latents from p(z|x) of every datum by importance resampling, in the groups that ArviZ uses.
 
     Of S samples from the guide, each of the M draws takes one with probability in proportion to its weight p(x, z) / q(z|x),
-    with replacement. Samples stream by, so the memory does not grow with S. The draws are as good as the weights: read ``ess``.
+    with replacement. The samples are processed in chunks, so the memory does not grow with S. The draws are reliable only if
+    the effective sample size ``ess`` is large.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -58,17 +59,18 @@ def posterior_draws(
         num_samples: S, importance samples per datum.
         predictive: also draw the observed sites anew, and everything from the prior.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
-        seed: makes the draws reproducible and leaves the global random stream untouched.
+        seed: a seed, with which the draws are reproducible and the global random stream untouched.
         progress: show a bar.
 
     Returns:
-        The draws by site; ``to_datatree()`` gives them to ArviZ.
+        The draws by site; ``to_datatree()`` converts them for ArviZ.
 
     Raises:
         ValueError: bad data, a pair that :func:`pyrovae.log_weights` refuses, or a datum all of whose weights are zero.
 
     References:
-        Rubin, Using the SIR algorithm to simulate posterior distributions, 1988.
+        Smith and Gelfand, Bayesian Statistics without Tears: A Sampling-Resampling Perspective, 1992,
+        https://doi.org/10.1080/00031305.1992.10475856.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -77,10 +79,8 @@ def posterior_draws(
         >>> draws.posterior["z"].shape, draws.posterior_predictive["x"].shape
         ((20, 9, 2), (20, 9, 9))
     """
-    for name, value in (("num_draws", num_draws), ("num_samples", num_samples)):
-        if int(value) != value or value < 1:
-            raise ValueError(f"{name} is a positive integer, not {value!r}.")
-    pair = _Pair(model, guide, x, vectorize_particles)
+    num_draws, num_samples = positive_integer(num_draws, "num_draws"), positive_integer(num_samples, "num_samples")
+    pair = PairOnData(model, guide, x, vectorize_particles)
     groups: dict[str, dict[str, list[Tensor]]] = {}
     ess: list[Tensor] = []
     with pair.scoring(seed):
@@ -89,8 +89,8 @@ def posterior_draws(
             if not bool((sizes > 0).all()):
                 datum = sum(len(size) for size in ess) + int((~(sizes > 0)).nonzero()[0])
                 raise ValueError(
-                    f"Datum {datum} has zero weight in all samples, or NaN or infinite ones, so nothing can be resampled: "
-                    f"widen the guide, or look where the model overflows."
+                    f"Datum {datum} has only zero, NaN or infinite weights, so nothing can be resampled: widen the guide, or "
+                    f"check the model for overflow."
                 )
             if predictive:
                 drawn |= pair.predict(batch, drawn["posterior"])
@@ -107,52 +107,95 @@ def posterior_draws(
 
 
 @dataclass(frozen=True)
-class _Expectations:
-    """Of one batch: expectations under q(z|x) as (mean, se) over (B,), and what the mixture and active units need."""
+class Expectations:
+    """Expectations under q(z|x) of one batch as (mean, standard error), and the draws that the other estimates need.
 
-    terms: dict[str, Tensor]  # (2, B)
-    latents: dict[str, Tensor]  # some of the draws, (k, B, ...)
-    log_guide: Tensor  # log q of these at their own datum, (k, B)
-    means: dict[str, Tensor]  # posterior means, (B, ...)
-    spreads: dict[str, Tensor]  # the variance of their sampling noise, (B, ...)
+    Attributes:
+        terms: rate, distortion and bound, shape (2, B) each, in nats.
+        latents: some of the draws by site, shape (k, B, ...).
+        log_guide: log q of these at their own datum, shape (k, B).
+        means: posterior means by continuous site, shape (B, ...).
+        mean_variances: the sampling variances of those means, shape (B, ...).
+        closed_form: the sites whose rate has a closed form.
+        sites: the guide's latent sites, from one run.
+        plate: the data plate of that run.
+    """
+
+    terms: dict[str, Tensor]
+    latents: dict[str, Tensor]
+    log_guide: Tensor
+    means: dict[str, Tensor]
+    mean_variances: dict[str, Tensor]
     closed_form: tuple[str, ...]
-    sites: dict[str, dict]  # the guide's, as one run left them
-    data: Any
+    sites: dict[str, dict]
+    plate: Any
 
 
-class _Pair:
-    """A pair and its data, as the functions above run it: particles left of everything, values of sites as (K, B, ...)."""
+@dataclass(frozen=True)
+class WeightedDraws:
+    """Draws of the guide for one batch, with their weights.
+
+    Attributes:
+        log_weights: shape (K, B), in nats.
+        latents: the values of the latents that the model has too, by site, shape (K, B, ...).
+        log_likelihood: log p(x|z) by observed site, shape (K, B), in nats.
+        observed: the observed values by site, shape (B, ...).
+    """
+
+    log_weights: Tensor
+    latents: dict[str, Tensor]
+    log_likelihood: dict[str, Tensor]
+    observed: dict[str, Tensor]
+
+
+class PairOnData:
+    """A pair and its data: runs with the particles on the left, and values of sites as (K, B, ...).
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        x: data, as :class:`pyrovae.data.Batches` takes them; all of it is kept in memory.
+        vectorize: whether particles run together.
+
+    Raises:
+        ValueError: the data plate is subsampled, or the pair is one that :func:`pyrovae.log_weights` refuses.
+    """
 
     def __init__(self, model: Program, guide: Program, x: Any, vectorize: bool):
         self.model, self.guide, self.vectorize = model, guide, vectorize
-        data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
-        first = prepare(model, guide, data, vectorize_particles=vectorize)
-        data.to(first.dtype, first.device, first.floating)
+        data, first = open_pair(model, guide, x, vectorize_particles=vectorize)
         data.batch_size = 1000
         self.info, self.device, self.dtype = first.info, first.device, first.dtype
-        if self.info.scale != 1.0:
-            raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
         self.arrays = tuple(torch.cat(parts) for parts in zip(*data, strict=True))
         self.num_data = len(self.arrays[0])
         self.chunk = max(1, CHUNK_NUMBERS // max(self.info.num_dims, 256))
         self.nesting = self.info.max_plate_nesting
 
-    def scoring(self, seed: int | None) -> Any:
-        return _scoring(self.model, self.guide, self.device, seed)
+    @contextmanager
+    def scoring(self, seed: int | None) -> Iterator[None]:
+        """Score without gradients, in evaluation mode, with a seed of its own."""
+        with torch.no_grad(), scoring_context(self.model, self.guide, seed, self.device):
+            yield
 
     def batches(self, num_samples: int, progress: bool) -> Iterator[tuple]:
+        """The data in batches on which that many particles fit into memory, each checked first."""
         data = Batches(self.arrays, batch_size=max(1, self.chunk // num_samples), dtype=self.dtype, device=self.device)
         for batch in tqdm(data, total=data.num_batches, unit="batch", disable=not progress):
             refuse_no_weights(inspect_pair(self.model, self.guide, *batch).no_weights)
             yield batch
 
     def sizes(self, total: int, num_data: int) -> Iterator[int]:
-        """How many particles run together, until all have."""
+        """The numbers of particles that run together, which add up to ``total``."""
         most = max(1, self.chunk // num_data) if self.vectorize else 1
         for start in range(0, total, most):
             yield min(most, total - start)
 
-    def expectations(self, batch: tuple, num_draws: int, mixture_draws: int) -> _Expectations:
+    def layout(self, size: int, plate: Any) -> Layout:
+        """Where particles and data stand in the tensors of a run of ``size`` particles."""
+        return Layout(size, plate.size, self.nesting, plate.dim)
+
+    def expectations(self, batch: tuple, num_draws: int, mixture_draws: int) -> Expectations:
+        """Rate, distortion, bound and posterior means of each datum of a batch, from draws of the guide."""
         terms: dict[str, list[Tensor]] = {"rate": [], "distortion": [], "elbo": []}
         latents: dict[str, list[Tensor]] = {}
         means: dict[str, list[Tensor]] = {}
@@ -165,29 +208,36 @@ class _Pair:
             terms["distortion"].append(-weights.log_likelihood.double())
             terms["elbo"].append(-terms["rate"][-1] - terms["distortion"][-1])
             log_guide.append(weights.log_guide)
-            data = data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
-            sites = {site["name"]: site for site in sites_of(traces.guide) if not site["is_observed"]}
+            plate = data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
+            layout = self.layout(size, plate)
+            sites = {site["name"]: site for site in latents_of(traces.guide)}
             for name, site in sites.items():
-                value = self.rows_of(site, site["value"], data, size)
+                value = layout.rows(site, site["value"])
                 latents.setdefault(name, []).append(value)
                 if _is_continuous(site):
                     mean = _mean_of(site)
-                    means.setdefault(name, []).append(value if mean is None else self.rows_of(site, mean, data, size))
+                    means.setdefault(name, []).append(value if mean is None else layout.rows(site, mean))
         drawn = {name: torch.cat(parts) for name, parts in terms.items()}
         centres = {name: torch.cat(parts).double() for name, parts in means.items()}
-        return _Expectations(
+        return Expectations(
             terms={name: torch.stack([d.mean(0), d.std(0) / math.sqrt(num_draws)]) for name, d in drawn.items()},
             latents={name: torch.cat(parts)[:mixture_draws] for name, parts in latents.items()},
             log_guide=torch.cat(log_guide)[:mixture_draws].double(),
             means={name: centre.mean(0) for name, centre in centres.items()},
-            spreads={name: centre.var(0) / num_draws for name, centre in centres.items()},
+            mean_variances={name: centre.var(0) / num_draws for name, centre in centres.items()},
             closed_form=tuple(site.name for site in weights.sites if site.kl is not None),
             sites=sites,
-            data=data,
+            plate=plate,
         )
 
-    def log_aggregate(self, latents: dict[str, Tensor], like: _Expectations, progress: bool) -> Tensor:
-        """Log density of every latent under the mixture of all data's guides, shape (k, N)."""
+    def log_aggregate(self, latents: dict[str, Tensor], like: Expectations, progress: bool) -> Tensor:
+        """The log density of every latent under the mixture of all data's guides, shape (k, N), in nats.
+
+        Args:
+            latents: values by site, shape (k, N, ...).
+            like: the expectations of a batch, for the shapes of its sites.
+            progress: show a bar.
+        """
         counts = next(iter(latents.values())).shape[:2]
         flat = {name: value.flatten(0, 1) for name, value in latents.items()}  # (J, ...)
         width = max(1, sum(value[0].numel() for value in flat.values()))
@@ -200,11 +250,12 @@ class _Pair:
             size = len(next(iter(some.values())))
             log_sum = torch.full((size,), -math.inf, dtype=torch.float64, device=self.device)
             for batch in data:
-                trace = Trace()
-                for name, value in some.items():
-                    spread = value.unsqueeze(1).expand(size, len(batch[0]), *value.shape[1:])
-                    trace.add_node(name, **{**like.sites[name], "value": self.value_of(like.sites[name], spread, like.data)})
-                scored = self.run(poutine.replay, self.guide, batch, size, trace)
+                layout = self.layout(size, like.plate)._replace(num_data=len(batch[0]))
+                values = {
+                    name: layout.value(like.sites[name], value.unsqueeze(1).expand(size, len(batch[0]), *value.shape[1:]))
+                    for name, value in some.items()
+                }
+                scored = trace_program(self.guide, batch, size, self.nesting, Substitute(values))
                 sites = latents_of(scored)
                 plate = data_plate(sites)
                 log_q = torch.stack([per_datum(site, log_prob_of(site), plate, size, self.nesting) for site in sites]).sum(0)
@@ -212,95 +263,70 @@ class _Pair:
             found.append(log_sum - math.log(self.num_data))
         return torch.cat(found).reshape(counts)
 
-    def run(self, wrap: Any, program: Program, batch: tuple, size: int, trace: Trace) -> Trace:
-        """A program's trace with particles on the left and some values given."""
-        if size > 1:
-            program = pyro.plate(PARTICLES, size, dim=-self.nesting - 1)(program)
-        return prune_subsample_sites(poutine.trace(wrap(program, trace=trace)).get_trace(*batch))
+    def weighted_draws(self, batch: tuple, size: int) -> WeightedDraws:
+        """Draws of the guide, with their weights and the scores of the observed sites."""
+        traces = trace_pair(self.model, self.guide, batch, {}, size, self.nesting)
+        plate = data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
+        layout, observed = self.layout(size, plate), [site for site in sites_of(traces.model) if site["is_observed"]]
+        return WeightedDraws(
+            log_weights=read_weights(traces, size).log_weights,
+            latents={
+                site["name"]: layout.rows(site, site["value"])
+                for site in latents_of(traces.guide)
+                if site["name"] in traces.model
+            },
+            log_likelihood={site["name"]: per_datum(site, log_prob_of(site), plate, size, self.nesting) for site in observed},
+            observed={
+                site["name"]: layout._replace(num_particles=1).rows(site, site["value"])[0]
+                for site in observed
+                if not is_factor(site)
+            },
+        )
 
     def resample(self, batch: tuple, num_draws: int, num_samples: int) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+        """Draws of the posterior of each datum by importance resampling, and the effective sample sizes, shape (B,)."""
         num_data = len(batch[0])
         resampler = Resampler(LogMoments(num_data, num_samples, self.device), num_draws)
         observed: dict[str, Tensor] = {}
         for size in self.sizes(num_samples, num_data):
-            traces = trace_pair(self.model, self.guide, batch, {}, size, self.nesting)
-            data = data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
-            values = {
-                ("posterior", site["name"]): self.rows_of(site, site["value"], data, size)
-                for site in sites_of(traces.guide)
-                if not site["is_observed"] and site["name"] in traces.model
-            }
-            for site in sites_of(traces.model):
-                if site["is_observed"]:
-                    values["log_likelihood", site["name"]] = per_datum(site, log_prob_of(site), data, size, self.nesting)
-                    if not is_factor(site):
-                        observed[site["name"]] = self.rows_of(site, site["value"], data, 1)[0]
-            resampler.update(read_weights(traces, size).log_weights.double(), values)
+            draws = self.weighted_draws(batch, size)
+            observed = draws.observed
+            values = {("posterior", name): value for name, value in draws.latents.items()}
+            values |= {("log_likelihood", name): value for name, value in draws.log_likelihood.items()}
+            resampler.update(draws.log_weights.double(), values)
         groups: dict[str, dict[str, Tensor]] = {"posterior": {}, "log_likelihood": {}, "observed_data": observed}
         for (group, name), value in resampler.draws.items():
             groups[group][name] = value
         return groups, torch.as_tensor(resampler.moments.finish().ess)
 
     def predict(self, batch: tuple, posterior: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The observed sites drawn anew at the posterior's latents, and all sites drawn from the model alone."""
+        """New draws of the observed sites at the posterior's latents, and of all sites from the model alone."""
         num_draws, num_data = next(iter(posterior.values())).shape[:2]
-        found: dict[str, dict[str, list[Tensor]]] = {"posterior_predictive": {}, "prior": {}, "prior_predictive": {}}
-        start = 0
+        drawn: dict[str, dict[str, list[Tensor]]] = {"posterior_predictive": {}, "prior": {}, "prior_predictive": {}}
+
+        def add(group: str, site: dict, layout: Layout) -> None:
+            drawn[group].setdefault(site["name"], []).append(layout.rows(site, site["value"]))
+
+        start, simulator = 0, unconditioned(self.model)
         for size in self.sizes(num_draws, num_data):
-            like = poutine.trace(self.model).get_trace(*batch)
-            data = data_plate(list(sites_of(prune_subsample_sites(like))))
-            given = Trace()
-            for name, value in posterior.items():
-                site = like.nodes[name]
-                given.add_node(name, **{**site, "value": self.value_of(site, value[start : start + size], data)})
+            like = trace_program(self.model, batch)
+            layout = self.layout(size, data_plate(list(sites_of(like))))
+            values = {name: layout.value(like.nodes[name], value[start : start + size]) for name, value in posterior.items()}
             start += size
-            for trace, after in ((given, True), (Trace(), False)):
-                drawn = self.run(poutine.replay, poutine.uncondition(self.model), batch, size, trace)
-                for site in sites_of(drawn):
-                    seen = "was_observed" in site["infer"]
-                    if is_factor(site) or (after and not seen):
-                        continue
-                    group = "posterior_predictive" if after else "prior_predictive" if seen else "prior"
-                    value = self.rows_of(site, site["value"], data, size)
-                    found[group].setdefault(site["name"], []).append(value)
-        return {group: {name: torch.cat(values) for name, values in sites.items()} for group, sites in found.items()}
-
-    def inner(self, site: dict, data: Any) -> list[int]:
-        """Sizes of the plates between particles and event but the data's; 1 where the site is not in one."""
-        size = {frame.dim: frame.size for frame in plates_of(site) if frame.vectorized}
-        return [size.get(dim, 1) for dim in range(-self.nesting, 0) if dim != data.dim]
-
-    def rows_of(self, site: dict, value: Tensor, data: Any, size: int) -> Tensor:
-        """A site's value as (K, B, ...): the plates inside a datum that hold it, then its event."""
-        event = site["fn"].event_dim
-        value = value.reshape((1,) * (self.nesting + 1 + event - value.dim()) + value.shape)
-        value = value.movedim(data.dim - event, 1)
-        inner, shape = self.inner(site, data), value.shape[value.dim() - event :]
-        value = value.expand(size, data.size, *inner, *shape)
-        return value.reshape(size, data.size, *(n for n in inner if n != 1), *shape)
-
-    def value_of(self, site: dict, rows: Tensor, data: Any) -> Tensor:
-        """A value as the site has it, from (K, B, ...); the inverse of :meth:`rows_of`."""
-        event = site["fn"].event_dim
-        shape = rows.shape[rows.dim() - event :]
-        value = rows.reshape(*rows.shape[:2], *self.inner(site, data), *shape).movedim(1, data.dim - event)
-        return value.squeeze(0) if len(rows) == 1 else value
-
-
-@contextmanager
-def _scoring(model: Program, guide: Program, device: torch.device, seed: int | None) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
+            for site in sites_of(trace_program(simulator, batch, size, self.nesting, Substitute(values))):
+                if was_observed(site):
+                    add("posterior_predictive", site, layout)
+            for site in sites_of(trace_program(simulator, batch, size, self.nesting)):
+                if not is_factor(site):
+                    add("prior_predictive" if was_observed(site) else "prior", site, layout)
+        return {group: {name: torch.cat(values) for name, values in sites.items()} for group, sites in drawn.items()}
 
 
 def _mean_of(site: dict) -> Tensor | None:
     """The mean of a site's distribution in closed form, where it has one."""
     try:
         mean = site["fn"].mean
-    except NotImplementedError:  # torch's word for a distribution that declares none, as a flow
+    except NotImplementedError:  # raised by a distribution without a mean, such as a flow
         return None
     return mean.expand(site["value"].shape)
 
@@ -308,5 +334,5 @@ def _mean_of(site: dict) -> Tensor | None:
 def _is_continuous(site: dict) -> bool:
     try:
         return not site["fn"].support.is_discrete
-    except NotImplementedError:  # torch's word for a distribution that declares no support
+    except NotImplementedError:  # raised by a distribution without a support
         return site["value"].is_floating_point()

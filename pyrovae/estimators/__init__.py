@@ -1,4 +1,4 @@
-"""Estimators: bounds on log p(x) and their gradients, each a class of a few lines that reduces log-weights."""
+"""Bounds on log p(x) and their gradients; each estimator is a class of a few lines that reduces log-weights."""
 
 from .base import Coefficients, Estimator, check_estimator, loss_and_grads, make_estimator
 from .doubly_reparameterized import DReG, GDReG

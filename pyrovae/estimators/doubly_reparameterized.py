@@ -1,4 +1,4 @@
-"""Importance-weighted bounds whose gradients follow the path twice."""
+"""Importance-weighted bounds with doubly reparameterised gradients."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..programs.log_weights import Leaf, LogWeights, zero_negligible
 from ..programs.sites import Program
+from ..programs.tracing import Gradients
+from ..programs.weights import Leaf, LogWeights, zero_negligible
 from ..registry import register
-from .base import Coefficients, _iwae, _ManyParticles
+from .base import Coefficients, ManyParticles, iwae
+
+__all__ = ["DReG", "GDReG"]
 
 
 @register("estimator", "dreg")
-class DReG(_ManyParticles):
+class DReG(ManyParticles):
     r"""The importance-weighted bound, its score reparameterised a second time.
 
     The reported bound is :class:`IWAE`'s, a lower bound. The gradient has the same mean with
 
     .. math:: a_k = \tilde w_k, \qquad b_k = \tilde w_k^2, \qquad c_k = 0
 
-    and a guide's signal that grows with K. At K = 1 it is :class:`STL`. It holds for guides of several dependent latents too,
-    which run twice: they are reparameterised as one. Needs reparameterised sites.
+    where :math:`\tilde w_k` are the normalised weights, and a signal-to-noise ratio for the guide that grows with K. At K = 1
+    it is :class:`STL`. It also holds for guides with several dependent latents, which run twice. The estimator needs
+    reparameterised sites.
 
     Args:
         num_particles: K.
@@ -33,7 +37,8 @@ class DReG(_ManyParticles):
         ValueError: a site is not reparameterised, or is a flow that cannot be inverted.
 
     References:
-        Tucker, Lawson, Gu and Maddison, Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, 2019.
+        Tucker, Lawson, Gu and Maddison, Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, 2019,
+        https://arxiv.org/abs/1810.04152.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -42,21 +47,21 @@ class DReG(_ManyParticles):
         torch.Size([5])
     """
 
-    gradients = "split"
+    gradients = Gradients.SPLIT
 
     def reduce(self, weights: LogWeights) -> Tensor:
         """The log of the mean weight, shape (B,)."""
-        return _iwae(weights)
+        return iwae(weights)
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         """Normalised weights for the model, their squares for the path, nothing for the score."""
-        share = torch.softmax(log_w, 0)
-        return Coefficients(share, share**2, torch.zeros_like(share))
+        normalized = torch.softmax(log_w, 0)
+        return Coefficients(normalized, normalized**2, torch.zeros_like(normalized))
 
 
 @register("estimator", "gdreg")
-class GDReG(_ManyParticles):
-    r"""DReG, whose learned priors are doubly reparameterised too.
+class GDReG(ManyParticles):
+    r"""DReG with doubly reparameterised gradients for learned priors too.
 
     The reported bound is :class:`IWAE`'s, a lower bound. Guide and likelihood get :class:`DReG`'s gradient. The parameters of
     the prior of each latent site i, with the model's own sampler :math:`z_i = T(\epsilon; \theta)` inverted at the sample, get
@@ -64,10 +69,11 @@ class GDReG(_ManyParticles):
     .. math:: \sum_k \Big( \tilde w_k \, \partial_{z_i} \big[ \log p(x, z_k) - \log p_\theta(z_{ik} \mid \cdot) \big]
         - \tilde w_k^2 \, \partial_{z_i} \log w_k \Big) \frac{\partial T(\epsilon_k; \theta)}{\partial \theta}
 
-    which has the mean of :math:`\tilde w_k \partial_\theta \log p_\theta(z_{ik} | \cdot)`, the ordinary one. That one stays
-    where no sampler can be inverted (a mixture, say) or the guide's site is a Delta; :meth:`prior_terms` says which. Known
-    samplers: Normal, Laplace, Cauchy, StudentT and Gumbel, MultivariateNormal, and invertible transforms of these. The model's
-    graph is traversed twice. Needs reparameterised sites.
+    which has the mean of the ordinary gradient :math:`\tilde w_k \partial_\theta \log p_\theta(z_{ik} | \cdot)`. A prior whose
+    sampler cannot be inverted, such as a mixture, keeps the ordinary gradient, and so does a site that is a Delta in the guide;
+    :meth:`prior_terms` says which. Samplers that can be inverted are those of Normal, Laplace, Cauchy, StudentT, Gumbel,
+    MultivariateNormal, and invertible transforms of these. The model's graph is differentiated twice. The estimator needs
+    reparameterised sites.
 
     Args:
         num_particles: K.
@@ -77,7 +83,8 @@ class GDReG(_ManyParticles):
         ValueError: a site is not reparameterised, or is a flow that cannot be inverted.
 
     References:
-        Bauer and Mnih, Generalized Doubly Reparameterized Gradient Estimators, 2021.
+        Bauer and Mnih, Generalized Doubly Reparameterized Gradient Estimators, 2021,
+        https://proceedings.mlr.press/v139/bauer21a.html.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -86,10 +93,10 @@ class GDReG(_ManyParticles):
         {'z': 'reparameterised'}
     """
 
-    gradients = "leaf"
+    gradients = Gradients.LEAF
 
     def prior_terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, str]:
-        """For each latent, how its prior gets its gradient: ``"reparameterised"`` or ``"score"``."""
+        """How the prior of each latent gets its gradient: ``"reparameterised"`` or ``"score"``."""
         with torch.enable_grad():
             leaves = self._draw(model, guide, args, kwargs).leaves
         priors = {leaf.name: _resample_leaf(leaf) for leaf in leaves if leaf.prior is not None}
@@ -97,30 +104,27 @@ class GDReG(_ManyParticles):
 
     def reduce(self, weights: LogWeights) -> Tensor:
         """The log of the mean weight, shape (B,)."""
-        return _iwae(weights)
+        return iwae(weights)
 
-    def _objective(self, weights: LogWeights) -> Tensor:
+    def _objective(self, weights: LogWeights, beta: float | Tensor | None) -> Tensor:
         dead = weights.log_weights.detach() == -torch.inf
-        share = zero_negligible(torch.where(dead, 0.0, torch.softmax(weights.log_weights.detach(), 0)))
+        normalized = zero_negligible(torch.where(dead, 0.0, torch.softmax(weights.log_weights.detach(), 0)))
         values = [leaf.value for leaf in weights.leaves]
 
         def slopes(log_density: Tensor, *at: Tensor) -> tuple[Tensor, ...]:
             alive = torch.where(dead, 0.0, log_density).sum()
             return torch.autograd.grad(alive, at, retain_graph=True, allow_unused=True, materialize_grads=True)
 
-        def shared(term: Tensor) -> Tensor:
-            return (share * torch.where(dead, 0.0, term)).sum(0)
-
-        objective = shared(weights.log_likelihood)
+        objective = (normalized * torch.where(dead, 0.0, weights.log_likelihood)).sum(0)
         joint_slopes = slopes(weights.log_likelihood + weights.log_prior, *values)
         guide_slopes = slopes(weights.log_guide, *values)
         for leaf, joint, guide in zip(weights.leaves, joint_slopes, guide_slopes, strict=True):
-            part = leaf.layout.broadcast_to_site(share[leaf.rows], leaf.value, leaf.event_dim)
+            part = leaf.layout.broadcast_to_site(normalized[leaf.rows], leaf.value, leaf.event_dim)
             path = torch.where(part == 0, 0.0, part**2 * (joint - guide))
             objective = objective + leaf.layout.sum_per_datum(path * leaf.sample, leaf.event_dim).sum(0)
             resampled = _resample_leaf(leaf)
             if resampled is None:
-                objective = objective + share[leaf.rows].mul(torch.where(dead[leaf.rows], 0.0, leaf.log_prior)).sum(0)
+                objective = objective + normalized[leaf.rows].mul(torch.where(dead[leaf.rows], 0.0, leaf.log_prior)).sum(0)
             else:
                 (own,) = torch.autograd.grad(leaf.log_prior.sum(), leaf.value, retain_graph=True)
                 direct = torch.where(part == 0, 0.0, part * (joint - own)) - path
@@ -136,10 +140,10 @@ def _resample_leaf(leaf: Leaf) -> Tensor | None:
 
 
 def _resample(prior: Any, value: Tensor) -> Tensor | None:
-    """``value`` as the prior's own sampler would make it from its noise: the same numbers, with dT/d(parameters) behind."""
+    """``value`` as the prior's sampler makes it from its noise: the same numbers, differentiable in the prior's parameters."""
     if isinstance(prior, torch.distributions.Independent):
         return _resample(prior.base_dist, value)
-    # Before the transforms: torch makes its Gumbel of a uniform draw, which has no location and scale to move.
+    # Before the case of transforms: torch builds its Gumbel from a uniform draw, which has no location and scale.
     if isinstance(prior, _LOC_SCALE) and not getattr(prior, "df", prior.loc.detach()).requires_grad:
         return prior.loc + prior.scale * ((value - prior.loc) / prior.scale).detach()
     if isinstance(prior, torch.distributions.TransformedDistribution):

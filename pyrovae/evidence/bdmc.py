@@ -178,7 +178,7 @@ def _bracket(model: Program, guide: Program, x: Any, num_data: int, options: Ann
     simulated: list[Batch] = []
     with annealing(model, guide, first, batches.num_batches, options, directions=2) as bar:
         for batch in batches:
-            trace, latents = UnconstrainedPair(model, guide, batch, vectorize_particles=options.vectorize_particles).dream()
+            trace, latents = UnconstrainedPair(model, guide, batch, vectorize_particles=options.vectorize_particles).simulate()
             args = simulated_args(trace, batch)
             inspect_pair(model, guide, *args)
             with pyro.validation_enabled(False):

@@ -7,15 +7,12 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..data.matching import Batch
 from ..programs.checks import refuse_masked
 from ..programs.sites import Layout, Program, data_plate, log_prob_of, per_datum, plate_nesting, plate_sizes, sites_of
-from ..programs.tracing import Substitute, explained, in_particles, trace_from_prior
+from ..programs.tracing import Substitute, Trace, explained, trace_from_prior, trace_program
 from ..programs.wrappers import base_distribution
 from .rounding import Answer, log_joint_rounding
 
@@ -50,8 +47,7 @@ def enumerate_latents(model: Program, batch: Batch, nesting: int, most: int, vec
             assigned[site["name"]] = layout.to_site(values, plate_sizes(site, nesting), site["fn"].event_shape)
             column += number
         with explained(len(index)):
-            placed = Substitute(assigned)(in_particles(model, len(index), nesting))
-            return prune_subsample_sites(poutine.trace(placed).get_trace(*batch))
+            return trace_program(model, batch, len(index), nesting, Substitute(assigned))
 
     log_px = torch.full((data.size,), -math.inf, dtype=torch.float64, device=batch[0].device)
     highest, likeliest = log_px.clone(), torch.zeros(data.size, len(each), dtype=torch.long, device=log_px.device)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..programs.sites import log_prob_of, per_datum, sites_of
+from ..programs.tracing import Trace
 from ..programs.wrappers import base_distribution
 
 __all__ = ["Answer", "log_joint_rounding"]

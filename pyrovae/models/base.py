@@ -14,10 +14,10 @@ import pyro
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
-from torch.distributions.constraints import Constraint
 
 from .. import files
 from .._validation import unknown
+from ..distributions import same_support
 from ..encoders import Encoder
 from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape, as_widths
@@ -38,7 +38,6 @@ __all__ = [
     "check_sizes",
     "in_shape_of",
     "in_size_of",
-    "same_support",
 ]
 
 _counter = itertools.count()
@@ -295,29 +294,6 @@ SET_NAMES = [
 
 def _set_name(support: Any) -> str:
     return next((name for known, name in SET_NAMES if same_support(known, support)), str(support))
-
-
-def same_support(first: Any, second: Any) -> bool:
-    """Whether two supports are one: of one class, with equal bounds and parts.
-
-    Example:
-        >>> from pyro.distributions import constraints
-        >>> from pyrovae.models.base import same_support
-        >>> same_support(constraints.real_vector, constraints.independent(constraints.real, 1))
-        True
-    """
-    if type(first) is not type(second):
-        return False
-    one, other = vars(first), vars(second)
-    return one.keys() == other.keys() and all(_same_part(one[name], other[name]) for name in one)
-
-
-def _same_part(first: Any, second: Any) -> bool:
-    if isinstance(first, Constraint):
-        return same_support(first, second)
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
-        return bool(torch.equal(torch.as_tensor(first), torch.as_tensor(second)))
-    return bool(first == second)
 
 
 def _fresh_name() -> str:

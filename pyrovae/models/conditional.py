@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from .._validation import positive_integer
@@ -160,7 +159,7 @@ class _LabelledVAE(PairModule):
                 f"{y.dtype} of shape {tuple(y.shape)}."
             )
         # As distributions check their values: not within a captured step, whose data have been checked.
-        if is_validation_enabled():
+        if dist.is_validation_enabled():
             self._check_labels(y)
         if y.dim() == 1:
             y = y[:, None] == torch.arange(self.num_classes, device=y.device)

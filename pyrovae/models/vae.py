@@ -11,7 +11,6 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .._validation import positive_integer
@@ -234,7 +233,8 @@ class VAE(PairModule):
             ValueError: the mask is no boolean tensor of the shape of ``x``, or a number is not positive.
 
         References:
-            Mattei and Frellsen, MIWAE: Deep generative modelling and imputation of incomplete data sets, 2019.
+            Mattei and Frellsen, MIWAE: Deep generative modelling and imputation of incomplete data sets, 2019,
+            https://arxiv.org/abs/1812.02633.
 
         Example:
             >>> import torch, pyrovae as pv
@@ -245,7 +245,7 @@ class VAE(PairModule):
             (1.0, True)
         """
         from ..evidence.planning import CHUNK_NUMBERS
-        from ..programs.tracing import evaluation_mode
+        from ..programs.tracing import scoring_context
 
         num_samples = positive_integer(num_samples, "num_samples")
         num_draws = None if num_draws is None else positive_integer(num_draws, "num_draws")
@@ -255,10 +255,7 @@ class VAE(PairModule):
         if known is None:
             raise ValueError(f"The mask must be a boolean tensor of the data's shape {tuple(x.shape)}, true where observed.")
         rows = max(1, chunk // num_samples)
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.no_grad(), evaluation_mode(self.model, self.guide), torch.random.fork_rng(devices, enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with torch.no_grad(), scoring_context(self.model, self.guide, seed, x.device):
             parts = [
                 self._impute(data, seen, num_samples, num_draws, max(1, chunk // len(data)))
                 for data, seen in zip(x.split(rows), known.split(rows), strict=True)
@@ -270,20 +267,21 @@ class VAE(PairModule):
         """One batch, in chunks of particles: the filled data, and the largest log-weights of each datum."""
         from ..evidence.streaming import LogMoments, Resampler
         from ..programs.log_weights import log_weights
+        from ..programs.tracing import Recorder
 
         event = (1,) * len(self.data_shape)
         moments, mean = LogMoments(len(x), num_samples, x.device), torch.zeros_like(x)
         resampler = None if num_draws is None else Resampler(moments, num_draws)
         while left := num_samples - moments.num_drawn:
             size = min(left, chunk)
-            with _Seen() as seen:
+            with Recorder() as recorder:
                 weights = log_weights(self.model, self.guide, x, mask, num_particles=size, max_plate_nesting=1)
             log_w = weights.log_weights.double()  # (size, B)
             if resampler is not None:
-                resampler.update(log_w, {"z": seen.z.reshape(size, len(x), self.latent_dim)})
+                resampler.update(log_w, {"z": recorder.values["z"].reshape(size, len(x), self.latent_dim)})
                 continue
             earlier, new = (part.to(x.dtype).reshape(*part.shape, *event) for part in moments.normalize(log_w))
-            mean = mean * earlier + (new * seen.distribution.mean.reshape(size, *x.shape)).sum(0)
+            mean = mean * earlier + (new * recorder.distributions["x"].mean.reshape(size, *x.shape)).sum(0)
         filled = mean
         if resampler is not None:
             distribution, _ = self.likelihood.observe(resampler.draws["z"], x, mask)
@@ -311,16 +309,3 @@ def _warn_of_tails(tail: Tensor, num_samples: int, precision: float) -> None:
 
 
 make_vae = VAE.from_names
-
-
-class _Seen(Messenger):
-    """Remembers z and p(x|z)."""
-
-    distribution: Any
-    z: Tensor
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == "z":
-            self.z = msg["value"]
-        elif msg["name"] == "x":
-            self.distribution = msg["fn"]

@@ -1,1 +1,3 @@
-"""Programs: pairs of Pyro programs read, checked and weighed; nothing else here touches what Pyro records."""
+"""Pairs of Pyro programs: running, tracing, checking and weighing them. No other folder reads Pyro's traces."""
+
+__all__: list[str] = []

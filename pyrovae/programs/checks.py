@@ -1,4 +1,4 @@
-"""Checks: what one run of both programs shows, site by site, before a number of theirs is believed."""
+"""Checks of a pair, site by site, by one run of both programs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .sites import Program, check_batch, data_plate, log_prob_of, plate_nesting, plate_sizes, plates_of, sites_of
-from .support import Measure, measure_of, support_of
-from .tracing import Traces, evaluation_mode, same_random_stream, trace_pair
+from .support import ReferenceMeasure, measure_of, support_of
+from .tracing import Traces, inspection, trace_pair
 from .wrappers import base_distribution, is_factor, is_masked_anywhere, is_point, mask_of, same_mask
+
+__all__ = [
+    "check_finite", "check_same_latents", "check_scores", "check_sites", "check_support", "look_at", "refuse_masked",
+    "refuse_no_weights", "why_no_weights",
+]  # fmt: skip
 
 
 def check_same_latents(model_sites: list[dict], guide_sites: list[dict]) -> None:
@@ -37,7 +42,7 @@ def check_same_latents(model_sites: list[dict], guide_sites: list[dict]) -> None
 
 
 def check_scores(guide_sites: list[dict]) -> None:
-    """Refuse guide sites without a score."""
+    """Refuse guide sites that have no score."""
     for site in guide_sites:
         distribution = base_distribution(site)
         if isinstance(distribution, pyro.distributions.Delta) and distribution.v.requires_grad:
@@ -64,7 +69,7 @@ def check_support(site: dict) -> None:
         return
     try:
         inside = site["fn"].support.check(site["value"])
-    except NotImplementedError:  # torch's word for a distribution that declares no support
+    except NotImplementedError:  # raised by a distribution without a support
         return
     mask = torch.as_tensor(True if site["mask"] is None else site["mask"])
     outside = (~inside & mask).nonzero()
@@ -73,7 +78,8 @@ def check_support(site: dict) -> None:
     distribution = base_distribution(site)
     name = type(distribution).__name__
     low, high = site["value"].min().item(), site["value"].max().item()
-    cure = {"Bernoulli": "binarise", "Dequantized": "add noise with pyrovae.data.dequantize to"}.get(name, "rescale")
+    usual = "binarise" if isinstance(distribution, torch.distributions.Bernoulli) else "rescale"
+    cure = getattr(distribution, "support_cure", usual)
     if hasattr(distribution, "columns"):  # a table: say which columns
         wrong = (~distribution.support.check(site["value"])).flatten(0, -2).any(0).nonzero().flatten().tolist()
         name = f"column(s) {wrong} of {name}"
@@ -84,7 +90,7 @@ def check_support(site: dict) -> None:
 
 
 def refuse_masked(sites: list[dict]) -> None:
-    """Refuse latents of which a mask, around the site or inside its distribution, leaves something out; read eagerly."""
+    """Refuse latents that a mask, around the site or inside its distribution, leaves out in part. It reads the mask."""
     for site in sites:
         if not site["is_observed"] and is_masked_anywhere(site):
             raise ValueError(
@@ -94,12 +100,12 @@ def refuse_masked(sites: list[dict]) -> None:
 
 
 def look_at(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
-    """Check a pair that is to be weighed, by runs that leave no trace, and say how many plate dimensions it uses.
+    """Check a pair that is to be weighed, by runs without side effects, and return its number of plate dimensions.
 
     Raises:
-        ValueError: as :func:`check_sites`; also where the guide has no density.
+        ValueError: as :func:`check_sites`; or the guide has no density.
     """
-    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
+    with inspection(model, guide, args):
         traces = trace_pair(model, guide, args, kwargs, 1, None)
         check_sites(traces)
         refuse_no_weights(why_no_weights(model, guide, args, kwargs, traces))
@@ -107,11 +113,11 @@ def look_at(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
 
 
 def check_sites(traces: Traces) -> None:
-    """Refuse a pair whose latents are not of one kind in both programs, or whose observed values are broadcast.
+    """Refuse a pair whose latents differ in kind between the programs, or whose observed values are broadcast.
 
     Raises:
-        ValueError: the sites' names, plates, event shapes, measures or masks differ between model and guide, or an observed
-            value has not the shape of its site.
+        ValueError: the names, plates, event shapes, reference measures or masks of latents differ between model and guide, or
+            an observed value does not have the shape of its site.
     """
     model_sites, guide_sites = list(sites_of(traces.model)), list(sites_of(traces.guide))
     _check_observed_in_guide(traces, model_sites)
@@ -139,33 +145,33 @@ def _check_observed_in_guide(traces: Traces, model_sites: list[dict]) -> None:
             )
 
 
-def _check_latent(site: dict, drawn: dict, nesting: int) -> None:
+def _check_latent(site: dict, guide_site: dict, nesting: int) -> None:
     name = site["name"]
-    shapes = [(tuple(plate_sizes(each, nesting)), tuple(each["fn"].event_shape)) for each in (site, drawn)]
+    shapes = [(tuple(plate_sizes(each, nesting)), tuple(each["fn"].event_shape)) for each in (site, guide_site)]
     for what, model, guide in zip(("plates of sizes", "event shape"), *shapes, strict=True):
         if model != guide:
             raise ValueError(
                 f"The latent site {name!r} has {what} {model} in the model and {guide} in the guide, so one would be broadcast "
                 f"and counted several times: give it the same plates and the same event shape in both programs."
             )
-    distribution, measures = type(base_distribution(site)).__name__, _measures(site, drawn)
-    if measures is not None and not is_point(drawn) and not measures[1].divides(measures[0]):
+    distribution, measures = type(base_distribution(site)).__name__, _measures(site, guide_site)
+    if measures is not None and not is_point(guide_site) and not measures[1].divides(measures[0]):
         raise ValueError(
             f"The latent site {name!r} has {measures[0]} in the model ({distribution}) and {measures[1]} in the guide "
-            f"({type(base_distribution(drawn)).__name__}), and a ratio of the two is no weight: sample it in the guide from a "
+            f"({type(base_distribution(guide_site)).__name__}), and their ratio is not a weight: sample it in the guide from a "
             f"distribution over the same values, such as {distribution}."
         )
-    if not same_mask(site, drawn):
+    if not same_mask(site, guide_site):
         raise ValueError(
             f"The latent site {name!r} is masked otherwise in the model than in the guide, so log p - log q would leave out "
             f"one of the two: put the same mask around it, or the same .mask() inside its distribution, in both programs."
         )
 
 
-def _measures(site: dict, drawn: dict) -> tuple[Measure, Measure] | None:
+def _measures(site: dict, guide_site: dict) -> tuple[ReferenceMeasure, ReferenceMeasure] | None:
     try:
-        return measure_of(site, support_of(site["fn"])), measure_of(drawn, support_of(drawn["fn"]))
-    except NotImplementedError:  # torch's word for a distribution that declares no support
+        return measure_of(site, support_of(site["fn"])), measure_of(guide_site, support_of(guide_site["fn"]))
+    except NotImplementedError:  # raised by a distribution without a support
         return None
 
 
@@ -188,9 +194,9 @@ def _check_observed(site: dict) -> None:
 
 
 def why_no_weights(model: Program, guide: Program, args: tuple, kwargs: dict, traces: Traces) -> str | None:
-    """Why p(x, z) / q(z|x) is no importance weight of a pair, from this run of it and others; ``None`` where it is one.
+    """Why p(x, z) / q(z|x) is not an importance weight for a pair, from this run and others; ``None`` if it is.
 
-    Such a pair may be trained all the same, as to a point (MAP).
+    Such a pair can still be trained, for example to a point estimate (MAP).
     """
     latents = list(sites_of(traces.guide))
     auxiliary = [site for site in latents if site["infer"].get("is_auxiliary")]
@@ -214,13 +220,13 @@ def why_no_weights(model: Program, guide: Program, args: tuple, kwargs: dict, tr
 
 
 def refuse_no_weights(why: str | None) -> None:
-    """Refuse to weigh draws of the guide, for the reason that :func:`why_no_weights` found."""
+    """Refuse to weigh draws of the guide for the reason that :func:`why_no_weights` gives."""
     if why is not None:
         raise ValueError(why)
 
 
 def _model_ignores(masked: list[dict], model: Program, args: tuple, kwargs: dict, traces: Traces, again: Trace) -> bool:
-    """Whether other values in the masked places leave every log-probability of the model as it is."""
+    """Whether other values in the masked places leave every log-probability of the model unchanged."""
     other = traces.guide.copy()
     for site in masked:
         kept = torch.as_tensor(mask_of(site), device=site["value"].device)
@@ -236,8 +242,8 @@ def _model_ignores(masked: list[dict], model: Program, args: tuple, kwargs: dict
 def _points(traces: Traces, auxiliary: list[dict], again: Trace) -> tuple[str, ...]:
     """The guide's sites that leave q(z|x) without a density.
 
-    They are each ``Delta`` that no auxiliary site feeds, since it is the same in both runs, and all of them, auxiliary sites
-    too, where these are of another dimension than the latents that they feed.
+    They are the ``Delta`` sites with the same value in both runs, which depend on no auxiliary site. If there are none, but the
+    auxiliary sites and the ``Delta`` sites differ in dimension, they are all of these.
     """
     priors = {site["name"]: site for site in sites_of(traces.model) if not site["is_observed"]}
     deltas = [site for site in sites_of(traces.guide) if is_point(site) and not _is_a_point_in_both(site, priors)]

@@ -1,4 +1,4 @@
-"""Coverage: whether the proposal can draw all that the prior allows."""
+"""Checks that the proposal can draw every value that the prior allows."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
 
 from .independence import COSTLY_DRAWS, COVERAGE_DRAWS, Latents, _frame, _probing
-from .sites import Layout, Program, log_prob_of, sites_of
+from .sites import Layout, Program, latents_of, log_prob_of, sites_of
 from .support import support_of
-from .tracing import Substitute, in_particles
-from .wrappers import base_distribution
+from .tracing import Substitute, in_particles, trace_program
+from .wrappers import base_distribution, is_factor
 
-# Unconstrained numbers that reach to the ends of a prior's support, which no draw has to come near.
+__all__ = ["covered_data", "joined_flags"]
+
+# Unconstrained numbers that reach the ends of a prior's support, which draws need not come near.
 FAR = (-10.0, -6.0, -3.0, -1.5, -0.7, -0.3, -0.1, -0.01, 0.01, 0.1, 0.3, 0.7, 1.5, 3.0, 6.0, 10.0)
-# Values of a discrete latent that are tried one by one.
+# A discrete latent with at most this many values is enumerated.
 MOST_VALUES = 64
-# Numbers of observations that are scored at once, where a draw has to be told from one that the model rules out too.
+# The number of observed values that are scored at once, to find the draws that the model allows.
 CHUNK_NUMBERS = 2**22
 
 
@@ -37,55 +37,54 @@ def covered_data(
     num_dims: int,
     vectorize: bool = True,
 ) -> Tensor | None:
-    """For which data of a batch the guide can draw all that p(x, z) allows, as far as some points show, shape (B,).
+    """Whether the guide can draw every value that p(x, z) allows, for each datum, by a test at some points, shape (B,).
 
-    The points are some that reach to the ends of the prior's support, and draws of the prior. A datum is not covered where the
-    guide's density at one is zero or NaN, or its support leaves it out, and p(x, z) is positive.
+    The points reach the ends of the prior's support, or are draws of the prior. A datum is not covered if p(x, z) is positive
+    at a point that lies outside the guide's support, or at which the guide's density is zero or NaN.
 
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x).
         args: the batch.
         plate: the name of the data plate.
-        nesting: plate dimensions that the pair uses.
-        num_dims: numbers per datum.
-        vectorize: whether several points may be scored at once.
+        nesting: the number of plate dimensions that the pair uses.
+        num_dims: the number of observed values per datum.
+        vectorize: whether several points can be scored at once.
 
     Returns:
-        ``None`` where the guide's density is only known at its own draws.
+        ``None`` if the guide's density is known at its own draws only.
     """
     with _probing(args):
-        trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args))
-        sites = [site for site in sites_of(trace) if not site["is_observed"]]
+        sites = latents_of(trace_program(guide, args))
         if not sites or any(site["infer"].get("is_auxiliary") for site in sites):
             return None
-        look = _Coverage(model, guide, args, nesting, tuple(site["name"] for site in sites), plate)
+        coverage = _Coverage(model, guide, args, nesting, tuple(site["name"] for site in sites), plate)
         draws = COSTLY_DRAWS if any(_is_costly(base_distribution(site)) for site in sites) else COVERAGE_DRAWS
         covered = torch.ones(len(args[0]), dtype=torch.bool, device=args[0].device)
         for number, far in ((len(FAR), True), (draws if vectorize else min(draws, len(FAR)), False)):
             together = number if vectorize else 1
             for start in range(0, number, together):
                 try:
-                    points = look.points(together, start if far else None)
-                    missed = look.missed(points, together, density=not far)
+                    points = coverage.points(together, start if far else None)
+                    missed = coverage.missed(points, together, density=not far)
                     if missed is None:
                         return None
                     if bool(missed.any()):
-                        covered &= ~(missed & look.allowed(points, together, num_dims)).any(0)
+                        covered &= ~(missed & coverage.allowed(points, together, num_dims)).any(0)
                 except (ValueError, RuntimeError, IndexError):
-                    # A program need not run where the guide never is, as where a matrix made of latents has no Cholesky factor.
+                    # A program may fail at values that the guide never draws, such as a matrix without a Cholesky factor.
                     continue
     return covered
 
 
 def joined_flags(parts: list[Tensor | None]) -> np.ndarray | None:
-    """The flags of all data from those of consecutive batches; ``None`` where they are not known of all."""
+    """The flags of all data from those of consecutive batches; ``None`` if some are unknown."""
     known = [part for part in parts if part is not None]
     return torch.cat(known).cpu().numpy() if known and len(known) == len(parts) else None
 
 
 class _Coverage:
-    """A batch's latents at chosen points, and whether the guide can draw them."""
+    """Test points of a batch's latents, and whether the guide can draw them."""
 
     def __init__(
         self, model: Program, guide: Program, args: tuple[Tensor, ...], nesting: int, names: tuple[str, ...], plate: str
@@ -93,19 +92,19 @@ class _Coverage:
         self.model, self.guide, self.args, self.nesting, self.names, self.plate = model, guide, args, nesting, names, plate
 
     def points(self, num: int, far: int | None) -> dict[str, dict]:
-        """The model's latent sites at draws of the prior, or far out from the given point on, without the likelihood's cost."""
+        """The model's latent sites at draws of the prior, or at the far points from ``far`` on, without the likelihood."""
         collect = _Collect(self.names, None if far is None else (far, num))
         with contextlib.suppress(_EnoughError):
             collect(in_particles(self.model, num, self.nesting))(*self.args)
         if far is None and num > 1:
-            # A little towards another draw: a number that rounds to the edge of its support, as 0 of 0 to 1, is none of p's.
+            # Move a little towards another draw: a number can round to the edge of its support, such as 0 for (0, 1).
             for site in collect.sites.values():
                 if site["value"].is_floating_point():
                     site["value"] = site["value"].lerp(site["value"].roll(1, 0), 1e-3)
         return collect.sites
 
     def missed(self, points: dict[str, dict], num: int, *, density: bool) -> Tensor | None:
-        """Where the guide cannot draw them, (K, B); ``None`` where that is not known."""
+        """Whether the guide cannot draw the points, (K, B); ``None`` if that is unknown."""
         sites = self._run(self.guide, {name: site["value"] for name, site in points.items()}, num)
         data = _frame(sites, self.plate)
         layout = Layout(num, data.size, self.nesting, data.dim)
@@ -117,16 +116,16 @@ class _Coverage:
             if beyond is not None:
                 ours = _unmasked(site, beyond) & ~_outside(points[site["name"]]["fn"], site["value"])
                 missed |= _any_of_datum(layout, site, beyond & ours)
-            if density or _is_listed(site["fn"]):
+            if density or _is_enumerable(site["fn"]):
                 try:
                     log_prob = log_prob_of(site)
-                except (NotImplementedError, KeyError):  # a flow that is not inverted
+                except (NotImplementedError, KeyError):  # a flow that cannot be inverted
                     return None
                 missed |= _any_of_datum(layout, site, (log_prob == -torch.inf) | log_prob.isnan() | _is_never_drawn(site))
         return missed
 
     def allowed(self, points: dict[str, dict], num: int, num_dims: int) -> Tensor:
-        """Whether p(x, z) is positive there, (K, B)."""
+        """Whether p(x, z) is positive at the points, (K, B)."""
         size = max(1, CHUNK_NUMBERS // (max(num_dims, 256) * len(self.args[0])))
         parts = []
         for start in range(0, num, size):
@@ -142,23 +141,22 @@ class _Coverage:
             for site in sites:
                 log_prob = log_prob_of(site)
                 never = (log_prob == -torch.inf) | log_prob.isnan()
-                if type(site["fn"]).__name__ != "Unit":
+                if not is_factor(site):
                     never = never | (_outside(site["fn"], site["value"]) & _unmasked(site, log_prob))
                 allowed &= ~_any_of_datum(layout, site, never)
             parts.append(allowed)
         return torch.cat(parts)
 
     def _run(self, program: Program, values: Latents, num: int) -> list[dict]:
-        placed = Substitute(values)(in_particles(program, num, self.nesting))
-        return list(sites_of(prune_subsample_sites(poutine.trace(placed).get_trace(*self.args))))
+        return list(sites_of(trace_program(program, self.args, num, self.nesting, Substitute(values))))
 
 
 class _EnoughError(Exception):
-    """All latents are known."""
+    """Raised when all latents are recorded."""
 
 
 class _Collect(Messenger):
-    """Takes a run's latents, from the prior or far out in its support, and ends the run with the last one."""
+    """Record a run's latents, drawn from the prior or set far out in its support, and end the run after the last one."""
 
     def __init__(self, names: tuple[str, ...], far: tuple[int, int] | None):
         super().__init__()
@@ -180,12 +178,12 @@ class _Collect(Messenger):
 
 
 def _far_value(distribution: Any, start: int, num: int) -> Tensor | None:
-    """A value of a distribution at the far points, or at its values one after the other where they can be listed."""
+    """A value of a distribution at the far points, or each of its values in turn if it can be enumerated."""
     batch = distribution.batch_shape
     index = torch.arange(start, start + num)
     index = index.reshape(num, *[1] * (len(batch) - 1)) if num > 1 else index[0]
     try:
-        if _is_listed(distribution):
+        if _is_enumerable(distribution):
             values = distribution.enumerate_support(expand=False)
             values = values.reshape(len(values), *distribution.event_shape)
             return values[(index % len(values)).to(values.device)].expand(*batch, *distribution.event_shape)
@@ -197,11 +195,11 @@ def _far_value(distribution: Any, start: int, num: int) -> Tensor | None:
         like = distribution.sample()
         points = torch.tensor(FAR, dtype=like.dtype)[index % len(FAR)].to(like.device)
         return transform(points.reshape(*points.shape, *[1] * (len(shape) - points.dim())).expand(shape))
-    except NotImplementedError:  # torch's word for a distribution that declares no support, or a support without a bijection
+    except NotImplementedError:  # raised by a distribution without a support, or a support without a bijection
         return None
 
 
-def _is_listed(distribution: Any) -> bool:
+def _is_enumerable(distribution: Any) -> bool:
     try:
         return bool(distribution.has_enumerate_support) and len(distribution.enumerate_support(expand=False)) <= MOST_VALUES
     except NotImplementedError:  # as of a Binomial whose total_count differs between data
@@ -209,31 +207,31 @@ def _is_listed(distribution: Any) -> bool:
 
 
 def _is_costly(distribution: Any) -> bool:
-    """Whether the density at foreign draws may take a flow's inverse, number by number."""
+    """Whether the density at other draws may need a flow's inverse, number by number."""
     transforms = getattr(distribution, "transforms", ())
     return hasattr(distribution, "dist") or any(not type(t).__module__.startswith("torch.distributions") for t in transforms)
 
 
 def _beyond(distribution: Any, value: Tensor) -> Tensor | None:
-    """Where a value lies outside a support, in the shape of its log-probability; ``None`` if it declares none."""
+    """Whether a value lies outside a support, in the shape of its log-probability; ``None`` if there is no support."""
     try:
         return ~support_of(distribution).check(value)
-    except NotImplementedError:  # torch's word for a distribution that declares no support
+    except NotImplementedError:  # raised by a distribution without a support
         return None
 
 
 def _is_never_drawn(site: dict) -> Tensor:
-    """Where a discrete value has a probability of zero, which torch raises to its rounding error in the logarithm."""
+    """Whether a discrete value has probability zero; torch clamps it to the rounding error in the logarithm."""
     distribution, value = base_distribution(site), site["value"]
-    given = vars(getattr(distribution, "_categorical", distribution)).get("probs")
-    if given is None or not _is_listed(distribution):
+    probs = vars(getattr(distribution, "_categorical", distribution)).get("probs")
+    if probs is None or not _is_enumerable(distribution):
         return torch.zeros((), dtype=torch.bool, device=value.device)
     if distribution.event_shape:
-        never = (given * value).sum(-1) == 0
-    elif given.dim() > len(distribution.batch_shape):
-        never = given.expand(*value.shape, given.shape[-1]).gather(-1, value.long()[..., None])[..., 0] == 0
+        never = (probs * value).sum(-1) == 0
+    elif probs.dim() > len(distribution.batch_shape):
+        never = probs.expand(*value.shape, probs.shape[-1]).gather(-1, value.long()[..., None])[..., 0] == 0
     else:
-        never = torch.where(value == 1, given, 1 - given) == 0
+        never = torch.where(value == 1, probs, 1 - probs) == 0
     inner = site["fn"].event_dim - distribution.event_dim
     never = never.flatten(-inner).any(-1) if inner else never
     return never & _unmasked(site, never)
@@ -250,6 +248,6 @@ def _unmasked(site: dict, like: Tensor) -> Tensor:
 
 
 def _any_of_datum(layout: Layout, site: dict, flags: Tensor) -> Tensor:
-    """Flags in the shape of a site's log-probability as (K, B): whether any that belongs to a datum is set."""
+    """Whether any flag of a datum is set, (K, B), from flags in the shape of a site's log-probability."""
     shape = torch.broadcast_shapes(flags.shape, site["fn"].batch_shape)
     return layout.sum_per_datum(flags.expand(shape).double(), 0) > 0

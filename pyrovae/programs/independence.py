@@ -1,4 +1,4 @@
-"""Independence: whether a datum's log-weight depends on other data or particles."""
+"""Checks that a datum's log-weight does not depend on other data or particles."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from .sites import Program, data_plate, log_prob_of, per_datum, plates_of, sites_of
-from .tracing import Substitute, explained, in_particles, same_random_stream, trace_pair
+from .sites import Program, data_plate, latents_of, log_prob_of, per_datum, plates_of, sites_of
+from .tracing import Substitute, explained, same_random_stream, trace_pair, trace_program
 
-# Data that a pair is probed on, unless its programs only run on all of them.
+__all__ = ["COSTLY_DRAWS", "COVERAGE_DRAWS", "PROBED_ROWS", "ProbeError", "check_independence"]
+
+# The number of data on which a pair is probed, unless its programs run on all data only.
 PROBED_ROWS = 4
-# Draws of the prior that the guide is scored at, where that is one pass, and where a flow inverts number by number.
+# The number of prior draws at which the guide is scored: in one pass, and if a flow inverts number by number.
 COVERAGE_DRAWS, COSTLY_DRAWS = 64, 2
-# A term of each site of both programs, (K, B), with the numbers that it is a sum over.
+# The log-probability of each site of both programs, (K, B), with the number of values that it sums over.
 Terms = dict[tuple[str, str], tuple[Tensor, int]]
 Latents = dict[str, Tensor]
 
 
 class ProbeError(ValueError):
-    """What a pair may not do where each datum is scored by itself; the message names the cause and the cure."""
+    """A pair whose data or particles depend on each other; the message names the cause and the cure."""
 
 
 class _Rows:
@@ -43,18 +44,14 @@ class _Rows:
         found: Terms = {}
         with explained(num):
             for program in (self.guide, self.model):
-                placed = Substitute(latents)(in_particles(program, num, self.nesting))
-                # What the guide observes is no part of q(z|x).
-                sites = [
-                    site
-                    for site in sites_of(prune_subsample_sites(poutine.trace(placed).get_trace(*args)))
-                    if program is self.model or not site["is_observed"]
-                ]
+                trace = trace_program(program, args, num, self.nesting, Substitute(latents))
+                # What the guide observes is not a part of q(z|x).
+                sites = list(sites_of(trace)) if program is self.model else latents_of(trace)
                 data = _frame(sites, self.data.name)
                 for site in sites:
                     try:
                         log_prob = log_prob_of(site)
-                    except (NotImplementedError, KeyError):  # a flow that is not inverted
+                    except (NotImplementedError, KeyError):  # a flow that cannot be inverted
                         continue
                     key = ("guide" if program is self.guide else "model", site["name"])
                     found[key] = (
@@ -64,12 +61,12 @@ class _Rows:
         return found
 
     def alone(self, row: int) -> Terms:
-        """The terms of one row by itself, at the latents that it had beside the others."""
+        """The terms of one row alone, at the latents that it has among the others."""
         latents = {name: value.narrow(self._axis(name), row, 1) for name, value in self.draws[0].items()}
         return self.terms(tuple(arg[row : row + 1] for arg in self.args), latents)
 
     def mixed(self, changed: Tensor) -> Latents:
-        """The first draw, with the second one's latents in the rows that are to change."""
+        """The first draw, with the second draw's latents in the changed rows."""
         first, second = self.draws
         return {name: torch.where(self._along(name, changed), second[name], first[name]) for name in first}
 
@@ -78,7 +75,7 @@ class _Rows:
         return {name: torch.stack([self._full(name, draw[name]) for draw in draws]) for name in draws[0]}
 
     def _full(self, name: str, value: Tensor) -> Tensor:
-        """A value with all the pair's plates, so that particles can stand to the left."""
+        """A value with all plate dimensions of the pair, so that particles can stand to the left."""
         missing = self.nesting + self.sites[name]["fn"].event_dim - value.dim()
         return value.reshape((1,) * missing + value.shape)
 
@@ -100,19 +97,19 @@ def check_independence(
     each: bool = True,
     others: tuple[Tensor, ...] | None = None,
 ) -> bool:
-    """Check that a datum's terms depend on nothing but its own latents and data, by a few rows.
+    """Check on a few rows that a datum's terms depend on its own latents and data only.
 
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x).
         args: the rows.
         nesting: plate dimensions that the pair uses.
-        particles: whether several are to run at once.
-        each: whether each datum is to have a number of its own; else only particles are looked at.
-        others: as many other rows, to stand beside them; ``None`` for a pair that runs on these alone.
+        particles: whether several particles will run at once.
+        each: whether each datum is scored separately; otherwise only particles are checked.
+        others: equally many other rows, as replacements; ``None`` for a pair that runs on these rows only.
 
     Returns:
-        Whether a datum's terms depend on its place among the rows.
+        Whether a datum's terms depend on its position among the rows.
 
     Raises:
         ProbeError: a layer draws numbers of its own, or mixes data or particles.
@@ -143,7 +140,7 @@ def check_independence(
 
 
 def _depends_on_place(rows: _Rows, once: Terms) -> bool:
-    """Whether a row by itself is another than in its place; refuses a pair to which the number of rows matters."""
+    """Whether a row has other terms alone than in its position. It refuses a pair whose terms depend on the number of rows."""
     for row in (0, rows.num_data - 1) if rows.num_data > 1 else ():
         try:
             alone = rows.alone(row)
@@ -161,7 +158,7 @@ def _depends_on_place(rows: _Rows, once: Terms) -> bool:
 
 
 def _check_particles(rows: _Rows, once: Terms, others: tuple[Tensor, ...]) -> None:
-    """Refuse a pair whose particles do not run side by side as each by itself."""
+    """Refuse a pair whose particles have other terms together than one by one."""
     first, second = rows.draws
     together, alone = rows.terms(rows.args, rows.together(first, second), 2), rows.terms(rows.args, second)
     # A flow that is not inverted has a density only where it has just drawn.
@@ -193,12 +190,12 @@ def _check_particles(rows: _Rows, once: Terms, others: tuple[Tensor, ...]) -> No
 def _moved_by_others(
     rows: _Rows, change: Callable[[Tensor], tuple[tuple[Tensor, ...], Latents]], wanted: Terms, num: int = 1
 ) -> str | None:
-    """The first site whose terms move where only other rows change."""
+    """The first site whose terms change when only other rows do."""
     odd = torch.arange(rows.num_data, device=rows.args[0].device) % 2 == 1
     for changed in (odd, ~odd) if rows.num_data > 1 else ():
         try:
             moved = rows.terms(*change(changed), num)
-        except (ValueError, RuntimeError, IndexError):  # a program of sequences sorted by length, say, runs in no other order
+        except (ValueError, RuntimeError, IndexError):  # such as a program of sequences that must be sorted by length
             continue
         kept = {key: (term[:1, ~changed], size) for key, (term, size) in moved.items()}
         site = _differs({key: (term[:, ~changed], size) for key, (term, size) in wanted.items()}, kept, _tight)
@@ -213,7 +210,7 @@ def _replaced(args: tuple[Tensor, ...], others: tuple[Tensor, ...], changed: Ten
 
 
 def _differs(wanted: Terms, found: Terms, tolerance: Callable[[tuple[str, str], Tensor, int], Tensor]) -> str | None:
-    """The first site whose terms are not the same."""
+    """The first site whose terms differ by more than the tolerance."""
     for key, (term, size) in wanted.items():
         if key not in found:
             continue
@@ -225,12 +222,12 @@ def _differs(wanted: Terms, found: Terms, tolerance: Callable[[tuple[str, str], 
 
 
 def _tight(_: tuple[str, str], term: Tensor, size: int) -> Tensor:
-    # The shapes are the same, so that even rounding is, but where shapes within a program depend on its data.
+    # The shapes are the same, and so is rounding, unless shapes inside a program depend on its data.
     return 256 * torch.finfo(term.dtype).eps * (term.abs() + size)
 
 
 def _loose(rows: _Rows, row: int | None = None) -> Callable[[tuple[str, str], Tensor, int], Tensor]:
-    """A tolerance for terms by products of other shapes: what rounding of latents and data does to them, many times over."""
+    """A tolerance for terms computed in other shapes: a multiple of the effect of rounding latents and data."""
     nudged: dict[tuple[str, str], Tensor] = {}
 
     def tolerance(key: tuple[str, str], term: Tensor, size: int) -> Tensor:
@@ -251,12 +248,12 @@ def _loose(rows: _Rows, row: int | None = None) -> Callable[[tuple[str, str], Te
 
 
 def _nudged(value: Tensor) -> Tensor:
-    # Towards zero, which keeps counts, positive numbers and probabilities such.
+    # Towards zero, so that counts, positive numbers and probabilities stay valid.
     return value * (1 - 8 * torch.finfo(value.dtype).eps) if value.is_floating_point() else value
 
 
 def _latent_sites(model: Program, guide: Program, args: tuple[Tensor, ...]) -> tuple[dict[str, dict], Any]:
-    """The guide's latent sites, from one run, with the values that the model saw, and the data plate."""
+    """The guide's latent sites from one run, with the values on which the model ran, and the data plate."""
     traces = trace_pair(model, guide, args, {}, 1, None)
     latents = {site["name"]: site for site in sites_of(traces.guide) if not site["is_observed"]}
     for name in set(latents).intersection(traces.model.nodes):
@@ -265,7 +262,7 @@ def _latent_sites(model: Program, guide: Program, args: tuple[Tensor, ...]) -> t
 
 
 def _frame(sites: list[dict], name: str) -> Any:
-    """The plate of this name as it is at the sites."""
+    """The plate of this name at the sites."""
     return next(frame for site in sites for frame in plates_of(site) if frame.name == name)
 
 

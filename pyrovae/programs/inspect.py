@@ -1,4 +1,4 @@
-"""Pairs: what one run of a model and a guide tells about them before they are trained or scored."""
+"""The structure of a pair, from one run of model and guide before it is trained or scored."""
 
 from __future__ import annotations
 
@@ -6,42 +6,45 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from pyro.distributions import DirichletMultinomial
+from torch import Tensor
 
 from ..data.batches import Batches
 from ..data.matching import Batch
 from .checks import check_finite, check_sites, check_support, why_no_weights
 from .independence import PROBED_ROWS, check_independence
 from .log_weights import read_weights
+from .parameters import all_parameters, own_parameters
 from .rounding import rounding_of
 from .sites import Program, data_plate, num_known_of, num_observed_of, plate_nesting, sites_of
-from .state import own_scope, parameters_held
+from .state import own_scope
 from .support import bare, bounds_of, inside_of, support_of
-from .tracing import evaluation_mode, same_random_stream, trace_pair
+from .tracing import evaluation_mode, inspection, trace_pair
 from .wrappers import base_distribution
 
-# Data in the first batch that a pair is shown, where it is to be scored.
+__all__ = [
+    "FIRST_ROWS", "FirstBatch", "PairInfo", "check_steady_scale", "inspect_first_batch", "inspect_pair", "open_pair", "prepare",
+]  # fmt: skip
+
+# The size of the first batch on which a pair that will be scored is inspected.
 FIRST_ROWS = 256
 
 
 @dataclass(frozen=True)
 class PairInfo:
-    """What one run of a pair tells about it.
+    """The structure of a pair.
 
     Attributes:
-        max_plate_nesting: how many plate dimensions it uses.
+        max_plate_nesting: the number of plate dimensions that it uses.
         num_data: data in the batch.
         scale: N/B of a subsampled data plate, else 1.0.
         num_dims: numbers per datum, observed or masked.
-        common_scale: what one poutine.scale around all sites says, else 1.0.
-        no_weights: why p(x, z) / q(z|x) is no importance weight, where it is none; see :func:`pyrovae.checks.why_no_weights`.
+        common_scale: the factor of a ``poutine.scale`` around all sites, else 1.0.
+        no_weights: why p(x, z) / q(z|x) is not an importance weight, or ``None``; see
+            :func:`pyrovae.programs.checks.why_no_weights`.
         num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
-        tied_to_data: whether the pair runs on all its data in their order only, as with a parameter for each datum, so that
-            neither a part of them nor another order is the same.
+        tied_to_data: whether the pair runs on all its data in their order only, as with a parameter for each datum.
         plate: the name of the data plate.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
@@ -49,8 +52,8 @@ class PairInfo:
         discrete: latent sites with a discrete support.
         num_densities: those of the numbers observed that have a density.
         num_probabilities: those that have a probability; a one-hot vector is one.
-        given: what of a datum the likelihood conditions on, as its distribution's ``conditional_on`` says.
-        rounding: what rounding does to a datum's log-weight, shape (B,), in nats.
+        given: the parts of a datum that the likelihood conditions on, from its distribution's ``conditional_on``.
+        rounding: the rounding error of each datum's log-weight, shape (B,), in nats.
     """
 
     max_plate_nesting: int
@@ -73,23 +76,23 @@ class PairInfo:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What :func:`pyrovae.probes.covered_data` asks of a pair."""
+        """The keyword arguments of :func:`pyrovae.programs.coverage.covered_data`."""
         return {"plate": self.plate, "nesting": self.max_plate_nesting, "num_dims": self.num_dims}
 
     def count(self, batch: tuple) -> float:
-        """How many data the loss of a batch of such a pair is a sum over."""
-        # A subsampled plate scales the loss by N/B, so it stands for all N data whatever the batch.
+        """The number of data that the loss of a batch sums over."""
+        # A subsampled plate scales the loss by N/B, so that it stands for all N data.
         return (len(batch[0]) if self.scale == 1.0 else self.num_data * self.scale) * self.common_scale
 
 
 def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> PairInfo:
-    """Run a pair once, without touching the random stream, and say what it is made of.
+    """Run a pair once, without moving the random stream, and return its structure.
 
     Raises:
-        ValueError: as :func:`log_weights`; also where an observed value lies outside its distribution's support.
+        ValueError: as :func:`log_weights`; or an observed value lies outside its distribution's support.
     """
     check_finite((*args, *kwargs.values()))
-    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
+    with inspection(model, guide, args):
         traces = trace_pair(model, guide, args, kwargs, 1, None)
         model_trace, guide_trace = traces.model, traces.guide
         for site in sites_of(model_trace):
@@ -109,7 +112,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
-    # A label that is no dimension of the data is a part of their probability all the same.
+    # A label that does not count as a dimension of the data is still part of their probability.
     counted = [site | {"infer": {}} for site in observed]
     numbers = [(num_known_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
     return PairInfo(
@@ -133,10 +136,10 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
 
 
 def _outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple, kwargs: dict) -> bool:
-    """Whether observed values lie outside a support that latents move: they weigh nothing there, and the data are sound."""
+    """Whether observed values lie outside a support that depends on latents: their weight is zero, and the data are valid."""
     try:
         support = support_of(site["fn"])
-    except NotImplementedError:  # torch's word for a distribution that declares no support
+    except NotImplementedError:  # raised by a distribution without a support
         return False
     bounds = [bound for bound in bounds_of(bare(support)) if isinstance(bound, Tensor)]
     if not bounds or bool(support.check(site["value"]).all()):
@@ -155,7 +158,7 @@ def _outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple
 def _is_discrete(site: dict) -> bool:
     try:
         return bool(support_of(site["fn"]).is_discrete)
-    except NotImplementedError:  # torch's word for a distribution that declares no support
+    except NotImplementedError:  # raised by a distribution without a support
         return False
 
 
@@ -165,17 +168,17 @@ def _fraction_discrete(site: dict) -> float:
 
 
 def _redundant(site: dict) -> int:
-    """How many numbers stand for one: all of a one-hot vector."""
+    """The number of values that represent one: the length of a one-hot vector, else 1."""
     distribution = base_distribution(site)
-    return distribution.event_shape[-1] if _is_discrete(site) and "OneHot" in type(distribution).__name__ else 1
+    return distribution.event_shape[-1] if isinstance(distribution, torch.distributions.OneHotCategorical) else 1
 
 
 def _conditions(site: dict) -> tuple[str, ...]:
-    """What of the datum a likelihood conditions on: what it says, and the total of a multinomial."""
+    """The parts of a datum that a likelihood conditions on: those that it names, and the total of a multinomial."""
     distribution = site["fn"]
     while not hasattr(distribution, "conditional_on") and hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    if type(base_distribution(site)).__name__ in ("Multinomial", "DirichletMultinomial"):
+    if isinstance(base_distribution(site), torch.distributions.Multinomial | DirichletMultinomial):
         return ("the total",)
     return tuple(getattr(distribution, "conditional_on", ()))
 
@@ -186,65 +189,23 @@ def check_steady_scale(model: Program, guide: Program, args: tuple[Tensor, ...],
     if abs(fewer.common_scale - info.common_scale) > 1e-6 * abs(info.common_scale):
         raise ValueError(
             f"The scale around all sites is {info.common_scale:g} for {len(args[0])} data and {fewer.common_scale:g} for one "
-            f"less, so the last and smaller batch would weigh otherwise: leave the scale out, since each step follows the mean "
+            f"less, so the smaller last batch would have another weight: leave the scale out, since each step follows the mean "
             f"per datum."
         )
 
 
-def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
-    """The unconstrained leaf parameters of a pair, as Pyro's SVI finds them, each once.
-
-    Parameters of an ``nn.Module`` whose bound method a program is come along, whether or not it calls ``pyro.module``. Where
-    Pyro's store holds another module's parameter of the same name, it is the pair's own that counts, as it does when the pair
-    runs.
-    """
-    return _leaves(model, guide, _parameter_sites(model, guide, args, kwargs))
-
-
-def _leaves(model: Program, guide: Program, sites: list[tuple[str, Tensor, Tensor]]) -> list[Tensor]:
-    """The leaves among the parameters of a pair, with those of the modules whose bound methods its programs are."""
-    found = {id(own): own for _, own, _ in sites}
-    for program in (model, guide):
-        owner = getattr(program, "__self__", program)
-        if isinstance(owner, nn.Module):
-            for parameter in owner.parameters():
-                found.setdefault(id(parameter), parameter)
-    return [parameter for parameter in found.values() if parameter.requires_grad and parameter.is_leaf]
-
-
-def _parameter_sites(model: Program, guide: Program, args: tuple, kwargs: dict) -> list[tuple[str, Tensor, Tensor]]:
-    """The name of each parameter that a pair names, with the one that it uses and the one that Pyro's store has."""
-    held = parameters_held(model, guide)
-    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block(), _EveryParam() as seen:
-        trace_pair(model, guide, args, kwargs, 1, None)
-    return [(name, given if id(given) in held else live, live) for name, given, live in seen.sites]
-
-
-class _EveryParam(Messenger):
-    """Records each parameter statement: in a trace, a second module of the same name would hide the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: list[tuple[str, Any, Tensor]] = []
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        given = msg["args"][1] if len(msg["args"]) > 1 else None
-        value = msg["value"]
-        self.sites.append((msg["name"], given, value.unconstrained() if hasattr(value, "unconstrained") else value))
-
-
 @dataclass(frozen=True)
 class FirstBatch:
-    """What the first run of a pair on a batch settles for all later ones.
+    """The results of the first run of a pair on a batch.
 
     Attributes:
         parameters: the unconstrained leaf parameters.
         info: what the pair is made of.
-        dtype: the floating type that its data must have.
-        device: where its parameters live.
-        floating: places of the integer arguments that its networks take as floating-point numbers.
-        args: the batch, in this type and there.
-        whole: how many data have to run together, where the programs are tied to one set of data; else ``None``.
+        dtype: the floating-point type of its data.
+        device: the device of its parameters.
+        floating: the places of integer arguments that its networks take as floating-point numbers.
+        args: the batch, in this type and on this device.
+        whole: the number of data that must run together, if the programs are tied to one set of data; else ``None``.
     """
 
     parameters: list[Tensor]
@@ -265,24 +226,24 @@ def prepare(
     particles: bool = True,
     each: bool = True,
 ) -> FirstBatch:
-    """The first look at a pair, before it is trained or scored: on a real batch, which leaves the pair's parameters made.
+    """Inspect a pair on its first batch before it is trained or scored, which creates its parameters.
 
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x).
-        data: as :class:`Batches` takes them, or those, in the batches that will run.
-        vectorize_particles: whether particles will run side by side.
-        particles: whether there will be several.
-        each: whether each datum is to have a number of its own, as in scoring. Training may mix data, as batch norm does, and
-            looks itself at what other batches do.
+        data: data, as :class:`Batches` takes them, or batches.
+        vectorize_particles: whether particles will run at once.
+        particles: whether there will be several particles.
+        each: whether each datum is scored separately. In training, layers such as batch norm may mix data.
 
     Raises:
-        ValueError: as :func:`inspect_pair`; or data or particles depend on each other, or a loader parts what is tied together.
+        ValueError: as :func:`inspect_pair`; or data or particles depend on each other; or the pair needs all data at once and a
+            loader gives them in parts.
         RuntimeError: the pair does not run; the message is torch's.
     """
     batches = data if isinstance(data, Batches) else Batches(data, FIRST_ROWS, program=model)
     batch = batches.peek()
-    first, whole = _look(model, guide, batch, batches) if each else (inspect_first_batch(model, guide, *batch), None)
+    first, whole = _inspect_first(model, guide, batch, batches) if each else (inspect_first_batch(model, guide, *batch), None)
     info, rows = first.info, len(first.args[0])
     if info.num_data != rows or info.scale != 1.0 or info.enumerated:
         return first
@@ -306,17 +267,37 @@ def prepare(
             "The pair is tied to one set of data, as with a parameter for each datum, and a data loader gives them in parts: "
             "give them as arrays."
         )
-    # One whose plate has a constant size runs on so many data only, but on any.
+    # A pair whose plate has a constant size runs on that number of data only, but on any of them.
     tied = in_place or any(length % len(whole[0]) == 0 for parameter in first.parameters for length in parameter.shape)
     return replace(first, info=replace(first.info, tied_to_data=tied), whole=len(whole[0]))
 
 
+def open_pair(model: Program, guide: Program, x: Any, *, vectorize_particles: bool = True) -> tuple[Batches, FirstBatch]:
+    """Data in their order, in the pair's type and on its device, and what a first run found: to score each datum.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        x: data, as :class:`pyrovae.data.Batches` takes them.
+        vectorize_particles: whether particles will run at once.
+
+    Raises:
+        ValueError: as :func:`prepare`; or the data plate is subsampled.
+    """
+    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
+    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
+    data.to(first.dtype, first.device, first.floating)
+    if first.info.scale != 1.0:
+        raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
+    return data, first
+
+
 class _TiedError(Exception):
-    """The pair does not run on some of its data as it does on all."""
+    """The pair does not run on a part of its data as it does on all."""
 
 
-def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tuple[FirstBatch, Batch | None]:
-    """The first run on a batch; or on all data, which it returns too, where a pair runs on them but not on some of them."""
+def _inspect_first(model: Program, guide: Program, batch: Batch, batches: Batches) -> tuple[FirstBatch, Batch | None]:
+    """The first run on a batch, or on all data if the pair runs on those only; then it returns them too."""
     size = len(batch[0])
     total = size if batches.loader is not None else len(batches.arrays[0])
     first: FirstBatch | None = None
@@ -329,8 +310,8 @@ def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tup
                 return first, None
             raise _TiedError
     except (ValueError, RuntimeError, IndexError, _TiedError) as error:
-        # Not for every mistake: all data at once may be many.
-        lengths = [length for parameter in _all_parameters(model, guide) for length in parameter.shape]
+        # Only for an error that suggests it: all data at once may need much memory.
+        lengths = [length for parameter in all_parameters(model, guide) for length in parameter.shape]
         if first is None and (total == size or not (str(total) in str(error) or any(n % total == 0 for n in lengths))):
             raise
         whole = _all_of(batches) if total > size else batch
@@ -347,7 +328,7 @@ def _look(model: Program, guide: Program, batch: Batch, batches: Batches) -> tup
 
 
 def _runs(model: Program, guide: Program, args: Batch, rows: int) -> bool:
-    """Whether a pair runs on the first rows; it is as it was before."""
+    """Whether a pair runs on the first rows. The pair does not change."""
     try:
         with own_scope(model, guide):
             return inspect_pair(model, guide, *(arg[:rows] for arg in args)).num_data == rows
@@ -361,21 +342,16 @@ def _all_of(batches: Batches) -> Batch:
         return batches.arrays if batches.transform is None else (batches.transform(batches.arrays[0]), *batches.arrays[1:])
 
 
-def _all_parameters(model: Program, guide: Program) -> list[Tensor]:
-    """What the pair's modules and Pyro's store hold."""
-    return [*parameters_held(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
-
-
 def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstBatch:
     """Find a pair's parameters, structure, floating type and device from one batch.
 
-    NumPy's arrays are float64 on the CPU, where most networks are float32 and some are on a GPU. Which a program wants shows
-    only when it runs, so a batch that fails as it is runs once more in torch's default type, then with integers (first those of
-    the first argument) in it too, then on the GPU.
+    NumPy's arrays are float64 on the CPU, but most networks are float32, and some are on a GPU. The type that a program needs
+    is known only when it runs, so a batch that fails runs again in torch's default type, then with integers converted too
+    (first those of the first argument), then on the GPU.
 
     Raises:
         ValueError: as :func:`inspect_pair`.
-        RuntimeError: the pair fails in all of them; the message is torch's.
+        RuntimeError: the pair fails each time; the message is torch's.
     """
     default = torch.get_default_dtype()
     integers = tuple(i for i, arg in enumerate(args) if not arg.is_floating_point() and arg.dtype != torch.bool)
@@ -386,13 +362,13 @@ def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstB
     for attempt, cast in attempts:
         try:
             with own_scope(model, guide, keep=True, undo=(Exception,)):
-                parameters, floating = _own_parameters(model, guide, attempt), cast
+                parameters, floating = own_parameters(model, guide, attempt), cast
             break
         except RuntimeError:
             if attempt is attempts[-1][0]:
                 raise
-    given = next((arg for arg in attempt if arg.is_floating_point()), None)
-    like = next((parameter for parameter in parameters if parameter.is_floating_point()), given)
+    argument = next((arg for arg in attempt if arg.is_floating_point()), None)
+    like = next((parameter for parameter in parameters if parameter.is_floating_point()), argument)
     dtype, device = (default, attempt[0].device) if like is None else (like.dtype, like.device)
     for index in floating:
         warnings.warn(
@@ -404,18 +380,9 @@ def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstB
     return FirstBatch(parameters, inspect_pair(model, guide, *moved), dtype, device, floating, moved)
 
 
-def _own_parameters(model: Program, guide: Program, args: Batch) -> list[Tensor]:
-    """As :func:`find_parameters`, and the store lets go of what goes by the name of a parameter that the pair holds itself."""
-    store, sites = pyro.get_param_store(), _parameter_sites(model, guide, args, {})
-    others = {name for name, own, live in sites if own is not live and name in store}
-    for name in others:
-        del store[name]
-    return _leaves(model, guide, _parameter_sites(model, guide, args, {}) if others else sites)
-
-
 def _moved(
     args: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device | None, floating: tuple[int, ...] = ()
 ) -> tuple[Tensor, ...]:
-    """Arguments with those that float, or are to, in a type, and all on a device."""
+    """Arguments on a device, with floating-point ones, and those at the places ``floating``, in a type."""
     cast = [arg.is_floating_point() or index in floating for index, arg in enumerate(args)]
     return tuple(arg.to(device=device, dtype=dtype if each else None) for arg, each in zip(args, cast, strict=True))

@@ -1,20 +1,20 @@
-r"""Log-weights of a pair of Pyro programs: reductions of what the traces of a run hold.
+r"""Log-weights of a pair of Pyro programs, from the traces of a run.
 
 A *pair* is a ``model`` and a ``guide`` that take the same arguments and hold every latent and observed site in one data
 plate. For K particles and B data,
 
 .. math:: \log w_{kb} = \log p(x_b \mid z_{kb}) + \log p(z_{kb}) - \log q(z_{kb} \mid x_b), \quad z_{kb} \sim q(\cdot \mid x_b).
 
-Every bound and every estimate in this package is a reduction of these numbers. The plate's subsampling scale N/B is kept
-apart, because it belongs outside a logsumexp; particles stand in a plate to the left of all the pair's own.
+Every bound and every estimate in this package is a reduction of these numbers. They do not include the plate's subsampling
+scale N/B, which belongs outside a logsumexp. Particles stand in a plate to the left of all the pair's own plates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import pyro
 import torch
@@ -27,148 +27,11 @@ from .._validation import positive_integer
 from .checks import check_same_latents, check_scores, look_at
 from .sites import Layout, Program, common_scale, data_plate, log_prob_of, num_dims_of, per_datum, plate_nesting, sites_of
 from .support import reaches_beyond, support_of
-from .tracing import Gradients, PathGradientScaler, Traces, find_nesting, trace_from_prior, trace_pair
+from .tracing import Gradients, Traces, find_nesting, trace_from_prior, trace_pair
+from .weights import Leaf, LogWeights, SiteTerms
 from .wrappers import is_point, is_reparameterized, masks_of
 
-
-class SiteTerms(NamedTuple):
-    """What one site of the guide adds: log p and log q at the samples, (K, B), and KL(q || p) where it has a closed form."""
-
-    name: str
-    log_prior: Tensor
-    log_guide: Tensor
-    kl: Tensor | None
-
-
-class Leaf(NamedTuple):
-    """One latent cut off from the guide: the model saw ``value``, a leaf of the graph that equals ``sample``."""
-
-    name: str
-    sample: Tensor
-    value: Tensor
-    event_dim: int
-    prior: Any  # p(z | its parents) as the model declared it; None where the guide alone has the site
-    is_point: bool  # the guide puts a Delta here, whose density at z lies in other sites
-    log_prior: Tensor
-    rows: slice  # its particles, among the K
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class LogWeights:
-    r"""Log-weights per particle and datum, in nats, each part apart.
-
-    Attributes:
-        log_likelihood: log p(x|z), shape (K, B).
-        log_prior: log p(z), shape (K, B).
-        log_guide: log q(z|x), shape (K, B).
-        scale: N/B of a subsampled data plate, else 1.0; it multiplies an objective, never a weight.
-        common_scale: what one poutine.scale around all sites says, else 1.0; it too multiplies an objective only.
-        log_guide_factors: the sum of the guide's ``pyro.factor`` sites, shape (K, B), where it has some: terms of its loss,
-            which an objective loses as Pyro's does, and of no weight.
-        num_dims: how many observed numbers one datum has.
-        not_reparameterized: guide sites through which no gradient flows.
-        masked: latent sites of the guide whose density is masked for some data.
-        gradients: how they were drawn; see :func:`log_weights`.
-        log_guide_score: log q of the detached samples, shape (K, B), where gradients are split.
-        log_simulated: log q of a pair that the model dreamt per datum, shape (B,), where an estimator asked for it.
-        sites: the terms of each site of the guide.
-        gates: for each run of the pair, where gradients are split.
-        leaves: the latents, where they are leaves of the graph.
-    """
-
-    log_likelihood: Tensor
-    log_prior: Tensor
-    log_guide: Tensor
-    scale: float = 1.0
-    common_scale: float = 1.0
-    log_guide_factors: Tensor | None = None
-    num_dims: int = 0
-    not_reparameterized: tuple[str, ...] = ()
-    masked: tuple[str, ...] = ()
-    gradients: Gradients = "total"
-    log_guide_score: Tensor | None = None
-    log_simulated: Tensor | None = None
-    sites: tuple[SiteTerms, ...] = ()
-    gates: tuple[PathGradientScaler, ...] = ()
-    leaves: tuple[Leaf, ...] = ()
-
-    @property
-    def log_weights(self) -> Tensor:
-        """Their sum, log p(x, z) - log q(z|x), shape (K, B)."""
-        return self.log_likelihood + self.log_prior - self.log_guide
-
-    @property
-    def num_particles(self) -> int:
-        """K."""
-        return self.log_guide.shape[0]
-
-    @property
-    def num_data(self) -> int:
-        """B, the data in this batch."""
-        return self.log_guide.shape[1]
-
-    def surrogate(self, model: Tensor, path: Tensor, score: Tensor) -> Tensor:
-        r"""A tensor (B,) with a chosen gradient; its value means nothing.
-
-        .. math:: \sum_k a_k \, \partial_\theta \log p_\theta(x, z_k) + b_k \, \frac{\partial \log w_k}{\partial z_k}
-            \frac{d z_k}{d\phi} - c_k \, \partial_\phi \log q_\phi(z_k \mid x)
-
-        Weights drawn with total gradients have one coefficient, ``model``; detached samples have no path. A particle of
-        weight zero gets none of a and b, and a datum all of whose weights are zero gets nothing at all.
-
-        Args:
-            model: a, shape (K, B), detached, as all three.
-            path: b.
-            score: c.
-        """
-        has_discrete_latents = len(self.not_reparameterized) > 0
-        model = zero_negligible(model, has_discrete_latents)
-        log_joint = self.log_likelihood + self.log_prior
-        dead = (log_joint - self.log_guide).detach() == -torch.inf
-        lost = dead.all(0)
-
-        def times(coefficient: Tensor, term: Tensor, out: Tensor) -> Tensor:
-            # Both are cleared: zero times infinity is no number, here and in the backward pass.
-            return (torch.where(out, 0.0, coefficient) * torch.where(out, 0.0, term)).sum(0)
-
-        if self.gradients == "total":
-            return times(model, log_joint - self.log_guide, dead)
-        score = zero_negligible(score, has_discrete_latents)
-        if self.gradients == "score":
-            return times(model, log_joint, dead) - times(score, self.log_guide, lost)
-        assert self.log_guide_score is not None
-        path = zero_negligible(path, has_discrete_latents)
-        # The path's gradient is the model's times a factor, so the model needs a coefficient where the path has one.
-        model = torch.maximum(model, torch.finfo(model.dtype).eps * path)
-        factor = torch.where(dead | (model == 0), 0.0, path / model)
-        for gate, rows in zip(self.gates, factor.split(self.num_particles // len(self.gates)), strict=True):
-            gate.factor = rows
-        pathwise = times(path, self.log_guide - self.log_guide_score, dead)
-        return times(model, log_joint, dead) - pathwise - times(score, self.log_guide_score, lost)
-
-
-def zero_negligible(coefficient: Tensor, has_discrete_latents: bool = False) -> Tensor:
-    r"""Set to zero the coefficients (K, B) that are negligible, at floating-point precision, beside the datum's largest.
-
-    .. math:: \sum_{k \, \text{cleared}} |c_k| < \varepsilon \max_j |c_j|
-
-    They are those below :math:`\varepsilon / K` of the largest, or below :math:`\varepsilon / 4` where these too add up to so
-    little. Weights spread over hundreds of nats: the gradients of those near :math:`e^{-90}` would be subnormal numbers, on
-    which a processor's products take many times as long, and gradients of zero are left out of large products.
-
-    Args:
-        coefficient: of each particle's gradient.
-        has_discrete_latents: whether one particle may be the only one that reaches some parameters, as the values of a
-            discrete latent do; the threshold is then :math:`\varepsilon^2` in place of :math:`\varepsilon`.
-    """
-    if len(coefficient) == 1:
-        return coefficient
-    size = coefficient.abs()
-    rounding = torch.finfo(size.dtype).eps ** (2 if has_discrete_latents else 1) * size.amax(0)
-    small = size < rounding / 4
-    few = torch.where(small, size, 0.0).sum(0) < rounding
-    return torch.where(small & few | (size < rounding / len(size)), 0.0, coefficient)
+__all__ = ["log_weights", "prior_weights", "read_weights"]
 
 
 def log_weights(
@@ -178,7 +41,7 @@ def log_weights(
     num_particles: int,
     vectorize_particles: bool = True,
     max_plate_nesting: int | None = None,
-    gradients: Gradients = "total",
+    gradients: Gradients | str = Gradients.TOTAL,
     analytic_kl: bool = False,
     **kwargs: Any,
 ) -> LogWeights:
@@ -186,21 +49,21 @@ def log_weights(
 
     .. math:: \log w_{kb} = \log p(x_b \mid z_{kb}) + \log p(z_{kb}) - \log q(z_{kb} \mid x_b)
 
-    Several latent sites, any site names, nested plates, masks and ``pyro.factor`` are read as Pyro reads them. Gradients flow
-    through reparameterised samples; wrap the call in ``torch.no_grad()`` to only score.
+    Several latent sites, any site names, nested plates, masks and ``pyro.factor`` mean what they mean in Pyro. Gradients flow
+    through reparameterised samples; call it under ``torch.no_grad()`` to only score.
 
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
         *args: the arguments of both, usually the batch ``x`` of shape ``(B, ...)``.
         num_particles: K.
-        vectorize_particles: run once with K particles in a plate on the left, or K times. Programs whose networks accept
-            leading dimensions want ``True``.
-        max_plate_nesting: how many plate dimensions the pair uses; when not given, an extra run finds it and checks the pair.
-        gradients: ``"total"`` as reparameterised samples give them; ``"split"`` also the part of log q that reaches the guide's
-            parameters at fixed samples, so that :meth:`LogWeights.surrogate` can weigh model, path and score apart;
-            ``"score"`` samples detached, for latents without a path; ``"leaf"`` samples as leaves of the graph. A guide
-            with several sites runs once more for ``"split"`` and ``"leaf"``, so it must not draw dropout masks of its own.
+        vectorize_particles: run once with K particles in a plate on the left, which needs networks that accept leading
+            dimensions; or run K times.
+        max_plate_nesting: the number of plate dimensions that the pair uses. By default an extra run finds it and checks the
+            pair.
+        gradients: how gradients reach the samples; a member of :class:`pyrovae.programs.tracing.Gradients` or its value. A
+            guide with several sites runs once more for ``"split"`` and ``"leaf"``, so it must not draw dropout masks of its
+            own.
         analytic_kl: fill in the closed-form KL of each site that has one.
         **kwargs: keyword arguments of both programs.
 
@@ -210,10 +73,10 @@ def log_weights(
     Raises:
         ValueError: there is no data plate, a site lies outside it, plates and shapes disagree, a latent of one program is
             missing from the other or of another kind there, the guide has no density, or only some sites are scaled. The
-            message says what to write.
+            message names the site and the cure.
 
     References:
-        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016.
+        Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -222,13 +85,12 @@ def log_weights(
         torch.Size([3, 5])
     """
     num_particles = positive_integer(num_particles, "num_particles")
-    if not torch.is_grad_enabled():
-        gradients = "total"
+    gradients = Gradients(gradients) if torch.is_grad_enabled() else Gradients.TOTAL
     together = num_particles if vectorize_particles else 1
     if max_plate_nesting is None:
         max_plate_nesting = look_at(model, guide, args, kwargs)
 
-    # Runs one by one must score the same rows of a subsampled plate, or a datum's particles would be of several data.
+    # Particles that run one by one must score the same rows of a subsampled plate.
     rows = None if together == num_particles else Trace()
 
     def draw() -> LogWeights:
@@ -246,12 +108,12 @@ def prior_weights(
     vectorize_particles: bool = True,
     max_plate_nesting: int | None = None,
 ) -> LogWeights:
-    """Draw particles from the model's own prior, and score them under the guide too, unless there is none.
+    """Draw particles from the model's own prior, and score them under the guide, if there is one.
 
     A draw outside the guide's support has log q of minus infinity. Without a guide, ``log_guide`` is the prior's.
 
     Raises:
-        ValueError: as :func:`log_weights`; also where the guide's density is not known at draws that are not its own.
+        ValueError: as :func:`log_weights`; also if the guide's density is not known at the prior's draws.
     """
     together = num_particles if vectorize_particles else 1
     if max_plate_nesting is None and together > 1:
@@ -272,7 +134,7 @@ def prior_weights(
             sites = [*sites_of(traces.model), *sites_of(traces.guide)]
             layout = Layout(together, weights.num_data, plate_nesting(traces.model, traces.guide), data_plate(sites).dim)
             for site in sites_of(traces.guide):
-                with suppress(NotImplementedError):  # torch's word for a distribution that declares no support
+                with suppress(NotImplementedError):  # raised by a distribution without a support
                     support = support_of(site["fn"])
                     if not reaches_beyond(support_of(traces.model.nodes[site["name"]]["fn"]), support):
                         continue
@@ -281,19 +143,6 @@ def prior_weights(
         return replace(weights, log_guide=torch.where(outside, -torch.inf, weights.log_guide))
 
     return draw() if together == num_particles else _concatenate([draw() for _ in range(num_particles)])
-
-
-def _in_type_of(argument: Tensor, site: dict) -> Tensor:
-    """What a site simulated in the type of an argument, or in one that can hold it: counts pass 255, and fractions stay."""
-    value, dtype = site["value"], argument.dtype
-    if not dtype.is_floating_point and dtype != torch.bool:
-        if not value.is_floating_point():
-            return value.to(torch.promote_types(value.dtype, dtype))
-        try:
-            dtype = torch.int64 if support_of(site["fn"]).is_discrete else value.dtype
-        except NotImplementedError:  # torch's word for a distribution that declares no support
-            dtype = value.dtype
-    return value.to(dtype)
 
 
 def _concatenate(draws: list[LogWeights]) -> LogWeights:
@@ -325,29 +174,38 @@ def _concatenate(draws: list[LogWeights]) -> LogWeights:
     )
 
 
-def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "total", analytic_kl: bool = False) -> LogWeights:
-    """Log-weights from the traces of one run."""
+def read_weights(
+    traces: Traces, num_particles: int, gradients: Gradients = Gradients.TOTAL, analytic_kl: bool = False
+) -> LogWeights:
+    """Log-weights from the traces of one run.
+
+    Args:
+        traces: the traces of one run of guide and model.
+        num_particles: K.
+        gradients: how the samples were drawn; see :func:`log_weights`.
+        analytic_kl: fill in the closed-form KL of each site that has one.
+    """
     model_sites, guide_sites = list(sites_of(traces.model)), list(sites_of(traces.guide))
     check_same_latents(model_sites, guide_sites)
     factors = traces.guide_factors
     sites = model_sites + guide_sites + factors
     data = data_plate(sites)
-    nesting = plate_nesting(traces.model, traces.guide)
+    layout = Layout(num_particles, data.size, plate_nesting(traces.model, traces.guide), data.dim)
     zeros = log_prob_of(sites[0]).new_zeros(num_particles, data.size)
 
     def read(site: dict) -> Tensor:
-        return per_datum(site, log_prob_of(site), data, num_particles, nesting)
+        return per_datum(site, log_prob_of(site), data, num_particles, layout.nesting)
 
     observed = [site for site in model_sites if site["is_observed"]]
     priors = {site["name"]: site for site in model_sites if not site["is_observed"]}
-    # Sampled before detached: a flow remembers the inverse of its last value only.
-    if gradients == "score":
+    # The samples are scored before the detached ones: a flow remembers the inverse of its last value only.
+    if gradients == Gradients.SCORE:
         check_scores(guide_sites)
     try:
         log_guide = {site["name"]: read(site) for site in guide_sites}
         rescored = None if traces.rescored is None else sum((read(site) for site in sites_of(traces.rescored)), zeros)
     except (NotImplementedError, KeyError) as error:
-        if gradients == "total":
+        if gradients == Gradients.TOTAL:
             raise
         raise ValueError(
             f"The guide's flow cannot be inverted ({str(error) or type(error).__name__}), so its score cannot be told from its "
@@ -355,19 +213,13 @@ def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "tot
         ) from error
     log_prior = {name: read(site) for name, site in priors.items()}
     kls = _analytic_kls(priors, guide_sites) if analytic_kl else {}
-    leaves, layout = [], Layout(num_particles, data.size, nesting, data.dim)
+    kl_terms = {name: per_datum(priors[name], kl, data, num_particles, layout.nesting) for name, kl in kls.items()}
     if traces.gate is not None:
         traces.gate.layout = layout
-    if gradients == "leaf" and traces.rescored is not None:
-        for site in guide_sites:
-            name, value = site["name"], traces.rescored.nodes[site["name"]]["value"]
-            prior = priors[name]["fn"] if name in priors else None
-            terms = (site["value"], value, site["fn"].event_dim, prior, is_point(site), log_prior.get(name, zeros))
-            leaves.append(Leaf(name, *terms, slice(0, num_particles), layout))
     return LogWeights(
         log_likelihood=sum((read(site) for site in observed), zeros),
         log_prior=sum(log_prior.values(), zeros),
-        log_guide=rescored if rescored is not None and gradients == "leaf" else sum(log_guide.values(), zeros),
+        log_guide=rescored if rescored is not None and gradients == Gradients.LEAF else sum(log_guide.values(), zeros),
         scale=data.full_size / data.size,
         common_scale=common_scale(sites, data),
         log_guide_factors=sum((read(site) for site in factors), zeros) if factors else None,
@@ -375,36 +227,49 @@ def read_weights(traces: Traces, num_particles: int, gradients: Gradients = "tot
         masked=tuple(site["name"] for site in guide_sites if masks_of(site)),
         not_reparameterized=tuple(site["name"] for site in guide_sites if not is_reparameterized(site)),
         gradients=gradients,
-        log_guide_score=rescored if gradients == "split" else None,
-        sites=tuple(
-            SiteTerms(
-                name,
-                log_prior.get(name, zeros),
-                log_guide[name],
-                per_datum(priors[name], kls[name], data, num_particles, nesting) if name in kls else None,
-            )
-            for name in log_guide
-        ),
+        log_guide_score=rescored if gradients == Gradients.SPLIT else None,
+        sites=tuple(SiteTerms(name, log_prior.get(name, zeros), term, kl_terms.get(name)) for name, term in log_guide.items()),
         gates=() if traces.gate is None else (traces.gate,),
-        leaves=tuple(leaves),
+        leaves=_leaves(traces, priors, log_prior, layout) if gradients == Gradients.LEAF else (),
+    )
+
+
+def _leaves(traces: Traces, priors: dict[str, dict], log_prior: dict[str, Tensor], layout: Layout) -> tuple[Leaf, ...]:
+    """The latents of a run whose samples are leaves of the graph."""
+    if traces.rescored is None:  # gradients are disabled
+        return ()
+    zeros = torch.zeros_like(next(iter(log_prior.values())))
+    return tuple(
+        Leaf(
+            name=site["name"],
+            sample=site["value"],
+            value=traces.rescored.nodes[site["name"]]["value"],
+            event_dim=site["fn"].event_dim,
+            prior=priors[site["name"]]["fn"] if site["name"] in priors else None,
+            is_point=is_point(site),
+            log_prior=log_prior.get(site["name"], zeros),
+            rows=slice(0, layout.num_particles),
+            layout=layout,
+        )
+        for site in sites_of(traces.guide)
     )
 
 
 def _analytic_kls(priors: dict[str, dict], guide_sites: list[dict]) -> dict[str, Tensor]:
     """KL(q || p) of each site that has a closed form, given its parents.
 
-    The sample of a site can be integrated out of its own term only if p(z|parents) does not depend on it through a parent:
-    what precedes the site in the model must precede it in the guide.
+    A site can be integrated out of its own term only if p(z|parents) does not depend on it through a parent: the sites that
+    precede it in the model must precede it in the guide.
     """
     found: dict[str, Tensor] = {}
     before: set[str] = set()
     order = list(priors)
     for site in guide_sites:
         name, prior = site["name"], priors.get(site["name"])
-        # Of a Delta Pyro's closed form forgets the density that it was given.
-        alike = prior is not None and site["mask"] is prior["mask"] and not is_point(site)
-        if prior is not None and alike and before.issuperset(order[: order.index(name)]):
-            with suppress(NotImplementedError):  # torch's word for a pair of families without a closed form
+        # Pyro's closed form ignores the ``log_density`` of a Delta.
+        has_closed_form = prior is not None and site["mask"] is prior["mask"] and not is_point(site)
+        if prior is not None and has_closed_form and before.issuperset(order[: order.index(name)]):
+            with suppress(NotImplementedError):  # raised for two families without a closed form
                 found[name] = scale_and_mask(kl_divergence(site["fn"], prior["fn"]), 1.0, site["mask"])
         before.add(name)
     return found

@@ -1,7 +1,7 @@
 """What a program can reach: the objects that its code refers to by closure, global name, attribute or item.
 
 A captured graph follows the tensors that a program reads, but not its Python state: an attribute, a list, a counter. This walk
-finds that state, so that a change of it is noticed, and the networks that a program calls, so that they can be named.
+finds that state, so that a change is noticed. It also finds the networks and parameters that a program uses.
 """
 
 from __future__ import annotations
@@ -12,21 +12,35 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyro.infer
 from torch import Tensor, nn
 
+__all__ = [
+    "changed", "changed_numbers", "modules_of", "outermost_modules", "parameters_of", "python_state", "reachable",
+]  # fmt: skip
+
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
-# Packages whose own functions and objects keep no state of a user's program; networks are looked into whoever wrote them.
+# Packages whose functions and objects keep no state of a user's program. The walk enters their networks all the same.
 LIBRARIES = {"torch", "pyro", "numpy", "scipy", "tqdm", "pyrovae"} | set(sys.stdlib_module_names)
-# A walk ends there: a program that holds more objects keeps data, not settings.
+# The walk stops after this many objects: a program that holds more keeps data, not settings.
 MOST_OBJECTS = 20_000
+# A search for modules skips collections with more items than this: they hold data.
+MOST_ITEMS = 1000
+# What to look for: all state that the programs' numbers may depend on, or only what may hold a network or a parameter.
+Scope = Literal["state", "modules"]
 
 
-def reachable(*programs: Any) -> Iterator[tuple[str, Any]]:
-    """Each object that the programs can reach, once, with a name for it such as ``"decoder.weight"``; numbers each time.
+def reachable(*programs: Any, scope: Scope = "state") -> Iterator[tuple[str, Any]]:
+    """Yield each object that the programs can reach, once, with a name such as ``"decoder.weight"``; plain values each time.
+
+    Args:
+        *programs: Pyro programs, or any other objects.
+        scope: ``"state"`` follows classes and all collections, and skips instances of library classes. ``"modules"`` skips
+            classes, plain values, tensors other than parameters, and long collections, and follows instances of library
+            classes: a distribution may hold a parameter.
 
     Example:
         >>> from torch import nn
@@ -36,27 +50,39 @@ def reachable(*programs: Any) -> Iterator[tuple[str, Any]]:
         >>> [name for name, value in reachable(program(nn.Linear(1, 2), 0.5)) if isinstance(value, float | nn.Parameter)]
         ['beta', 'net.weight', 'net.bias']
     """
-    seen: dict[int, Any] = {}  # kept alive, so that no other object takes an id
+    visited: dict[int, Any] = {}  # keeps the objects alive, so that no new object gets the id of an old one
     waiting: deque[tuple[str, Any]] = deque(("", program) for program in programs)
-    while waiting and len(seen) < MOST_OBJECTS:
+    while waiting and len(visited) < MOST_OBJECTS:
         name, value = waiting.popleft()
         if isinstance(value, SCALARS):
             yield name, value
-        elif id(value) not in seen:
-            seen[id(value)] = value
+        elif id(value) not in visited:
+            visited[id(value)] = value
             yield name, value
-            waiting.extend((f"{name}.{part}".strip(".") if part else name, each) for part, each in _parts(value))
+            for part, each in _parts(value, scope):
+                if scope == "state" or _may_hold_modules(each):
+                    waiting.append((f"{name}.{part}".strip(".") if part else name, each))
 
 
-def modules_of(*programs: Any) -> dict[str, nn.Module]:
-    """The networks that programs can reach, by name, those within others left out."""
+def modules_of(*programs: Any) -> list[nn.Module]:
+    """The networks that the programs can reach, each once, with the networks inside them."""
+    return [value for _, value in reachable(*programs, scope="modules") if isinstance(value, nn.Module)]
+
+
+def parameters_of(*programs: Any) -> dict[int, nn.Parameter]:
+    """The ``nn.Parameter`` objects that the programs can reach, by their ids: those of modules, and those in closures."""
+    return {id(value): value for _, value in reachable(*programs, scope="modules") if isinstance(value, nn.Parameter)}
+
+
+def outermost_modules(*programs: Any) -> dict[str, nn.Module]:
+    """The networks that the programs can reach, by name, without those inside other networks."""
     found = {name or type(value).__name__: value for name, value in reachable(*programs) if isinstance(value, nn.Module)}
     inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
     return {name: module for name, module in found.items() if id(module) not in inner}
 
 
 def python_state(*programs: Any) -> dict[str, list[Any]]:
-    """Everything reachable by name, as what tells whether it has changed: a value, an identity, a tensor's version."""
+    """Every reachable object by name, as a token that changes when the object does: value, identity, or tensor version."""
     state: dict[str, list[Any]] = {}
     for name, value in reachable(*programs):
         state.setdefault(name, []).append(_token(value))
@@ -64,12 +90,12 @@ def python_state(*programs: Any) -> dict[str, list[Any]]:
 
 
 def changed(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> list[str]:
-    """The names of what differs."""
+    """The names of the objects that differ."""
     return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
 
 
 def changed_numbers(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> list[str]:
-    """The names of plain values that differ: a counter, say. Objects that a run puts in another's place do not count."""
+    """The names of plain values that differ, such as a counter. An object that was replaced by another one does not count."""
     return sorted(
         name
         for name in before.keys() & after.keys()
@@ -89,8 +115,19 @@ def _token(value: Any) -> Any:
     return (id(value),)
 
 
-def _parts(value: Any) -> Iterable[tuple[str, Any]]:
-    """What an object refers to, each with the name that it goes by there."""
+def _may_hold_modules(value: Any) -> bool:
+    """Whether a search for modules follows a value."""
+    if isinstance(value, nn.Module | nn.Parameter | FunctionType | MethodType | partial):
+        return True
+    if isinstance(value, (*SCALARS, Tensor, type, ModuleType)):
+        return False
+    if isinstance(value, list | tuple | set | frozenset | Mapping | deque):
+        return 0 < len(value) <= MOST_ITEMS
+    return type(value).__module__.partition(".")[0] not in ("torch", "numpy") and hasattr(value, "__dict__")
+
+
+def _parts(value: Any, scope: Scope) -> Iterable[tuple[str, Any]]:
+    """The objects that an object refers to, each with its name there."""
     if isinstance(value, MethodType):
         return [("", value.__self__), ("", value.__func__)]
     if isinstance(value, partial):
@@ -107,18 +144,19 @@ def _parts(value: Any) -> Iterable[tuple[str, Any]]:
         return [("", value.__func__)]
     if isinstance(value, type):
         return [] if _is_library(value) else [*vars(value).items(), *(("", base) for base in value.__bases__)]
-    if isinstance(value, nn.Module) and not type(value).__module__.startswith("torch.fx"):
+    if isinstance(value, nn.Module) and (scope == "modules" or not type(value).__module__.startswith("torch.fx")):
         return _of_module(value)
     if isinstance(value, Tensor | np.ndarray | ModuleType):
         return []
-    if _is_library(type(value)) and not isinstance(value, SimpleNamespace | Namespace | pyro.infer.ELBO):
+    keeps_state = isinstance(value, SimpleNamespace | Namespace | pyro.infer.ELBO)
+    if scope == "state" and _is_library(type(value)) and not keeps_state:
         return []
     slots = [name for name in getattr(type(value), "__slots__", ()) if hasattr(value, name)]
     return [*getattr(value, "__dict__", {}).items(), *((name, getattr(value, name)) for name in slots), ("", type(value))]
 
 
 def _by_place(values: Iterable[Any]) -> list[tuple[str, Any]]:
-    """Items named by their places."""
+    """Items, each named by its place."""
     return [(str(place), each) for place, each in enumerate(values)]
 
 
@@ -133,7 +171,7 @@ def _of_function(function: FunctionType) -> list[tuple[str, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             parts.append((name, cell.cell_contents))
-        except ValueError:  # not set yet
+        except ValueError:  # the variable has no value yet
             continue
     parts += _by_place(function.__defaults__ or ()) + list((function.__kwdefaults__ or {}).items())
     parts += list(vars(function).items())
@@ -149,7 +187,7 @@ def _of_function(function: FunctionType) -> list[tuple[str, Any]]:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The global names and attributes that code and the functions within it mention."""
+    """The global names and attributes that code mentions, with those of the functions defined in it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -160,6 +198,6 @@ def _is_library(value: Callable[..., Any]) -> bool:
     return (getattr(value, "__module__", None) or "builtins").partition(".")[0] in LIBRARIES
 
 
-# What every network has; of the rest, hooks above all, only what is not empty says anything.
+# The attributes that every network has. The others, mostly hooks, are followed where they are not empty.
 _GROUPS = ("_modules", "_parameters", "_buffers")
 _USUAL = set(vars(nn.Module())) - {"training"}

@@ -1,4 +1,4 @@
-"""Sites: what a traced run recorded at each sample statement, and where particles and data stand in it."""
+"""The sample sites of a traced run, and the dimensions of particles and data in them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from torch import Tensor
 from .support import _outside
 from .wrappers import is_factor, mask_of
 
+__all__ = [
+    "PARTICLES", "Layout", "Program", "check_batch", "common_scale", "data_plate", "latents_of", "log_prob_of", "num_dims_of",
+    "num_known_of", "num_observed_of", "per_datum", "plate_nesting", "plate_sizes", "plates_of", "refuse_auxiliary", "sites_of",
+]  # fmt: skip
+
 Program = Callable[..., Any]
 PARTICLES = "_pyrovae_particles"
 
 
 class Layout(NamedTuple):
-    """Where the particles and the data of one traced run stand in its tensors."""
+    """The dimensions of particles and data in the tensors of one traced run."""
 
     num_particles: int
     num_data: int
@@ -35,7 +40,7 @@ class Layout(NamedTuple):
         return values.reshape(shape[max(len(shape) - like.dim(), 0) :])
 
     def sum_per_datum(self, values: Tensor, event_dim: int) -> Tensor:
-        """A site's values, summed over all that belongs to one datum: (K, B)."""
+        """The sum of a site's values over each datum: (K, B)."""
         values = values.sum(tuple(range(-event_dim, 0))) if event_dim else values
         values = values.reshape((1,) * (self.nesting + 1 - values.dim()) + values.shape)
         inner = [dim for dim in range(-self.nesting, 0) if dim != self.data_dim]
@@ -43,10 +48,25 @@ class Layout(NamedTuple):
 
     def to_site(self, numbers: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
         """Each datum's numbers (K, B, n) as the value of a site whose plates have these sizes."""
-        inner = [size for dim, size in zip(range(-self.nesting, 0), sizes, strict=True) if dim != self.data_dim]
-        value = numbers.reshape(self.num_particles, self.num_data, *inner, *event_shape)
+        value = numbers.reshape(self.num_particles, self.num_data, *self._inner(sizes), *event_shape)
         value = value.movedim(1, 1 + self.nesting + self.data_dim)
         return value[0] if self.num_particles == 1 else value
+
+    def rows(self, site: dict, value: Tensor) -> Tensor:
+        """A site's value as (K, B, ...): by particle and datum, then the plates inside a datum, then the event."""
+        sizes, event_shape = plate_sizes(site, self.nesting), site["fn"].event_shape
+        return self.from_site(value, sizes, event_shape).reshape(
+            self.num_particles, self.num_data, *(size for size in self._inner(sizes) if size != 1), *event_shape
+        )
+
+    def value(self, site: dict, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`: a value in the site's own shape."""
+        numbers = rows.reshape(self.num_particles, self.num_data, -1)
+        return self.to_site(numbers, plate_sizes(site, self.nesting), site["fn"].event_shape)
+
+    def _inner(self, sizes: list[int]) -> list[int]:
+        """The sizes of the plates inside a datum."""
+        return [size for dim, size in zip(range(-self.nesting, 0), sizes, strict=True) if dim != self.data_dim]
 
     def from_site(self, value: Tensor, sizes: list[int], event_shape: torch.Size) -> Tensor:
         """The inverse of :meth:`to_site`: (K, B, n)."""
@@ -77,7 +97,7 @@ def sites_of(trace: Trace) -> Iterator[dict]:
 
 
 def plates_of(site: dict) -> list[Any]:
-    """The plates of a site but the particles'; one without a size has that of the site's own batch there."""
+    """The plates of a site except the particles'. A plate without a size gets that of the site's batch."""
     return [_sized(frame, site["fn"]) for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
 
 
@@ -89,23 +109,23 @@ def _sized(frame: Any, distribution: Any) -> Any:
 
 
 def plate_nesting(*traces: Trace) -> int:
-    """How many plate dimensions the sites use."""
+    """The number of plate dimensions that the sites use."""
     dims = [frame.dim for trace in traces for site in sites_of(trace) for frame in plates_of(site) if frame.vectorized]
     return -min(dims, default=0)
 
 
 def data_plate(sites: list[dict]) -> Any:
-    """The plate that holds every site, one index a datum."""
+    """The plate over data, which contains every site."""
     write = 'write "with pyro.plate("data", x.shape[0]):" around all its sample statements, in model and guide.'
     frames: dict[str, Any] = {}
     for site in sites:
         for frame in plates_of(site):
-            held = frames.setdefault(frame.name, frame)
-            if -1 in (held.size, frame.size):  # a site of a plate without a size that has no batch of its own
-                frames[frame.name] = held if held.size == -1 else frame
-            elif (held.size, held.full_size) != (frame.size, frame.full_size):
+            first = frames.setdefault(frame.name, frame)
+            if -1 in (first.size, frame.size):  # a plate without a size, at a site without a batch
+                frames[frame.name] = first if first.size == -1 else frame
+            elif (first.size, first.full_size) != (frame.size, frame.full_size):
                 raise ValueError(
-                    f"Plate {frame.name!r} has size {held.size} of {held.full_size} at one site and {frame.size} of "
+                    f"Plate {frame.name!r} has size {first.size} of {first.full_size} at one site and {frame.size} of "
                     f"{frame.full_size} at site {site['name']!r}: give it one size in model and guide."
                 )
     if not frames:
@@ -113,8 +133,8 @@ def data_plate(sites: list[dict]) -> Any:
     names = [{frame.name for frame in plates_of(site)} for site in sites]
     shared = set(frames).intersection(*names)
     if not shared:
-        plate = "data" if "data" in frames else max(frames, key=lambda name: sum(name in held for held in names))
-        outside = next(site for site, held in zip(sites, names, strict=True) if plate not in held)
+        plate = "data" if "data" in frames else max(frames, key=lambda name: sum(name in plates for plates in names))
+        outside = next(site for site, plates in zip(sites, names, strict=True) if plate not in plates)
         raise ValueError(_outside(outside, plate, write))
     if len(shared) > 1 and "data" not in shared:
         raise ValueError(f"Plates {sorted(shared)} all hold every site: call the one over data pyro.plate('data', ...).")
@@ -131,14 +151,14 @@ def data_plate(sites: list[dict]) -> Any:
     return frame
 
 
-# So many terms have a sum of which float32 leaves hundredths of a nat uncertain: at four million, half a nat.
+# The sum of this many float32 terms has a rounding error of hundredths of a nat; at four million, of half a nat.
 MANY_TERMS = 2**16
 
 
 def log_prob_of(site: dict) -> Tensor:
-    """A site's log-probability, masked but not scaled, in nats; in float64 where it sums very many terms."""
+    """A site's log-probability, masked but not scaled, in nats; in float64 if it sums at least ``MANY_TERMS`` terms."""
     distribution, value, inner = site["fn"], site["value"], 0
-    if type(distribution).__name__ == "Independent" and distribution.event_shape.numel() >= MANY_TERMS:
+    if isinstance(distribution, torch.distributions.Independent) and distribution.event_shape.numel() >= MANY_TERMS:
         distribution, inner = distribution.base_dist, distribution.reinterpreted_batch_ndims
         if isinstance(
             getattr(distribution, "loc", None), Tensor
@@ -152,7 +172,7 @@ def log_prob_of(site: dict) -> Tensor:
 
 
 def _summed(terms: Tensor, dims: tuple[int, ...] | list[int]) -> Tensor:
-    """The sum over some dimensions, in float64 where they hold very many terms."""
+    """The sum over some dimensions, in float64 if it has at least ``MANY_TERMS`` terms."""
     if not dims:
         return terms
     many = math.prod(terms.shape[dim] for dim in dims) >= MANY_TERMS
@@ -180,17 +200,17 @@ def check_batch(site: dict, shape: torch.Size, plates: list[int]) -> None:
 
 
 def num_dims_of(site: dict, data: Any) -> int:
-    """How many numbers a site observes of one datum; none at a site of ``infer={"num_dims": 0}``, such as a label's."""
+    """The number of values that a site observes of one datum; zero with ``infer={"num_dims": 0}``, as for a label."""
     return 0 if site["infer"].get("num_dims") == 0 else _num_numbers(site, data)
 
 
 def num_observed_of(site: dict, data: Any) -> int:
-    """How many of those numbers a site observes of all data together, without what a mask leaves out; read eagerly."""
+    """The number of these values of all data together that no mask leaves out. It reads the mask's values."""
     return num_known_of(site, data) if num_dims_of(site, data) else 0
 
 
 def num_known_of(site: dict, data: Any) -> int:
-    """How many numbers of all data a site scores, a known label's too, without what a mask leaves out; read eagerly."""
+    """The number of values of all data that a site scores, known labels included, and no mask leaves out."""
     number = _num_numbers(site, data)
     mask = mask_of(site)
     if not number or not isinstance(mask, Tensor):
@@ -208,10 +228,10 @@ def _num_numbers(site: dict, data: Any) -> int:
 
 
 def common_scale(sites: list[dict], plate: Any) -> float:
-    """The factor that poutine.scale puts around all sites alike, besides the N/B of a subsampled data plate.
+    """The factor of a ``poutine.scale`` around all sites, besides the N/B of a subsampled data plate.
 
     Raises:
-        ValueError: only some sites are scaled, or each datum apart.
+        ValueError: only some sites are scaled, or data are scaled differently.
     """
     own, scales = plate.full_size / plate.size, [_number(site["scale"]) for site in sites]
     together = all(math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales)
@@ -232,12 +252,12 @@ def common_scale(sites: list[dict], plate: Any) -> float:
 
 
 def _number(scale: Any) -> float:
-    """A site's scale; of one for each datum, which is none of the objective, NaN, which is close to nothing."""
+    """A site's scale; NaN if it differs between data, since NaN is not close to any other scale."""
     return float(scale) if not isinstance(scale, Tensor) or scale.numel() == 1 else math.nan
 
 
 def refuse_auxiliary(guide_sites: Iterator[dict] | list[dict]) -> None:
-    """Refuse latents that the guide has and the model has not."""
+    """Refuse latents that only the guide has."""
     for site in guide_sites:
         if site["infer"].get("is_auxiliary"):
             raise ValueError(

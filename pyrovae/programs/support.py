@@ -1,4 +1,4 @@
-"""Supports of distributions, as they are: one turn of an angle, the union of a mixture's components."""
+"""Supports of distributions, corrected: one turn of an angle, the union of a mixture's components, a flow's domain."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import pyro.distributions
 import torch
+from pyro.distributions import ExpandedDistribution, MaskedDistribution, SineBivariateVonMises, SineSkewed
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 from torch.distributions.transforms import ComposeTransform
 
 from .wrappers import base_distribution, is_factor, is_point, layers_of
 
+__all__ = [
+    "ReferenceMeasure", "accept_any_component", "bare", "bounds_of", "free_numbers", "inside_of", "measure_of",
+    "reaches_beyond", "support_of",
+]  # fmt: skip
+
 
 class _Inside(Messenger):
-    """A sample outside the prior's support weighs nothing: the model sees a point inside in its place, and it is noted here.
+    """Replace samples outside the prior's support by a point inside it, and record where they were: their weight is zero.
 
-    Where both supports say that there is none, as for most pairs, nothing is looked at.
+    No value is checked if the two supports show that no sample can lie outside, as for most pairs.
     """
 
     def __init__(self, guide: Trace):
@@ -29,15 +37,15 @@ class _Inside(Messenger):
         self.outside: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        drawn = self.guide.nodes.get(msg["name"])
-        if drawn is None or drawn["type"] != "sample" or msg["is_observed"] or site_is_subsample(msg):
+        guide_site = self.guide.nodes.get(msg["name"])
+        if guide_site is None or guide_site["type"] != "sample" or msg["is_observed"] or site_is_subsample(msg):
             return
         try:
             support = support_of(msg["fn"])
-        except NotImplementedError:  # torch's word for a distribution that declares no support
+        except NotImplementedError:  # raised by a distribution without a support
             return
         try:
-            beyond = reaches_beyond(support_of(drawn["fn"]), support)
+            beyond = reaches_beyond(support_of(guide_site["fn"]), support)
         except NotImplementedError:
             beyond = reaches_beyond(None, support)
         if not beyond or not isinstance(msg["value"], Tensor):
@@ -60,34 +68,33 @@ def _outside(site: dict, plate: str, write: str) -> str:
             f"or a guide that samples inside the plate."
         )
     return (
-        f"Site {site['name']!r} lies outside the data plate {plate!r}, so it belongs to no datum: {write[:-1]}; what all data "
-        f"share is a pyro.param here, not a latent."
+        f"Site {site['name']!r} lies outside the data plate {plate!r}, so it belongs to no datum: {write[:-1]}; a "
+        f"quantity that all data share must be a pyro.param here, not a latent."
     )
 
 
 _ONE_TURN = constraints.interval(-math.pi, math.pi)
-_CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
+_CIRCULAR: tuple[Any, ...] = (torch.distributions.VonMises, SineBivariateVonMises, SineSkewed)
 
 
 def support_of(distribution: Any) -> Any:
     """The set over which a distribution's density integrates to one.
 
-    It differs from what the distribution declares for angles, whose density repeats with every turn; for mixtures, which may
-    lie where any component does; and for a flow of zuko, which declares none: what its transform takes.
+    It differs from the support that the distribution declares for angles, whose density repeats with every turn; for mixtures,
+    whose support is the union of the components'; and for zuko's flows, which declare none: it is their transform's domain.
     """
-    kind = type(distribution).__name__
-    if kind == "Independent":
+    if isinstance(distribution, torch.distributions.Independent):
         return constraints.independent(support_of(distribution.base_dist), distribution.reinterpreted_batch_ndims)
-    if kind in ("MaskedDistribution", "ExpandedDistribution"):
+    if isinstance(distribution, MaskedDistribution | ExpandedDistribution):
         return support_of(distribution.base_dist)
-    if kind in _CIRCULAR:
+    if isinstance(distribution, _CIRCULAR):
         return constraints.independent(_ONE_TURN, distribution.event_dim) if distribution.event_dim else _ONE_TURN
     if isinstance(distribution, torch.distributions.MixtureSameFamily):
         component = support_of(distribution.component_distribution)
         uniform = isinstance(base_distribution({"fn": distribution.component_distribution}), _Uniform)
         return _Union(component) if uniform or component.is_discrete else component
     transformed = isinstance(distribution, torch.distributions.TransformedDistribution)
-    if transformed and type(base_distribution({"fn": distribution.base_dist})).__name__ in _CIRCULAR:
+    if transformed and isinstance(base_distribution({"fn": distribution.base_dist}), _CIRCULAR):
         return _Image(support_of(distribution.base_dist), distribution.transforms)
     try:
         return distribution.support
@@ -102,7 +109,7 @@ _Uniform = torch.distributions.Uniform  # the one distribution whose density is 
 
 
 class _Union(constraints.Constraint):
-    """What lies in the support of any component, where these stand along the last batch dimension."""
+    """The union of the supports of components that stand along the last batch dimension."""
 
     def __init__(self, component: Any):
         self.component = component
@@ -122,7 +129,7 @@ class _Union(constraints.Constraint):
 
 @biject_to.register(_Union)
 def _over_all_components(union: _Union) -> Any:
-    """Onto the interval that spans those of the components."""
+    """A bijection to the interval that spans those of the components."""
     interval, axis = union.component, -1 - union.event_dim
     while isinstance(interval, constraints.independent):
         interval = interval.base_constraint
@@ -133,7 +140,7 @@ def _over_all_components(union: _Union) -> Any:
 
 
 class _Image(constraints.Constraint):
-    """What transforms make of a support."""
+    """The image of a support under transforms."""
 
     def __init__(self, base: Any, transforms: list[Any]):
         self.base, self.transform = base, ComposeTransform(transforms)
@@ -152,42 +159,44 @@ def _onto_image(image: _Image) -> Any:
     return ComposeTransform([biject_to(image.base), image.transform])
 
 
-class Measure(NamedTuple):
-    """What a site's log-probability is with respect to."""
+class ReferenceMeasure(NamedTuple):
+    """The measure with respect to which a site's log-probability is taken."""
 
     kind: str  # "mass" on countably many values, "density", or "point" for a Delta
-    dims: int | None = None  # of a density: over how many free numbers; None where nothing says so
+    dims: int | None = None  # of a density: the number of free numbers, or None if it is not known
 
     def __str__(self) -> str:
         if self.kind == "density":
             return "a density" if self.dims is None else f"a density over {self.dims} free number(s)"
         return {"mass": "a probability mass", "point": "a point mass (Delta)"}[self.kind]
 
-    def divides(self, other: Measure) -> bool:
-        """Whether a ratio of one of each means anything."""
+    def divides(self, other: ReferenceMeasure) -> bool:
+        """Whether the ratio of a density with respect to each is an importance weight."""
         return self.kind == other.kind and (self.dims == other.dims or None in (self.dims, other.dims))
 
 
-def measure_of(site: dict, support: Any) -> Measure:
-    """The measure of a site with this support."""
+def measure_of(site: dict, support: Any) -> ReferenceMeasure:
+    """The reference measure of a site with this support."""
     if is_point(site):
-        return Measure("point")
-    return Measure("mass") if support.is_discrete else Measure("density", free_numbers(support, site["fn"].event_shape))
+        return ReferenceMeasure("point")
+    if support.is_discrete:
+        return ReferenceMeasure("mass")
+    return ReferenceMeasure("density", free_numbers(support, site["fn"].event_shape))
 
 
 def bare(support: Any) -> Any:
-    """A support's constraint on one value, without independent dimensions and without what wraps those of mixtures."""
+    """A support's innermost constraint, without independent dimensions and mixtures."""
     return list(_constraints_of(support))[-1]
 
 
 def _constraints_of(support: Any) -> Iterator[Any]:
     yield support
-    while type(support).__name__ in ("_IndependentConstraint", *_MIXTURES):
-        support = getattr(support, "base_constraint", None) or support.component
+    while isinstance(support, (constraints.independent, *_MIXTURES)):
+        support = support.component if isinstance(support, _Union) else support.base_constraint
         yield support
 
 
-_MIXTURES = ("MixtureSameFamilyConstraint", "_Union")  # torch's, and that of :func:`pyrovae.programs.support.support_of`
+_MIXTURES = (MixtureSameFamilyConstraint, _Union)
 
 
 def free_numbers(support: Any, event_shape: torch.Size) -> int | None:
@@ -196,28 +205,29 @@ def free_numbers(support: Any, event_shape: torch.Size) -> int | None:
     if constraint.event_dim == 0:
         return event_shape.numel()
     cut = len(event_shape) - constraint.event_dim
-    if type(constraint).__name__ == "_Sphere":
+    if isinstance(constraint, type(pyro.distributions.constraints.sphere)):
         return event_shape[:cut].numel() * (event_shape[cut:].numel() - 1)
     try:
         return event_shape[:cut].numel() * biject_to(constraint).inverse_shape(event_shape[cut:]).numel()
-    except NotImplementedError:  # torch's word for a support without one
+    except NotImplementedError:  # raised for a support without a bijection
         return None
 
 
 def bounds_of(constraint: Any) -> tuple[Any, Any]:
     """The least and the largest number that a constraint on single numbers allows."""
-    if type(constraint).__name__ == "_Boolean":
+    if isinstance(constraint, type(constraints.boolean)):
         return 0, 1
     return getattr(constraint, "lower_bound", -math.inf), getattr(constraint, "upper_bound", math.inf)
 
 
 def reaches_beyond(inner: Any, outer: Any) -> bool:
-    """Whether values of one support may lie outside another one, as far as their constraints say.
+    """Whether values of one support may lie outside another one, as far as their constraints tell.
 
-    Constraints on vectors and matrices are left out: they hold up to rounding, and their manifolds are compared by dimension.
+    It is false for constraints on vectors and matrices, which hold up to rounding. :func:`measure_of` compares their
+    dimensions.
     """
     inner, outer = bare(inner), bare(outer)
-    if type(outer).__name__ == "_Real" or outer.event_dim > 0:
+    if isinstance(outer, type(constraints.real)) or outer.event_dim > 0:
         return False
     (low, high), (least, most) = bounds_of(inner), bounds_of(outer)
     if type(inner) is not type(outer) or any(isinstance(bound, Tensor) for bound in (low, high, least, most)):
@@ -226,7 +236,7 @@ def reaches_beyond(inner: Any, outer: Any) -> bool:
 
 
 def accept_any_component(distribution: Any) -> None:
-    """Have a mixture score values that only some of its components allow, which torch's validation refuses."""
+    """Let a mixture score values that only some of its components allow, which torch's validation refuses."""
     for mixture in layers_of(distribution):
         if isinstance(mixture, torch.distributions.MixtureSameFamily):
             for part in (mixture, *layers_of(mixture.component_distribution)):
@@ -234,10 +244,10 @@ def accept_any_component(distribution: Any) -> None:
 
 
 def inside_of(support: Any, value: Tensor) -> Tensor | None:
-    """Numbers well inside a support, of the shape of ``value`` and its bounds; ``None`` where those are not known."""
+    """Numbers well inside a support, in the shape of ``value`` and its bounds; ``None`` if the bounds are not known."""
     constraint = bare(support)
     low, high = bounds_of(constraint)
-    if any(type(each).__name__ in _MIXTURES for each in _constraints_of(support)):
+    if any(isinstance(each, _MIXTURES) for each in _constraints_of(support)):
         # The last dimension of its bounds is that of its components.
         low, high = (bound[..., 0] if isinstance(bound, Tensor) and bound.dim() else bound for bound in (low, high))
     if not any(isinstance(bound, Tensor) for bound in (low, high)) and (low, high) == (-math.inf, math.inf):

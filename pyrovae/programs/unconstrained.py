@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
@@ -28,8 +27,11 @@ from .sites import (
     sites_of,
 )
 from .support import _Image, _Union, support_of
-from .tracing import Substitute, explained, in_particles, same_random_stream, trace_from_prior, trace_pair
+from .tracing import Substitute, explained, same_random_stream, trace_from_prior, trace_pair, trace_program
+from .wake_sleep import unconditioned
 from .wrappers import base_distribution, is_factor
+
+__all__ = ["UnconstrainedPair", "UnconstrainedTerms"]
 
 
 class UnconstrainedTerms(NamedTuple):
@@ -50,8 +52,8 @@ class UnconstrainedPair:
 
     .. math:: z = T(u), \qquad \log p(x, u) = \log p(x, T(u)) + \log \left| \det \frac{\partial T}{\partial u} \right|
 
-    T is what ``torch.distributions.biject_to`` gives for the support of each latent site in the model, which may depend on
-    earlier latents. Latents in plates within a datum are part of its vector. The integral of p(x, u) over u is p(x).
+    T is ``torch.distributions.biject_to`` of the support of each latent site in the model, which may depend on earlier latents.
+    Latents in plates within a datum are part of its vector. The integral of p(x, u) over u is p(x).
 
     Args:
         model: a Pyro program for p(x, z).
@@ -65,8 +67,8 @@ class UnconstrainedPair:
         latents: the model's latent sites, in the order of their numbers.
 
     Raises:
-        ValueError: a latent is discrete, masked, in the guide only, or of a support that no bijection is known for; or the
-            pair is one that :func:`pyrovae.log_weights` refuses.
+        ValueError: a latent is discrete, masked, in the guide only, or has a support without a known bijection; or
+            :func:`pyrovae.log_weights` refuses the pair.
     """
 
     def __init__(self, model: Program, guide: Program, args: tuple, *, vectorize_particles: bool = True):
@@ -111,7 +113,7 @@ class UnconstrainedPair:
     def draw(self, num: int, start: Literal["prior", "guide"], *, inside: bool = False) -> Tensor:
         """Draws of the prior or the guide, shape (num, B, L).
 
-        A guide may put draws where the model allows none. With ``inside`` draws of the prior stand in for those.
+        A guide may draw values outside the model's support. With ``inside``, draws of the prior replace them.
 
         Raises:
             ValueError: a draw lies outside the model's support, without ``inside``.
@@ -121,8 +123,8 @@ class UnconstrainedPair:
             return torch.cat([self._draw(together, start, inside) for _ in range(num // together)])
 
     def model_trace(self, flat: Tensor) -> tuple[Trace, Substitute]:
-        """The model's trace at ``flat`` (K, B, L), and what placed it there."""
-        return self._run(self.model, self._given(flat), len(flat), unconstrained=True)
+        """The model's trace at ``flat`` (K, B, L), and the messenger that set the latents."""
+        return self._run(self.model, self._values(flat), len(flat), unconstrained=True)
 
     def on(self, args: tuple) -> UnconstrainedPair:
         """The same pair on another batch of the same shape."""
@@ -131,17 +133,17 @@ class UnconstrainedPair:
         return other
 
     def follow(self, flat: Tensor, watch: Any) -> Trace:
-        """The model's trace at ``flat`` under a dispatch mode that holds the latents; they must be unconstrained themselves."""
-        given = self._given(flat)
-        for value in given.values():
+        """The model's trace at ``flat`` under a dispatch mode that tracks the latents, which must be unconstrained."""
+        values = self._values(flat)
+        for value in values.values():
             watch.hold(value)
         with watch:
-            return self._run(self.model, given, len(flat))[0]
+            return self._run(self.model, values, len(flat))[0]
 
-    def dream(self) -> tuple[Trace, Tensor]:
-        """One draw of p(x, z) per datum: the trace of the model, unconditioned, and u (1, B, L)."""
+    def simulate(self) -> tuple[Trace, Tensor]:
+        """Simulate one (z, x) per datum from the model: its unconditioned trace, and u of shape (1, B, L)."""
         with torch.no_grad(), poutine.block():
-            trace = prune_subsample_sites(poutine.trace(poutine.uncondition(self.model)).get_trace(*self.args))
+            trace = trace_program(unconditioned(self.model), self.args)
         for site in sites_of(trace):
             if is_factor(site):
                 raise ValueError(f"The model's pyro.factor {site['name']!r} cannot be simulated: remove it.")
@@ -199,31 +201,30 @@ class UnconstrainedPair:
         return torch.cat(parts, -1)
 
     def _flat_site(self, site: dict, value: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        """One site's unconstrained numbers, (num, B, n), and which of them stand for a value of its support."""
+        """One site's unconstrained numbers, (num, B, n), and which of them belong to a value inside its support."""
         support = support_of(site["fn"])
         flat = biject_to(support).inv(value)
         within = torch.isfinite(flat)
         while isinstance(support, constraints.independent):
             support = support.base_constraint
         if isinstance(support, constraints.interval | constraints.half_open_interval | _Union | _Image):
-            within = within & support.check(value)  # the inverse of a sigmoid takes what lies outside for an edge
+            within = within & support.check(value)  # the inverse of a sigmoid clamps values outside to an edge
         name = site["name"]
         flat, within = (self._layout(num).from_site(part, self._sizes[name], self._shapes[name]) for part in (flat, within))
         return flat, within
 
-    def _given(self, flat: Tensor) -> dict[str, Tensor]:
+    def _values(self, flat: Tensor) -> dict[str, Tensor]:
         layout = self._layout(len(flat))
         return {
             name: layout.to_site(flat[..., self._columns[name]], self._sizes[name], self._shapes[name]) for name in self.latents
         }
 
     def _run(
-        self, program: Program, given: dict[str, Tensor], num: int, *, unconstrained: bool = False
+        self, program: Program, values: dict[str, Tensor], num: int, *, unconstrained: bool = False
     ) -> tuple[Trace, Substitute]:
-        place = Substitute(given, unconstrained=unconstrained)
+        place = Substitute(values, unconstrained=unconstrained)
         with explained(num):
-            trace = poutine.trace(place(in_particles(program, num, self.nesting))).get_trace(*self.args)
-        return prune_subsample_sites(trace), place
+            return trace_program(program, self.args, num, self.nesting, place), place
 
     def _layout(self, num: int) -> Layout:
         return Layout(num, self.num_data, self.nesting, self.data.dim)
@@ -251,7 +252,7 @@ def _unconstrained_shape(site: dict) -> torch.Size:
                 f'log_marginal, or pyrovae.exact(..., method="enumerate") where all are discrete.'
             )
         transform = biject_to(support)
-        # By a value and not by inverse_shape, which takes bounds that differ between data for dimensions of the draw.
+        # From a value, since inverse_shape mistakes bounds that differ between data for dimensions of the draw.
         batch_dim = site["value"].dim() - site["fn"].event_dim
         return transform.inv(site["value"]).shape[batch_dim:]
     except NotImplementedError as error:

@@ -1,4 +1,4 @@
-"""What Pyro wraps around a distribution: events, masks, expansions, factors."""
+"""Wrappers that Pyro puts around a distribution: independent dimensions, masks and expansions; factors and deltas."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Distribution, MaskedDistribution
+from pyro.distributions import Delta, Distribution, ExpandedDistribution, MaskedDistribution, Unit
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+__all__ = [
+    "base_distribution", "is_factor", "is_masked_anywhere", "is_point", "is_reparameterized", "layers_of", "mask_of",
+    "masks_of", "same_mask",
+]  # fmt: skip
+
 Mask = Tensor | bool
+WRAPPERS = (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)
 
 
 def is_factor(site: dict) -> bool:
-    """Whether a site is a ``pyro.factor``, which observes nothing."""
-    return type(site["fn"]).__name__ == "Unit"
+    """Whether a site is a ``pyro.factor``, which has a log-probability and no value."""
+    return isinstance(site["fn"], Unit)
 
 
 def layers_of(distribution: Any) -> Iterator[Any]:
-    """A distribution, and what Pyro wraps in it: independent dimensions, masks and expansions, from the outside in."""
+    """A distribution and the ones that it wraps (``Independent``, masked, expanded), from the outside in."""
     yield distribution
-    while type(distribution).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
+    while isinstance(distribution, WRAPPERS):
         distribution = distribution.base_dist
         yield distribution
 
 
 def base_distribution(site: dict) -> Any:
-    """A site's distribution without what Pyro wraps around it."""
+    """A site's distribution without the wrappers around it."""
     *_, distribution = layers_of(site["fn"])
     return distribution
 
@@ -38,9 +44,9 @@ def is_point(site: dict) -> bool:
 
 
 def is_reparameterized(site: dict) -> bool:
-    """Whether the gradient of an expectation over a site is that of its samples alone, without a score.
+    """Whether the gradient of an expectation over a site flows through its samples alone, without a score.
 
-    A rejection sampler has ``has_rsample``, and a score of what it accepted besides.
+    A rejection sampler has ``has_rsample``, and needs the score of the accepted draws too.
     """
     distribution = base_distribution(site)
     own = getattr(type(distribution), "score_parts", None)
@@ -59,23 +65,23 @@ def masks_of(site: dict) -> list[tuple[Mask, int]]:
 
 
 def mask_of(site: dict) -> Mask:
-    """Where the numbers of a site count, all masks together: a bool, or a tensor that broadcasts to the site's value."""
-    whole: Mask = True
+    """The conjunction of a site's masks, true where its numbers count: a bool, or a tensor that broadcasts to its value."""
+    joint: Mask = True
     for mask, event_dim in masks_of(site):
         if isinstance(mask, Tensor):
             mask = mask.reshape(mask.shape + (1,) * event_dim)
-        whole = mask if whole is True else torch.as_tensor(whole) & mask if mask is not False else False
-    return whole
+        joint = mask if joint is True else torch.as_tensor(joint) & mask if mask is not False else False
+    return joint
 
 
 def is_masked_anywhere(site: dict) -> bool:
-    """Whether some number of a site does not count; read eagerly, since it looks at the mask's values."""
+    """Whether a mask leaves out some number of a site. It reads the mask's values, so it cannot be captured in a graph."""
     mask = mask_of(site)
     return not bool(mask.all()) if isinstance(mask, Tensor) else not mask
 
 
 def same_mask(site: dict, other: dict) -> bool:
-    """Whether the same numbers of a latent count in both programs; read eagerly."""
+    """Whether both programs mask the same numbers of a latent. It reads the masks' values."""
     if not masks_of(site) and not masks_of(other):
         return True
     masks = [torch.as_tensor(mask_of(each), device=each["value"].device) for each in (site, other)]

@@ -17,7 +17,7 @@ from ..compile.cuda import products_in
 from ..data.batches import Batches
 from ..data.matching import Batch
 from ..programs.inspect import PairInfo
-from ..programs.reachable import changed, modules_of, python_state
+from ..programs.reachable import changed, outermost_modules, python_state
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
 from ..programs.tracing import evaluation_mode, same_random_stream
@@ -156,7 +156,7 @@ class _Loop:
         self.num_steps, self.compared_at = 0, 0
         self.warned_of_infinite_loss = False
         self.checks_held_out = not setup.checked_held_out
-        self.best = _Best(setup.first.parameters, modules_of(setup.model, setup.guide).values())
+        self.best = _Best(setup.first.parameters, outermost_modules(setup.model, setup.guide).values())
         self.began = time.perf_counter()
 
     def run(self) -> History:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -19,7 +18,7 @@ from ..data.matching import Batch
 from ..programs.checks import check_finite, check_support
 from ..programs.inspect import inspect_pair
 from ..programs.sites import Program, sites_of
-from ..programs.tracing import evaluation_mode, same_random_stream, trace_pair
+from ..programs.tracing import inspection, same_random_stream, trace_pair
 from ..programs.wrappers import base_distribution, is_factor, is_point
 
 __all__ = ["SupportCheck", "cause_in_data", "check_first_loss", "large_values", "observed_sites", "values_at_the_edge"]
@@ -31,8 +30,8 @@ ABSURD_BITS, LARGE_VALUE = 100.0, 20.0
 
 
 def observed_sites(model: Program, guide: Program, args: Batch) -> list[dict]:
-    """The observed sites of one run, without factors; the random stream and enclosing handlers do not notice the run."""
-    with torch.no_grad(), same_random_stream(args), evaluation_mode(model, guide), poutine.block():
+    """The observed sites of one run, without factors; the run leaves no trace."""
+    with inspection(model, guide, args):
         trace = trace_pair(model, guide, args, {}, 1, None).model
     return [site for site in sites_of(trace) if site["is_observed"] and not is_factor(site) and not is_point(site)]
 
