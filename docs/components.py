@@ -16,7 +16,6 @@ TITLES = {
     "encoder": "Encoders",
     "body": "Bodies (networks)",
     "guide": "Guides of a hierarchy",
-    "model": "Models",
     "estimator": "Estimators",
     "model": "Kinds of models",
 }
