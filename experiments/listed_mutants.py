@@ -193,7 +193,7 @@ def killed_by(change: Change, tree: Path) -> str | None:
 
 
 def main() -> None:
-    """Make each change and write what noticed it; with words as arguments, make only those that have one, and write nothing."""
+    """Make each change and write what noticed it; words as arguments choose some, and write nothing."""
     words = sys.argv[1:]
     began, records = time.time(), []
     with tempfile.TemporaryDirectory() as folder:

@@ -478,12 +478,12 @@ def main() -> None:
     torch.set_num_threads(1)
     began, records = time.time(), []
     seeds = range(options.first, options.first + options.pairs)
-    pool = multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,))
-    for found in pool.imap(judge, seeds):
-        records += found
-        for record in found:
-            if "violation" in record:
-                print(json.dumps(record), flush=True)
+    with multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,)) as pool:
+        for found in pool.imap(judge, seeds):
+            records += found
+            for record in found:
+                if "violation" in record:
+                    print(json.dumps(record), flush=True)
     outcomes = Counter(f"{record['method']}: {record['outcome']}" for record in records)
     violations = [record for record in records if "violation" in record]
     data = sum(record.get("data", 0) for record in records)
