@@ -18,6 +18,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pairs import LinearGaussian, bare_param_pair, two_latents_pair
+from scipy import stats
 from scipy.special import logsumexp
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -886,3 +887,29 @@ def test_terms_that_cancel_within_a_density_are_seen_in_float32(model: Callable[
     assert "score in float64" in single.summary()
     double = pv.log_marginal(model, guide, x.double(), num_samples=1000, seed=0)
     assert double.reliable.all()
+
+
+def test_constant_weights_of_the_prior_are_no_proof():
+    """A likelihood that is the same at every draw of the prior, but for a needle that only the guide knows."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(torch.where((z - 4.2).abs() < 0.05, 0.0, 60.0), 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.full_like(x, 4.2), 0.05))
+
+    x = torch.zeros(3)
+    blind = log_marginal(model, guide, x, num_samples=2000, proposal="prior", seed=0)
+    assert not blind.reliable.any()
+    assert "other draws find" in blind.summary()
+    exact = stats.norm.logpdf(0) + np.log(stats.norm.cdf(4.25) - stats.norm.cdf(4.15))
+    assert log_marginal(model, guide, x, num_samples=2000, seed=0).log_px == pytest.approx(exact, abs=0.1)
+    # A model whose data say nothing about the latents is exact by the prior.
+    vae = pv.make_vae(6, latent_dim=2, hidden=[8])
+    with torch.no_grad():
+        for parameter in vae.likelihood.parameters():
+            parameter.zero_()
+    assert vae.log_marginal(torch.zeros(4, 6), num_samples=2000, proposal="prior", seed=0).reliable.all()

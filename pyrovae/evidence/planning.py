@@ -157,7 +157,7 @@ class Plan:
         reduced: log-weights of several data that are reduced together.
         checks: the numbers of draws that an estimate may be from, ascending.
         num_prior: draws of a mixture that come from the prior.
-        num_probes: draws of the prior for each datum that show what the proposal misses.
+        num_probes: draws for each datum, not the proposal's own, that show what it misses.
         refine: the options by which each datum's proposal is fitted, if it is.
         refined_rows: data that are refined together.
     """
@@ -178,8 +178,8 @@ class Plan:
 
 
 def num_probes(options: ImportanceOptions) -> int:
-    """Draws of the prior that are scored beside those of the proposal; none if the samples are too few to be believed."""
-    if options.kind in ("prior", "mixture") or options.num_samples < FEWEST_SAMPLES:
+    """Draws of the prior, or of the guide if the prior is the proposal, scored beside it; none if samples are too few."""
+    if options.kind == "mixture" or options.num_samples < FEWEST_SAMPLES:
         return 0
     fewest = max(min(options.typical_draws // PROBE_FEW_EVERY, USUAL_PROBES), FEWEST_PROBES)
     return min(max(options.typical_draws // PROBE_EVERY, fewest), MOST_PROBES)

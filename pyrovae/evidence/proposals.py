@@ -24,6 +24,7 @@ __all__ = [
     "Probe",
     "Refinement",
     "guide_draws",
+    "guide_probe",
     "missed_nats",
     "mixture_draws",
     "prior_count",
@@ -121,7 +122,13 @@ def prior_draws(model: Program, vectorize: bool, nesting: int) -> Draw:
 
 
 class Probe(NamedTuple):
-    """Draws of the prior, scored under the proposal, each (M, B), in nats."""
+    """Draws that are not the proposal's own, each (M, B), in nats.
+
+    Attributes:
+        log_likelihood: the logarithm of what each draw adds to an estimate of p(x): log p(x|z) of draws of the prior, and
+            log p(x, z) - log q(z|x) of draws of the guide.
+        log_weights: their log-weights under the proposal.
+    """
 
     log_likelihood: Tensor
     log_weights: Tensor
@@ -136,6 +143,19 @@ def prior_probe(model: Program, guide: Program, vectorize: bool, nesting: int) -
         )
         log_likelihood = weights.log_likelihood.double()
         return Probe(log_likelihood, log_likelihood + weights.log_prior.double() - weights.log_guide.double())
+
+    return probe
+
+
+def guide_probe(model: Program, guide: Program, vectorize: bool, nesting: int) -> Callable[[Batch, int], Probe]:
+    """What scores draws of the guide under the prior as a proposal, which rarely comes near a narrow posterior."""
+
+    def probe(batch: Batch, size: int) -> Probe:
+        weights = log_weights(
+            model, guide, *batch, num_particles=size, vectorize_particles=vectorize, max_plate_nesting=nesting
+        )
+        log_likelihood = weights.log_likelihood.double()
+        return Probe(log_likelihood + weights.log_prior.double() - weights.log_guide.double(), log_likelihood)
 
     return probe
 

@@ -47,8 +47,8 @@ class Evidence:
         curve: the estimate against the number of samples, if it was recorded.
         drawn: samples of each datum's estimate, shape (N,), if a target decided; ``None`` if all took S.
         pilot: further samples that decided on that number, shape (N,); they are not part of the estimate.
-        missed: what draws of the prior add to log p(x) where their weights are larger than any that was drawn, shape (N,),
-            in nats; ``None`` if the prior was not sampled.
+        missed: what draws of the prior (of the guide, if the prior is the proposal) add to log p(x) where their weights are
+            larger than any that was drawn, shape (N,), in nats; ``None`` if no other draws were made.
         rounding: the rounding error of the largest term of the log-weights, shape (N,), in nats.
         fingerprint: a 64-bit hash of each datum's first array, shape (N,), by which :func:`pyrovae.compare` identifies data.
         measure: the measure that p(x) is a density with respect to; ``None`` if it is not known.
@@ -247,7 +247,7 @@ class Evidence:
         )
 
     def _doubts(self) -> str:
-        """What no weight shows: terms that the floating type cannot resolve, and what only draws of the prior find."""
+        """What no weight shows: terms that the floating type cannot resolve, and what only other draws find."""
         words = ""
         if self._rounded.any():
             assert self.rounding is not None
@@ -259,7 +259,7 @@ class Evidence:
             assert self.missed is not None
             worst = float(self.missed[self._blind].max())
             words += (
-                f" {data_have(self._blind)} an estimate that is too low: draws of the prior find up to {worst:.3g} nats more "
+                f" {data_have(self._blind)} an estimate that is too low: other draws find up to {worst:.3g} nats more "
                 f'where the proposal draws next to nothing. Score with proposal="mixture", which also draws from the prior.'
             )
         return words

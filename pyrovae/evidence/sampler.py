@@ -34,6 +34,7 @@ from .proposals import (
     Probe,
     Refinement,
     guide_draws,
+    guide_probe,
     missed_nats,
     mixture_draws,
     prior_draws,
@@ -184,7 +185,7 @@ class ImportanceSampler:
         with pyro.validation_enabled(False):
             group = Group(start, batch, self._refinement_of(start, batch))
             arrays = self._estimate(group, bar)
-            if self._plan.num_probes:
+            if self._plan.num_probes and not (kind == "prior" and self.info.no_weights):
                 # A random stream of its own, independent of how much the draws took of theirs.
                 torch.manual_seed(seed + 1)
                 arrays["missed"] = self._missed(group, arrays)
@@ -326,13 +327,14 @@ class ImportanceSampler:
         return estimate._asdict() | own | curves
 
     def _missed(self, group: Group, arrays: dict[str, Array]) -> Array:
-        """What the proposal missed of each datum of a group, by draws of the prior, in nats."""
+        """What the proposal missed of each datum of a group, by draws of the prior or the guide, in nats."""
         model, guide, vectorize, plan = self.model, self.guide, self.options.vectorize_particles, self._plan
         missed = np.full(len(group), math.nan)
         try:
             for chosen, most in parts_of(torch.arange(len(group)), plan.num_probes, plan.chunk, None, plan.group, plan.whole):
                 rows, batch = chosen.numpy(), tuple(array[chosen] for array in group.batch)
-                probe = prior_probe(model, guide, vectorize, self.info.max_plate_nesting)
+                other = guide_probe if self.options.kind == "prior" else prior_probe
+                probe = other(model, guide, vectorize, self.info.max_plate_nesting)
                 if group.refinement is not None:
                     probe = refined_probe(model, guide, group.refinement.rows(rows), vectorize)
                 blocks = [probe(batch, size) for size in chunk_sizes(plan.num_probes, most)]
