@@ -49,7 +49,7 @@ CHANGES = [
     ),
     Change(
         "outer masks not applied to what counts as observed",
-        "programs/wrappers.py", "torch.as_tensor(whole) & mask if mask is not False else False", "whole",
+        "programs/wrappers.py", "torch.as_tensor(joint) & mask if mask is not False else False", "joint",
         "weights", "counts_as_observed",
     ),
     Change(
