@@ -60,6 +60,7 @@ napoleon_use_rtype = False
 # The notebooks' kernels inherit these.
 os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # bars are off
 
 
 def _moved_links(app: Any, name: str, source: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, Literal
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -10,8 +11,17 @@ from latex2mathml.converter import convert
 __all__ = ["setup"]
 
 
+# Names of functions need a space before an argument without parentheses, which the converter leaves out.
+FUNCTION = re.compile(r"(<mi[^>]*>(?:log|max|min|exp|var|sd|se|ess)</mi>)(?!<mo[^>]*>(?:\(|&#x00028;))")
+
+
+def _mathml(latex: str, display: Literal["inline", "block"]) -> str:
+    relation = convert(latex, display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")  # \sim
+    return FUNCTION.sub(r'\1<mspace width="0.17em"/>', relation)
+
+
 def _inline(translator: Any, node: nodes.math) -> None:
-    translator.body.append(convert(node.astext()))
+    translator.body.append(_mathml(node.astext(), "inline"))
     raise nodes.SkipNode
 
 
@@ -20,7 +30,7 @@ def _block(translator: Any, node: nodes.math_block) -> None:
     if r"\\" in latex or "&" in latex:
         latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
     translator.body.append(translator.starttag(node, "div", CLASS="math notranslate nohighlight"))
-    translator.body.append(convert(latex, display="block") + "</div>\n")
+    translator.body.append(_mathml(latex, "block") + "</div>\n")
     raise nodes.SkipNode
 
 

@@ -116,7 +116,7 @@ class PairModule(nn.Module):
         return (x,)
 
     def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """What ``model`` takes of test data and their labels, so that :attr:`quantity` is what is estimated."""
+        """What ``model`` takes of test data and their labels, so that ``quantity`` is what is estimated."""
         return (x,)
 
     def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
