@@ -86,6 +86,11 @@ def _whole_sentences(app: Any, what: str, name: str, thing: Any, options: Any, l
         lines[:0] = ["..", ""]
 
 
+def _no_lists(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Keep reStructuredText from taking an argument that is "K." for the first point of a list."""
+    lines[:] = [re.sub(r"^(:\w+ \w+: [A-Z])\.$", r"\1\\.", line) for line in lines]
+
+
 def _unlinked(app: Any, env: Any, node: Any, contents: Any) -> Any:
     """Leave types in signatures as text if no page has them, those of other packages too: only roles must lead somewhere."""
     external = node.get("reftarget", "").split(".")[0] in EXTERNAL
@@ -96,4 +101,5 @@ def setup(app: Any) -> None:
     """Connect the functions above."""
     app.connect("source-read", _moved_links)
     app.connect("autodoc-process-docstring", _whole_sentences, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _no_lists, priority=600)  # after napoleon
     app.connect("missing-reference", _unlinked)
