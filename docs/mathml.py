@@ -1,12 +1,12 @@
-"""Formulas of the site as MathML, which browsers lay out themselves: without a script, a font or a request of their own."""
+"""Formulas of the site as MathML, which browsers lay out without a script and without a request to another server.
+
+Sphinx and the converter are imported where they are used, since pytest looks for doctests here without them.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any, Literal
-
-from docutils import nodes
-from latex2mathml.converter import convert
 
 __all__ = ["setup"]
 
@@ -16,22 +16,28 @@ FUNCTION = re.compile(r"(<mi[^>]*>(?:log|max|min|exp|var|sd|se|ess)</mi>)(?!<mo[
 
 
 def _mathml(latex: str, display: Literal["inline", "block"]) -> str:
+    from latex2mathml.converter import convert
+
     relation = convert(latex, display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")  # \sim
     return FUNCTION.sub(r'\1<mspace width="0.17em"/>', relation)
 
 
-def _inline(translator: Any, node: nodes.math) -> None:
+def _inline(translator: Any, node: Any) -> None:
+    from docutils.nodes import SkipNode
+
     translator.body.append(_mathml(node.astext(), "inline"))
-    raise nodes.SkipNode
+    raise SkipNode
 
 
-def _block(translator: Any, node: nodes.math_block) -> None:
+def _block(translator: Any, node: Any) -> None:
+    from docutils.nodes import SkipNode
+
     latex = node.astext().strip()
     if r"\\" in latex or "&" in latex:
         latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
     translator.body.append(translator.starttag(node, "div", CLASS="math notranslate nohighlight"))
     translator.body.append(_mathml(latex, "block") + "</div>\n")
-    raise nodes.SkipNode
+    raise SkipNode
 
 
 def setup(app: Any) -> dict[str, bool]:
