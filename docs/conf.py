@@ -63,6 +63,17 @@ os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
 os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # bars are off
 
 
+def _public_names(app: Any, name: str, source: list[str]) -> None:
+    """Document each name of the package's index that comes from a room where a page says ``.. public:: room``."""
+    index = (ROOT / "pyrovae" / "__init__.pyi").read_text(encoding="utf-8")
+
+    def directives(match: re.Match[str]) -> str:
+        found = re.findall(rf"^from \.{match[1]}(?:\.\w+)* import (\w+) as", index, re.M)
+        return "\n\n".join(f".. auto{'class' if each[0].isupper() else 'function'}:: pyrovae.{each}" for each in found)
+
+    source[0] = re.sub(r"^\.\. public:: (\w+)$", directives, source[0], flags=re.M)
+
+
 def _moved_links(app: Any, name: str, source: list[str]) -> None:
     """Put files of the repository in the place of their pages, and lead links to these files to the pages."""
     file = ROOT / OUTSIDE[name] if name in OUTSIDE else Path(app.env.doc2path(name))
@@ -99,6 +110,7 @@ def _unlinked(app: Any, env: Any, node: Any, contents: Any) -> Any:
 
 def setup(app: Any) -> None:
     """Connect the functions above."""
+    app.connect("source-read", _public_names)
     app.connect("source-read", _moved_links)
     app.connect("autodoc-process-docstring", _whole_sentences, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", _no_lists, priority=600)  # after napoleon
