@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+__all__ = ["MOVED", "attach"]
+
 # Modules of version 0.1, and where their contents live now. They can be imported until version 0.3.
 MOVED: dict[str, tuple[str, ...]] = {
     "annealing": ("evidence.annealing", "evidence.bdmc"),

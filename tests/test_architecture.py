@@ -120,6 +120,41 @@ def test_special_libraries_have_one_door(module: str) -> None:
             assert not inside or module.startswith(doors), f"{module} imports {name}, which belongs in {doors}"
 
 
+def _is_registered(node: ast.ClassDef | ast.FunctionDef) -> bool:
+    """Whether the registry has a class, which is found by its name: a new component needs no entry in a list."""
+    calls = [each.func for each in node.decorator_list if isinstance(each, ast.Call)]
+    return any(isinstance(call, ast.Name) and call.id == "register" for call in calls)
+
+
+def _names(path: Path) -> tuple[list[str] | None, set[str], set[str]]:
+    """``__all__`` of a module, the names that it binds, and its own public classes and functions."""
+    listed, bound, public = None, set(), set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+            if not node.name.startswith("_") and not _is_registered(node):
+                public.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+            bound |= found
+            if "__all__" in found:
+                listed = ast.literal_eval(node.value)
+    return listed, bound, public
+
+
+# The index of the package itself is `__init__.pyi`.
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_every_module_lists_its_public_names(module: str) -> None:
+    listed, bound, public = _names(MODULES[module])
+    assert listed is not None, f"{module} has no __all__"
+    assert len(set(listed)) == len(listed), f"{module} lists a name twice"
+    assert not set(listed) - bound, f"{module} lists names that it does not have"
+    assert not public - set(listed), f"{module} has public names that are not in __all__: add them, or begin them with _"
+
+
 def test_the_reader_sees_imports_of_every_form() -> None:
     # Guards the guards: were nothing found, everything above would pass.
     assert _modules("models.base") >= {"registry", "training.loop", "evidence.importance"}

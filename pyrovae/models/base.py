@@ -34,8 +34,10 @@ __all__ = [
     "PairModule",
     "body_pair",
     "build_likelihood",
+    "build_networks",
     "check_parts",
     "check_sizes",
+    "check_supports",
     "in_shape_of",
     "in_size_of",
 ]
@@ -46,17 +48,17 @@ _counter = itertools.count()
 class PairModule(nn.Module):
     """A module whose ``model`` and ``guide`` are Pyro programs: training, scoring, saving and loading.
 
-    A concrete one writes the two programs, and names in ``parts`` the arguments of its ``__init__``, which it keeps as
-    attributes: each with its kind in the registry, or ``None`` for plain data. A registered one (``@register("model")``) is
-    trained from the command line too, which makes it by :meth:`from_names`.
+    A subclass implements ``model`` and ``guide``. Its ``parts`` are the arguments of its ``__init__``, which are also
+    attributes: each with its kind in the registry, or ``None`` for plain data. A registered subclass (``@register("model")``)
+    can be trained from the command line, which makes it by :meth:`from_names`.
 
     Attributes:
         run_defaults: arguments of :meth:`from_names` for runs of the command line that do not set them.
-        quantity: what ``log_marginal`` estimates of :meth:`score_inputs`, in symbols.
+        quantity: the quantity that ``log_marginal`` estimates from :meth:`score_inputs`, such as ``"log p(x)"``.
 
     Args:
-        name: the name under which Pyro's parameter store knows this instance; unique unless set, so that two models in one
-            process never share parameters.
+        name: the name of this instance in Pyro's parameter store; by default unique, so that two models in one process do not
+            share parameters.
     """
 
     parts: ClassVar[dict[str, str | None]]
@@ -70,14 +72,14 @@ class PairModule(nn.Module):
         self.name = name or _fresh_name()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's store hangs a weak reference on every parameter that it hands out, which pickle refuses; the next run hangs
-        # it on again.
+        # Pyro's store adds a weak reference to every parameter that it returns, which cannot be pickled. The next run adds it
+        # again.
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy has parameters of its own: under the original's name Pyro's store would hand it the original's.
+        # A copy needs another name: under the original's name, Pyro's store would return the parameters of the original.
         super().__setstate__(state)
         self.name = _fresh_name()
 
@@ -112,15 +114,15 @@ class PairModule(nn.Module):
         """Means of p(x|z) at draws of z, for a report; shape ``(num_samples, *data_shape)``."""
 
     def train_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """What ``model`` takes in training, of data and their labels; ``None`` if they have none."""
+        """The arguments of ``model`` in training, for data and their labels; ``None`` if there are no labels."""
         return (x,)
 
     def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """What ``model`` takes of test data and their labels, so that :attr:`quantity` is what is estimated."""
+        """The arguments of ``model`` for test data and their labels, with which :attr:`quantity` is estimated."""
         return (x,)
 
     def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
-        """What the model finds out about labels of test data, in words, by name."""
+        """Results on the labels of test data: a sentence for each name."""
         return {}
 
     def fit(self, data: Any, **options: Unpack[FitKeywords]) -> History:
@@ -150,11 +152,11 @@ class PairModule(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Build the model that :meth:`save_pretrained` wrote.
+        """Build the model that :meth:`save_pretrained` wrote. Nothing is unpickled.
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
-            ValueError: a file is truncated, does not fit the other, or describes a model of another class. Nothing unpickles.
+            ValueError: a file is truncated, does not fit the other, or describes a model of another class.
         """
         folder = Path(folder)
         parts = files.read_json(folder / "model.json")
@@ -180,12 +182,12 @@ class PairModule(nn.Module):
         store = pyro.get_param_store()
         for name, parameter in self.named_parameters():
             key = f"{self.name}$$${name}"
-            # Not where torch.func.functional_call has put plain tensors in the parameters' place.
+            # Not if torch.func.functional_call has replaced the parameters by plain tensors.
             ours = isinstance(parameter, nn.Parameter) and parameter.requires_grad
             if ours and key in store and store[key].unconstrained() is not parameter:
                 raise ValueError(
                     f"Another model is called {self.name!r} in Pyro's parameter store, so this one would never train: set "
-                    f"vae.name to a name of its own, or call pyro.clear_param_store()."
+                    f"vae.name to another name, or call pyro.clear_param_store()."
                 )
 
     def _as_data(self, x: Tensor) -> Tensor:
@@ -196,16 +198,16 @@ class PairModule(nn.Module):
                 f"The data have shape {tuple(x.shape)}, but the model takes (N, {', '.join(map(str, self.data_shape))}): "
                 f"reshape them, or build the model for that shape."
             )
-        # Counts come as integers and pixels as bytes, and from anywhere; the networks want their own floating type and device.
+        # Data may be integers or bytes, on any device; the networks need their own floating type and device.
         return x.to(next(self.parameters()))
 
     def _encoder_input(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The data as an encoder sees them: zeros where they are missing."""
+        """The encoder's input for data, with zeros in place of missing values."""
         x, mask = self._as_data(x), self._as_mask(x, mask)
         return self.likelihood.encoder_input(x if mask is None else torch.where(mask, x, 0.0))
 
     def _as_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        # Labels beside the data, as a labelled data set gives them, are left out as ever: they are not of the data's shape.
+        # The labels of a labelled data set, which do not have the shape of the data, are ignored.
         if mask is None or (mask.dtype != torch.bool and mask.shape != x.shape):
             return None
         if mask.dtype != torch.bool or mask.shape != x.shape:
@@ -216,11 +218,45 @@ class PairModule(nn.Module):
         return mask.to(next(self.parameters()).device)
 
 
+def build_networks(
+    shape: tuple[int, ...],
+    latent_dim: int,
+    likelihood: Any,
+    body: str,
+    hidden: Sequence[int] | None,
+    activation: Activation | None,
+    num_labels: int = 0,
+) -> tuple[Likelihood, nn.Module]:
+    """A likelihood, and the body of an encoder whose hidden layers mirror those of the likelihood's decoder.
+
+    Args:
+        shape: the shape of one datum.
+        latent_dim: L.
+        likelihood: a name, a table or a ready object.
+        body: as in :func:`pyrovae.make_vae`.
+        hidden: widths of the hidden layers of the encoder's body.
+        activation: a name, or ``None`` for that of the body.
+        num_labels: further inputs of decoder and body for a label; planes in a body of images.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
+    inward, outward, networks, mirrored = body_pair(body, hidden, activation)
+    made = build_likelihood(
+        likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim + num_labels, out_shape=out, **mirrored)
+    )
+    in_shape = shape
+    if num_labels:
+        planes = inward != outward and len(shape) == 3
+        in_shape = (shape[0] + num_labels, *shape[1:]) if planes else (math.prod(shape) + num_labels,)
+    return made, build("body", inward, in_shape=in_shape, **networks)
+
+
 def build_likelihood(spec: Any, data_shape: tuple[int, ...], decoder: Callable[[Shape], nn.Module]) -> Likelihood:
     """A likelihood from a name, a table or a ready object; ``decoder`` makes the network for an ``out_shape``.
 
     Raises:
-        ValueError: an unknown name or option, or something that is no likelihood.
+        ValueError: an unknown name or option, or an object that is not a likelihood.
     """
     if isinstance(spec, str):
         spec = {"kind": spec}
@@ -229,14 +265,14 @@ def build_likelihood(spec: Any, data_shape: tuple[int, ...], decoder: Callable[[
         return build("likelihood", spec, decoder=decoder(family.decoder_shape(data_shape, spec)))
     if isinstance(spec, Likelihood):
         return spec
-    raise ValueError('The likelihood is a name, a table with its kind = "bernoulli" or the like, or a Likelihood.')
+    raise ValueError(f'The likelihood must be a name, a table such as {{"kind": "bernoulli"}} or a Likelihood, got {spec!r}.')
 
 
 def check_parts(*parts: tuple[Any, type]) -> None:
-    """Refuse a part that is not of its family.
+    """Raise an error if a part is not an instance of its class.
 
     Raises:
-        ValueError: the first such part.
+        ValueError: there is such a part; the message names the first.
     """
     for part, family in parts:
         if not isinstance(part, family):
@@ -248,7 +284,7 @@ def check_parts(*parts: tuple[Any, type]) -> None:
 
 
 def check_sizes(where: str, **sizes: Any) -> None:
-    """Refuse parts of different sizes; ``None`` is a size that is not known.
+    """Raise an error if the sizes of parts differ; ``None`` is an unknown size.
 
     Raises:
         ValueError: they disagree.
@@ -271,7 +307,12 @@ def in_size_of(body: nn.Module) -> int | None:
     return None if shape is None else math.prod(shape)
 
 
-def _check_supports(prior: Prior, encoder: Encoder) -> None:
+def check_supports(prior: Prior, encoder: Encoder) -> None:
+    """Raise an error if a prior and an encoder are densities on different sets.
+
+    Raises:
+        ValueError: they are; the message names the encoders that fit the prior.
+    """
     if prior.support is None or same_support(prior.support, encoder.support):
         return
     families: dict[str, type[Encoder]] = {name: find("encoder", name) for name in names("encoder")}
@@ -279,7 +320,7 @@ def _check_supports(prior: Prior, encoder: Encoder) -> None:
     choose = f"choose the encoder {' or '.join(map(repr, fitting))}" if fitting else "write an encoder for that set"
     raise ValueError(
         f"The prior {type(prior).__name__} is a distribution on {_set_name(prior.support)} and the encoder "
-        f"{type(encoder).__name__} one on {_set_name(encoder.support)}, so their densities do not compare: {choose}, or "
+        f"{type(encoder).__name__} one on {_set_name(encoder.support)}, so their densities cannot be compared: {choose}, or "
         f"another prior."
     )
 
@@ -315,10 +356,10 @@ def _build(spec: Any, kind: str | None) -> Any:
 def body_pair(
     body: str, hidden: Sequence[int] | None, activation: Activation | None = None
 ) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
-    """Names of the encoder's body and of the decoder's, then the options of each.
+    """The names of the encoder's body and of the decoder's, then the options of each.
 
     Raises:
-        ValueError: an unknown name, or widths that are no positive integers.
+        ValueError: an unknown name, or widths that are not positive integers.
     """
     registered = names("body")
     pairs = [name.removesuffix("_encoder") for name in registered if name.endswith("_encoder")]

@@ -1,4 +1,4 @@
-"""Models of data with labels, which are known for all data, or for some of them and summed out for the rest."""
+"""Models of labelled data: labels are known for all data, or for some data and summed out for the rest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
 from ..registry import build, register
-from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
+from .base import PairModule, build_networks, check_parts, check_sizes, in_shape_of, in_size_of
 
 __all__ = ["ConditionalVAE", "SemiSupervisedVAE", "make_conditional_vae", "make_semi_supervised_vae"]
 
@@ -73,18 +73,18 @@ class _LabelledVAE(PairModule):
         activation: Activation | None = None,
         name: str | None = None,
     ) -> Self:
-        """A model of this class from names of its parts; ``pyrovae.make_conditional_vae`` and the like are this.
+        """A model of this class from names of its parts, as ``make_conditional_vae`` and ``make_semi_supervised_vae``.
 
         Args:
             data_shape: the shape of one datum.
-            num_classes: C, how many labels there are, or how many numbers a condition has.
+            num_classes: C, the number of classes, or of numbers in a condition.
             latent_dim: L.
-            prior: p(z): a name, a table or a ready object, as in :func:`pyrovae.make_vae`; so too the rest.
+            prior: p(z): a name, a table or a ready object, as in :func:`pyrovae.make_vae`; likewise the other parts.
             likelihood: p(x|z,y).
             encoder: the family of q(z|x,y).
-            body: of ``"conv"`` and the like the labels enter as planes.
+            body: as in :func:`pyrovae.make_vae`; the encoder of ``"conv"`` and ``"resnet"`` takes labels as constant planes.
             hidden: widths of the encoder's hidden layers, mirrored in the decoder.
-            activation: a name; by default the body's own.
+            activation: a name; by default that of the body.
             name: see :class:`pyrovae.VAE`.
 
         Raises:
@@ -99,13 +99,7 @@ class _LabelledVAE(PairModule):
         """
         shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
         num_classes = positive_integer(num_classes, "num_classes")
-        inward, outward, networks, mirrored = body_pair(body, hidden, activation)
-        likelihood = build_likelihood(
-            likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim + num_classes, out_shape=out, **mirrored)
-        )
-        image = inward != outward and len(shape) == 3
-        in_shape = (shape[0] + num_classes, *shape[1:]) if image else (math.prod(shape) + num_classes,)
-        encoder_body = build("body", inward, in_shape=in_shape, **networks)
+        likelihood, encoder_body = build_networks(shape, latent_dim, likelihood, body, hidden, activation, num_classes)
         encoder = build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale)
         return cls(build("prior", prior, latent_dim=latent_dim), likelihood, encoder, num_classes, name)
 
@@ -113,6 +107,14 @@ class _LabelledVAE(PairModule):
     def latent_dim(self) -> int:
         """L, the number of latent dimensions."""
         return self.prior.latent_dim
+
+    def guide(self, x: Tensor, y: Tensor) -> None:
+        """q(z|x,y), or q(z|x) if the label is unknown, as a Pyro program; takes what ``model`` takes."""
+        x = self._as_data(x)
+        y = self._as_labels(y, x)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
 
     def encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
         """q(z|x,y), batch shape ``(B,)`` and event shape ``(L,)``."""
@@ -132,18 +134,18 @@ class _LabelledVAE(PairModule):
         return x, y
 
     def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """The data and the labels that they are scored with."""
+        """The data and their labels."""
         return self.train_inputs(x, y)
 
     def _encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
-        # The encoder scales all that it takes, and a label has unit size already.
+        # The encoder multiplies all of its input by in_scale, which labels do not need.
         x, y = self.likelihood.encoder_input(x), y / self.encoder.in_scale
         if self._as_planes:
             return self.encoder(torch.cat([x, y[..., None, None].expand(*y.shape, *x.shape[-2:])], -3))
         return self.encoder(torch.cat([x.flatten(-self.likelihood.event_dim), y], -1))
 
     def _decode(self, z: Tensor, y: Tensor, x: Tensor | None = None) -> dist.Distribution:
-        """p(x|z,y); a likelihood that reads something off the datum, such as its total, does where ``x`` is given."""
+        """p(x|z,y); with ``x`` for likelihoods that depend on a statistic of the datum, such as its total."""
         batch = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
         both = torch.cat([part.expand(*batch, part.shape[-1]) for part in (z, y)], -1)
         return self.likelihood(both) if x is None else self.likelihood.given(both, x)
@@ -158,7 +160,7 @@ class _LabelledVAE(PairModule):
                 f"Labels must be integers of shape ({len(like)},) or one-hot of shape ({len(like)}, {self.num_classes}), got "
                 f"{y.dtype} of shape {tuple(y.shape)}."
             )
-        # As distributions check their values: not within a captured step, whose data have been checked.
+        # Only while distributions check their values too: the data of a captured step have been checked before.
         if dist.is_validation_enabled():
             self._check_labels(y)
         if y.dim() == 1:
@@ -167,7 +169,7 @@ class _LabelledVAE(PairModule):
 
     @abstractmethod
     def _check_labels(self, y: Tensor) -> None:
-        """Refuse labels that mean nothing."""
+        """Raise an error if labels are out of range."""
 
     def _check_range(self, y: Tensor, lowest: int) -> None:
         if y.dim() == 1 and len(y) and not lowest <= int(y.min()) <= int(y.max()) < self.num_classes:
@@ -183,9 +185,9 @@ class ConditionalVAE(_LabelledVAE):
 
     .. math:: p_\theta(x, z \mid y) = p(z) \, p_\theta(x \mid z, y), \qquad q_\phi(z \mid x, y) \approx p_\theta(z \mid x, y)
 
-    ``model`` and ``guide`` take ``(x, y)``; ``fit((x, y))`` and ``log_marginal((x, y))`` too, and the latter estimates
-    log p(x|y). Labels are integers ``(B,)`` or numbers ``(B, C)``, one-hot or any condition. They follow the latent in the
-    decoder's input, and the flattened data in the encoder's, or stand behind an image's channels as C constant planes.
+    ``model`` and ``guide`` take ``(x, y)``, as do ``fit((x, y))`` and ``log_marginal((x, y))``, which estimates log p(x|y).
+    Labels are integers ``(B,)`` or numbers ``(B, C)``, one-hot or any condition. They are appended to the latent for the
+    decoder. For the encoder they are appended to the flattened data, or to the channels of an image as C constant planes.
 
     Args:
         prior: p(z).
@@ -195,7 +197,7 @@ class ConditionalVAE(_LabelledVAE):
         name: as in :class:`pyrovae.VAE`.
 
     Raises:
-        ValueError: a part is not of its family, or they disagree on a size.
+        ValueError: a part has the wrong class, or two parts disagree on a size.
 
     References:
         Kingma et al., Semi-supervised Learning with Deep Generative Models, 2014, https://arxiv.org/abs/1406.5298.
@@ -222,14 +224,6 @@ class ConditionalVAE(_LabelledVAE):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
             pyro.sample("x", self._decode(z, y, x), obs=x)  # batch (B,), event data_shape
 
-    def guide(self, x: Tensor, y: Tensor) -> None:
-        """q(z|x,y) as a Pyro program; takes what ``model`` takes."""
-        x = self._as_data(x)
-        y = self._as_labels(y, x)
-        self._register()
-        with pyro.plate("data", x.shape[0]):
-            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
-
     def decode(self, z: Tensor, y: Tensor) -> dist.Distribution:
         """p(x|z,y), batch shape ``(B,)`` and event shape ``data_shape``."""
         return self._decode(z, self._as_labels(y, z))
@@ -255,29 +249,29 @@ class ConditionalVAE(_LabelledVAE):
 
 @register("model", "semi_supervised")
 class SemiSupervisedVAE(_LabelledVAE):
-    r"""A variational autoencoder of data whose labels are known for some and summed out, exactly, for the rest.
+    r"""A variational autoencoder of partly labelled data; unknown labels are summed out exactly.
 
     .. math:: p_\theta(x, y, z) = p_\theta(y) \, p(z) \, p_\theta(x \mid z, y), \qquad
         p_\theta(x, z) = p(z) \sum_y p_\theta(y) \, p_\theta(x \mid z, y)
 
-    A datum with a label is weighed by p(x, y, z), one without by p(x, z), whose sum is the density of the site ``"x"``. So no
-    latent is discrete, every estimator applies, and ``log_marginal`` gives log p(x, y) or log p(x). It is the model of Kingma
-    et al. (their M2); their bound weighs the classes by a network q(y|x), which makes it looser, and
-    :meth:`classify` is Bayes' rule here. Each step decodes every latent C times.
+    A datum with a label is scored by p(x, y, z), and one without by p(x, z): the sum over y is part of the density of site
+    ``"x"``. No latent is discrete, so every estimator applies, and ``log_marginal`` estimates log p(x, y) or log p(x). The
+    model is M2 of Kingma et al. Their bound has a network q(y|x), which makes it looser; here :meth:`classify` applies Bayes'
+    rule. Each step decodes every latent C times.
 
-    Labels are integers ``(B,)``, -1 where there is none, or one-hot ``(B, C)``, zeros where there is none. The sites are
-    ``"z"``, ``"y"`` (scored where it is known) and ``"x"``. A known label is no dimension of x, so ``num_dims`` leaves it out;
-    its probability is a part of log p(x, y), so ``measure`` counts it. For bits per dimension of x, score without labels.
+    Labels are integers ``(B,)``, -1 if unknown, or one-hot ``(B, C)``, zeros if unknown. The sites are ``"z"``, ``"y"`` (scored
+    if known) and ``"x"``. A known label is not a dimension of x, so ``num_dims`` does not count it; its probability is a part
+    of log p(x, y), so ``measure`` counts it. For bits per dimension of x, score without labels.
 
     Args:
         prior: p(z).
         likelihood: p(x|z,y), whose decoder takes ``L + C`` numbers.
-        encoder: q(z|x,y), whose body takes ``D + C`` numbers, or images of C more channels; zeros stand for no label.
+        encoder: q(z|x,y), whose body takes ``D + C`` numbers, or images of C more channels; an unknown label is zeros.
         num_classes: C; p(y) is learned, and starts uniform.
         name: as in :class:`pyrovae.VAE`.
 
     Raises:
-        ValueError: a part is not of its family, or they disagree on a size.
+        ValueError: a part has the wrong class, or two parts disagree on a size.
 
     References:
         Kingma, Rezende, Mohamed and Welling, Semi-supervised Learning with Deep Generative Models, 2014,
@@ -298,7 +292,7 @@ class SemiSupervisedVAE(_LabelledVAE):
         self.label_logits = nn.Parameter(torch.zeros(self.num_classes))
 
     def model(self, x: Tensor, y: Tensor) -> None:
-        """p(x, y, z), or p(x, z) where there is no label, as a Pyro program; shapes as for :class:`ConditionalVAE`."""
+        """p(x, y, z), or p(x, z) if the label is unknown, as a Pyro program; shapes as for :class:`ConditionalVAE`."""
         x = self._as_data(x)
         y = self._as_labels(y, x)
         known = y.sum(-1) > 0  # (B,)
@@ -308,14 +302,6 @@ class SemiSupervisedVAE(_LabelledVAE):
             distribution = dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known)
             pyro.sample("y", distribution, obs=y.argmax(-1), infer={"num_dims": 0})  # bits per dimension are those of the data
             pyro.sample("x", self._mixture(z, y), obs=x)  # batch (B,), event data_shape
-
-    def guide(self, x: Tensor, y: Tensor) -> None:
-        """q(z|x,y), or q(z|x) without a label, as a Pyro program; takes what ``model`` takes."""
-        x = self._as_data(x)
-        y = self._as_labels(y, x)
-        self._register()
-        with pyro.plate("data", x.shape[0]):
-            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
 
     def decode(self, z: Tensor, y: Tensor) -> dist.Distribution:
         """p(x|z,y), or p(x|z) without a label; batch shape ``(B,)`` and event shape ``data_shape``."""
@@ -354,7 +340,7 @@ class SemiSupervisedVAE(_LabelledVAE):
         return x, torch.full((len(x),), -1, device=x.device)
 
     def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
-        """How many labels Bayes' rule gets right."""
+        """The number of labels that Bayes' rule gets right."""
         if y is None:
             return {}
         right = int((self.classify(x).argmax(-1) == y.to(x.device)).sum())
@@ -381,7 +367,7 @@ class SemiSupervisedVAE(_LabelledVAE):
         )
 
     def _mixture(self, z: Tensor, y: Tensor) -> dist.Distribution:
-        """p(x|z,y) where y says a label, the sum over p(y) elsewhere."""
+        """p(x|z,y) if the label is known, else the sum over p(y)."""
         unknown = y.sum(-1, keepdim=True) == 0
         logits = torch.where(unknown, self.label_logits, torch.where(y > 0, 0.0, -torch.inf))  # (B, C)
         components = self._components(z)
