@@ -19,7 +19,7 @@ from .kernels import SeededNormals, seeded
 from .rewrites import draws_as_inputs, join_decoders
 from .settings import limit_backend
 
-__all__ = ["MOST_GRAPHS", "USES_BEFORE_CAPTURE", "Staged", "largest_value"]
+__all__ = ["MOST_GRAPHS", "USES_BEFORE_CAPTURE", "Staged", "largest_value", "rolled"]
 
 # At most this many input shapes get a graph each; further shapes run uncaptured, since each graph takes seconds to compile.
 MOST_GRAPHS = 4
