@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import statistics
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,6 +156,51 @@ def test_every_module_lists_its_public_names(module: str) -> None:
     assert len(set(listed)) == len(listed), f"{module} lists a name twice"
     assert not set(listed) - bound, f"{module} lists names that it does not have"
     assert not public - set(listed), f"{module} has public names that are not in __all__: add them, or begin them with _"
+
+
+CATALOGUES = {"nn", "distributions", "priors", "encoders", "likelihoods"}
+MOST_LINES, MEDIAN_LINES, MOST_CODE_IN_A_FUNCTION = 400, 250, 60
+
+
+def _lines(module: str) -> int:
+    return len(MODULES[module].read_text(encoding="utf-8").splitlines())
+
+
+def _code_lines(source: str) -> set[int]:
+    """The numbers of the lines with code: without blank lines, comments and docstrings."""
+    no_code = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in no_code:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return lines
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in CATALOGUES])
+def test_files_are_short(module: str) -> None:
+    assert _lines(module) <= MOST_LINES, f"{module} has {_lines(module)} lines: move one of its subjects to a file of its own"
+
+
+def test_most_files_are_shorter() -> None:
+    assert statistics.median(_lines(module) for module in MODULES) < MEDIAN_LINES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_are_short(module: str) -> None:
+    source = MODULES[module].read_text(encoding="utf-8")
+    code = _code_lines(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            length = len(code & set(range(node.lineno, (node.end_lineno or node.lineno) + 1)))
+            assert length <= MOST_CODE_IN_A_FUNCTION, f"{module}.{node.name} has {length} lines of code: split it"
+
+
+def test_the_reader_counts_code_alone() -> None:
+    source = 'def f():\n    """One.\n\n    Two.\n    """\n    # three\n\n    return (\n        1\n    )\n'
+    assert _code_lines(source) == {1, 8, 9, 10}
 
 
 def test_the_reader_sees_imports_of_every_form() -> None:

@@ -428,7 +428,7 @@ def test_models_of_data_with_labels_run_like_any(in_folder: Path, capsys: pytest
     given = f"{quantity}, each of the images given its label"
     assert (given in out) == (kind == "conditional")
     assert f"\n  {quantity} " in out
-    assert ("rightly, by the largest p(y|x)" in out) == (kind == "semi_supervised")
+    assert ("correctly, by the largest p(y|x)" in out) == (kind == "semi_supervised")
     folder = in_folder / "runs" / "mine"
     split = pv.data.load("digits")
     labels = split.test_labels[:40] if kind == "conditional" else torch.full((40,), -1)

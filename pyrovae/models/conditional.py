@@ -344,7 +344,7 @@ class SemiSupervisedVAE(_LabelledVAE):
         if y is None:
             return {}
         right = int((self.classify(x).argmax(-1) == y.to(x.device)).sum())
-        return {"classified": f"{right:,} of {len(x):,} ({right / len(x):.1%}) rightly, by the largest p(y|x)"}
+        return {"classified": f"{right:,} of {len(x):,} ({right / len(x):.1%}) correctly, by the largest p(y|x)"}
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
