@@ -210,9 +210,8 @@ class VAE(PairModule):
             \bar w_s \propto \frac{p(x_{obs} \mid z_s) \, p(z_s)}{q(z_s \mid x_{obs})}, \quad z_s \sim q(z \mid x_{obs})
 
         Each draw picks a latent with probability :math:`\bar w_s` and samples p(x|z) there. Means and draws are as reliable as
-        the
-        weights: with 25 samples or more, a warning says for how many data the Pareto k is too large. A few latents dominate the
-        result of those; draw more samples, or train a guide that is closer to the posterior.
+        the weights: with 25 samples or more, a warning says for how many data the Pareto k is too large. A few latents dominate
+        the result of those; draw more samples, or train a guide that is closer to the posterior.
 
         Args:
             x: data, shape ``(B, *data_shape)``; values where the mask is false are ignored.
