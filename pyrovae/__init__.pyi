@@ -16,7 +16,7 @@ from . import training as training
 from .compile.step import stage as stage
 from .diagnostics.decomposition import Decomposition as Decomposition
 from .diagnostics.decomposition import decompose as decompose
-from .diagnostics.gradients import EstimatorComparison as EstimatorComparison
+from .diagnostics.estimator_comparison import EstimatorComparison as EstimatorComparison
 from .diagnostics.gradients import compare_estimators as compare_estimators
 from .diagnostics.gradients import train_estimators as train_estimators
 from .diagnostics.posterior import posterior_draws as posterior_draws

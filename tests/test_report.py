@@ -14,8 +14,9 @@ import pytest
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
-from pyrovae.cli.figures import image_grid
+from pyrovae.cli.images import image_grid
 from pyrovae.cli.report import write_report
+from pyrovae.cli.shown import Shown, baseline, least_reliable
 from pyrovae.diagnostics.decomposition import Decomposition
 from pyrovae.evidence.curve import Curve
 from pyrovae.evidence.results import Evidence
@@ -41,7 +42,9 @@ def evidence(size: int = 50, **changes: Any) -> Evidence:
 
 
 def page_of(tmp_path: Path, scored: Evidence | None = None, **options: Any) -> str:
+    arrays = {name: options.pop(name) for name in list(options) if name in Shown.__dataclass_fields__}
     given = {"title": "a run", "records": RECORDS, "settings": "seed = 0\n", "facts": {"torch": "2.13.0"}} | options
+    given["shown"] = Shown(**arrays)
     write_report(tmp_path / "report.html", evidence=evidence() if scored is None else scored, **given)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -96,7 +99,8 @@ def test_exact_and_annealed_evidence_is_judged_by_its_own_standard(tmp_path: Pat
 
 def test_nothing_external_and_no_script(tmp_path: Path):
     page = page_of(tmp_path, originals=load_digits().images[:5], reconstructions=load_digits().images[5:10])
-    assert "http" not in page
+    assert "://" not in page
+    assert "default-src 'none'" in page
     assert "<script" not in page
     assert "<link" not in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
@@ -193,7 +197,7 @@ def test_convergence_and_decomposition_are_shown_where_they_are_known(tmp_path: 
     text = text_of(page)
     for part in (
         "From 1,000 to 5,000 samples it changed by 0.125 nats",
-        f"estimate, Pareto-smoothed {full.mean + 0.25:.2f}",
+        f"log p(x), Pareto-smoothed {full.mean + 0.25:.2f} nats per datum",
         "rate KL(q(z|x) || p(z)) 24.500",
         "mutual information I_q(x; z), at most log N = 3.912 3.500",
         "aggregate KL KL(q(z) || p(z)) 21.000",
@@ -205,3 +209,155 @@ def test_convergence_and_decomposition_are_shown_where_they_are_known(tmp_path: 
     assert 'id="convergence-' in page
     # Every colour follows dark mode.
     assert not re.findall(r"(?:fill|stroke): #(?!fff)\w+", page[page.index("Does the estimate") : page.index("Where the nats")])
+
+
+def bad_evidence() -> Evidence:
+    khat = evidence().khat.copy()
+    khat[[7, 31]] = [1.5, 3.0]
+    return evidence(khat=khat)
+
+
+def test_the_least_reliable_data_are_named(tmp_path: Path):
+    scored = bad_evidence()
+    worst = least_reliable(scored, 10)
+    assert worst[:2].tolist() == [31, 7]
+    assert list(scored.khat[worst]) == sorted(scored.khat, reverse=True)[:10]
+    images = load_digits().images[:50]
+    labels = load_digits().target[:50]
+    page = page_of(
+        tmp_path, scored, worst=worst, worst_originals=images[worst], worst_reconstructions=images[worst], labels=labels,
+        originals=images[:3], reconstructions=images[:3],
+    )  # fmt: skip
+    gap = scored.log_px - scored.elbo
+    row = f"31 {labels[31]} {scored.log_px[31]:.2f} 0.050 {gap[31]:.2f} 3.00 {scored.ess[31]:,.0f} no"
+    assert row in text_of(page)
+    assert "The 10 least reliable data" in text_of(page)
+    assert page.count('alt="Datum ') == 10
+
+
+def test_unreliable_data_of_other_kinds_come_first_too():
+    plain, zero = evidence(), np.zeros(50)
+    exact = Evidence(plain.log_px, zero, zero + 1, zero - math.inf, plain.log_px, 1, 64, "exact, linear-Gaussian")
+    assert least_reliable(exact, 3).tolist() == np.argsort(plain.log_px)[:3].tolist()
+    ess = np.linspace(16, 9, 50)
+    chains = Evidence(plain.log_px, plain.se, ess, zero + math.nan, plain.elbo, 16, 64, "AIS from the prior, 100 temperatures")
+    assert least_reliable(chains, 2).tolist() == [49, 48]
+
+
+def test_what_was_trained_and_what_to_do_stand_on_the_page(tmp_path: Path):
+    trained = {"Data": "digits: 1,437 to train", "Estimator": "DReG, K = 10"}
+    page = page_of(tmp_path, bad_evidence(), trained=trained, bound="DReG, K = 10")
+    text = text_of(page)
+    for part in (
+        "Data digits: 1,437 to train",
+        "Estimator DReG, K = 10",
+        "What to do. Draw more samples",
+        "Mean DReG, K = 10 bound",
+    ):
+        assert part in text, part
+    assert "What to do" not in text_of(page_of(tmp_path))
+
+
+def test_each_number_stands_once(tmp_path: Path):
+    scored = evidence()
+    text = text_of(page_of(tmp_path, scored))
+    for number in (f"{scored.mean:.2f}", f"{scored.elbo.mean():.2f}", f"{scored.gap:.2f}", f"{scored.bits_per_dim:.3f}"):
+        assert text.count(number) == 1, number
+    assert f"{scored.mean:.2f} nats per datum; s.e. {scored.data_se:.1f} from the data" in text
+
+
+def test_the_csv_in_the_page_holds_the_numbers(tmp_path: Path):
+    scored = bad_evidence()
+    page = page_of(tmp_path, scored)
+    links = re.findall(r'download="(\S+)" href="data:text/csv;base64,(\S+)"', page)
+    files = {name: base64.b64decode(data).decode() for name, data in links}
+    assert files.keys() == {"evidence.csv", "training.csv"}
+    rows = [line.split(",") for line in files["evidence.csv"].splitlines()]
+    assert rows[0] == ["datum", "log_px", "se", "ess", "khat", "elbo", "reliable"]
+    np.testing.assert_allclose([float(row[1]) for row in rows[1:]], scored.log_px, rtol=1e-6)
+    assert [row[-1] for row in rows[1:]].count("False") == 2
+    assert files["training.csv"].splitlines()[1].startswith("1,-147,-149.5")
+
+
+def test_classes_are_averaged_apart(tmp_path: Path):
+    labels = np.arange(50) % 3
+    scored = evidence()
+    page = page_of(tmp_path, scored, labels=labels)
+    assert "log p(x) by class" in text_of(page)
+    for kind in range(3):
+        assert f"{scored.log_px[labels == kind].mean():.2f}".replace("-", "−") in page
+    assert "by class" not in text_of(page_of(tmp_path, scored, labels=np.arange(50)))
+
+
+def table_page(tmp_path: Path) -> str:
+    random = np.random.default_rng(0)
+    means = np.geomspace(0.5, 40, 30)
+    observed = random.poisson(means, (200, 30)).astype(float)
+    predicted = random.poisson(means, (8, 200, 30)).astype(float)
+    observed[:, 4] += 9
+    scored = evidence(size=200)
+    worst = least_reliable(scored, 10)
+    return page_of(
+        tmp_path, scored, observed=observed, predicted=predicted, columns=[f"gene{n}" for n in range(30)], worst=worst,
+        originals=observed[:10], reconstructions=predicted[0, :10], samples=predicted[0, :12], worst_originals=observed[worst],
+        worst_reconstructions=np.tile(means, (10, 1)), traversed=(1, 0), traversal=np.cumsum(predicted[:2, :9], 1),
+        latents=random.normal(size=(200, 3)), prior=random.normal(size=(500, 3)), posterior=random.normal(size=(500, 3)),
+        latent_kl=np.array([1.0, 0.4, 0.001]), baseline=-120.5,
+    )  # fmt: skip
+
+
+def test_tables_have_pictures_of_their_columns(tmp_path: Path):
+    text = text_of(table_page(tmp_path))
+    worst = text[text.index("Columns that fit worst") :]
+    assert worst.split("off by (s.e.) ")[1].startswith("gene4 ")
+    assert re.search(r"z\[1\] gene\d+ rises from", text)
+    assert re.search(r"gene\d+ = \d+, fitted", text)
+    for part in ("Observed and fitted means", "Observed and fitted zeros", "2 of 3 latents have", "−120.50"):
+        assert part.replace("−", "-") in text, part
+    assert not pictures(table_page(tmp_path))
+
+
+def test_the_baseline_is_that_of_independent_dimensions():
+    from pyrovae.evidence.measure import Measure
+
+    random = np.random.default_rng(0)
+    train, test = random.integers(0, 3, (4000, 2)), random.integers(0, 3, (50, 2))
+    uniform = baseline(train, test, evidence(measure=Measure(0, 2)))
+    assert uniform == pytest.approx(-2 * math.log(3), abs=0.02)
+    normal = random.normal(3.0, 2.0, (4000, 2))
+    found = baseline(normal, normal[:50], evidence(measure=Measure(2, 0)))
+    assert found is not None
+    expected = -0.5 * ((normal[:50] - 3) / 2) ** 2 - math.log(2) - 0.5 * math.log(2 * math.pi)
+    assert found == pytest.approx(expected.sum(1).mean(), abs=0.05)
+    assert baseline(train, test, evidence(measure=Measure(0, 2, ("total",)))) is None
+    assert baseline(train, test, evidence()) is None
+
+
+def test_pages_in_a_browser(tmp_path: Path):
+    import chromium
+
+    images, labels = load_digits().images[:50], load_digits().target[:50]
+    scored = bad_evidence()
+    worst = least_reliable(scored, 10)
+    curve = Curve(np.array([1, 10, 100, 1000, 5000]), scored.log_px - np.linspace(4, 0, 5)[:, None], np.full((5, 50), 0.05))
+    parts = Decomposition(
+        evidence=scored, rate=np.full(50, 24.5), distortion=-scored.log_px, rate_se=np.zeros(50),
+        distortion_se=np.full(50, 0.07),
+        elbo_se=np.full(50, 0.07), information=np.full(50, 3.5), mean_variances={"z": np.array([0.5, 0.001, 0.2])},
+        refined=scored.log_px - 10, num_draws=100, closed_form=("z",),
+    )  # fmt: skip
+    random = np.random.default_rng(0)
+    digits = page_of(
+        tmp_path, evidence(khat=scored.khat, curve=curve), labels=labels, worst=worst, worst_originals=images[worst],
+        worst_reconstructions=images[worst], originals=images[:10], reconstructions=images[10:20], samples=images[:48],
+        latents=random.normal(size=(50, 4)), prior=random.normal(size=(200, 4)), posterior=random.normal(size=(200, 4)),
+        traversed=(0, 1), traversal=np.stack([images[:9], images[9:18]]), interpolation=np.stack([images[:10], images[5:15]]),
+        latent_kl=np.array([1.0, 0.4, 0.2, 0.001]), decomposition=parts, bound="DReG, K = 10",
+        trained={"Data": "digits: 1,437 to train, 360 to score", "Guide": "FullCovarianceNormal"},
+    )  # fmt: skip
+    found, console = chromium.measure({"digits": digits, "table": table_page(tmp_path)}, tmp_path)
+    assert not console
+    assert len(found) == 2 * len(chromium.VIEWS)
+    for view, faults in found.items():
+        assert faults.pop("texts") > 150, view
+        assert not any(faults.values()), (view, faults)
