@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..diagnostics.decomposition import Decomposition
     from ..evidence.results import Evidence
 
-__all__ = ["render", "verdict", "write_report"]
+__all__ = ["csv_link", "render", "verdict", "write_report"]
 
 MOST_CSV_ROWS = 20_000
 
@@ -243,15 +243,16 @@ def _files(evidence: Evidence, records: list[dict[str, Any]]) -> list[dict[str, 
         columns = {name: array for name, array in evidence._per_datum().items() if name != "fingerprint"}
         columns |= {"reliable": evidence.reliable}
         rows = zip(range(len(evidence)), *(array.tolist() for array in columns.values()), strict=True)
-        found.append({"name": "evidence.csv", "what": "every datum", "href": _csv(["datum", *columns], rows)})
+        found.append({"name": "evidence.csv", "what": "every datum", "href": csv_link(["datum", *columns], rows)})
     if records:
         keys = list(records[0])
         lines = ([record.get(key) for key in keys] for record in records)
-        found.append({"name": "training.csv", "what": "every epoch", "href": _csv(keys, lines)})
+        found.append({"name": "training.csv", "what": "every epoch", "href": csv_link(keys, lines)})
     return found
 
 
-def _csv(header: list[str], rows: Any) -> str:
+def csv_link(header: list[str], rows: Any) -> str:
+    """A CSV file as an address that stands in the page itself."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
