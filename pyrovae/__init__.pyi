@@ -40,6 +40,8 @@ from .models.hierarchical import make_hierarchical_vae as make_hierarchical_vae
 from .models.vae import VAE as VAE
 from .models.vae import make_vae as make_vae
 from .programs.log_weights import log_weights as log_weights
+from .programs.saving import load as load
+from .programs.saving import save as save
 from .programs.weights import LogWeights as LogWeights
 from .training.history import History as History
 from .training.loop import fit as fit
