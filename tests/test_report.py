@@ -5,6 +5,7 @@ import html
 import io
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import pytest
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
+from pyrovae.cli.comparison_page import grouped, settings_that_differ, write_comparison
 from pyrovae.cli.images import image_grid
 from pyrovae.cli.report import write_report
+from pyrovae.cli.sections import ModelSection, Run, TrainSection
 from pyrovae.cli.shown import Shown, baseline, least_reliable
 from pyrovae.diagnostics.decomposition import Decomposition
+from pyrovae.evidence.comparison import Comparison, compare
 from pyrovae.evidence.curve import Curve
 from pyrovae.evidence.results import Evidence
 from pyrovae.plots import learning_curve
@@ -333,6 +337,63 @@ def test_the_baseline_is_that_of_independent_dimensions():
     assert baseline(train, test, evidence()) is None
 
 
+def runs_compared() -> tuple[Comparison, dict[str, list[Evidence]]]:
+    """Two models of two runs and one of one run, with unlike errors."""
+    base = evidence(size=300)
+
+    def run(level: float, seed: int) -> Evidence:
+        noise = np.random.default_rng(seed).normal(level, 2.0, 300)
+        return replace(base, log_px=base.log_px + noise, elbo=base.elbo + noise)
+
+    runs = {"runs/flow (2 seeds)": [run(0.0, 1), run(0.4, 2)], "runs/normal (2 seeds)": [run(-1.0, 3), run(-1.1, 4)]}
+    runs["runs/other"] = [run(-5.0, 5)]
+    return compare(runs), runs
+
+
+def comparison_page(tmp_path: Path) -> str:
+    comparison, runs = runs_compared()
+    settings = {name: Run(model=ModelSection(latent_dim=place + 2)) for place, name in enumerate(runs)}
+    records = dict.fromkeys(runs, RECORDS)
+    write_comparison(tmp_path / "comparison.html", comparison, runs, runs=settings, records=records)
+    return (tmp_path / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_the_page_of_a_comparison_has_its_numbers(tmp_path: Path):
+    page, (comparison, runs) = comparison_page(tmp_path), runs_compared()
+    text = text_of(page)
+    for place, name in enumerate(comparison.names):
+        row = f"{name} {len(runs[name])} {comparison.mean[place]:.2f} {comparison.difference[place]:.2f}"
+        assert row in text, row
+    total = math.hypot(comparison.difference_se[1], comparison.monte_carlo_se[1], comparison.training_se[1])
+    lead = f"leads runs/normal (2 seeds) by {-comparison.difference[1]:.2f} nats per datum"
+    assert f"A clear lead. runs/flow (2 seeds) {lead}, with a standard error of {total:.2f}" in text
+    assert "model.latent_dim 2 3 4" in text
+    assert "Validation bounds" in text
+    link = re.search(r"data:text/csv;base64,([^\"]+)", page)
+    assert link is not None
+    lines = base64.b64decode(link[1]).decode().splitlines()
+    assert lines[0] == "datum," + ",".join(comparison.names)
+    assert float(lines[1].split(",")[1]) == pytest.approx(np.mean([run.log_px[0] for run in runs["runs/flow (2 seeds)"]]))
+
+
+def test_a_lead_within_its_errors_is_undecided(tmp_path: Path):
+    base = evidence(size=100)
+    near = replace(base, log_px=base.log_px + np.random.default_rng(0).normal(0, 1, 100))
+    both = {"one": base, "other": near}
+    write_comparison(tmp_path / "page.html", compare(both), {name: [each] for name, each in both.items()})
+    text = text_of((tmp_path / "page.html").read_text())
+    assert "Undecided." in text
+    assert "less than twice the error from data and sampling" in text
+
+
+def test_runs_that_differ_in_their_seed_are_one_model():
+    one, other = Run(), Run(train=TrainSection(epochs=3))
+    runs = {"a": one, "b": replace(one, seed=1, name="b"), "c": other}
+    assert grouped(runs) == {"a (2 seeds)": ["a", "b"], "c": ["c"]}
+    assert grouped({"a": one, "b": replace(one, seed=1)}) == {"a": ["a"], "b": ["b"]}
+    assert settings_that_differ({"a": one, "c": other}) == {"train.epochs": ["60", "3"]}
+
+
 def test_pages_in_a_browser(tmp_path: Path):
     import chromium
 
@@ -355,9 +416,11 @@ def test_pages_in_a_browser(tmp_path: Path):
         latent_kl=np.array([1.0, 0.4, 0.2, 0.001]), decomposition=parts, bound="DReG, K = 10",
         trained={"Data": "digits: 1,437 to train, 360 to score", "Guide": "FullCovarianceNormal"},
     )  # fmt: skip
-    found, console = chromium.measure({"digits": digits, "table": table_page(tmp_path)}, tmp_path)
+    found, console = chromium.measure(
+        {"digits": digits, "table": table_page(tmp_path), "comparison": comparison_page(tmp_path)}, tmp_path
+    )
     assert not console
-    assert len(found) == 2 * len(chromium.VIEWS)
+    assert len(found) == 3 * len(chromium.VIEWS)
     for view, faults in found.items():
-        assert faults.pop("texts") > 150, view
+        assert faults.pop("texts") > 80, view
         assert not any(faults.values()), (view, faults)

@@ -110,9 +110,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path):
         pv.load(path, wide.model, wide.guide, X)
     assert all(torch.equal(before[name], value) for name, value in wide.state_dict().items())
     double = pv.make_vae(3, latent_dim=2, hidden=[5], likelihood="normal", prior={"kind": "mixture", "components": 3}).double()
-    with pytest.raises(ValueError, match="must be float64 of shape .*, got float32"):
+    with pytest.raises(ValueError, match=r"must be float64 of shape .*, got float32"):
         pv.load(path, double.model, double.guide, X.double())
-    with pytest.raises(ValueError, match="the pair, but not the file, has|the file, but not the pair, has"):
+    with pytest.raises(ValueError, match=r"the pair, but not the file, has|the file, but not the pair, has"):
         pv.load(path, *closures(), X)
     with pytest.raises(ValueError, match="parameters to be saved, got none"):
         pv.save(tmp_path / "none", lambda x: _fixed(x, x), lambda x: _fixed(x, None), X)
