@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["csv_link", "render", "verdict", "write_report"]
 
 MOST_CSV_ROWS = 20_000
+_CSV_COLUMNS = (
+    "log_px", "se", "ess", "khat", "elbo", "log_px_psis", "drawn", "pilot", "missed", "covered", "rung", "reliable",
+)  # fmt: skip
 
 
 def write_report(
@@ -69,6 +72,9 @@ def write_report(
     references = (
         {quantity: evidence.mean} if evidence.is_exact else {quantity: evidence.mean, "ELBO": float(evidence.elbo.mean())}
     )
+    columns = columns_section(shown)
+    # Lines over columns in no order tell nothing: the columns have figures of their own.
+    profiled = columns is None or not (is_table or columns["counts"])
     words = f"Training and validation bound ({bound}) against the epoch"
     page = render(
         "report.html.j2",
@@ -87,15 +93,15 @@ def write_report(
         gaps=None if evidence.is_exact else svg("gaps", lambda ax: gap_histogram(_gaps(evidence), ax), 3.2, _GAP_WORDS),
         pareto=_tails(evidence),
         worst=least_reliable_rows(evidence, shown, bounds),
-        pairs=pairs(shown.originals, shown.reconstructions, bounds, is_table),
-        samples=samples(shown.samples, bounds, is_table),
+        pairs=pairs(shown.originals, shown.reconstructions, bounds, is_table) if profiled else None,
+        samples=samples(shown.samples, bounds, is_table) if profiled else None,
         traversal=traversal(shown, bounds),
         interpolation=None if is_table else image_rows(shown.interpolation, bounds),
         latent=latent_plane(shown.latents, shown.labels),
         aggregate=_aggregate(shown),
         latent_kl=_latent_kl(shown),
         classes=by_class(evidence, shown.labels, quantity),
-        columns=columns_section(shown),
+        columns=columns,
         convergence=_convergence(evidence),
         decomposition=_decomposition(decomposition, len(evidence)),
         settings=settings,
@@ -240,8 +246,8 @@ def _files(evidence: Evidence, records: list[dict[str, Any]]) -> list[dict[str, 
     """The numbers behind the figures as CSV files that stand in the page: of each datum, and of each epoch."""
     found = []
     if len(evidence) <= MOST_CSV_ROWS:
-        columns = {name: array for name, array in evidence._per_datum().items() if name != "fingerprint"}
-        columns |= {"reliable": evidence.reliable}
+        known = evidence._per_datum() | {"reliable": evidence.reliable}
+        columns = {name: known[name] for name in _CSV_COLUMNS if name in known}
         rows = zip(range(len(evidence)), *(array.tolist() for array in columns.values()), strict=True)
         found.append({"name": "evidence.csv", "what": "every datum", "href": csv_link(["datum", *columns], rows)})
     if records:

@@ -201,6 +201,7 @@ def columns_section(shown: Shown) -> dict[str, Any] | None:
             "means", lambda ax: columns_of(means, fitted, words, logarithmic, ax), 4.6, "Observed against fitted means"
         ),
         "zeros": None,
+        "counts": whole,
         "count": observed.shape[1],
         "num_data": len(observed),
     }

@@ -26,6 +26,8 @@ __all__ = ["decomposed", "json_text", "package_version", "score"]
 
 def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]]) -> None:
     """Score the test data, write evidence, summary and report, and print what was found."""
+    import torch
+
     from .. import files
     from .report import write_report
     from .shown import gather
@@ -66,8 +68,9 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
             inputs,
             evidence,
             labels=labels,
-            train=split.train,
-            columns=getattr(split, "columns", None),
+            train=split.train if isinstance(split.train, torch.Tensor) else None,
+            columns=getattr(split, "columns", ()) or None,
+            classes=getattr(split, "classes", ()),
             seed=run.seed,
         ),
         decomposition=parts,

@@ -77,6 +77,7 @@ def gather(
     labels: Tensor | None = None,
     train: Tensor | None = None,
     columns: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
     seed: int = 0,
 ) -> Shown:
     """Draw and compute what a page shows of a model.
@@ -88,6 +89,7 @@ def gather(
         labels: their labels, shape (N,).
         train: training data, shape (M, *data_shape), for the baseline.
         columns: the names of the columns of a table.
+        classes: the names of the labels 0, 1, ..., if they have names.
         seed: seeds the draws.
     """
     import torch
@@ -109,6 +111,8 @@ def gather(
         found |= _latent_kl(vae, inputs)
         found |= _moves(vae, inputs, found["latents"], found.get("latent_kl"))
     arrays = {name: _array(value) for name, value in found.items() if name != "traversed"}
+    if classes and labels is not None and not labels.is_floating_point() and int(labels.max()) < len(classes):
+        arrays["labels"] = np.asarray([str(name) for name in classes])[arrays["labels"]]
     arrays |= {"traversed": found.get("traversed", ())} | _drawn(vae, inputs, seed)
     floor = None if train is None else baseline(_array(train), _array(inputs[0]), evidence)
     return Shown(worst=worst, columns=columns, baseline=floor, **arrays)
