@@ -193,7 +193,7 @@ def _aggregate(shown: Shown) -> dict[str, Any] | None:
 
 def _latent_kl(shown: Shown) -> dict[str, Any] | None:
     kl = shown.latent_kl
-    if kl is None or not np.isfinite(kl).all():
+    if kl is None or len(kl) < 2 or not np.isfinite(kl).all():
         return None
     figure = svg("kl", lambda ax: kl_bars(kl, ax), 3.2, "KL of each latent from its prior, in descending order")
     return {"figure": figure, "active": int((kl > 0.01).sum()), "all": len(kl)}

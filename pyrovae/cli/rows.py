@@ -82,7 +82,8 @@ def _farthest(shown: Shown, place: int) -> str:
     distance = np.nan_to_num(np.abs(values - fitted) / scale, nan=-1.0)
     names = _names(shown, len(values))
     chosen = np.argsort(-distance)[:2]
-    return "; ".join(f"{names[column]} = {values[column]:.4g}, fitted {fitted[column]:.4g}" for column in chosen)
+    words = (f"{names[column]} = {values[column]:.4g}, fitted {fitted[column]:.4g}" for column in chosen)
+    return "; ".join(words).replace("-", "−") if shown.columns is None else "; ".join(words)
 
 
 def _names(shown: Shown, number: int) -> list[str]:

@@ -122,7 +122,7 @@ class EstimatorComparison(Tabular):
         panels[0].set_ylim(len(self.names) - 0.4, -0.6)
         _plain_ticks(panels[0].xaxis, 4)
         for panel, values, label in (
-            (panels[1], 100 * self.bias, "gradient's bias (%)\n▽: none that is significant"),
+            (panels[1], 100 * self.bias, "gradient's bias (%)\n▽: not significant, p > 0.05"),
             (panels[2], self.snr, "signal-to-noise ratio\nof one gradient"),
             (panels[3], self.snr_per_second, "signal-to-noise ratio of\na second's mean gradient"),
         ):
@@ -149,5 +149,5 @@ class EstimatorComparison(Tabular):
             panel.set_xlim(low, high)
             log_ticks(panel.xaxis, low, high)
         else:
-            panel.set_xlim(left=0)
+            panel.set_xlim(left=-0.04 * max(drawn.max() if len(drawn) else 1.0, 1e-6))
             _plain_ticks(panel.xaxis, 4)
