@@ -47,7 +47,7 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
     seconds = time.perf_counter() - began
     labels = None if labels is None else labels[: len(evidence)]
     findings = vae.label_findings(inputs[0], labels)
-    facts = _facts(run, split, records, f"{vae.quantity}, in {seconds:.1f} s") | findings
+    facts = _facts(run, split, records, f"{vae.quantity}, in {seconds:.1f} s") | _hash(evidence) | findings
     evidence.save(folder / "evidence.safetensors")
     first = tuple(each[: scoring.decompose] for each in inputs)
     parts = decomposed(vae, first, evidence, run.seed) if scoring.decompose else None
@@ -197,6 +197,15 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: str) -
         "python": platform.python_version(),
         "torch": torch.__version__,
     } | {package: version for package in packages if (version := package_version(package))}
+
+
+def _hash(evidence: Evidence) -> dict[str, str]:
+    """A hash of the scored data, which tells whether two runs were scored on the same."""
+    import hashlib
+
+    if evidence.fingerprint is None:
+        return {}
+    return {"hash of the scored data": hashlib.sha256(evidence.fingerprint.tobytes()).hexdigest()[:16]}
 
 
 def package_version(package: str) -> str:
