@@ -84,8 +84,15 @@ def _plain_ticks(axis: Axis, most: int = 5, integer: bool = False) -> None:
     axis.set_major_formatter(FuncFormatter(_tick))
 
 
-def log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis as plain numbers, few enough not to overprint: 1, 10, 100, or 1, 2, 5 within a decade."""
+def log_ticks(axis: Axis, low: float, high: float, wanted: Sequence[float] | np.ndarray = ()) -> None:
+    """Ticks of a logarithmic axis as plain numbers, few enough not to overprint: 1, 10, 100, or 1, 2, 5 within a decade.
+
+    Args:
+        axis: the axis.
+        low: its lower end.
+        high: its upper end.
+        wanted: where ticks go in place of these; those too close to the last one are left out.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -93,6 +100,9 @@ def log_ticks(axis: Axis, low: float, high: float) -> None:
     ticks = [10.0**power for power in range(first, last + 1, step)]
     if last - first <= 2:
         ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
+    if len(wanted):
+        apart = math.log(high / low) / 7
+        ticks = [*[tick for tick in wanted[:-1] if math.log(wanted[-1] / tick) > apart][::step], wanted[-1]]
     axis.set_major_locator(FixedLocator([tick for tick in ticks if 0.95 * low <= tick <= 1.05 * high] or [low]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(_decade))

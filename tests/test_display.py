@@ -237,6 +237,14 @@ def test_logarithmic_ticks_are_few_and_plain(low: float, high: float):
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [([1, 10, 100, 1000, 5000], "1 10 100 1,000 5,000"), ([1, 10, 100, 110], "1 10 110")]
+)
+def test_a_curve_has_a_tick_at_each_number_of_samples(sizes: list[int], expected: str):
+    ax = Curve(np.array(sizes), np.tile(np.arange(len(sizes), dtype=float)[:, None], 3), np.ones((len(sizes), 3))).plot()
+    assert " ".join(label.get_text() for label in ax.get_xticklabels()) == expected
+
+
 def test_a_forest_plot_leaves_out_what_is_not_finite():
     ax = intervals(["a", "b"], np.array([1.0, -math.inf]), [("data", np.array([0.1, math.nan]))])
     points = np.concatenate([line.get_xydata() for line in ax.lines if line.get_marker() == "o"])

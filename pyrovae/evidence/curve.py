@@ -59,7 +59,7 @@ class Curve(Tabular):
         ax.set_xscale("log")
         ax.set_xlabel("samples per datum, K")
         ax.set_ylabel("log p(x), estimate (nats per datum)")
-        log_ticks(ax.xaxis, self.num_samples.min(), self.num_samples.max())
+        log_ticks(ax.xaxis, self.num_samples.min(), self.num_samples.max(), self.num_samples)
         _plain_ticks(ax.yaxis)
         _bare(ax, "y")
         return ax
