@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pairs import LinearGaussian, nested_plates_pair, two_latents_pair
 from scipy.special import logsumexp
 from scipy.stats import norm
@@ -200,8 +201,14 @@ def test_shared_parameters_belong_to_both_and_the_pair_is_left_as_it_was():
     assert max(map(len, str(result).splitlines())) <= 80
     dataset = result.to_dataset()
     assert dataset["snr"].sel(estimator="stl", parameters="guide").item() == result.snr[1, 1]
-    figure = result.plot()
-    assert len(figure.axes) == 3
+    axes = result.plot()
+    labels = [ax.get_xlabel() for ax in axes]
+    assert [any(word in label for label in labels) for word in ("bound", "bias", "one gradient", "second")] == [True] * 4
+    assert len(axes[0].figure.axes) == 4
+    given = Figure().subplots(2, 2)
+    assert list(result.plot(given)) == list(given.ravel())
+    with pytest.raises(ValueError, match="ax must be 4 axes, got 1"):
+        result.plot(Figure().subplots())
 
 
 def test_what_does_not_fit_is_refused():

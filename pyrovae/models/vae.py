@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyro
@@ -194,6 +195,40 @@ class VAE(PairModule):
         weight = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=ends[0].device)[:, None, None]
         means = self.decode(ends[0] + weight * (ends[1] - ends[0])).mean
         return means[:, 0] if single else means
+
+    def export(self, folder: str | Path, *, format: Literal["torch", "onnx"] = "torch") -> list[Path]:
+        """Write encoder and decoder as graphs that run without this package, for batches of any size.
+
+        The encoder's graph takes data to :meth:`embed`, the decoder's takes latents to the mean of p(x|z). Each is run and
+        compared with the model before it is kept.
+
+        Args:
+            folder: where ``encoder.pt2`` and ``decoder.pt2`` go, or ``encoder.onnx`` and ``decoder.onnx``.
+            format: ``"torch"`` for torch.export, which ``torch.export.load`` reads; or ``"onnx"``, which needs
+                ``pip install "pyrovae[onnx]"``.
+
+        Returns:
+            The two files.
+
+        Raises:
+            ValueError: another format, a package that is missing, or a part that cannot be exported, such as a flow.
+
+        Example:
+            >>> import tempfile, torch, pyrovae as pv
+            >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     encoder, decoder = vae.export(folder)
+            ...     torch.export.load(encoder).module()(torch.ones(5, 9)).shape
+            torch.Size([5, 2])
+        """
+        from .sharing import export_networks
+
+        like = next(self.parameters())
+        with torch.no_grad():
+            z = self.prior().sample((3,))
+            x = self.decode(z).mean.reshape(3, *self.data_shape)
+        functions = {"encoder": (self.embed, x.to(like)), "decoder": (lambda z: self.decode(z).mean, z.to(like))}
+        return export_networks(self, functions, folder, format)
 
     def impute(
         self,
