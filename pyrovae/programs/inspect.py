@@ -91,7 +91,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     """Run a pair once, without moving the random stream, and return its structure.
 
     Raises:
-        ValueError: as :func:`log_weights`; or an observed value lies outside its distribution's support.
+        ValueError: as :func:`pyrovae.log_weights`; or an observed value lies outside its distribution's support.
     """
     check_finite((*args, *kwargs.values()))
     with inspection(model, guide, args):
