@@ -19,7 +19,9 @@ import argparse
 import ast
 import contextlib
 import fcntl
+import gc
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -33,7 +35,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import pytest
@@ -52,6 +56,7 @@ SWAPPED: dict[type, type] = {
 DROPPED_CALLS = {"sqrt", "detach", "clamp", "log", "exp", "abs", "square"}
 QUIET = ("__str__", "__repr__", "plot", "explained")  # what these say and draw is no formula
 SILENT = (ast.Raise, ast.JoinedStr, ast.Assert, ast.arguments)
+STAMPS = itertools.count(1)
 MEMORY = 10 * 2**30  # bytes of address space for the tests of one mutant
 
 
@@ -154,7 +159,8 @@ def mutants(path: Path) -> list[Mutant]:
             place = starts[part.lineno - 1] + part.col_offset, starts[part.end_lineno - 1] + part.end_col_offset  # type: ignore[attr-defined]
             old, to, in_line = " ".join(text[slice(*place)].decode().split()), ast.unparse(new), shown[part.lineno - 1].strip()  # type: ignore[attr-defined]
             key = (function, in_line, old, to)
-            replacement = f"({to})" if isinstance(new, ast.expr) else to
+            rest = "\n" * (part.end_lineno - part.lineno)  # type: ignore[attr-defined]  # later lines keep their numbers
+            replacement = f"({to}{rest})" if isinstance(new, ast.expr) else to + rest
             name = str(path.relative_to(ROOT / "pyrovae"))
             found.append(Mutant(name, function, part.lineno, lines, in_line, old, to, equals[key], place, replacement))  # type: ignore[attr-defined]
             equals[key] += 1
@@ -204,8 +210,8 @@ class Outcome:
         return self.failed or ("" if code == 0 else f"exit {code}")
 
 
-def run(folder: Path, tests: list[str], make_plugin: Callable[[], Any], seconds: float) -> tuple[Any, int]:
-    """Run tests in a fork. Return what its plugin reports, and the signal that ended it: SIGXCPU past its processor time."""
+def fork(folder: Path, work: Callable[[], Any], seconds: float) -> tuple[Any, int]:
+    """Do something in a fork. Return its result, and the signal that ended it: SIGXCPU past its processor time."""
     sent = folder / "report.json"
     sent.unlink(missing_ok=True)
     child = os.fork()
@@ -218,16 +224,94 @@ def run(folder: Path, tests: list[str], make_plugin: Callable[[], Any], seconds:
         silence = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(silence, stream)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-m", "not slow"]
         os.chdir(folder)
-        plugin = make_plugin()
-        code = pytest.main([*options, *tests], plugins=[plugin])
-        sent.write_text(json.dumps(plugin.report(int(code))))
-        os._exit(0)
+        result: Any = {"error": 1}
+        try:
+            result = work()
+        finally:
+            sent.write_text(json.dumps(result))
+            os._exit(0)
     status = os.waitpid(child, 0)[1]
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what the tests left running
     return json.loads(sent.read_text()) if sent.exists() else None, os.WTERMSIG(status)
+
+
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-m", "not slow"]
+
+
+def run(folder: Path, tests: list[str], make_plugin: Callable[[], Any], seconds: float) -> tuple[Any, int]:
+    """Run tests in a fork, which imports the package anew, and return its plugin's report."""
+
+    def work() -> Any:
+        plugin = make_plugin()
+        return plugin.report(int(pytest.main([*OPTIONS, *tests], plugins=[plugin])))
+
+    return fork(folder, work, seconds)
+
+
+class Collected:
+    """A plugin that collects the tests once and runs some of them in forks, where functions have a mutant's code.
+
+    Importing the package and collecting the tests takes longer than most mutants live.
+    """
+
+    def __init__(self, folder: Path, work: Callable[[Collected], None]):
+        self.folder, self.work = folder, work
+        self.items: dict[str, Any] = {}
+        self.functions: dict[str, list[FunctionType]] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: Any) -> bool:
+        self.items = {item.nodeid: item for item in session.items}
+        for function in gc.get_objects():
+            if type(function) is FunctionType:
+                self.functions.setdefault(function.__code__.co_filename, []).append(function)
+        gc.freeze()
+        self.work(self)
+        return True
+
+    def put(self, path: Path) -> bool:
+        """Give the file's functions the code that the file has now; whether that changed one, or will when it is imported."""
+        codes = codes_of(compile(path.read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True))
+        changed = False
+        for function in self.functions.get(str(path), []):
+            code = codes.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
+            if code is not None and code != function.__code__:
+                if code.co_freevars != function.__code__.co_freevars:
+                    return False
+                function.__code__, changed = code, True
+        return changed or str(path) not in self.functions
+
+    def run(self, path: Path, tests: list[str], seconds: float) -> tuple[Any, int]:
+        """Run tests with the file's present code. The report is ``None`` where only a new import would show the change."""
+
+        def work() -> Any:
+            if not self.put(path):
+                return None
+            outcome, items = Outcome(), [self.items[test] for test in tests]
+            items[0].config.pluginmanager.register(outcome)
+            for item, following in zip(items, [*items[1:], None], strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if outcome.failed:
+                    break
+            return outcome.failed
+
+        return fork(self.folder, work, seconds)
+
+
+def codes_of(code: CodeType) -> dict[tuple[str, int], CodeType]:
+    """The code of all functions within, by name and line; none where two on one line have one name."""
+    found: dict[tuple[str, int], CodeType] = {}
+    twice = set()
+    waiting = [code]
+    while waiting:
+        one = waiting.pop()
+        key = one.co_qualname, one.co_firstlineno
+        twice |= {key} if key in found else set()
+        found[key] = one
+        waiting += [each for each in one.co_consts if isinstance(each, CodeType)]
+    return {key: each for key, each in found.items() if key not in twice}
 
 
 def prepare(folder: Path) -> None:
@@ -288,30 +372,47 @@ def touching(folder: Path, mutant: Mutant, lines: dict[str, dict[str, list[str]]
     return found or {test for tests in own.values() for test in tests}
 
 
-def judge(folder: Path, mutant: Mutant, seconds: dict[str, float], touched: set[str], budget: float, time_stamp: int) -> Any:
-    """Run the tests that pass through a mutant's lines, the fast ones first, until one fails."""
+def judge(
+    folder: Path,
+    mutant: Mutant,
+    seconds: dict[str, float],
+    touched: set[str],
+    budget: float,
+    collected: Collected | None = None,
+) -> dict[str, Any] | None:
+    """Run the tests that pass through a mutant's lines, the fast ones first, until one fails.
+
+    Returns:
+        What became of the mutant; ``None`` where it shows in a new import only and the tests are collected already.
+    """
     some, total = [], 0.0
     for test in sorted(touched, key=lambda test: (seconds[test], test)):
         total += seconds[test]
         if some and total > budget:
             break
         some.append(test)
-    found = mutant.record | {"tests": len(some), "of": len(touched)}
+    found = mutant.record | {"tests": len(some), "of": len(touched), "date": time.strftime("%Y-%m-%d")}
     if not some:
         return found | {"outcome": "survived"}
     path = folder / "pyrovae" / mutant.file
     kept, stat = path.read_bytes(), path.stat()
     start, stop = mutant.place
     path.write_bytes(kept[:start] + mutant.replacement.encode() + kept[stop:])
-    os.utime(path, (time_stamp, time_stamp))  # bytecode is known by its source's time and size
+    changed = next(STAMPS)
+    os.utime(path, (changed, changed))  # bytecode is known by its source's time and size
+    limit = 30 + 3 * min(total, budget)
     try:
-        failed, ended = run(folder, some, Outcome, 30 + 3 * min(total, budget))
+        run_some = partial(run, folder, some, Outcome) if collected is None else partial(collected.run, path, some)
+        failed, ended = run_some(limit)
     finally:
         path.write_bytes(kept)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    if failed is None and not ended:
+        return None
     if failed == "":
         return found | {"outcome": "survived"}
-    return found | {"outcome": "killed", "by": failed or signal.Signals(ended).name}
+    by = signal.Signals(ended).name if failed is None else failed if isinstance(failed, str) else "crash"
+    return found | {"outcome": "killed", "by": by}
 
 
 def known() -> list[dict[str, Any]]:
@@ -376,14 +477,26 @@ def main() -> None:
         if chosen:
             prepare(folder)
             seconds, lines = first_run(folder, options.tests)
-        for number, mutant in enumerate(chosen, 1):
-            if time.monotonic() - began > 60 * options.minutes:
-                break
-            touched = touching(folder, mutant, lines)
-            found = judge(folder, mutant, seconds, touched, options.budget, number)
-            found |= {"seed": options.seed, "date": time.strftime("%Y-%m-%d")}
-            write([found], len(every))
-            print(number, found, flush=True)
+
+        def try_all(some: list[Mutant], minutes: float, collected: Collected | None = None) -> None:
+            for mutant in some:
+                if time.monotonic() - began > 60 * minutes:
+                    break
+                found = judge(folder, mutant, seconds, touching(folder, mutant, lines), options.budget, collected)
+                if found is not None:
+                    write([found | {"seed": options.seed}], len(every))
+                    print(found, flush=True)
+
+        if chosen and not options.again and os.fork() == 0:
+            os.chdir(folder)
+            # The last tenth of the time is for changes to what runs on import.
+            plugin = Collected(folder, lambda tests: try_all(chosen, 0.9 * options.minutes, tests))
+            code = pytest.main([*OPTIONS, "-s", *(f"tests/test_{test}.py" for test in options.tests)], plugins=[plugin])
+            os._exit(int(code))
+        if chosen and not options.again:
+            os.wait()
+        records = {key_of(one): one for one in known()}
+        try_all([mutant for mutant in chosen if options.again or mutant.key not in records], options.minutes)
     print(write([], len(every)))
 
 
