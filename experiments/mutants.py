@@ -469,8 +469,8 @@ def main() -> None:
         left = {key for key, one in records.items() if one["outcome"] == "survived" and "verdict" not in one}
         chosen = [mutant for mutant in among if mutant.key in left]
     else:
-        new = [mutant for mutant in among if mutant.key not in records]
-        chosen = random.Random(options.seed).sample(new, min(options.number, len(new)))
+        shuffled = random.Random(options.seed).sample(among, len(among))
+        chosen = [mutant for mutant in shuffled if mutant.key not in records][: options.number]
     print(f"{len(chosen)} of {len(every)} mutants", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()

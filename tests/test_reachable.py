@@ -99,3 +99,17 @@ def test_a_walk_ends() -> None:
     loop: list[Any] = list(range(10))
     loop.append(loop)
     assert len(list(reachable(lambda: loop))) == 12
+
+
+def test_a_tensor_of_inference_mode_has_no_version_and_is_known_by_itself() -> None:
+    with torch.inference_mode():
+        held = {"weight": torch.ones(2)}
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return held["weight"] * x
+
+    before = python_state(program)
+    assert not changed(before, python_state(program))
+    with torch.inference_mode():
+        held["weight"] = torch.ones(2)
+    assert changed(before, python_state(program)) == ["held.weight"]
