@@ -110,6 +110,18 @@ def _delta_beside_a_fed_one() -> tuple[Program, Program]:
     return _in_data(two), _in_data(fed)
 
 
+def _one_number_for_two() -> tuple[Program, Program]:
+    def two(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def fed(x: Tensor) -> None:
+        u = pyro.sample("u", dist.Normal(x / 3, 0.5), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(torch.stack([u, u], -1), event_dim=1))  # on a line, which has no area
+
+    return _in_data(two), _in_data(fed)
+
+
 def _auxiliary_without_a_place() -> tuple[Program, Program]:
     def mixture(x: Tensor) -> None:
         side = pyro.sample("side", dist.Bernoulli(0.5), infer={"is_auxiliary": True})
@@ -132,10 +144,11 @@ def _auxiliary_that_feeds_nothing() -> tuple[Program, Program]:
         (model, _in_data(lambda x: pyro.sample("z", dist.Delta(x / 2)))),
         _delta_in_an_event(),
         _delta_beside_a_fed_one(),
+        _one_number_for_two(),
         _auxiliary_without_a_place(),
         _auxiliary_that_feeds_nothing(),
     ],
-    ids=["delta", "event", "fed once", "auxiliary", "idle"],
+    ids=["delta", "event", "fed once", "one for two", "auxiliary", "idle"],
 )
 def test_a_guide_without_a_density_does_not_weigh(pair: tuple[Program, Program]) -> None:
     _assert_refused(*pair, r"no density q\(z\|x\).*MAP.*pyrovae\.exact")

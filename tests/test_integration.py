@@ -25,6 +25,9 @@ def test_linear_gaussian_pairs_have_a_closed_form():
     np.testing.assert_allclose(evidence.log_px, pair.log_px(x), atol=1e-10)
     assert evidence.se.max() < 1e-11, "rounding alone"
     assert evidence.reliable.all()
+    one_by_one = pv.exact(pair.model, pair.guide, x, vectorize_particles=False)
+    np.testing.assert_allclose(one_by_one.log_px, evidence.log_px, rtol=1e-12)
+    np.testing.assert_allclose(one_by_one.se, evidence.se, rtol=0.5)
 
 
 @pytest.mark.usefixtures("float64")

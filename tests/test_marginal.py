@@ -689,6 +689,26 @@ def test_a_guide_that_covers_the_posterior_is_not_said_to_miss_anything(latent_d
     assert scored.missed.mean() < 0.002
 
 
+@pytest.mark.usefixtures("float64")
+def test_what_shows_what_was_missed_is_drawn_independently_of_the_estimate():
+    # The guide is the prior: from one random stream the draws that check the estimate would be those that made it.
+    values: dict[int, list[torch.Tensor]] = {}
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            values.setdefault(z.numel(), []).append(z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    log_marginal(model, guide, torch.linspace(-2, 2, 20), num_samples=640, seed=0, compile=False)
+    made, checking = values[640 * 20][-1], values[20 * 20][-1]
+    assert not torch.isin(checking, made).any()
+
+
 def test_a_guide_without_a_density_at_other_draws_is_said_not_to_be_checked():
     class OneWay(torch.distributions.transforms.AffineTransform):
         def _inverse(self, y: torch.Tensor) -> torch.Tensor:
