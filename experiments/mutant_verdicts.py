@@ -20,6 +20,48 @@ VERDICTS: dict[tuple[str, str, str, str], str] = {
         "slope[..., :3].clamp(min=0)",
         "slope[..., :3]",
     ): "equivalent: only a reach above the cell's peak counts, and where the slope is negative neither form is above it",
+    (
+        "evidence/latent_quadrature.py",
+        "return torch.linalg.cholesky(covariance + torch.diag_embed(1e-12 * diagonal + 1e-100))",
+        "1e-12",
+        "2e-12",
+    ): "a regularisation far below the variances, for directions without any",
+    (
+        "evidence/paths.py",
+        "change = min(0.2, max(0.02, 10 / (len(self.betas) - 1)))",
+        "1",
+        "2",
+    ): "how fast step sizes are tuned in the preliminary run, whose chains are discarded",
+    (
+        "evidence/sampler.py",
+        "joint = Probe(*(torch.cat(columns).cpu() for columns in zip(*blocks, strict=True)))",
+        "True",
+        "False",
+    ): "an assertion that lengths agree, as they do",
+    (
+        "diagnostics/gradients.py",
+        "null = ((signs @ gram) * signs).sum(1) - np.trace(gram)",
+        "(signs @ gram) * signs",
+        "signs @ gram / signs",
+    ): "equivalent: the signs are 1 and -1",
+    (
+        "evidence/refine.py",
+        "return usual._replace(num_components=8, num_particles=4) if num_latents <= FEW_LATENTS else usual",
+        "4",
+        "5",
+    ): "draws per step of a fit, a choice between time and noise",
+    (
+        "programs/log_weights.py",
+        "leaves=_leaves(traces, priors, log_prior, layout) if gradients == Gradients.LEAF else (),",
+        "_leaves(traces, priors, log_prior, layout) if gradients == Gradients.LEAF else ()",
+        "_leaves(traces, priors, log_prior, layout)",
+    ): 'only estimators that ask for the gradients "leaf" read the leaves',
+    (
+        "programs/wrappers.py",
+        "joint = mask if joint is True else torch.as_tensor(joint) & mask if mask is not False else False",
+        "torch.as_tensor(joint) & mask if mask is not False else False",
+        "torch.as_tensor(joint) & mask",
+    ): "equivalent: a tensor of False for False",
 }
 
 
