@@ -339,15 +339,17 @@ def first_run(folder: Path, names: list[str]) -> tuple[dict[str, float], dict[st
     seconds: dict[str, float] = {}
     lines: dict[str, dict[str, list[str]]] = {}
     for name in names:
-        test, kept = folder / f"tests/test_{name}.py", KEPT / f"{name}.json"
+        file, _, one = name.partition("::")
+        test, kept = folder / f"tests/test_{file}.py", KEPT / f"{name.replace('::', '-')}.json"
         state = hashlib.sha256(b"".join(path.read_bytes() for path in [*rooms, *helpers, test])).hexdigest()
         found = json.loads(kept.read_text()) if kept.exists() else {}
         if found.get("state") != state:
-            found, ended = run(folder, [str(test.relative_to(folder))], lambda: Touched(folder / "pyrovae"), 1200)
+            chosen = str(test.relative_to(folder)) + (f"::{one}" if one else "")
+            found, ended = run(folder, [chosen], lambda: Touched(folder / "pyrovae"), 1200)
             if found is None or found["code"] != 0:
-                sys.exit(f"{test.name} must pass before anything is changed, got {found and found['code']}, signal {ended}")
+                sys.exit(f"{chosen} must pass before anything is changed, got {found and found['code']}, signal {ended}")
             kept.write_text(json.dumps(found | {"state": state}))
-            print(f"{test.name}: {len(found['seconds'])} tests, {sum(found['seconds'].values()):.0f} s", flush=True)
+            print(f"{chosen}: {len(found['seconds'])} tests, {sum(found['seconds'].values()):.0f} s", flush=True)
         seconds |= found["seconds"]
         for file, of_lines in found["lines"].items():
             for line, tests in of_lines.items():
@@ -455,7 +457,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", nargs="*", default=[], help="such as evidence/psis.py; all if none is named")
-    parser.add_argument("--tests", nargs="*", default=TESTS, help="test files, without test_ and .py")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="such as marginal or marginal::test_of_one_name")
     parser.add_argument("--again", action="store_true", help="try those that survived and have no verdict, not new ones")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for each mutant")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so long")
@@ -483,7 +485,8 @@ def main() -> None:
                 if time.monotonic() - began > 60 * minutes:
                     break
                 found = judge(folder, mutant, seconds, touching(folder, mutant, lines), options.budget, collected)
-                if found is not None:
+                before = records.get(mutant.key, {"tests": 0})
+                if found is not None and (found["outcome"] == "killed" or found["tests"] >= before["tests"]):
                     write([found | {"seed": options.seed}], len(every))
                     print(found, flush=True)
 
