@@ -62,6 +62,24 @@ VERDICTS: dict[tuple[str, str, str, str], str] = {
         "torch.as_tensor(joint) & mask if mask is not False else False",
         "torch.as_tensor(joint) & mask",
     ): "equivalent: a tensor of False for False",
+    (
+        "evidence/planning.py",
+        "memory = GPU_MEMORY_FRACTION * free_memory(first.device) if on_gpu else USUAL_MEMORY",
+        "GPU_MEMORY_FRACTION * free_memory(first.device)",
+        "GPU_MEMORY_FRACTION / free_memory(first.device)",
+    ): "how large chunks are, on a GPU alone",
+    (
+        "evidence/quadrature.py",
+        "doubt, each = cells.log_bound, len(_NODES) ** centre.shape[-1]",
+        "-1",
+        "1",
+    ): "equivalent: the centre has two dimensions",
+    (
+        "evidence/refine.py",
+        'tqdm(data, total=data.num_batches, desc="refine", unit="batch", disable=not progress) as bar,',
+        "not progress",
+        "progress",
+    ): "whether a progress bar is shown",
 }
 
 

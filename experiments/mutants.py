@@ -402,7 +402,7 @@ def judge(
     path.write_bytes(kept[:start] + mutant.replacement.encode() + kept[stop:])
     changed = next(STAMPS)
     os.utime(path, (changed, changed))  # bytecode is known by its source's time and size
-    limit = 30 + 3 * min(total, budget)
+    limit = 15 + 3 * min(total, budget)
     try:
         run_some = partial(run, folder, some, Outcome) if collected is None else partial(collected.run, path, some)
         failed, ended = run_some(limit)
