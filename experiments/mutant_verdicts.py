@@ -86,6 +86,18 @@ VERDICTS: dict[tuple[str, str, str, str], str] = {
         "(start // self._plan.group).bit_count() == 1",
         "(start // self._plan.group).bit_count() != 1",
     ): "the line has gone; test_a_value_that_a_graph_froze_is_found_at_the_second_group fails without what took its place",
+    (
+        "programs/unconstrained.py",
+        'return flat if bool(kept.all()) else torch.where(kept, flat, self._draw(num, "prior", True))',
+        'flat if bool(kept.all()) else torch.where(kept, flat, self._draw(num, "prior", True))',
+        "torch.where(kept, flat, self._draw(num, 'prior', True))",
+    ): "equal values: where all draws are kept, the prior's take no place, and cost a run",
+    (
+        "programs/sites.py",
+        "return -min(dims, default=0)",
+        "0",
+        "1",
+    ): "a pair without a plate is refused before",
 }
 
 
