@@ -18,11 +18,12 @@ from pyro.infer import autoguide
 from pyro.infer.autoguide.effect import AutoHierarchicalNormalMessenger, AutoNormalMessenger
 from scipy import stats
 from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 import pyrovae as pv
 from pyrovae.estimators.base import make_estimator
 from pyrovae.programs.inspect import inspect_pair
+from pyrovae.programs.support import free_numbers
 from pyrovae.programs.wake_sleep import simulated_log_guide
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -110,6 +111,18 @@ def _delta_beside_a_fed_one() -> tuple[Program, Program]:
     return _in_data(two), _in_data(fed)
 
 
+def _one_number_for_two() -> tuple[Program, Program]:
+    def two(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def fed(x: Tensor) -> None:
+        u = pyro.sample("u", dist.Normal(x / 3, 0.5), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(torch.stack([u, u], -1), event_dim=1))  # on a line, which has no area
+
+    return _in_data(two), _in_data(fed)
+
+
 def _auxiliary_without_a_place() -> tuple[Program, Program]:
     def mixture(x: Tensor) -> None:
         side = pyro.sample("side", dist.Bernoulli(0.5), infer={"is_auxiliary": True})
@@ -132,10 +145,11 @@ def _auxiliary_that_feeds_nothing() -> tuple[Program, Program]:
         (model, _in_data(lambda x: pyro.sample("z", dist.Delta(x / 2)))),
         _delta_in_an_event(),
         _delta_beside_a_fed_one(),
+        _one_number_for_two(),
         _auxiliary_without_a_place(),
         _auxiliary_that_feeds_nothing(),
     ],
-    ids=["delta", "event", "fed once", "auxiliary", "idle"],
+    ids=["delta", "event", "fed once", "one for two", "auxiliary", "idle"],
 )
 def test_a_guide_without_a_density_does_not_weigh(pair: tuple[Program, Program]) -> None:
     _assert_refused(*pair, r"no density q\(z\|x\).*MAP.*pyrovae\.exact")
@@ -189,6 +203,24 @@ def test_a_simplex_is_fed_by_one_number_less() -> None:
     grid = np.linspace(0, 1, 2001)
     exact = [np.log(np.trapezoid(2 * (1 - grid) * stats.norm(grid, 1).pdf(x), grid)) for x in _x().numpy()]
     assert_allclose(torch.logsumexp(found, 0) - math.log(20_000), exact, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("support", "shape", "number"),
+    [
+        (constraints.real, (3,), 3),
+        (constraints.unit_interval, (2, 3), 6),
+        (constraints.independent(constraints.positive, 1), (2, 3), 6),
+        (constraints.simplex, (4,), 3),
+        (constraints.simplex, (5, 4), 15),
+        (constraints.corr_cholesky, (3, 3), 3),
+        (dist.constraints.sphere, (3,), 2),
+        (dist.constraints.sphere, (5, 3), 10),
+        (constraints.multinomial, (4,), None),
+    ],
+)
+def test_the_dimension_of_a_support(support: Any, shape: tuple[int, ...], number: int | None) -> None:
+    assert free_numbers(support, torch.Size(shape)) == number
 
 
 def test_a_point_in_both_programs_is_a_deterministic_place() -> None:

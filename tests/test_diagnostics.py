@@ -211,6 +211,14 @@ def test_shared_parameters_belong_to_both_and_the_pair_is_left_as_it_was():
         result.plot(Figure().subplots())
 
 
+def test_each_estimator_has_a_name_of_its_own():
+    pair, table = Scalar(), {"kind": "iwae", "num_particles": 2}
+    specs = ["elbo", table, pv.estimators.IWAE(3), "elbo"]
+    result = compare_estimators(pair.model, pair.guide, torch.tensor([1.0]), specs, num_draws=10, reference="elbo")
+    assert result.names == ["elbo", "iwae", "IWAE", "elbo'"]
+    assert result.num_particles.tolist() == [1, 2, 3, 1]
+
+
 def test_what_does_not_fit_is_refused():
     pair = Scalar()
     x = torch.tensor([1.0])

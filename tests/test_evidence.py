@@ -194,6 +194,8 @@ def test_reliability_threshold_is_the_papers():
     khat = np.array([0.69, 0.71, -math.inf, math.inf, math.nan])
     assert made(-np.ones(5), khat=khat).reliable.tolist() == [True, False, True, False, False]
     assert not made(-np.ones(5), khat=khat * math.nan, num_samples=10).reliable.any()
+    assert [made([-1.0], num_samples=size).khat_threshold for size in (1, 24)] == [-math.inf] * 2
+    assert made([-1.0], num_samples=25).khat_threshold == pytest.approx(1 - 1 / math.log10(25))
 
 
 def test_numbers_over_data():
