@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..evidence.results import Evidence
     from ..models.base import PairModule
 
-__all__ = ["decomposed", "json_text", "package_version", "score"]
+__all__ = ["bound_name", "decomposed", "json_text", "package_version", "score"]
 
 
 def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]]) -> None:
