@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
 )
 
 __all__ = ["Stream", "in_order", "is_one_pass"]
 
+# The batches of a loader, and the rows of each, on which its collate_fn is checked.
+COLLATED_BATCHES, COLLATED_ROWS = 2, 64
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -65,8 +69,14 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     It replaces a loader that shuffles or drops its last batch.
 
     Raises:
-        ValueError: the sampler draws some of the data at random, so the order of rows is unknown.
+        ValueError: the sampler draws some of the data at random, or ``collate_fn`` gives the rows of a batch in another order.
     """
+    ordered = _in_order(loader)
+    _check_collate(ordered)
+    return ordered
+
+
+def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     batches = loader.batch_sampler
     size = loader.batch_size if loader.batch_size is not None else getattr(batches, "batch_size", None)
     complete = not loader.drop_last and not getattr(batches, "drop_last", False)
@@ -93,6 +103,38 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
             f"of the answers would not be those of the data: pass the data set, or torch.utils.data.Subset(dataset, indices)."
         )
     return _like(loader, batch_size=size if batches is None or size is not None else 100)
+
+
+def _check_collate(loader: DataLoader[Any]) -> None:
+    """Refuse a ``collate_fn`` that permutes the rows of a batch, as one that sorts sequences by their length does.
+
+    The rows of the first batches are compared with each row collated alone. Rows that differ, as after padding to the longest
+    of a batch or a random transform, are not judged.
+    """
+    if isinstance(loader.dataset, IterableDataset) or loader.collate_fn is default_collate or loader.batch_sampler is None:
+        return
+    with torch.random.fork_rng(devices=[]):
+        for indices in islice(loader.batch_sampler, COLLATED_BATCHES):
+            items = [loader.dataset[index] for index in indices[:COLLATED_ROWS]]
+            together, alone = (
+                _first_tensor(loader.collate_fn(items)),
+                [_first_tensor(loader.collate_fn([item])) for item in items],
+            )
+            if together is None or len(together) != len(items) or any(part is None or len(part) != 1 for part in alone):
+                return
+            rows = [part[0] for part in alone if part is not None]
+            places = [{k for k, row in enumerate(rows) if torch.equal(row, each)} for each in together]
+            if all(places) and any(k not in found for k, found in enumerate(places)):
+                raise ValueError(
+                    "The DataLoader's collate_fn gives the rows of a batch in another order than the data set, so the order of "
+                    "the answers would not be that of the data: let it keep their order, or pass the data set."
+                )
+
+
+def _first_tensor(batch: Any) -> torch.Tensor | None:
+    """The first array of a batch, if it is a tensor with rows."""
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    return first if isinstance(first, torch.Tensor) and first.dim() else None
 
 
 def is_one_pass(dataset: Any) -> bool:

@@ -97,7 +97,8 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
     Raises:
         TypeError: ``evidence`` is not a mapping of names to evidence.
         ValueError: there are fewer than two, the data or their order differ, or the measures do: a density and a
-            probability, different numbers of observed values, or a likelihood that conditions on a part of the datum.
+            probability, different numbers of observed values, or a likelihood that conditions on a part of the datum,
+            or one that observes other values than the data, such as their logarithm.
 
     References:
         `Yao, Vehtari, Simpson and Gelman, Using stacking to average Bayesian predictive distributions, 2018
@@ -160,9 +161,11 @@ def _check_same_measure(evidence: Mapping[str, Evidence]) -> None:
     for name, measure in known.items():
         first, expected = next(iter(known.items()))
         if not measure.agrees(expected):
+            cure = "compare models whose likelihoods are of one kind"
+            if measure.computed != expected.computed:
+                cure = "let both observe the data themselves, such as x under LogNormal in place of log x under Normal"
             raise ValueError(
-                f"log p(x) of {name!r} is {measure}, and that of {first!r} is {expected}: their nats do not compare; compare "
-                f"models whose likelihoods are of one kind."
+                f"log p(x) of {name!r} is {measure}, and that of {first!r} is {expected}: their nats do not compare; {cure}."
             )
 
 

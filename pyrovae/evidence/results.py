@@ -332,8 +332,8 @@ class Evidence:
         if not complete or not isinstance(record, dict) or set(record) - {"measure"} != set(_NOTES):
             raise ValueError(f"{path} must be a file that Evidence.save wrote, got one that holds no evidence.")
         if "measure" in record:
-            density, mass, given = record["measure"]
-            record["measure"] = Measure(density, mass, tuple(given))
+            density, mass, given, *computed = record["measure"]
+            record["measure"] = Measure(density, mass, tuple(given), *computed)
         return cls(**fields, **record, curve=Curve(**curve) if curve else None)
 
     def _per_datum(self) -> dict[str, Array]:

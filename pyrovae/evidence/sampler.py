@@ -353,7 +353,7 @@ class ImportanceSampler:
         drawn, pilot, _ = (scored.pop(name) for name in ("drawn", "pilot", "largest"))
         sums, squares = scored.pop("curve_sum").T, scored.pop("curve_square").T
         curve = curve_of(sums, squares, scored["elbo"], options.num_samples, drawn)
-        fields = evidence_fields([{name: scored.pop(name) for name in SCORED_DATA}], info.given)
+        fields = evidence_fields([{name: scored.pop(name) for name in SCORED_DATA}], info)
         if info.discrete and set(info.discrete) == set(info.latents):
             # Weights with finitely many values have no Pareto tail to smooth.
             scored["log_px_psis"] = scored["log_px"].copy()

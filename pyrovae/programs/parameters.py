@@ -7,12 +7,13 @@ from typing import Any
 import pyro
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
-from .reachable import parameters_of
+from .reachable import parameters_of, reachable
 from .sites import Program
 from .tracing import inspection, trace_pair
 
-__all__ = ["all_parameters", "find_parameters", "own_parameters"]
+__all__ = ["all_parameters", "find_parameters", "own_parameters", "refuse_lazy"]
 
 
 def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -63,6 +64,16 @@ def own_parameters(model: Program, guide: Program, args: tuple) -> list[Tensor]:
     for name in others:
         del store[name]
     return _leaves(model, guide, _parameter_sites(model, guide, args, {}) if others else sites)
+
+
+def refuse_lazy(model: Program, guide: Program) -> None:
+    """Refuse layers such as ``LazyLinear`` that have not seen data yet, so that their parameters have no size."""
+    for name, value in reachable(model, guide, scope="modules"):
+        if isinstance(value, UninitializedTensorMixin):
+            raise ValueError(
+                f"The parameter {name or type(value).__name__} of a lazy layer has no size before the layer has seen data: run "
+                f"model and guide once on a few data first, as guide(x[:2]) does."
+            )
 
 
 def all_parameters(model: Program, guide: Program) -> list[Tensor]:
