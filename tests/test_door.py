@@ -610,3 +610,69 @@ def test_a_map_dataset_is_read_in_order_and_labels_are_left_out() -> None:
 
     scored = pv.log_marginal(model, guide, Images(), num_samples=5)
     np.testing.assert_allclose(scored.log_px, truth(X), rtol=1e-5)
+
+
+# What a loader does to rows
+
+
+def _rows_of(items: list[Any], order: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
+    return torch.stack(order([item[0] for item in items]))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [lambda rows: rows[::-1], lambda rows: sorted(rows, key=float, reverse=True), lambda rows: rows[1:] + rows[:1]],
+    ids=["reversed", "sorted", "rolled"],
+)
+def test_a_collate_fn_that_permutes_rows_is_refused(order: Callable[[list[Tensor]], list[Tensor]]) -> None:
+    loader = DataLoader(ROWS, batch_size=6, collate_fn=lambda items: _rows_of(items, order))
+    for score in (pv.log_marginal, pv.exact, pv.ais):
+        with pytest.raises(ValueError, match="collate_fn gives the rows of a batch in another order than the data set"):
+            score(model, guide, loader)
+    state = torch.get_rng_state()
+    in_order(DataLoader(ROWS, batch_size=6, collate_fn=lambda items: _rows_of(items, list), shuffle=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_collate_fn_that_keeps_the_order_is_used() -> None:
+    def centred(items: list[Any]) -> tuple[Tensor, Tensor]:
+        rows = _rows_of(items, list)
+        return rows, torch.arange(len(rows))
+
+    scored = pv.log_marginal(model, guide, DataLoader(ROWS, batch_size=6, collate_fn=centred, shuffle=True), num_samples=5)
+    np.testing.assert_allclose(scored.log_px, truth(X), rtol=1e-5)
+    # Padding to the longest of a batch changes rows, and noise changes them each time: neither is judged.
+    padded = DataLoader(
+        [torch.ones(k % 3 + 1) for k in range(9)],  # type: ignore[arg-type]
+        batch_size=3,
+        collate_fn=lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True),
+    )
+    assert in_order(padded) is padded
+    noisy = DataLoader(ROWS, batch_size=6, collate_fn=lambda items: _rows_of(items, list) + torch.randn(len(items)))
+    assert in_order(noisy) is noisy
+
+
+@pytest.mark.parametrize("data", [3.0, np.float64(2.0), DataLoader(ROWS, batch_size=None)], ids=["float", "numpy", "loader"])
+def test_a_single_number_is_no_data(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"one entry per datum along their first dimension, got a single number"):
+        pv.log_marginal(model, guide, data, num_samples=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_data_take_the_type_of_a_network_in_float64(dtype: torch.dtype) -> None:
+    net = nn.Linear(1, 1).double()
+
+    def encoder(x: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(x / 2 + 0 * net(x[:, None])[:, 0], math.sqrt(0.5)))
+
+    scored = pv.log_marginal(model, encoder, X.to(dtype), num_samples=5)
+    np.testing.assert_allclose(scored.log_px, truth(X.to(dtype).double()), rtol=1e-12)
+    pv.fit(model, encoder, X.to(dtype), epochs=1, progress=False)
+
+
+def test_booleans_under_a_density_are_numbers() -> None:
+    with pytest.warns(UserWarning, match="torch.bool, is cast to"):
+        scored = pv.log_marginal(model, guide, X > 0, num_samples=5)
+    np.testing.assert_allclose(scored.log_px, truth((X > 0).double()), rtol=1e-5)

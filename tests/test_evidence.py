@@ -4,8 +4,10 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -679,3 +681,49 @@ def test_the_method_of_a_file_names_its_kind() -> None:
     assert annealed == kinds.Annealed.of("guide", 1000)
     # A method of one's own is judged by its weights, whatever its name begins with.
     assert type(kinds.kind_of("exact-ish refined importance sampling")) is kinds.ImportanceSampled
+
+
+@pytest.mark.usefixtures("float64")
+def test_densities_of_other_values_than_the_data_are_not_ranked(tmp_path: Path):
+    x = torch.tensor([0.3, 0.8, 1.7, 5.2])
+
+    def observing(distribution: Callable[..., Any], value: Callable[..., Any]) -> Callable[..., None]:
+        def model(x: torch.Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", distribution(z), obs=value(x))
+
+        return model
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.log() / 2, 0.8))
+
+    log_normal, normal = (lambda z: dist.LogNormal(z, 1.0)), (lambda z: dist.Normal(z, 1.0))
+    models = {
+        "itself": observing(log_normal, lambda x: x),
+        "copy": observing(log_normal, lambda x: 1 * x),
+        "event": observing(lambda z: dist.LogNormal(z[..., None], 1.0).to_event(1), lambda x: x[:, None].clone()),
+        "shifted": observing(normal, lambda x: x - 2),
+        "log": observing(normal, torch.log),
+        "log again": observing(lambda z: dist.Laplace(z, 1.0), lambda x: x.log()),
+        "standardised": observing(normal, lambda x: (x - 2) / 3),
+        "rounded": observing(normal, torch.round),
+    }
+    scored = {name: log_marginal(model, guide, x, num_samples=100, seed=0) for name, model in models.items()}
+    same = ["itself", "copy", "event", "shifted"]
+    assert {scored[name].measure for name in same} == {Measure(1, 0)}
+    assert len(compare({name: scored[name] for name in same}).names) == 4
+    assert len(compare({name: scored[name] for name in ("log", "log again")}).names) == 2
+    scored["log"].save(tmp_path / "log")
+    scored["from disk"] = Evidence.load(tmp_path / "log")
+    scored["exact"] = exact(models["log"], guide, x)
+    scored["float32"] = log_marginal(models["log"], guide, x.float(), num_samples=100, seed=0)
+    for name in ("log", "standardised", "rounded", "from disk", "exact", "float32"):
+        with pytest.raises(
+            ValueError, match=r"computed from the data .*: their nats do not compare; let both observe the data"
+        ):
+            compare({"itself": scored["itself"], name: scored[name]})
+    assert len(compare({name: scored[name] for name in ("log", "from disk", "exact", "float32")}).names) == 4
+    with pytest.raises(ValueError, match="do not compare"):
+        compare({name: scored[name] for name in ("log", "standardised")})

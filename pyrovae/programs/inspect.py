@@ -350,8 +350,8 @@ def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstB
     devices = [None, torch.device("cuda")] if torch.cuda.is_available() else [None]
     first = () if args[0].is_floating_point() else (0,)  # black and white images may come as booleans, and masks stay such
     casts = dict.fromkeys([(), first, integers, tuple({*first, *integers})])
-    types = {each.dtype for each in all_parameters(model, guide) if each.is_floating_point()}
-    types = [*sorted(types - {default}, key=str), default]
+    own = {each.dtype for each in all_parameters(model, guide) if each.is_floating_point()}
+    types = [*sorted(own - {default}, key=str), default]
     attempts = [(None, None, ()), *((dtype, device, cast) for device in devices for dtype in types for cast in casts)]
     for dtype, device, cast in attempts:
         attempt = args if dtype is None else _moved(args, dtype, device, cast)

@@ -7,7 +7,7 @@ from typing import Any
 import pyro
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .reachable import parameters_of, reachable
 from .sites import Program
@@ -69,7 +69,7 @@ def own_parameters(model: Program, guide: Program, args: tuple) -> list[Tensor]:
 def refuse_lazy(model: Program, guide: Program) -> None:
     """Refuse layers such as ``LazyLinear`` that have not seen data yet, so that their parameters have no size."""
     for name, value in reachable(model, guide, scope="modules"):
-        if isinstance(value, UninitializedTensorMixin):
+        if isinstance(value, UninitializedParameter | UninitializedBuffer):
             raise ValueError(
                 f"The parameter {name or type(value).__name__} of a lazy layer has no size before the layer has seen data: run "
                 f"model and guide once on a few data first, as guide(x[:2]) does."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _error_within(site: dict) -> Tensor | None:
         if bool((error.abs() > NOTICEABLE).any()):
             # Rounding is small by chance at some draws: look at the same distribution with parameters next to its own.
             for change in NEIGHBOURS:
-                neighbour = {**site, "fn": _with_tensors(site["fn"], lambda part, change=change: part * (1 - change))}
+                neighbour = {**site, "fn": _with_tensors(site["fn"], partial(torch.mul, other=1 - change))}
                 near = _float32_error(neighbour)
                 if near is not None:
                     error = torch.where(near.isfinite() & (near.abs() > error.abs()), near, error)
