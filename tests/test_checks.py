@@ -1226,7 +1226,7 @@ def test_causes_are_named_by_what_the_user_wrote() -> None:
         _score(_in_data(classes), _drawn(lambda x: dist.Normal(0.0 * x, 1.0)), torch.tensor([0, 1, 3]))
 
     def counts(x: Tensor) -> None:
-        pyro.sample("x", dist.Normal(pyro.sample("k", dist.Poisson(2.0)), 1.0), obs=x)
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Poisson(2.0)), 1.0), obs=x)
 
     pair = _in_data(counts), _drawn(lambda x: dist.Poisson(torch.full_like(x, 2.0)))
     for method in ("auto", "enumerate"):  # neither sends to a method that refuses it too
