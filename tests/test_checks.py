@@ -1185,21 +1185,6 @@ def test_draws_that_are_no_one_hot_vectors_weigh_nothing() -> None:
             assert evidence.reliable.all()
 
 
-def test_a_layer_without_a_size_is_named() -> None:
-    lazy = nn.LazyLinear(2)
-
-    def program(x: Tensor) -> None:
-        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(lazy(z), 1.0).to_event(1), obs=x)
-
-    pair, x = (_in_data(program), _drawn(lambda x: dist.Normal(x[:, :1], 1.0).to_event(1))), torch.zeros(B, 2)
-    for score in (_score, pv.exact, pv.ais, pv.fit):
-        with pytest.raises(ValueError, match=r"lazy\.weight of a lazy layer has no size .*run model and guide once"):
-            score(*pair, x)
-    pair[0](x)
-    assert np.isfinite(_score(*pair, x).log_px).all()
-
-
 def test_causes_are_named_by_what_the_user_wrote() -> None:
     def broken(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(0.0, 1.0))

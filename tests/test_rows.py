@@ -61,7 +61,7 @@ order
     door scores_are_in_the_order_of_the_data
     door loaders_that_shuffle_or_drop_are_read_in_order
     door a_random_part_of_the_data_is_refused
-    door a_collate_fn_that_permutes_rows_is_refused
+    door a_collate_fn_that_changes_the_order_is_refused
     evidence a_comparison_knows_the_data
 one-pass streams
     door a_stream_is_scored_whole
@@ -117,7 +117,8 @@ early stopping
 different measures
     evidence numbers_by_different_measures_are_not_ranked
     evidence our_likelihoods_say_what_they_condition_on
-    evidence densities_of_other_values_than_the_data_are_not_ranked
+    evidence a_density_of_other_values_is_not_ranked
+    evidence a_probability_of_coarser_values_is_not_ranked_and_of_renamed_ones_is
     evidence bits_per_dimension_count_what_was_observed_whatever_the_method
     checks a_value_that_a_latent_stretches_lacks_its_jacobian
 networks that do not train
@@ -182,7 +183,7 @@ refused wrongly: autoguides
 wrong words: raw errors
     checks a_dimension_that_is_not_there_is_said_in_a_sentence
     checks programs_of_different_arguments_are_said_to_be
-    checks a_layer_without_a_size_is_named
+    preflight lazy_modules_are_run_first
 wrong words: the plate
     checks the_plate_that_most_sites_share_is_named
     checks a_factor_of_no_datum_is_refused

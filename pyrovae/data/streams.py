@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,13 +18,14 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
     default_collate,
+    default_convert,
 )
 
 __all__ = ["Stream", "in_order", "is_one_pass"]
 
-# The batches of a loader, and the rows of each, on which its collate_fn is checked.
-COLLATED_BATCHES, COLLATED_ROWS = 2, 64
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+# Data of the first batch on which a collate_fn is tried.
+PROBED_ITEMS = 16
 
 
 class Stream(IterableDataset):
@@ -69,14 +70,9 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     It replaces a loader that shuffles or drops its last batch.
 
     Raises:
-        ValueError: the sampler draws some of the data at random, or ``collate_fn`` gives the rows of a batch in another order.
+        ValueError: the sampler draws some of the data at random, or ``collate_fn`` changes the order of rows, so that it is
+            unknown.
     """
-    ordered = _in_order(loader)
-    _check_collate(ordered)
-    return ordered
-
-
-def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     batches = loader.batch_sampler
     size = loader.batch_size if loader.batch_size is not None else getattr(batches, "batch_size", None)
     complete = not loader.drop_last and not getattr(batches, "drop_last", False)
@@ -84,6 +80,7 @@ def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
         complete = False  # workers give batches in any order
     if isinstance(loader.dataset, IterableDataset):
         return loader if complete else _like(loader, batch_size=size)
+    _refuse_permuting(loader, size)
     sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler if batches is None else batches
     if isinstance(sampler, SequentialSampler):
         return loader if complete else _like(loader, batch_size=size)
@@ -105,38 +102,6 @@ def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     return _like(loader, batch_size=size if batches is None or size is not None else 100)
 
 
-def _check_collate(loader: DataLoader[Any]) -> None:
-    """Refuse a ``collate_fn`` that permutes the rows of a batch, as one that sorts sequences by their length does.
-
-    The rows of the first batches are compared with each row collated alone. Rows that differ, as after padding to the longest
-    of a batch or a random transform, are not judged.
-    """
-    if isinstance(loader.dataset, IterableDataset) or loader.collate_fn is default_collate or loader.batch_sampler is None:
-        return
-    with torch.random.fork_rng(devices=[]):
-        for indices in islice(loader.batch_sampler, COLLATED_BATCHES):
-            items = [loader.dataset[index] for index in indices[:COLLATED_ROWS]]
-            together, alone = (
-                _first_tensor(loader.collate_fn(items)),
-                [_first_tensor(loader.collate_fn([item])) for item in items],
-            )
-            if together is None or len(together) != len(items) or any(part is None or len(part) != 1 for part in alone):
-                return
-            rows = [part[0] for part in alone if part is not None]
-            places = [{k for k, row in enumerate(rows) if torch.equal(row, each)} for each in together]
-            if all(places) and any(k not in found for k, found in enumerate(places)):
-                raise ValueError(
-                    "The DataLoader's collate_fn gives the rows of a batch in another order than the data set, so the order of "
-                    "the answers would not be that of the data: let it keep their order, or pass the data set."
-                )
-
-
-def _first_tensor(batch: Any) -> torch.Tensor | None:
-    """The first array of a batch, if it is a tensor with rows."""
-    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    return first if isinstance(first, torch.Tensor) and first.dim() else None
-
-
 def is_one_pass(dataset: Any) -> bool:
     """Whether an iterable data set can be read only once, as far as this shows without reading it."""
     if not isinstance(dataset, IterableDataset):
@@ -156,6 +121,35 @@ def is_one_pass(dataset: Any) -> bool:
 def _cannot_restart(value: Any) -> bool:
     """Whether a value is an iterator that gives each item once, such as a generator, a ``map`` or a ``zip``."""
     return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
+
+
+def _refuse_permuting(loader: DataLoader[Any], size: int | None) -> None:
+    """Refuse a ``collate_fn`` that gives the rows of a batch in another order than their data."""
+    if loader.collate_fn in (default_collate, default_convert) or size is None:
+        return
+    with torch.random.fork_rng(devices=[]):
+        items = [loader.dataset[place] for place in range(min(size, len(loader.dataset), PROBED_ITEMS))]  # type: ignore[arg-type]
+        try:
+            together, alone = (
+                _first_array(loader.collate_fn(items)),
+                [_first_array(loader.collate_fn([item])) for item in items],
+            )
+        except (RuntimeError, ValueError, TypeError, LookupError):  # it needs more than one datum
+            return
+    if together is None or any(row is None or len(row) != 1 or row.shape[1:] != together.shape[1:] for row in alone):
+        return
+    rows, expected = together.tolist(), torch.cat([row for row in alone if row is not None]).tolist()
+    if rows != expected and sorted(map(repr, rows)) == sorted(map(repr, expected)):
+        raise ValueError(
+            "The DataLoader's collate_fn must keep the order of its data, got one that changes it, so that the rows of the "
+            "answers would not be those of the data: leave the order as it is, or pass the data set."
+        )
+
+
+def _first_array(batch: Any) -> Tensor | None:
+    """The first tensor of a collated batch, if there is one."""
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    return first if isinstance(first, Tensor) and first.dim() else None
 
 
 def _indices(sampler: Any) -> list[int]:

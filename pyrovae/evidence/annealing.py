@@ -141,7 +141,7 @@ def _anneal(model: Program, guide: Program, x: Any, options: AnnealingOptions) -
         khat=pareto_khat(torch.cat(tails).cpu().numpy(), options.num_chains, precision=torch.finfo(first.dtype).eps),
         elbo=elbo,
         num_samples=options.num_chains,
-        **evidence_fields(notes, first.info),
+        **evidence_fields(notes, first.info.given),
         method=Annealed.of(options.start, options.num_temperatures).method,
         covered=joined_flags(covered),
     )

@@ -121,7 +121,7 @@ def exact(
         khat=np.full(len(log_px), -np.inf),
         elbo=log_px.copy(),
         num_samples=points,
-        **evidence_fields(notes, first.info),
+        **evidence_fields(notes, first.info.given),
         method=KINDS[chosen].method,
     )
 

@@ -20,25 +20,24 @@ def scored_data(info: PairInfo, batch: Batch) -> dict[str, np.ndarray]:
     counts = {"observed": info.num_observed, "density": info.num_densities, "mass": info.num_probabilities}
     arrays = {name: np.full(size, number / size) for name, number in counts.items()}
     arrays["rounding"] = np.zeros(size) if rounding is None else rounding.cpu().numpy()
-    arrays["computed"] = np.zeros(size) if info.computed is None else info.computed.cpu().numpy()
+    arrays["squares"] = np.zeros(size) if info.squares is None else info.squares.cpu().numpy()
     # If the data are along another dimension than the first, their rows cannot be identified.
     return arrays | {"fingerprint": fingerprints(batch) if len(batch[0]) == size else np.zeros(size, np.int64)}
 
 
-SCORED_DATA = ("observed", "density", "mass", "rounding", "computed", "fingerprint")
+SCORED_DATA = ("observed", "density", "mass", "rounding", "squares", "fingerprint")
 
 
-def evidence_fields(parts: list[dict[str, np.ndarray]], info: PairInfo) -> dict[str, Any]:
-    """The fields of evidence that describe the data, from the pair and :func:`scored_data` of consecutive batches."""
+def evidence_fields(parts: list[dict[str, np.ndarray]], given: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of evidence that describe the data, from :func:`scored_data` of consecutive batches."""
     whole = {name: np.concatenate([part[name] for part in parts]) for name in SCORED_DATA}
     num_dims, density, mass = (_round_integer(float(whole[name].mean())) for name in ("observed", "density", "mass"))
-    # A batch of one shows no constant, so the first batch decides whether anything is computed.
-    computed = 0.0 if info.computed is None else float(whole["computed"].mean())
     fingerprint = whole["fingerprint"] if whole["fingerprint"].any() else None
     return {
         "num_dims": num_dims,
-        "measure": Measure(density, mass, info.given, computed),
+        "measure": Measure(density, mass, given),
         "rounding": whole["rounding"],
+        "squares": whole["squares"],
         "fingerprint": fingerprint,
     }
 
@@ -54,23 +53,20 @@ class Measure(NamedTuple):
         density: observed numbers per datum that have a density.
         mass: observed numbers per datum that have a probability.
         given: the parts of a datum that its likelihood conditions on, such as its total.
-        computed: the mean square length of the values that the model computes from the data and observes, such as log x; zero
-            if it observes the data themselves.
     """
 
     density: float
     mass: float
     given: tuple[str, ...] = ()
-    computed: float = 0.0
 
     def agrees(self, other: Measure) -> bool:
         """Whether numbers with this measure and the other can be compared."""
-        same = all(math.isclose(own, its, rel_tol=1e-9) for own, its in zip(self[:2], other[:2], strict=True))
-        return same and self.given == other.given and math.isclose(self.computed, other.computed, rel_tol=1e-4)
+        return self.given == other.given and all(
+            math.isclose(own, its, rel_tol=1e-9) for own, its in zip(self[:2], other[:2], strict=True)
+        )
 
     def __str__(self) -> str:
         """In words, as "a density over 784 numbers given the total"."""
         named = {"a density over": self.density, "a probability of": self.mass}
         parts = [f"{words} {number:g} number{'' if number == 1 else 's'}" for words, number in named.items() if number]
-        words = (" and ".join(parts) or "of no numbers") + (f" given {' and '.join(self.given)}" if self.given else "")
-        return words + (f", computed from the data (mean square {self.computed:.4g})" if self.computed else "")
+        return (" and ".join(parts) or "of no numbers") + (f" given {' and '.join(self.given)}" if self.given else "")

@@ -15,14 +15,14 @@ from ..data.matching import Batch
 from .checks import check_finite, check_sites, check_support, improper_latents, refuse_improper, why_no_weights
 from .independence import PROBED_ROWS, check_independence
 from .log_weights import read_weights
-from .observed import outside_by_a_latent, squares_of_computed
-from .parameters import all_parameters, own_parameters, refuse_lazy
+from .observed import outside_by_a_latent, squares_of_shifted
+from .parameters import all_parameters, own_parameters, refuse_uninitialized
 from .rounding import rounding_of
-from .sites import Program, data_plate, num_known_of, num_observed_of, plate_nesting, sites_of
+from .sites import Program, data_plate, num_known_of, num_observed_of, observed_squares, plate_nesting, sites_of
 from .state import own_scope
 from .support import support_of
 from .tracing import evaluation_mode, inspection, trace_pair
-from .wrappers import base_distribution
+from .wrappers import base_distribution, is_one_hot
 
 __all__ = [
     "FIRST_ROWS", "FirstBatch", "PairInfo", "check_steady_scale", "inspect_first_batch", "inspect_pair", "open_pair", "prepare",
@@ -47,8 +47,6 @@ class PairInfo:
         num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
         improper: latent sites with an improper prior.
         tied_to_data: whether the pair runs on all its data in their order only, as with a parameter for each datum.
-        computed: the sum of squares of each datum's computed values; see
-            :func:`pyrovae.programs.observed.squares_of_computed`.
         plate: the name of the data plate.
         latents: names of the latent sites.
         not_reparameterized: those of them without a reparameterised sampler.
@@ -57,6 +55,7 @@ class PairInfo:
         num_densities: those of the numbers observed that have a density.
         num_probabilities: those that have a probability; a one-hot vector is one.
         given: the parts of a datum that the likelihood conditions on, from its distribution's ``conditional_on``.
+        squares: the sum of squares of each datum's observed values, shape (B,), or of the data if they are observed shifted.
         rounding: the rounding error of each datum's log-weight, shape (B,), in nats.
     """
 
@@ -74,8 +73,8 @@ class PairInfo:
     num_densities: float = 0
     num_probabilities: float = 0
     given: tuple[str, ...] = ()
+    squares: Tensor | None = None
     rounding: Tensor | None = None
-    computed: Tensor | None = None
     improper: tuple[str, ...] = ()
     tied_to_data: bool = False
     plate: str = "data"
@@ -115,15 +114,17 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         weights = read_weights(traces, 1)
         no_weights = why_no_weights(model, guide, args, kwargs, traces)
         rounding = rounding_of(traces)
-        computed = squares_of_computed(model, guide, args, kwargs, traces)
+        shifted = squares_of_shifted(model, guide, args, kwargs, traces)
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
     # A label that does not count as a dimension of the data is still part of their probability.
     counted = [site | {"infer": {}} for site in observed]
     numbers = [(num_known_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
+    nesting = plate_nesting(model_trace, guide_trace)
+    squares = [shifted[s["name"]] if s["name"] in shifted else observed_squares(s, data, nesting) for s in observed]
     return PairInfo(
-        max_plate_nesting=plate_nesting(model_trace, guide_trace),
+        max_plate_nesting=nesting,
         num_data=weights.num_data,
         scale=weights.scale,
         num_dims=weights.num_dims,
@@ -138,8 +139,8 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         num_densities=sum(number * (1 - discrete) for number, discrete in numbers),
         num_probabilities=sum(number * discrete for number, discrete in numbers),
         given=tuple(sorted({what for site in observed for what in _conditions(site)})),
+        squares=torch.stack(squares).sum(0) if squares else None,
         rounding=rounding,
-        computed=computed,
         improper=improper_latents(model_trace),
     )
 
@@ -158,8 +159,7 @@ def _fraction_discrete(site: dict) -> float:
 
 def _redundant(site: dict) -> int:
     """The number of values that represent one: the length of a one-hot vector, else 1."""
-    distribution = base_distribution(site)
-    return distribution.event_shape[-1] if isinstance(distribution, torch.distributions.OneHotCategorical) else 1
+    return int(site["fn"].event_shape[-1]) if is_one_hot(site) else 1
 
 
 def _conditions(site: dict) -> tuple[str, ...]:
@@ -230,7 +230,7 @@ def prepare(
             no size yet; or the pair needs all data at once and a loader gives them in parts.
         RuntimeError: the pair does not run; the message is torch's.
     """
-    refuse_lazy(model, guide)
+    refuse_uninitialized(model, guide)
     batches = data if isinstance(data, Batches) else Batches(data, FIRST_ROWS, program=model)
     batch = batches.peek()
     first, whole = _inspect_first(model, guide, batch, batches) if each else (inspect_first_batch(model, guide, *batch), None)

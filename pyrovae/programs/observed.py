@@ -10,7 +10,7 @@ from .support import bare, bounds_of, inside_of, support_of
 from .tracing import Substitute, Traces, trace_pair, trace_program
 from .wrappers import is_factor, is_point, mask_of
 
-__all__ = ["outside_by_a_latent", "squares_of_computed"]
+__all__ = ["outside_by_a_latent", "squares_of_shifted"]
 
 # By this factor the data are scaled, to see how an observed value follows them. It keeps every sign, and values below one.
 SCALE = 0.99
@@ -36,11 +36,10 @@ def outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple,
     return True
 
 
-def squares_of_computed(model: Program, guide: Program, args: tuple, kwargs: dict, traces: Traces) -> Tensor | None:
-    """The sum of squares of what a model computes from each datum and observes under a density, shape (B,).
+def squares_of_shifted(model: Program, guide: Program, args: tuple, kwargs: dict, traces: Traces) -> dict[str, Tensor]:
+    """The sums of squares of the data, shape (B,), that sites observe shifted, as in ``obs=x - z``.
 
-    p(x) is then a density of the computed values. If a model observes log x and another one x, their densities differ by the
-    Jacobian, which no trace shows; the sum of squares tells whether two models observe the same values.
+    A shift changes no density, so such sites observe the data. Values of latents alone, a soft constraint, observe no data.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -50,46 +49,40 @@ def squares_of_computed(model: Program, guide: Program, args: tuple, kwargs: dic
         traces: the traces of one run.
 
     Returns:
-        ``None`` if the model observes the data themselves, a part of them, or the data shifted, as in ``obs=x - z``.
+        The sums by the names of these sites.
 
     Raises:
         ValueError: an observed value depends on the data and on a latent by more than a shift, as in ``obs=x / z``.
     """
     sites = [site for site in sites_of(traces.model) if _has_density(site) and not _shares_memory(site["value"], args)]
     if not sites:
-        return None
-    everything = [*sites_of(traces.model), *sites_of(traces.guide)]
-    data = data_plate(everything)
+        return {}
+    data = data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
     layout = Layout(1, data.size, plate_nesting(traces.model, traces.guide), data.dim)
     given = _numbers_of(args, data.size)
-    values = {site["name"]: _rows(layout, site, site["value"]) for site in sites}
-    kept = {site["name"]: _kept(layout, site) for site in sites}
-    sites = [site for site in sites if not _are_among(values[site["name"]], given, kept[site["name"]])]
+    sites = [site for site in sites if not _are_among(_rows(layout, site, site["value"]), given, _kept(layout, site))]
     if not sites:
-        return None
+        return {}
     latents = {site["name"]: site["value"] for site in sites_of(traces.model) if not site["is_observed"]}
     scaled = tuple(arg * SCALE if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
-    runs = [trace_program(model, each, 1, None, Substitute(latents), kwargs=kwargs) for each in (args, scaled)]
-    other = trace_pair(model, guide, args, kwargs, 1, None).model
-    total = None
+    traced = [trace_program(model, each, 1, None, Substitute(latents), kwargs=kwargs) for each in (args, scaled)]
+    traced.append(trace_pair(model, guide, args, kwargs, 1, None).model)
+    found = {}
     for site in sites:
-        name = site["name"]
-        value, (again, followed) = values[name], (_rows(layout, site, run.nodes[name]["value"]) for run in runs)
-        moved, step = bool((_rows(layout, site, other.nodes[name]["value"]) != value).any()), followed - value
+        name, kept, value = site["name"], _kept(layout, site), _rows(layout, site, site["value"])
+        again, followed, other = (_rows(layout, site, trace.nodes[name]["value"]) for trace in traced)
         if bool((again != value).any()):  # random numbers of the program's own are another check's
             continue
-        if _follows(step, args, kept[name]) and (moved or bool((step != 0).any())):
-            continue
-        if moved:
+        moved, step = bool((other != value).any()), followed - value
+        shifted = _shifted_data(step, args, kept)
+        if shifted is not None and (moved or bool((step != 0).any())):
+            found[name] = shifted.square().sum(-1)
+        elif moved:
             raise ValueError(
                 f"The value observed at site {name!r} depends on a latent by more than a shift, so p(x|z) lacks its Jacobian: "
                 f"observe the data themselves, and let the latent move their distribution, as Normal(0.0, z) for obs=x / z."
             )
-        if len(value) > 1 and bool((value == value[:1]).all()):  # a constant
-            continue
-        squares = torch.where(kept[name], value, 0.0).square().sum(-1)
-        total = squares if total is None else total + squares
-    return total
+    return found
 
 
 def _has_density(site: dict) -> bool:
@@ -138,12 +131,14 @@ def _are_among(value: Tensor, given: Tensor | None, kept: Tensor) -> bool:
     return bool(among.all())
 
 
-def _follows(step: Tensor, args: tuple, kept: Tensor) -> bool:
-    """Whether values moved by as much as an argument when it was scaled, or by nothing."""
+def _shifted_data(step: Tensor, args: tuple, kept: Tensor) -> Tensor | None:
+    """The data whose scaling moved values by such a step, with zeros for values that stayed; ``None`` if no argument did."""
+    if bool(((step == 0) | ~kept).all()):
+        return torch.zeros_like(step)
     for arg in args:
         if isinstance(arg, Tensor) and arg.is_floating_point() and arg.numel() == step.numel():
-            moved = arg.detach().double().reshape(step.shape) * (SCALE - 1)
-            same = torch.isclose(step.abs(), moved.abs(), rtol=0.02, atol=1e-5 * float(arg.abs().max()))
+            numbers = arg.detach().double().reshape(step.shape)
+            same = torch.isclose(step.abs(), numbers.abs() * (1 - SCALE), rtol=0.02, atol=1e-5 * float(arg.abs().max()))
             if bool((same | (step == 0) | ~kept).all()):
-                return True
-    return bool(((step == 0) | ~kept).all())
+                return torch.where((step == 0) | ~kept, 0.0, numbers)
+    return None
