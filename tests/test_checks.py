@@ -1203,6 +1203,14 @@ def test_causes_are_named_by_what_the_user_wrote() -> None:
         _score(*pair, _x())
     assert np.isfinite(_score(*pair, _x(), vectorize_particles=False).log_px).all()
 
+    def singular(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        covariance = (z > 0.5)[..., None, None] * torch.eye(2)
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), covariance), obs=x)
+
+    with pytest.raises(ValueError, match="matrix of the programs has no factorization at some values of the latents"):
+        _score(_in_data(singular), _drawn(lambda x: dist.Normal(2.0 + 0 * x[:, 0], 1.0)), torch.zeros(3, 2))
+
     def classes(x: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.OrderedLogistic(z, torch.tensor([-1.0, 1.0])), obs=x)

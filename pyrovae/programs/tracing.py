@@ -234,6 +234,11 @@ def explained(num_particles: int) -> Iterator[None]:
                 f"exp does of a network's large outputs: bring the data to a scale near 1, such as pixels / 255, or bound the "
                 f"parameter, as softplus(output) + 1e-4 does."
             ) from error
+        if isinstance(error, torch.linalg.LinAlgError):
+            raise ValueError(
+                f"A matrix of the programs has no factorization at some values of the latents ({cause}): add a small multiple "
+                f"of the identity to it, or run the pair in float64."
+            ) from error
         if num_particles > 1:
             raise ValueError(
                 f"The pair runs with one particle but not with {num_particles} on the left of its batch ({cause}): let its "
