@@ -505,6 +505,8 @@ ITSELF = {
     "masked": lambda z, x: (dist.Gamma(z.exp(), 1.0).mask(torch.ones(len(x), dtype=torch.bool)), x),
     "double": lambda z, x: (dist.Normal(z.double(), 1.0), x.double()),
     "turned": lambda z, x: (dist.Normal(-z, 1.0), -x),
+    "shifted": lambda z, x: (dist.Normal(z, 1.0), x - 2),
+    "residual": lambda z, x: (dist.Normal(0.0, 1.0), x - z),
 }
 
 
@@ -515,6 +517,7 @@ ITSELF = {
         lambda z, x: (dist.Normal(z, 1.0), x / 255),
         lambda z, x: (dist.Gamma(z.exp(), 1.0), (x - 0.4) * 2),
         lambda z, x: (dist.Normal(z, 1.0), (x - 1.75) / 0.9),
+        lambda z, x: (dist.Normal(z, 1.0), x.round()),
     ],
 )
 def test_a_density_of_other_values_is_not_ranked(change):

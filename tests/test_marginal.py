@@ -966,3 +966,25 @@ def test_constant_weights_of_the_prior_are_no_proof():
         for parameter in vae.likelihood.parameters():
             parameter.zero_()
     assert vae.log_marginal(torch.zeros(4, 6), num_samples=2000, proposal="prior", seed=0).reliable.all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_term_that_rounds_well_by_chance_is_seen_at_its_neighbours(seed: int):
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 3.0))
+            pyro.sample("x", dist.Poisson((z + 10).exp()), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + 1).log() - 10, 1.5 * (x + 1) ** -0.5))
+
+    x = torch.tensor([20.0, 1e6])  # of a million counts, the log-density near -10 is a difference of numbers near 1e7
+    torch.manual_seed(seed)
+    scored = log_marginal(model, guide, x, num_samples=1000, seed=seed)
+    assert scored.reliable.tolist() == [True, False]
+    assert "score in float64" in scored.summary()
+    wide = log_marginal(model, guide, x.double(), num_samples=1000, seed=seed)
+    truth = pv.exact(model, guide, x.double()).log_px
+    assert wide.reliable.all()
+    assert (np.abs(wide.log_px - truth) < 5 * wide.se).all()

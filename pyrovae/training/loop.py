@@ -97,10 +97,11 @@ def fit(
         precision: of matrix products and convolutions. ``"float32"`` is that on a GPU too, whatever torch's settings are;
             ``"tf32"`` takes an NVIDIA GPU's faster units, which round factors to 10 bits, and is refused on a CPU.
             ``"bfloat16"`` rounds factors to 7 bits, and compiles; parameters, sums and log-weights stay in float32. It is
-            for processors with units for it; the README has what it does to the numbers.
+            for processors with units for it; docs/performance.md has what it does to the numbers.
         transform: applied to the first tensor of each training batch, such as :func:`pyrovae.data.binarize`.
         progress: show a bar with the bound in nats per datum.
-        seed: seeds torch's random stream, for the order, the draws and the transform.
+        seed: seeds torch's random stream, for the order, the draws and the transform. A run is repeated to the last bit by the
+            same seed on the same machine with as many threads: the order of sums depends on these, and training amplifies it.
         on_epoch: called with each epoch's record.
 
     Returns:
