@@ -31,8 +31,8 @@ class DataSection:
     """What to train on.
 
     Attributes:
-        name: "digits" (ships with scikit-learn); torchvision's "mnist", "fashion_mnist", "kmnist", "emnist", "omniglot", "cifar10"
-            or "svhn"; or "linear_gaussian", "ring", "bernoulli_mixture" or "poisson_mixture", whose log p(x) is known.
+        name: "digits" (ships with scikit-learn); torchvision's "mnist", "fashion_mnist", "kmnist", "emnist", "omniglot",
+            "cifar10" or "svhn"; or "linear_gaussian", "ring", "bernoulli_mixture" or "poisson_mixture", of known log p(x).
         path: A file (.npy .npz .csv .tsv .parquet .h5 .h5ad .pt .safetensors) or a folder of images instead.
         root: The folder that holds MNIST/raw and the like.
         binarize: "dynamic" (MNIST's default), "static", "none" (grey in [0, 1]), "levels" (0..255), "dequantized" (with noise).

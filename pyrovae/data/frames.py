@@ -160,8 +160,8 @@ def _numbers(series: Any, name: str, where: str) -> tuple[np.ndarray, np.ndarray
             shown = repr(cells[row])
             raise DataError(
                 f"{where}: column {name!r} must hold numbers, got {shown if len(shown) <= QUOTED else shown[:QUOTED] + '...'} "
-                f"in row {row} (counted from 0): correct it, leave the column out (ignore, --data.ignore), or read it as labels "
-                f"(labels, --data.labels)."
+                f"in row {row} (counted from 0): correct it, leave the column out (ignore, --data.ignore), or read it as "
+                f"labels (labels, --data.labels)."
             )
         whole = all(isinstance(cell, int | np.integer | np.bool_) for cell in cells[known])
         values = np.zeros(len(cells), np.int64 if whole else np.float64)

@@ -87,7 +87,7 @@ class ConditionalVAE(LabelledVAE):
 
     def _reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean of p(x|z,y) at the mean of q(z|x,y)."""
-        return self.decode(self._encode_data(x, y).mean, y).mean
+        return self.decode(self.encode(x, y).mean, y).mean
 
     def _check_labels(self, y: Tensor) -> None:
         self._check_range(y, lowest=0)

@@ -47,8 +47,11 @@ def in_batches(model: Program, compute: Callable[..., Tensor], *data: Any, batch
 
 def all_at_once(model: Program, compute: Callable[..., Result], *data: Any) -> Result:
     """What ``compute`` makes of all data; with gradients if they are tensors, and without if they are anything else."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(data[0], Tensor)):
-        return compute(*opened(model, *data))
+    given = tuple(each for each in data if each is not None)
+    if _are_tensors(given):
+        return compute(*given)
+    with torch.no_grad():
+        return compute(*opened(model, *given))
 
 
 def opened(model: Program, *data: Any) -> tuple[Tensor, ...]:

@@ -131,7 +131,7 @@ class LabelledVAE(PairModule):
             y: their labels, if ``x`` does not give them itself.
             batch_size: data that are encoded at once.
         """
-        return self._in_batches(lambda *batch: centre(self._encode_data(*batch)), x, y, batch_size=batch_size)
+        return self._in_batches(lambda *batch: centre(self.encode(*batch)), x, y, batch_size=batch_size)
 
     def reconstruct(self, x: Any, y: Any = None, *, batch_size: int = BATCH_SIZE) -> Tensor:
         """A mean of the data for each datum, shape of ``x``; takes what :meth:`embed` takes."""

@@ -146,7 +146,7 @@ class VAE(PairModule):
 
     def guide(self, x: Tensor, mask: Tensor | None = None) -> None:
         """q(z|x) as a Pyro program; takes what ``model`` takes."""
-        encoding = self._encode(x, mask)
+        encoding = self.encode(x, mask)
         self._register()
         with pyro.plate("data", x.shape[0]):
             pyro.sample("z", encoding)  # batch (B,), event (L,)
@@ -168,7 +168,7 @@ class VAE(PairModule):
             mask: true where a value was observed, if ``x`` does not say it itself.
             batch_size: data that are encoded at once.
         """
-        return self._in_batches(lambda *batch: centre(self._encode(*batch)), x, mask, batch_size=batch_size)
+        return self._in_batches(lambda *batch: centre(self.encode(*batch)), x, mask, batch_size=batch_size)
 
     def _encode(self, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
         return self.encoder(self._encoder_input(x, mask))
@@ -192,7 +192,7 @@ class VAE(PairModule):
         return self._in_batches(self._reconstruct, x, mask, batch_size=batch_size)
 
     def _reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        z = centre(self._encode(x, mask))
+        z = centre(self.encode(x, mask))
         distribution, _ = self.likelihood.observe(z, self._as_data(x), self._as_mask(x, mask))
         return distribution.mean
 
