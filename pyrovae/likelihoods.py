@@ -166,34 +166,34 @@ class Likelihood(nn.Module):
 
 
 class _ScaleParameter(Likelihood):
-    """A likelihood with a positive quantity that is fixed, learned, or given by the decoder as its last parameter."""
+    """A likelihood with a positive parameter that is fixed, learned, or given by the decoder as its last output."""
 
-    quantity = "scale"
-    words: tuple[str, ...] = ("shared", "per_dimension", "decoder")
+    parameter_name = "scale"
+    choices: tuple[str, ...] = ("shared", "per_dimension", "decoder")
 
     def __init__(self, decoder: nn.Module, choice: float | str, event_shape: Shape | None, num_parameters: int):
-        if isinstance(choice, str) and choice not in self.words:
-            *most, last = (f'"{word}"' for word in self.words)
-            raise ValueError(f"{self.quantity} must be a positive number, {', '.join(most)} or {last}, got {choice!r}.")
+        if isinstance(choice, str) and choice not in self.choices:
+            *most, last = (f'"{word}"' for word in self.choices)
+            raise ValueError(f"{self.parameter_name} must be a positive number, {', '.join(most)} or {last}, got {choice!r}.")
         if not isinstance(choice, str):
-            choice = positive_number(choice, f"A fixed {self.quantity}")
+            choice = positive_number(choice, f"A fixed {self.parameter_name}")
         super().__init__(decoder, event_shape, num_parameters)
-        setattr(self, self.quantity, choice)
+        setattr(self, self.parameter_name, choice)
         if choice in ("shared", "per_dimension"):
             shape = () if choice == "shared" else self.event_shape
-            setattr(self, f"log_{self.quantity}", nn.Parameter(torch.zeros(shape)))
+            setattr(self, f"log_{self.parameter_name}", nn.Parameter(torch.zeros(shape)))
 
     @classmethod
     def count_parameters(cls, options: Mapping[str, Any]) -> int:
-        """Two if the decoder gives the quantity, else one."""
-        return 2 if options.get(cls.quantity) == "decoder" else 1
+        """Two if the decoder gives the positive parameter, else one."""
+        return 2 if options.get(cls.parameter_name) == "decoder" else 1
 
-    def split(self, z: Tensor) -> tuple[Any, ...]:
-        """The decoder's other parameters, followed by the positive quantity."""
-        parameters, choice = self.parameters_of(z), getattr(self, self.quantity)
+    def split_parameters(self, z: Tensor) -> tuple[Any, ...]:
+        """The decoder's other parameters, followed by the positive one."""
+        parameters, choice = self.parameters_of(z), getattr(self, self.parameter_name)
         if choice == "decoder":
             return (*parameters[:-1], parameters[-1].exp())
-        return (*parameters, getattr(self, f"log_{self.quantity}").exp() if isinstance(choice, str) else choice)
+        return (*parameters, getattr(self, f"log_{self.parameter_name}").exp() if isinstance(choice, str) else choice)
 
 
 class _PrecomputedOutput(Body):
@@ -316,7 +316,7 @@ class Normal(_ScaleParameter):
         torch.Size([5])
     """
 
-    words = ("shared", "per_dimension", "decoder", "optimal")
+    choices = ("shared", "per_dimension", "decoder", "optimal")
     variance: Tensor
 
     def __init__(self, decoder: nn.Module, scale: float | str = 1.0, event_shape: Shape | None = None):
@@ -330,7 +330,7 @@ class Normal(_ScaleParameter):
         if self.scale == "optimal":
             (loc,), scale = self.parameters_of(z), self.variance.sqrt()
         else:
-            loc, scale = self.split(z)
+            loc, scale = self.split_parameters(z)
         return dist.Normal(loc, scale).to_event(self.event_dim)
 
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
@@ -376,7 +376,7 @@ class Laplace(_ScaleParameter):
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
-        loc, scale = self.split(z)
+        loc, scale = self.split_parameters(z)
         return dist.Laplace(loc, scale).to_event(self.event_dim)
 
 
@@ -421,7 +421,7 @@ class StudentT(_ScaleParameter):
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
-        loc, scale = self.split(z)
+        loc, scale = self.split_parameters(z)
         df = 1 + 3 * self.log_excess.exp() if self.df == "shared" else self.df
         return dist.StudentT(df, loc, scale).to_event(self.event_dim)
 
@@ -577,7 +577,7 @@ class Poisson(Likelihood):
 class _Counts(_ScaleParameter):
     """Overdispersed counts with a mean that may be a fraction of a library size."""
 
-    quantity = "dispersion"
+    parameter_name = "dispersion"
 
     def __init__(self, decoder: nn.Module, dispersion: float | str, library: float | str | None, event_shape: Shape | None):
         if isinstance(library, str) and library != "total":
@@ -660,7 +660,7 @@ class NegativeBinomial(_Counts):
 
     def distribution(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
         """p(x|z); the library size ``"total"`` is that of ``x``, if given."""
-        raw, theta = self.split(z)
+        raw, theta = self.split_parameters(z)
         logits = self.log_mean(raw, x, mask) - _log(theta)
         return dist.NegativeBinomial(theta, logits=logits).to_event(self.event_dim)
 
@@ -714,7 +714,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
 
     def distribution(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
         """p(x|z); the library size ``"total"`` is that of ``x``, if given."""
-        raw, gate_logits, theta = self.split(z)
+        raw, gate_logits, theta = self.split_parameters(z)
         logits = self.log_mean(raw, x, mask) - _log(theta)
         return distributions.ZeroInflatedNegativeBinomial(theta, logits, gate_logits).to_event(self.event_dim)
 

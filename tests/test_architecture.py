@@ -124,9 +124,9 @@ def test_special_libraries_have_one_door(module: str) -> None:
 
 
 def _is_registered(node: ast.ClassDef | ast.FunctionDef) -> bool:
-    """Whether the registry has a class, which is found by its name: a new component needs no entry in a list."""
-    calls = [each.func for each in node.decorator_list if isinstance(each, ast.Call)]
-    return any(isinstance(call, ast.Name) and call.id == "register" for call in calls)
+    """Whether the registry or the command line has it, which find it by its name: a new component edits no list."""
+    decorators = [each.func if isinstance(each, ast.Call) else each for each in node.decorator_list]
+    return any(ast.unparse(each) in ("register", "app.command") for each in decorators)
 
 
 def _names(path: Path) -> tuple[list[str] | None, set[str], set[str]]:

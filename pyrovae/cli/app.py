@@ -17,7 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 from .arguments import collect, given
 from .config import Run
 
-__all__ = ["app", "compare", "doctor", "estimators", "evaluate", "list_names", "main", "train"]
+__all__ = ["app", "main"]
 
 RUNS = Path("runs")
 app = App(
