@@ -34,7 +34,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "rewrites": ("compile.rewrites", "compile.matmul", "compile.patterns"),
     "staging": ("compile.step", "compile.graph", "compile.inductor", "compile.optimizer"),
     "traces": ("programs.sites", "programs.tracing", "programs.checks", "programs.unconstrained"),
-    "vae": ("models.vae", "models.base"),
+    "vae": ("models.vae", "models.base", "models.parts"),
     "weights": ("programs.weights", "programs.log_weights", "programs.wake_sleep"),
 }
 

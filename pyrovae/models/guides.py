@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..encoders import DiagonalNormal, Encoder
 from ..nn import MLP, Shape, as_shape
 from ..registry import build, register
-from .base import check_parts, check_sizes, in_shape_of, in_size_of
+from .parts import check_parts, check_sizes, in_shape_of, in_size_of
 
 __all__ = ["BottomUp", "Draw", "Guide", "Ladder", "Sizes", "Structured", "TopEncoder", "merge"]
 

@@ -22,9 +22,10 @@ from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
 from ..registry import build, find, register
-from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_size_of
+from .base import PairModule
 from .guides import Draw, Guide, Sizes, _encoder, _in
 from .inputs import BATCH_SIZE
+from .parts import body_pair, build_likelihood, check_parts, check_sizes, in_size_of
 
 __all__ = ["HierarchicalVAE", "make_hierarchical_vae"]
 

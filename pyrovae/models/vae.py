@@ -20,8 +20,9 @@ from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
 from ..registry import build, register
-from .base import PairModule, build_networks, check_parts, check_sizes, check_supports, in_shape_of, in_size_of
+from .base import PairModule
 from .inputs import BATCH_SIZE, all_at_once, opened
+from .parts import build_networks, check_parts, check_sizes, check_supports, in_shape_of, in_size_of
 
 __all__ = ["VAE", "make_vae"]
 
