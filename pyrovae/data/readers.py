@@ -191,7 +191,7 @@ def _reading(path: Path, kind: str, cure: str) -> Iterator[None]:
     except Exception as error:  # readers of damaged files raise errors of any kind
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = (lines[0] if lines else type(error).__name__).rstrip(".:")
-        raise DataError(f"{path} must be a {kind} file, and cannot be read as one ({why[:200]}): {cure}.") from error
+        raise DataError(f"{path} cannot be read as {kind} ({why[:200]}): {cure}.") from error
 
 
 def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
