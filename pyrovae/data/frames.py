@@ -183,7 +183,7 @@ def _numbers(series: Any, name: str, where: str) -> tuple[np.ndarray, np.ndarray
             values[known] = cells[known].astype(values.dtype)
         except OverflowError:
             values = np.where(known, cells, 0).astype(np.float64)
-    infinite = np.flatnonzero(np.isinf(values)) if values.dtype.kind == "f" else []
+    infinite = np.flatnonzero(np.isinf(values)) if values.dtype.kind == "f" else np.zeros(0, np.int64)
     if len(infinite):
         raise DataError(
             f"{where}: column {name!r} must hold finite numbers, got {values[infinite[0]]:g} in row {infinite[0]} (counted "

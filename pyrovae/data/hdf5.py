@@ -23,9 +23,12 @@ _PROBE = """
 import sys, h5py
 
 def look(name, item):
-    dict(item.attrs)
-    if hasattr(item, "dtype"):
-        item[...] if item.size * item.dtype.itemsize < 1 << 26 else (item[:1], item[-1:])
+    try:
+        dict(item.attrs)
+        if hasattr(item, "dtype"):
+            item[...] if item.size * item.dtype.itemsize < 1 << 26 else (item[:1], item[-1:])
+    except Exception:
+        pass
 
 with h5py.File(sys.argv[1], "r") as file:
     dict(file.attrs)
@@ -181,7 +184,8 @@ def _matrix(item: Any, where: str, path: Path, memory: float) -> np.ndarray | Ro
         return ArrayRows(item) if _float_bytes(item) > memory else _values(item)
     attributes = dict(item.attrs)
     form = str(attributes.get("encoding-type", attributes.get("h5sparse_format", ""))).removesuffix("_matrix")
-    shape = tuple(int(each) for each in attributes.get("shape", attributes.get("h5sparse_shape", ())))
+    sizes: Any = attributes.get("shape", attributes.get("h5sparse_shape", ()))
+    shape = tuple(int(each) for each in np.ravel(sizes))
     if form not in ("csr", "csc") or len(shape) != 2 or not {"data", "indices", "indptr"} <= set(item):
         raise DataError(f"{where} must be a dense or sparse matrix, got {form or 'an unknown group'}: choose a layer.")
     for name in ("data", "indices", "indptr"):

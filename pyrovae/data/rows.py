@@ -156,8 +156,8 @@ class SparseRows(Rows):
             )
         values = matrix.detach().cpu()
         if values.layout == torch.sparse_csr:
-            parts = (values.crow_indices(), values.col_indices(), values.values())
-            return cls(*(part.numpy() for part in parts), matrix.shape[1])
+            starts, places = values.crow_indices().numpy(), values.col_indices().numpy()
+            return cls(starts, places, values.values().numpy(), matrix.shape[1])
         entries = (values if values.layout == torch.sparse_coo else values.to_sparse_coo()).coalesce()
         row, column = entries.indices().numpy()
         return cls.from_entries(row, column, entries.values().numpy(), tuple(matrix.shape))
