@@ -47,7 +47,20 @@ def test_imports_and_declared_dependencies_agree() -> None:
 
 @pytest.mark.parametrize("use", ["", "pv.make_vae(4, latent_dim=2).fit(torch.ones(9, 4), epochs=1, progress=False)"])
 def test_heavy_dependencies_wait_for_their_use(use: str) -> None:
-    heavy = ["matplotlib", "jinja2", "sklearn", "cyclopts", "pandas", "tensorboard", "arviz", "xarray", "rich", "torchvision", "h5py", "PIL"]
+    heavy = [
+        "matplotlib",
+        "jinja2",
+        "sklearn",
+        "cyclopts",
+        "pandas",
+        "tensorboard",
+        "arviz",
+        "xarray",
+        "rich",
+        "torchvision",
+        "h5py",
+        "PIL",
+    ]
     code = (
         f"import sys, torch, pyrovae as pv; pv.fit, pv.log_marginal, pv.compare, pv.decompose, pv.ais, pv.make_vae; {use}\n"
         f"print([name for name in {heavy} if name in sys.modules])"
