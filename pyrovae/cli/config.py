@@ -51,7 +51,8 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
     tables: dict[str, Any] = {}
     overrides = overrides or {}
     if path is not None and Path(path).suffix != ".toml":
-        path, overrides = None, _with_data_path(Path(path), overrides)
+        overrides = _with_data_path(Path(path), overrides)
+        path = None
     if path is not None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no run file {path}: give a TOML file, or no argument for the default run.")

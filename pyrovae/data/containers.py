@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .frames import is_frame, series_values
+from .frames import is_frame, series_classes, series_values
 from .matching import MASK
 from .readers import read
 from .rows import ArrayRows, DataError, Rows, SparseRows
-from .table import Table, as_numbers, label_codes
+from .table import Table, as_numbers
 
 __all__ = ["Lazy", "opened"]
 
@@ -120,11 +120,16 @@ def _open(item: Any, parameters: Sequence[str]) -> tuple[list[Any], list[str | N
 
 
 def _open_column(series: Any) -> tuple[list[Any], list[str | None]]:
-    """One column: numbers, or classes if it has text."""
+    """One column: numbers, or classes if it has categories."""
     cells = series_values(series)
     known = [cell for cell in cells if cell is not None]
+    if str(series.dtype).lower().startswith(("category", "enum")):
+        return [series_classes(series, "The column")[0]], [None]
     if any(isinstance(cell, str) for cell in known):
-        return [label_codes(cells, "The column")[0]], [None]
+        raise DataError(
+            "A column of labels must have numbers or categories, got text, whose numbers would depend on which labels occur: "
+            "write column.astype('category')."
+        )
     values = series.to_numpy()
     return [values if values.dtype.kind in "biuf" and len(known) == len(cells) else np.array(cells.tolist(), float)], [None]
 

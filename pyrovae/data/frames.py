@@ -15,7 +15,7 @@ from .._validation import unknown
 from .rows import DataError
 from .table import Table, label_codes
 
-__all__ = ["beside_columns", "from_frame", "is_frame", "read_csv", "read_parquet", "series_values"]
+__all__ = ["beside_columns", "from_frame", "is_frame", "read_csv", "read_parquet", "series_classes", "series_values"]
 
 # The longest text of a cell that an error quotes.
 QUOTED = 30
@@ -63,6 +63,9 @@ def from_frame(
         twice = next(name for name in columns if columns.count(name) > 1)
         raise DataError(f"{where}: each column must have a name of its own, got {twice!r} twice: rename one.")
 
+    if not len(frame):
+        raise DataError(f"{where} must have a row for each datum, got none.")
+
     def column(name: str) -> Any:
         place = columns.index(name)
         return frame.iloc[:, place] if hasattr(frame, "iloc") else frame.get_columns()[place]
@@ -107,7 +110,7 @@ def beside_columns(
             raise DataError(f"{where}: {unknown('column', name, known)}")
     fields: dict[str, Any] = {}
     if labels is not None:
-        fields["labels"], fields["classes"] = label_codes(series_values(columns[labels]), f"{where}: column {labels!r}")
+        fields["labels"], fields["classes"] = series_classes(columns[labels], f"{where}: column {labels!r}")
     if covariates:
         parts = [part for name in covariates for part in _covariate(columns[name], name, where)]
         fields["covariates"] = np.column_stack([values for _, values in parts])
@@ -129,6 +132,15 @@ def series_values(series: Any) -> np.ndarray:
     if hasattr(series, "isna"):
         return np.array([None if empty else cell for cell, empty in zip(series, series.isna(), strict=True)], object)
     return np.array(series.to_list(), object)
+
+
+def series_classes(series: Any, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Classes 0, 1, ... of a column's cells, and their names: those of the column's categories if it has some."""
+    if hasattr(series, "cat") and hasattr(series.cat, "codes"):
+        return series.cat.codes.to_numpy().astype(np.int64), tuple(map(str, series.cat.categories))
+    if getattr(series.dtype, "categories", None) is not None:  # an Enum of polars
+        return label_codes(series.to_physical().to_list(), where)[0], tuple(series.dtype.categories)
+    return label_codes(series_values(series), where)
 
 
 def _is_text(series: Any) -> bool:
@@ -155,8 +167,10 @@ def _numbers(series: Any, name: str, where: str) -> tuple[np.ndarray, np.ndarray
     else:
         cells = series_values(series)
         known = np.array([_is_known(cell) for cell in cells], bool)
-        row = next((row for row in np.flatnonzero(known) if not _is_number(cells[row])), None)
-        if row is not None:
+        wrong = [row for row in np.flatnonzero(known) if not _is_number(cells[row])]
+        if wrong:
+            # A column of a text file is all text because of a single cell, which is to be named.
+            row = next((row for row in wrong if not _reads_as_number(cells[row])), wrong[0])
             shown = repr(cells[row])
             raise DataError(
                 f"{where}: column {name!r} must hold numbers, got {shown if len(shown) <= QUOTED else shown[:QUOTED] + '...'} "
@@ -169,7 +183,7 @@ def _numbers(series: Any, name: str, where: str) -> tuple[np.ndarray, np.ndarray
             values[known] = cells[known].astype(values.dtype)
         except OverflowError:
             values = np.where(known, cells, 0).astype(np.float64)
-    infinite = np.flatnonzero(np.isinf(values)) if values.dtype.kind == "f" else []
+    infinite = np.flatnonzero(np.isinf(values)) if values.dtype.kind == "f" else np.zeros(0, np.int64)
     if len(infinite):
         raise DataError(
             f"{where}: column {name!r} must hold finite numbers, got {values[infinite[0]]:g} in row {infinite[0]} (counted "
@@ -186,6 +200,14 @@ def _is_number(cell: Any) -> bool:
     return isinstance(cell, int | float | np.number | np.bool_) and not isinstance(cell, complex | np.complexfloating)
 
 
+def _reads_as_number(cell: Any) -> bool:
+    try:
+        float(str(cell))
+    except ValueError:
+        return False
+    return True
+
+
 def _complete(series: Any, name: str, where: str) -> np.ndarray:
     values, known = _numbers(series, name, where)
     if not known.all():
@@ -200,7 +222,7 @@ def _covariate(series: Any, name: str, where: str) -> list[tuple[str, np.ndarray
     """Named columns of numbers: the column itself, or of text an indicator for each value."""
     if not _is_text(series):
         return [(name, _complete(series, name, where).astype(np.float64))]
-    codes, classes = label_codes(series_values(series), where)
+    codes, classes = series_classes(series, where)
     if (codes < 0).any():
         raise DataError(f"{where}: column {name!r} must have no empty cell, got one in row {int(codes.argmin())}: fill it in.")
     return [(f"{name}={each}", (codes == code).astype(np.float64)) for code, each in enumerate(classes)]
@@ -214,7 +236,7 @@ def read_csv(path: Path, separator: str | None, reading: Callable[..., Any]) -> 
         separator: what stands between cells; by default a comma, a semicolon or a tab, whichever the first line has.
         reading: makes a sentence of a reader's own errors.
     """
-    with reading(path, "text", "write it with DataFrame.to_csv"):
+    with reading(path, "a text file", "write it with DataFrame.to_csv"):
         opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             start = list(itertools.islice(file, 2))
@@ -225,7 +247,7 @@ def read_csv(path: Path, separator: str | None, reading: Callable[..., Any]) -> 
         cells = next(csv.reader([first], delimiter=separator), [])
     if not cells:
         raise DataError(f"{path} must be a text file with a datum in each line, got an empty one: write it with to_csv.")
-    with reading(path, "text", "give every line as many cells as the first"):
+    with reading(path, "a text file", "give every line as many cells as the first"):
         import pandas as pd
 
         frame = pd.read_csv(

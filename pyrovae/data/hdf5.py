@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,22 @@ from .table import Table, from_arrays
 
 __all__ = ["from_anndata", "read_h5", "read_h5ad"]
 
+# Attributes and all small arrays; what Python refuses here, it refuses again in the first process, in words.
+_PROBE = """
+import sys, h5py
+
+def look(name, item):
+    try:
+        dict(item.attrs)
+        if hasattr(item, "dtype"):
+            item[...] if item.size * item.dtype.itemsize < 1 << 26 else (item[:1], item[-1:])
+    except Exception:
+        pass
+
+with h5py.File(sys.argv[1], "r") as file:
+    dict(file.attrs)
+    file.visititems(look)
+"""
 # How many times smaller than its numbers a file can be: what gzip makes of zeros.
 LARGEST_RATIO = 1100
 
@@ -135,8 +153,26 @@ def _opened(path: Path, reading: Callable[..., Any]) -> Any:
         import h5py
     except ImportError as error:
         raise DataError(f'{path} is read by h5py, which is not installed: pip install "pyrovae[data]".') from error
+    _probe(path)
     with reading(path, "HDF5", "write it anew"):
         return h5py.File(path, "r")
+
+
+def _probe(path: Path) -> None:
+    """Read the file in another process first, since the HDF5 library can loop for ever, or end the process, on a damaged one.
+
+    Raises:
+        DataError: it did.
+    """
+    seconds = 10 + path.stat().st_size / 20e6
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _PROBE, str(path)], timeout=seconds, capture_output=True, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"{path} cannot be read as HDF5 in {seconds:.0f} s: it is damaged, write it anew.") from error
+    if done.returncode < 0:
+        raise DataError(f"{path} cannot be read as HDF5 (the library crashed): it is damaged, write it anew.")
 
 
 def _matrix(item: Any, where: str, path: Path, memory: float) -> np.ndarray | Rows:
@@ -148,7 +184,8 @@ def _matrix(item: Any, where: str, path: Path, memory: float) -> np.ndarray | Ro
         return ArrayRows(item) if _float_bytes(item) > memory else _values(item)
     attributes = dict(item.attrs)
     form = str(attributes.get("encoding-type", attributes.get("h5sparse_format", ""))).removesuffix("_matrix")
-    shape = tuple(int(each) for each in attributes.get("shape", attributes.get("h5sparse_shape", ())))
+    sizes: Any = attributes.get("shape", attributes.get("h5sparse_shape", ()))
+    shape = tuple(int(each) for each in np.ravel(sizes))
     if form not in ("csr", "csc") or len(shape) != 2 or not {"data", "indices", "indptr"} <= set(item):
         raise DataError(f"{where} must be a dense or sparse matrix, got {form or 'an unknown group'}: choose a layer.")
     for name in ("data", "indices", "indptr"):
@@ -200,7 +237,7 @@ def _columns_of(group: Any) -> list[str]:
     return [name for name in group if not name.startswith("__")]
 
 
-def _cells(obs: Any, name: str) -> list[Any] | np.ndarray:
+def _cells(obs: Any, name: str) -> Any:
     """One column of ``obs``: numbers, text, categories, or numbers of which some are missing."""
     if hasattr(obs, "dtype"):
         values = obs[name]
@@ -220,7 +257,11 @@ def _cells(obs: Any, name: str) -> list[Any] | np.ndarray:
     raise DataError(f"The column {name!r} of obs must hold numbers, text or categories, got {', '.join(item)}: leave it out.")
 
 
-def _of_categories(codes: np.ndarray, names: list[str]) -> list[str | None]:
+def _of_categories(codes: np.ndarray, names: list[str]) -> Any:
+    import pandas as pd
+
     if len(codes) and not -1 <= codes.min() <= codes.max() < len(names):
         raise DataError(f"A column of obs must have categories 0 to {len(names) - 1}, got {codes.max()}: write the file anew.")
-    return [None if code < 0 else names[code] for code in codes.tolist()]
+    if len(set(names)) < len(names):
+        raise DataError("A column of obs must have categories of different names: write the file anew.")
+    return pd.Categorical.from_codes(codes, names)

@@ -76,7 +76,7 @@ class _ImageRows(Rows):
         from PIL import Image, ImageOps
 
         height, width = self.size
-        with self.reading(path, "image", "repair it, or take it out of the folder"), Image.open(path) as image:
+        with self.reading(path, "an image", "repair it, or take it out of the folder"), Image.open(path) as image:
             whole = ImageOps.exif_transpose(image).convert(self.mode)
             if whole.size != (width, height):
                 whole = ImageOps.fit(whole, (width, height), Image.Resampling.BILINEAR)
@@ -90,7 +90,7 @@ def _look_at(path: Path, reading: Callable[..., Any]) -> tuple[str, tuple[int, i
         from PIL import Image
     except ImportError as error:
         raise DataError(f'{path} is read by Pillow, which is not installed: pip install "pyrovae[data]".') from error
-    with reading(path, "image", "repair it, or take it out of the folder"), Image.open(path) as image:
+    with reading(path, "an image", "repair it, or take it out of the folder"), Image.open(path) as image:
         mode, (width, height) = image.mode, image.size
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     if mode not in (*GREY, *COLOURED):

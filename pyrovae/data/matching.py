@@ -79,8 +79,10 @@ def _places(positional: Parameters, batch: Batch, names: Sequence[str | None]) -
 
     required = [p for p in positional if p.default is p.empty]
     optional = [p for p in positional if p.default is None and not _is_setting(p)]
-    for parameter in positional:
-        place(parameter, lambda index, name=parameter.name: names[index] == name)
+    for index, name in enumerate(names):
+        if name is not None and name in [p.name for p in positional] and name not in places:
+            places[name] = index
+            left.remove(index)
     for parameter in (p for p in [*required, *optional] if MASK in p.name):
         place(parameter, lambda index: names[index] == MASK)
     for parameter in required:

@@ -158,7 +158,7 @@ def _checked(table: Table, path: Path, missing: bool, memory: float) -> Table:
                 f"{x[place]:g} in row {place[0]}, column {column} (counted from 0): {cure}."
             )
         if table.mask is not None:
-            return replace(table, x=np.where(table.mask, x, x.dtype.type(0)))
+            return replace(table, x=np.where(np.asarray(table.mask), x, x.dtype.type(0)))
     return table
 
 
@@ -191,7 +191,7 @@ def _reading(path: Path, kind: str, cure: str) -> Iterator[None]:
     except Exception as error:  # readers of damaged files raise errors of any kind
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = (lines[0] if lines else type(error).__name__).rstrip(".:")
-        raise DataError(f"{path} must be a {kind} file, and cannot be read as one ({why[:200]}): {cure}.") from error
+        raise DataError(f"{path} cannot be read as {kind} ({why[:200]}): {cure}.") from error
 
 
 def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -268,10 +268,11 @@ def _pt(path: Path) -> dict[str, Any]:
     """The tensors of a file of ``torch.save``, read without unpickling anything else."""
     with _reading(path, ".pt", "save tensors, or a dictionary of them, with torch.save; other objects can run code"):
         held = torch.load(path, map_location="cpu", weights_only=True)
-    items = held if isinstance(held, dict) else dict(enumerate(held)) if isinstance(held, list | tuple) else {"x": held}
     # A tuple is data, then labels.
-    places = {0: "x", 1: "y"}
-    tensors = {str(places.get(name, name)): item for name, item in items.items() if isinstance(item, Tensor)}
+    items = held if isinstance(held, dict) else {"x": held}
+    if isinstance(held, list | tuple):
+        items = dict(zip(("x", "y", *map(str, range(2, len(held)))), held, strict=False))
+    tensors = {str(name): item for name, item in items.items() if isinstance(item, Tensor)}
     if not tensors:
         raise DataError(f"{path} must hold tensors, got {type(held).__name__}: save a tensor, or a dictionary of them.")
     with _reading(path, ".pt", "save dense tensors with torch.save"):

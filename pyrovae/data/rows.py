@@ -155,6 +155,9 @@ class SparseRows(Rows):
                 f"A sparse tensor must have shape (N, D), got {tuple(matrix.shape)}: make it dense, by its to_dense()."
             )
         values = matrix.detach().cpu()
+        if values.layout == torch.sparse_csr:
+            starts, places = values.crow_indices().numpy(), values.col_indices().numpy()
+            return cls(starts, places, values.values().numpy(), matrix.shape[1])
         entries = (values if values.layout == torch.sparse_coo else values.to_sparse_coo()).coalesce()
         row, column = entries.indices().numpy()
         return cls.from_entries(row, column, entries.values().numpy(), tuple(matrix.shape))

@@ -105,8 +105,8 @@ def _plain_pickle(path: Path) -> Images:
     try:
         held = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         images, labels = np.asarray(held["data"]), np.asarray(held["labels"], np.int64)
-    except DataError:
-        raise
+    except DataError as error:
+        raise DataError(f"{path} {error}") from error
     except Exception as error:  # a damaged pickle raises errors of any kind
         raise DataError(f"{path} must be a file of CIFAR-10, and cannot be read ({error}): fetch it again.") from error
     if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
@@ -121,7 +121,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.allowed or module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs"):
-            raise DataError(f"A file of CIFAR-10 must hold arrays only, got {module}.{name}: it is not the original.")
+            raise DataError(f"must hold arrays only, got {module}.{name}: it is not the original file of CIFAR-10.")
         return getattr(importlib.import_module(module.replace("numpy.core", "numpy._core")), name)
 
 

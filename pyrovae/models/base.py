@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
@@ -87,12 +88,12 @@ class PairModule(nn.Module):
         """The variational posterior as a Pyro program; takes what ``model`` takes."""
 
     @abstractmethod
-    def embed(self, *args: Any) -> Tensor:
-        """One point for each datum, shape ``(B, L)``; takes what ``model`` takes."""
+    def embed(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One point for each datum, shape ``(N, L)``, without gradients; takes data as :meth:`fit` takes them."""
 
     @abstractmethod
-    def reconstruct(self, *args: Any) -> Tensor:
-        """A mean of the data for each datum; takes what ``model`` takes."""
+    def reconstruct(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A mean of the data for each datum, without gradients; takes data as :meth:`fit` takes them."""
 
     @abstractmethod
     def examples(self, num_samples: int) -> Tensor:
