@@ -556,6 +556,33 @@ def test_rows_that_are_read_in_batches_are_checked_as_arrays_are(tmp_path: Path)
         _small().fit(np.load(tmp_path / "x.npy", mmap_mode="r"), epochs=1, batch_size=5, shuffle=False, progress=False)
 
 
+def test_missing_values_are_read_in_batches(tmp_path: Path) -> None:
+    holes = np.where(COUNTS == 3, np.nan, COUNTS)
+    np.save(tmp_path / "x.npy", holes)
+    table = read(tmp_path / "x.npy", missing=True, memory=1)
+    assert isinstance(table.mask, Rows)
+    batches = list(Batches(table, 6, program=lambda x, mask=None: None))
+    assert_array_equal(torch.cat([x for x, _ in batches]), np.where(COUNTS == 3, 0, COUNTS))
+    assert_array_equal(torch.cat([mask for _, mask in batches]), COUNTS != 3)
+    split = load(path=tmp_path / "x.npy", missing=True, memory=1)
+    assert split.likelihood == {"kind": "negative_binomial"}
+    assert f"{(COUNTS == 3).sum()} of 100 values missing" in split.note
+    whole = load(path=tmp_path / "x.npy", missing=True)
+    for name in ("train", "train_mask", "test", "test_mask"):
+        assert_array_equal(getattr(split, name)[:], getattr(whole, name))
+
+
+def test_size_factors_are_for_programs_that_take_them(tmp_path: Path) -> None:
+    FRAME.assign(depth=1.5).to_csv(tmp_path / "x.csv", index=False)
+    with pytest.raises(ValueError, match="no model by name takes size factors"):
+        load(path=tmp_path / "x.csv", size_factors="depth")
+    table = read(tmp_path / "x.csv", size_factors="depth")
+    with pytest.raises(ValueError, match="no parameter 'size_factors'"):
+        as_arrays(table, program=lambda x: None)
+    with pytest.raises(DataError, match=r"size factors must be positive, got 0 in row 0"):
+        read(FRAME.assign(depth=0.0), size_factors="depth")
+
+
 def test_rows_select_map_and_chunk() -> None:
     rows: Rows = ArrayRows(np.arange(24.0).reshape(6, 4))
     part = rows.select(np.array([5, 1, 3])).map(lambda x: x.astype("f4") / 2)
