@@ -522,7 +522,8 @@ def test_missing_values_are_filled_in_whatever_holds_them() -> None:
         torch.testing.assert_close(vae.impute(*data, num_samples=20, seed=0), expected)
         torch.testing.assert_close(vae.embed(*data), vae.embed(torch.as_tensor(COUNTS * mask), torch.as_tensor(mask)))
     hierarchy = pv.make_hierarchical_vae(5, latent_dims=[3, 2], hidden=[[8], [8]], likelihood="negative_binomial")
-    assert hierarchy.reconstruct(frame).shape == (20, 5)
+    hidden = torch.as_tensor(COUNTS) + 50 * torch.as_tensor(~mask)
+    torch.testing.assert_close(hierarchy.reconstruct(frame), hierarchy.reconstruct(hidden, torch.as_tensor(mask)))
 
 
 @pytest.mark.parametrize("transform", [False, True])
@@ -581,6 +582,14 @@ def test_size_factors_are_for_programs_that_take_them(tmp_path: Path) -> None:
         as_arrays(table, program=lambda x: None)
     with pytest.raises(DataError, match=r"size factors must be positive, got 0 in row 0"):
         read(FRAME.assign(depth=0.0), size_factors="depth")
+
+
+def test_rows_of_an_hdf5_file_come_in_any_order(tmp_path: Path) -> None:
+    rows = read(_write(tmp_path, ".h5"), memory=1).x
+    assert isinstance(rows, ArrayRows)
+    assert_array_equal(rows[[5, 2, 5, 19]], COUNTS[[5, 2, 5, 19]])
+    assert_array_equal(rows[-1], COUNTS[-1])
+    assert len(list(rows)) == 20
 
 
 def test_rows_select_map_and_chunk() -> None:

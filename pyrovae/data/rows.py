@@ -49,7 +49,9 @@ class Rows(ABC):
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> Tensor:
-        numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        numbers = np.arange(len(self))[rows] if isinstance(rows, slice | int) else np.asarray(rows)
+        if numbers.ndim == 0:
+            return torch.as_tensor(self.take(numbers[None])[0])
         return torch.as_tensor(self.take(np.flatnonzero(numbers) if numbers.dtype == bool else numbers))
 
     def select(self, rows: np.ndarray | Tensor) -> Rows:
