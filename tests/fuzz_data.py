@@ -69,7 +69,7 @@ def write(folder: Path, form: str, rng: np.random.Generator) -> Path:
         pd.DataFrame(counts, columns=list("abcde")).to_parquet(path)
     elif form == ".h5":
         with h5py.File(path, "w") as file:
-            file["group/x"], file["labels"] = counts, np.arange(12) % 2
+            file["x"], file["labels"] = counts, np.arange(12) % 2
     elif form.endswith("h5ad"):
         with h5py.File(path, "w") as file:
             matrix = sp.csr_matrix(counts)

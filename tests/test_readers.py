@@ -522,7 +522,8 @@ def test_missing_values_are_filled_in_whatever_holds_them() -> None:
         torch.testing.assert_close(vae.impute(*data, num_samples=20, seed=0), expected)
         torch.testing.assert_close(vae.embed(*data), vae.embed(torch.as_tensor(COUNTS * mask), torch.as_tensor(mask)))
     hierarchy = pv.make_hierarchical_vae(5, latent_dims=[3, 2], hidden=[[8], [8]], likelihood="negative_binomial")
-    assert hierarchy.reconstruct(frame).shape == (20, 5)
+    hidden = torch.as_tensor(COUNTS) + 50 * torch.as_tensor(~mask)
+    torch.testing.assert_close(hierarchy.reconstruct(frame), hierarchy.reconstruct(hidden, torch.as_tensor(mask)))
 
 
 @pytest.mark.parametrize("transform", [False, True])
@@ -554,6 +555,41 @@ def test_rows_that_are_read_in_batches_are_checked_as_arrays_are(tmp_path: Path)
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(ValueError, match=r"row 13 \(counted from 0\)"):
         _small().fit(np.load(tmp_path / "x.npy", mmap_mode="r"), epochs=1, batch_size=5, shuffle=False, progress=False)
+
+
+def test_missing_values_are_read_in_batches(tmp_path: Path) -> None:
+    holes = np.where(COUNTS == 3, np.nan, COUNTS)
+    np.save(tmp_path / "x.npy", holes)
+    table = read(tmp_path / "x.npy", missing=True, memory=1)
+    assert isinstance(table.mask, Rows)
+    batches = list(Batches(table, 6, program=lambda x, mask=None: None))
+    assert_array_equal(torch.cat([x for x, _ in batches]), np.where(COUNTS == 3, 0, COUNTS))
+    assert_array_equal(torch.cat([mask for _, mask in batches]), COUNTS != 3)
+    split = load(path=tmp_path / "x.npy", missing=True, memory=1)
+    assert split.likelihood == {"kind": "negative_binomial"}
+    assert f"{(COUNTS == 3).sum()} of 100 values missing" in split.note
+    whole = load(path=tmp_path / "x.npy", missing=True)
+    for name in ("train", "train_mask", "test", "test_mask"):
+        assert_array_equal(getattr(split, name)[:], getattr(whole, name))
+
+
+def test_size_factors_are_for_programs_that_take_them(tmp_path: Path) -> None:
+    FRAME.assign(depth=1.5).to_csv(tmp_path / "x.csv", index=False)
+    with pytest.raises(ValueError, match="no model by name takes size factors"):
+        load(path=tmp_path / "x.csv", size_factors="depth")
+    table = read(tmp_path / "x.csv", size_factors="depth")
+    with pytest.raises(ValueError, match="no parameter 'size_factors'"):
+        as_arrays(table, program=lambda x: None)
+    with pytest.raises(DataError, match=r"size factors must be positive, got 0 in row 0"):
+        read(FRAME.assign(depth=0.0), size_factors="depth")
+
+
+def test_rows_of_an_hdf5_file_come_in_any_order(tmp_path: Path) -> None:
+    rows = read(_write(tmp_path, ".h5"), memory=1).x
+    assert isinstance(rows, ArrayRows)
+    assert_array_equal(rows[[5, 2, 5, 19]], COUNTS[[5, 2, 5, 19]])
+    assert_array_equal(rows[-1], COUNTS[-1])
+    assert len(list(rows)) == 20
 
 
 def test_rows_select_map_and_chunk() -> None:

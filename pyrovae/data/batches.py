@@ -110,6 +110,11 @@ class Batches:
             self.arrays = self._moved(self.arrays)
 
     @property
+    def changes(self) -> bool:
+        """Whether each pass may give other data, as a loader may that draws or augments them."""
+        return self.source is not None and self.rows is None
+
+    @property
     def num_data(self) -> int | None:
         """The number of data, or ``None`` if a loader does not know it."""
         if self.loader is None:
@@ -283,7 +288,7 @@ def _checked(
     lengths = [len(array) for array in arrays]
     if len(set(lengths)) > 1:
         raise ValueError(f"The arrays have different lengths {lengths}: give each argument one entry per datum.")
-    for array in arrays:
+    for array in (array for array in arrays if array.is_floating_point()):
         bad = ~torch.isfinite(array).flatten(1).all(1) if array.dim() > 1 else ~torch.isfinite(array)
         if bool(bad.any()):
             first = int(bad.nonzero()[0])

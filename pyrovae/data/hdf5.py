@@ -62,7 +62,7 @@ def read_h5(path: Path, reading: Callable[..., Any], *, key: str | None, labels:
         read: dict[str, Any] = {}
         for name, item in arrays.items():
             _check_size(item, f"{path}: the data set {name!r}", path)
-            large = _float_bytes(item) > memory and item.dtype.kind in "biuf"
+            large = _float_bytes(item) > memory and item.dtype.kind in "biuf" and len(item.shape) > 1
             read[name] = ArrayRows(item) if large else _values(item)
     if not any(isinstance(each, Rows) for each in read.values()):
         file.close()

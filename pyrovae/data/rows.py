@@ -49,7 +49,9 @@ class Rows(ABC):
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> Tensor:
-        numbers = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        numbers = np.arange(len(self))[rows] if isinstance(rows, slice | int) else np.asarray(rows)
+        if numbers.ndim == 0:
+            return torch.as_tensor(self.take(numbers[None])[0])
         return torch.as_tensor(self.take(np.flatnonzero(numbers) if numbers.dtype == bool else numbers))
 
     def select(self, rows: np.ndarray | Tensor) -> Rows:
@@ -93,13 +95,14 @@ class ArrayRows(Rows):
     """
 
     def __init__(self, array: Any):
-        self.array, self.shape = array, tuple(array.shape)
+        # A plain array over the map is indexed without the map's own bookkeeping.
+        self.array, self.shape = np.asarray(array) if isinstance(array, np.ndarray) else array, tuple(array.shape)
         self.dtype = number_array(np.zeros(0, array.dtype)).dtype
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The rows, read in increasing order from HDF5."""
         if isinstance(self.array, np.ndarray):
-            return number_array(np.array(self.array[rows]))
+            return number_array(self.array[rows])
         # HDF5 reads rows in increasing order, each once.
         distinct, places = np.unique(rows, return_inverse=True)
         return number_array(self.array[distinct][places])
