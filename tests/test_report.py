@@ -424,3 +424,13 @@ def test_pages_in_a_browser(tmp_path: Path):
     for view, faults in found.items():
         assert faults.pop("texts") > 80, view
         assert not any(faults.values()), (view, faults)
+
+
+def test_the_rung_of_evidence_is_shown_where_it_is_known(tmp_path: Path):
+    scored = bad_evidence()
+    worst = least_reliable(scored, 10)
+    assert 'scope="col">by</th>' not in page_of(tmp_path, scored, worst=worst)
+    object.__setattr__(scored, "rung", np.where(np.arange(50) == 31, 4, 1))
+    text = text_of(page_of(tmp_path, scored, worst=worst))
+    assert f"3.00 {scored.ess[31]:,.0f} annealed no" in text
+    assert f"1.50 {scored.ess[7]:,.0f} fitted no" in text

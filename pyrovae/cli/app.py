@@ -1,4 +1,4 @@
-"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``.
+"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``; the rest is in :mod:`.uses`.
 
 Only cyclopts is imported at once; torch, Pyro and ArviZ take seconds, so each command imports what it needs.
 """

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-__all__ = ["as_images", "data_range", "image_grid", "png"]
+__all__ = ["as_images", "data_range", "image_grid", "png", "png_bytes"]
 
 
 def image_grid(images: np.ndarray, columns: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
@@ -64,8 +64,13 @@ def data_range(data: np.ndarray | None) -> tuple[float, float]:
 
 def png(image: np.ndarray) -> str:
     """RGBA bytes as the address of a picture that stands in the page itself."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """RGBA bytes as the content of a PNG file."""
     from matplotlib.image import imsave
 
     file = io.BytesIO()
     imsave(file, image, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return file.getvalue()

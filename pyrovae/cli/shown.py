@@ -214,6 +214,8 @@ def _moves(vae: PairModule, inputs: tuple[Tensor, ...], latents: Tensor, kl: Ten
 
 def _drawn(vae: PairModule, inputs: tuple[Tensor, ...], seed: int) -> dict[str, Array]:
     """Draws of the latents from the prior and given the data, and of the data given these."""
+    import torch
+
     from ..diagnostics.posterior import posterior_draws
 
     some = tuple(each[:MOST_ROWS] for each in inputs)
@@ -232,7 +234,8 @@ def _drawn(vae: PairModule, inputs: tuple[Tensor, ...], seed: int) -> dict[str, 
     for site, drawn in draws.posterior_predictive.items():
         if drawn.shape[1:] == tuple(some[0].shape) and site in draws.observed_data:
             found["predicted"] = drawn.reshape(*drawn.shape[:2], -1)
-            mask = some[1] if len(some) > 1 and some[1].shape == some[0].shape else None
-            known = some[0] if mask is None else some[0].double().masked_fill(~mask.bool(), math.nan)
+            masked = len(some) > 1 and some[1].dtype == torch.bool and some[1].shape == some[0].shape
+            mask = some[1] if masked else None
+            known = some[0] if mask is None else some[0].double().masked_fill(~mask, math.nan)
             found["observed"] = _array(known).reshape(len(some[0]), -1)
     return {name: array for name, array in found.items() if np.issubdtype(array.dtype, np.number)}
