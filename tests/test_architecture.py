@@ -31,7 +31,9 @@ FLOORS: list[set[str]] = [
 TAKE_CALLABLES = {"programs", "compile", "estimators", "evidence", "training", "diagnostics"}
 COMPONENTS = {"nn", "distributions", "priors", "encoders", "likelihoods", "models"}
 ONLY_IN = {
-    "torchvision": ("data.datasets",),
+    "torchvision": ("data.vision",),
+    "h5py": ("data.hdf5",),
+    "PIL": ("data.images", "data.vision"),
     "arviz": ("evidence.psis",),
     "pyro.poutine": ("programs",),
     "torch.fx": ("compile",),

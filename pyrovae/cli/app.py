@@ -66,7 +66,7 @@ def train(
     With no argument: scikit-learn's handwritten digits, in under two minutes.
 
     Args:
-        run: A TOML file that describes the run; options below win over it.
+        run: A TOML file that describes the run, or the data: a file or a folder of images. Options below win over it.
         device: Short for --train.device.
         settings: The run's settings.
     """
@@ -87,7 +87,7 @@ def train(
     torch.manual_seed(described.seed)
     vae = build_model(described, split).to(where)
     estimator = make_estimator(described.estimator)
-    inputs = vae.train_inputs(split.train, split.train_labels)
+    inputs = vae.train_inputs(split.train, split.train_labels, **split.beside("train"))
     log = _Log(_new_folder(run_name(described), described.name is not None), described)
     options = described.train
     print_start(described, split, where)
@@ -255,7 +255,7 @@ def estimators(
     split, device = load_split(described), run_device(described)
     vae = load_model(run).to(device)
     torch.manual_seed(described.seed)
-    train = vae.train_inputs(split.train, split.train_labels)
+    train = vae.train_inputs(split.train, split.train_labels, **split.beside("train"))
     rows = torch.randperm(len(split.train))[:batch_size]
     x, *labels = (each[rows] for each in train)
     x = x if split.transform is None else split.transform(x)
@@ -273,7 +273,7 @@ def estimators(
     if train_seconds is not None:
         torch.manual_seed(described.seed)
         fresh = build_model(described, split).to(device)
-        held_out = fresh.score_inputs(split.test, split.test_labels)
+        held_out = fresh.score_inputs(split.test, split.test_labels, **split.beside("test"))
         ranking = train_estimators(
             fresh.model,
             fresh.guide,

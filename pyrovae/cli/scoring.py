@@ -33,7 +33,7 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
     from .shown import gather
 
     scoring, labels = run.evaluate, split.test_labels
-    inputs = vae.score_inputs(split.test, labels)
+    inputs = vae.score_inputs(split.test, labels, **split.beside("test"))
     inputs = tuple(each[: scoring.limit] for each in inputs)
     began = time.perf_counter()
     evidence = vae.log_marginal(
@@ -51,7 +51,8 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
     evidence.save(folder / "evidence.safetensors")
     first = tuple(each[: scoring.decompose] for each in inputs)
     parts = decomposed(vae, first, evidence, run.seed) if scoring.decompose else None
-    files.write_text(folder / "summary.json", json_text(_summary(run, vae.quantity, evidence, parts, facts)) + "\n")
+    summary = _summary(run, vae.quantity, evidence, parts, facts) | _known(split, evidence) | {"names": split.names()}
+    files.write_text(folder / "summary.json", json_text(summary) + "\n")
     bound = bound_name(run)
     write_report(
         folder / "report.html",
@@ -76,6 +77,11 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
         decomposition=parts,
     )
     print_evidence(folder, split, vae.quantity, evidence, parts, findings)
+
+
+def _known(split: Split, evidence: Evidence) -> dict[str, float]:
+    """The true log p(x) of the data that were scored, if their distribution is known."""
+    return {} if split.test_log_px is None else {"true_log_px": float(split.test_log_px[: len(evidence)].mean())}
 
 
 def decomposed(vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, seed: int) -> Decomposition | None:

@@ -108,7 +108,7 @@ def _model_and_data(run: Path, part: Part | None, limit: int | None = None) -> t
         return vae, ()
     split = load_split(described)
     x, y = (split.test, split.test_labels) if part == "test" else (split.train, split.train_labels)
-    return vae, tuple(each[:limit] for each in vae.score_inputs(x, y))
+    return vae, tuple(each[:limit] for each in vae.score_inputs(x, y, **split.beside(part)))
 
 
 def _write(run: Path, name: str, values: Tensor, pictures: bool = False) -> None:

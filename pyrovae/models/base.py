@@ -23,6 +23,7 @@ from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape, as_widths
 from ..priors import Prior
 from ..registry import build, canonical, describe, find, names
+from .inputs import in_batches
 
 if TYPE_CHECKING:
     from ..evidence.keywords import LogMarginalKeywords
@@ -100,24 +101,41 @@ class PairModule(nn.Module):
         """The variational posterior as a Pyro program; takes what ``model`` takes."""
 
     @abstractmethod
-    def embed(self, *args: Any) -> Tensor:
-        """One point for each datum, shape ``(B, L)``; takes what ``model`` takes."""
+    def embed(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One point for each datum, shape ``(N, L)``, without gradients; takes data as :meth:`fit` takes them."""
 
     @abstractmethod
-    def reconstruct(self, *args: Any) -> Tensor:
-        """A mean of the data for each datum; takes what ``model`` takes."""
+    def reconstruct(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A mean of the data for each datum, without gradients; takes data as :meth:`fit` takes them."""
 
     @abstractmethod
     def examples(self, num_samples: int) -> Tensor:
         """Means of p(x|z) at draws of z, for a report; shape ``(num_samples, *data_shape)``."""
 
-    def train_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """What ``model`` takes in training, of data and their labels; ``None`` if they have none."""
-        return (x,)
+    def train_inputs(self, x: Any, y: Tensor | None, *, mask: Any = None, covariates: Tensor | None = None) -> tuple[Any, ...]:
+        """What ``model`` takes in training, of data and what belongs to them.
 
-    def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """What ``model`` takes of test data and their labels, so that :attr:`quantity` is what is estimated."""
-        return (x,)
+        Args:
+            x: data.
+            y: their labels, or ``None``.
+            mask: true where a value was observed, or ``None`` if all were.
+            covariates: numbers of shape ``(N, C)`` that are not modelled, or ``None``.
+
+        Raises:
+            ValueError: the model does not take something that the data have.
+        """
+        if covariates is not None:
+            raise ValueError(
+                f"A {type(self).__name__} takes no covariates, got {covariates.shape[1]}: leave them out, or choose "
+                f'model.kind = "conditional".'
+            )
+        return (x,) if mask is None else (x, mask)
+
+    def score_inputs(
+        self, x: Tensor, y: Tensor | None, *, mask: Tensor | None = None, covariates: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """What ``model`` takes of test data, as in :meth:`train_inputs`, so that :attr:`quantity` is what is estimated."""
+        return PairModule.train_inputs(self, x, y, mask=mask, covariates=covariates)
 
     def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
         """What the model finds out about labels of test data, in words, by name."""
@@ -226,6 +244,9 @@ class PairModule(nn.Module):
                     f"Another model is called {self.name!r} in Pyro's parameter store, so this one would never train: set "
                     f"vae.name to a name of its own, or call pyro.clear_param_store()."
                 )
+
+    def _in_batches(self, compute: Callable[..., Tensor], *data: Any, batch_size: int) -> Tensor:
+        return in_batches(self.model, compute, *data, batch_size=batch_size, device=self._device)
 
     def _as_data(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

@@ -2,183 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from .._validation import positive_integer
-from ..distributions import centre
 from ..encoders import Encoder
 from ..likelihoods import Likelihood
-from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
-from ..registry import build, register
-from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
+from ..registry import register
+from .labelled import LabelledVAE
 
 __all__ = ["ConditionalVAE", "SemiSupervisedVAE", "make_conditional_vae", "make_semi_supervised_vae"]
 
 
-class _LabelledVAE(PairModule):
-    """A model of data with labels, which are further inputs of encoder and decoder."""
-
-    parts: ClassVar[dict[str, str | None]] = {
-        "prior": "prior",
-        "likelihood": "likelihood",
-        "encoder": "encoder",
-        "num_classes": None,
-    }
-    run_defaults: ClassVar[dict[str, Any]] = {"latent_dim": 4, "encoder": "full_covariance_normal"}
-
-    def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, num_classes: int, name: str | None = None):
-        super().__init__(name)
-        check_parts((prior, Prior), (likelihood, Likelihood), (encoder, Encoder))
-        self.num_classes = positive_integer(num_classes, "num_classes")
-        check_sizes("on the latent dimension", prior=prior.latent_dim, encoder=encoder.latent_dim)
-        check_sizes(
-            "on what the decoder takes",
-            **{"latent and label": prior.latent_dim + self.num_classes, "decoder": in_size_of(likelihood.decoder)},
-        )
-        if prior.mixes_posteriors:
-            raise ValueError(
-                f"The prior {type(prior).__name__} mixes posteriors of data alone, and this encoder takes labels too: choose "
-                f"another prior."
-            )
-        shape = likelihood.event_shape
-        beside = (math.prod(shape) + self.num_classes,)
-        planes = (shape[0] + self.num_classes, *shape[1:])
-        takes = in_shape_of(encoder.body)
-        self._as_planes = takes == planes and len(shape) == 3
-        if not self._as_planes:
-            check_sizes("on what the encoder takes", **{"data and label": beside, "encoder": takes})
-        self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
-
-    @classmethod
-    def from_names(
-        cls,
-        data_shape: Shape,
-        *,
-        num_classes: int,
-        latent_dim: int,
-        prior: Any = "standard_normal",
-        likelihood: Any = "bernoulli",
-        encoder: Any = "diagonal_normal",
-        body: str = "mlp",
-        hidden: Sequence[int] | None = None,
-        activation: Activation | None = None,
-        name: str | None = None,
-    ) -> Self:
-        """A model of this class from names of its parts; ``pyrovae.make_conditional_vae`` and the like are this.
-
-        Args:
-            data_shape: the shape of one datum.
-            num_classes: C, how many labels there are, or how many numbers a condition has.
-            latent_dim: L.
-            prior: p(z): a name, a table or a ready object, as in :func:`pyrovae.make_vae`; so too the rest.
-            likelihood: p(x|z,y).
-            encoder: the family of q(z|x,y).
-            body: of ``"conv"`` and the like the labels enter as planes.
-            hidden: widths of the encoder's hidden layers, mirrored in the decoder.
-            activation: a name; by default the body's own.
-            name: see :class:`pyrovae.VAE`.
-
-        Raises:
-            ValueError: an unknown name (the message has the nearest), or parts that do not fit.
-
-        Example:
-            >>> import pyrovae as pv
-            >>> pv.make_conditional_vae((1, 28, 28), num_classes=10, latent_dim=5, body="conv").encoder.body.in_shape
-            (11, 28, 28)
-            >>> pv.make_semi_supervised_vae((1, 28, 28), num_classes=10, latent_dim=5).encoder.body.in_shape
-            (794,)
-        """
-        shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
-        num_classes = positive_integer(num_classes, "num_classes")
-        inward, outward, networks, mirrored = body_pair(body, hidden, activation)
-        likelihood = build_likelihood(
-            likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim + num_classes, out_shape=out, **mirrored)
-        )
-        image = inward != outward and len(shape) == 3
-        in_shape = (shape[0] + num_classes, *shape[1:]) if image else (math.prod(shape) + num_classes,)
-        encoder_body = build("body", inward, in_shape=in_shape, **networks)
-        encoder = build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale)
-        return cls(build("prior", prior, latent_dim=latent_dim), likelihood, encoder, num_classes, name)
-
-    @property
-    def latent_dim(self) -> int:
-        """L, the number of latent dimensions."""
-        return self.prior.latent_dim
-
-    def encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
-        """q(z|x,y), batch shape ``(B,)`` and event shape ``(L,)``."""
-        x = self._as_data(x)
-        return self._encode(x, self._as_labels(y, x))
-
-    def embed(self, x: Tensor, y: Tensor) -> Tensor:
-        """One point for each datum, shape ``(B, L)``: the mean of q(z|x,y), or its centre if it has no mean."""
-        return centre(self.encode(x, y))
-
-    def train_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """The data and their labels."""
-        if y is None:
-            raise ValueError(
-                f"The data of a {type(self).__name__} must have labels, got data without: choose others, or another model.kind."
-            )
-        return x, y
-
-    def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """The data and the labels that they are scored with."""
-        return self.train_inputs(x, y)
-
-    def _encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
-        # The encoder scales all that it takes, and a label has unit size already.
-        x, y = self.likelihood.encoder_input(x), y / self.encoder.in_scale
-        if self._as_planes:
-            return self.encoder(torch.cat([x, y[..., None, None].expand(*y.shape, *x.shape[-2:])], -3))
-        return self.encoder(torch.cat([x.flatten(-self.likelihood.event_dim), y], -1))
-
-    def _decode(self, z: Tensor, y: Tensor, x: Tensor | None = None) -> dist.Distribution:
-        """p(x|z,y); a likelihood that reads something off the datum, such as its total, does where ``x`` is given."""
-        batch = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
-        both = torch.cat([part.expand(*batch, part.shape[-1]) for part in (z, y)], -1)
-        return self.likelihood(both) if x is None else self.likelihood.given(both, x)
-
-    def _as_labels(self, y: Tensor, like: Tensor) -> Tensor:
-        """Labels as numbers (B, C)."""
-        if not isinstance(y, Tensor):
-            raise TypeError(f"Labels must be a tensor, got {type(y).__name__}: write torch.as_tensor(y).")
-        shapes = {1: (len(like),), 2: (len(like), self.num_classes)}
-        if tuple(y.shape) != shapes.get(y.dim()) or (y.dim() == 1 and y.is_floating_point()):
-            raise ValueError(
-                f"Labels must be integers of shape ({len(like)},) or one-hot of shape ({len(like)}, {self.num_classes}), got "
-                f"{y.dtype} of shape {tuple(y.shape)}."
-            )
-        # As distributions check their values: not within a captured step, whose data have been checked.
-        if dist.is_validation_enabled():
-            self._check_labels(y)
-        if y.dim() == 1:
-            y = y[:, None] == torch.arange(self.num_classes, device=y.device)
-        return y.to(like)
-
-    @abstractmethod
-    def _check_labels(self, y: Tensor) -> None:
-        """Refuse labels that mean nothing."""
-
-    def _check_range(self, y: Tensor, lowest: int) -> None:
-        if y.dim() == 1 and len(y) and not lowest <= int(y.min()) <= int(y.max()) < self.num_classes:
-            raise ValueError(
-                f"Labels must lie between {lowest} and {self.num_classes - 1}, got {int(y.min())} to {int(y.max())}: renumber "
-                f"them, or set num_classes."
-            )
-
-
 @register("model", "conditional")
-class ConditionalVAE(_LabelledVAE):
+class ConditionalVAE(LabelledVAE):
     r"""A variational autoencoder of data given a label.
 
     .. math:: p_\theta(x, z \mid y) = p(z) \, p_\theta(x \mid z, y), \qquad q_\phi(z \mid x, y) \approx p_\theta(z \mid x, y)
@@ -244,9 +85,8 @@ class ConditionalVAE(_LabelledVAE):
         """Means of p(x|z,y) at draws of z, for each class in turn; shape ``(num_samples, *data_shape)``."""
         return self.sample(torch.arange(num_samples, device=self._device) % self.num_classes, mean=True)
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean of p(x|z,y) at the mean of q(z|x,y), shape of ``x``."""
+    def _reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean of p(x|z,y) at the mean of q(z|x,y)."""
         return self.decode(self.encode(x, y).mean, y).mean
 
     def _check_labels(self, y: Tensor) -> None:
@@ -254,7 +94,7 @@ class ConditionalVAE(_LabelledVAE):
 
 
 @register("model", "semi_supervised")
-class SemiSupervisedVAE(_LabelledVAE):
+class SemiSupervisedVAE(LabelledVAE):
     r"""A variational autoencoder of data whose labels are known for some and summed out, exactly, for the rest.
 
     .. math:: p_\theta(x, y, z) = p_\theta(y) \, p(z) \, p_\theta(x \mid z, y), \qquad
@@ -349,8 +189,11 @@ class SemiSupervisedVAE(_LabelledVAE):
         """Means of p(x|z,y) at draws of z, for each class in turn; shape ``(num_samples, *data_shape)``."""
         return self.sample(num_samples, torch.arange(num_samples, device=self._device) % self.num_classes, mean=True)
 
-    def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+    def score_inputs(
+        self, x: Tensor, y: Tensor | None, *, mask: Tensor | None = None, covariates: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """The data with -1 in place of labels, so that all of them are scored by p(x)."""
+        self.train_inputs(x, y, mask=mask, covariates=covariates)
         return x, torch.full((len(x),), -1, device=x.device)
 
     def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
@@ -360,9 +203,8 @@ class SemiSupervisedVAE(_LabelledVAE):
         right = int((self.classify(x).argmax(-1) == y.to(x.device)).sum())
         return {"classified": f"{right:,} of {len(x):,} ({right / len(x):.1%}) rightly, by the largest p(y|x)"}
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean of p(x|z,y) at the mean of q(z|x,y), averaged over p(y|x,z) without a label; shape of ``x``."""
+    def _reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean of p(x|z,y) at the mean of q(z|x,y), averaged over p(y|x,z) without a label."""
         x = self._as_data(x)
         y = self._as_labels(y, x)
         z = self._encode(x, y).mean
@@ -386,6 +228,11 @@ class SemiSupervisedVAE(_LabelledVAE):
         logits = torch.where(unknown, self.label_logits, torch.where(y > 0, 0.0, -torch.inf))  # (B, C)
         components = self._components(z)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits.expand(components.batch_shape)), components)
+
+    def _condition(self, y: Tensor | None, covariates: Tensor) -> Tensor:
+        raise ValueError(
+            'A SemiSupervisedVAE takes no covariates beside its labels: leave them out, or choose model.kind = "conditional".'
+        )
 
     def _check_labels(self, y: Tensor) -> None:
         self._check_range(y, lowest=-1)

@@ -23,6 +23,7 @@ from ..priors import Prior
 from ..registry import build, find, register
 from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_size_of
 from .guides import Draw, Guide, Sizes, _encoder, _in
+from .inputs import BATCH_SIZE
 
 __all__ = ["HierarchicalVAE", "make_hierarchical_vae"]
 
@@ -189,8 +190,17 @@ class HierarchicalVAE(PairModule):
         """p(x|z1), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
         return self.likelihood(z)
 
-    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One point for each datum, shape ``(B, L_1)``: where ``z1`` is if each layer of the guide is at its centre."""
+    def embed(self, x: Any, mask: Any = None, *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """One point for each datum, shape ``(N, L_1)``: where ``z1`` is if each layer of the guide is at its centre.
+
+        Args:
+            x: data as :meth:`fit` takes them: an array, a data frame, a path, a data loader, ...
+            mask: true where a value was observed, if ``x`` does not say it itself.
+            batch_size: data that are encoded at once.
+        """
+        return self._in_batches(self._embed, x, mask, batch_size=batch_size)
+
+    def _embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.inference(self._encoder_input(x, mask), self._layers, lambda i, distribution: centre(distribution))[0]
 
     @torch.no_grad()
@@ -206,10 +216,13 @@ class HierarchicalVAE(PairModule):
         """Means of p(x|z) at draws of z; shape ``(num_samples, *data_shape)``."""
         return self.sample(num_samples, mean=True)
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z1) where :meth:`embed` puts x, shape of ``x``."""
-        return self.decode(self.embed(x)).mean
+    def reconstruct(self, x: Any, mask: Any = None, *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """The mean of p(x|z1) where :meth:`embed` puts x, shape of ``x``; takes what :meth:`embed` takes."""
+        return self._in_batches(self._reconstruct, x, mask, batch_size=batch_size)
+
+    def _reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        distribution, _ = self.likelihood.observe(self._embed(x, mask), self._as_data(x), self._as_mask(x, mask))
+        return distribution.mean
 
     @property
     def _layers(self) -> list[Encoder]:

@@ -22,6 +22,7 @@ from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
 from ..registry import build, register
 from .base import PairModule, _check_supports, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
+from .inputs import BATCH_SIZE, all_at_once, opened
 
 __all__ = ["VAE", "make_vae"]
 
@@ -151,13 +152,27 @@ class VAE(PairModule):
         with pyro.plate("data", x.shape[0]):
             pyro.sample("z", encoding)  # batch (B,), event (L,)
 
-    def encode(self, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
-        """q(z|x), batch shape ``(B,)`` and event shape ``(L,)``; missing values are zeros to the encoder."""
-        return self.encoder(self._encoder_input(x, mask))
+    def encode(self, x: Any, mask: Any = None) -> dist.Distribution:
+        """q(z|x) of all data at once, batch shape ``(N,)`` and event shape ``(L,)``; missing values are zeros to the encoder.
 
-    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One point for each datum, shape ``(B, L)``: the mean of q(z|x), or its centre where there is no mean to be had."""
-        return centre(self.encode(x, mask))
+        Args:
+            x: data as :meth:`fit` takes them. Of tensors the distribution has gradients, of other data it has none.
+            mask: true where a value was observed, if ``x`` does not say it itself.
+        """
+        return all_at_once(self.model, self._encode, x, mask)
+
+    def embed(self, x: Any, mask: Any = None, *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """One point for each datum, shape ``(N, L)``: the mean of q(z|x), or its centre if it has no mean.
+
+        Args:
+            x: data as :meth:`fit` takes them: an array, a data frame, a path, a data loader, ...
+            mask: true where a value was observed, if ``x`` does not say it itself.
+            batch_size: data that are encoded at once.
+        """
+        return self._in_batches(lambda *batch: centre(self.encode(*batch)), x, mask, batch_size=batch_size)
+
+    def _encode(self, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
+        return self.encoder(self._encoder_input(x, mask))
 
     def decode(self, z: Tensor) -> dist.Distribution:
         """p(x|z), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
@@ -173,10 +188,13 @@ class VAE(PairModule):
         """Means of p(x|z) at draws of z; shape ``(num_samples, *data_shape)``."""
         return self.sample(num_samples, mean=True)
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The mean of p(x|z) where :meth:`embed` puts x, shape of ``x``."""
-        distribution, _ = self.likelihood.observe(self.embed(x, mask), self._as_data(x), self._as_mask(x, mask))
+    def reconstruct(self, x: Any, mask: Any = None, *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """The mean of p(x|z) where :meth:`embed` puts x, shape of ``x``; takes what :meth:`embed` takes."""
+        return self._in_batches(self._reconstruct, x, mask, batch_size=batch_size)
+
+    def _reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        z = centre(self.encode(x, mask))
+        distribution, _ = self.likelihood.observe(z, self._as_data(x), self._as_mask(x, mask))
         return distribution.mean
 
     @torch.no_grad()
@@ -235,8 +253,8 @@ class VAE(PairModule):
 
     def impute(
         self,
-        x: Tensor,
-        mask: Tensor,
+        x: Any,
+        mask: Any = None,
         *,
         num_samples: int = 1000,
         num_draws: int | None = None,
@@ -253,8 +271,10 @@ class VAE(PairModule):
         carry the answer; more samples help, or a guide that is closer to the posterior.
 
         Args:
-            x: data, shape ``(B, *data_shape)``; what they hold where the mask is false does not matter.
-            mask: true where a value was observed, shape of ``x``.
+            x: data, shape ``(B, *data_shape)``, as :meth:`fit` takes them; what they hold where the mask is
+                false does not matter.
+            mask: true where a value was observed, shape of ``x``; not needed beside masked arrays and data frames, whose
+                empty cells are filled in.
             num_samples: S, latents drawn for every datum.
             num_draws: return so many draws of the missing values instead of their mean.
             chunk_size: (sample, datum) pairs scored at once; by default as many as fill about 16 MB of observations.
@@ -286,7 +306,8 @@ class VAE(PairModule):
         num_draws = None if num_draws is None else positive_integer(num_draws, "num_draws")
         chunk = CHUNK_NUMBERS // max(math.prod(self.data_shape), 256) if chunk_size is None else chunk_size
         chunk = positive_integer(max(chunk, 1) if chunk_size is None else chunk, "chunk_size")
-        x, known = self._as_data(x), self._as_mask(x, mask)
+        x, *masks = opened(self.model, x, mask)
+        x, known = self._as_data(x), self._as_mask(x, masks[0] if masks else None)
         if known is None:
             raise ValueError(f"The mask must be a boolean tensor of the data's shape {tuple(x.shape)}, true where observed.")
         rows = max(1, chunk // num_samples)

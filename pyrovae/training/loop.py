@@ -186,7 +186,7 @@ class _Loop:
         """Take the steps of an epoch; their mean bound, in nats per datum."""
         setup, step = self.setup, self.setup.step
         # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
-        checks = not setup.checked_train and (epoch == 1 or (setup.check.direct and setup.train.loader is not None))
+        checks = not setup.checked_train and (epoch == 1 or (setup.check.direct and setup.train.changes))
         if self.num_steps - self.compared_at >= (STEPS_BETWEEN_CHECKS_ON_GPU if step.asynchronous else STEPS_BETWEEN_CHECKS):
             step.recheck(f"at the start of epoch {epoch}")
             self.compared_at = self.num_steps
