@@ -14,9 +14,9 @@ import pytest
 import pyrovae
 
 ROOT = Path(pyrovae.__file__).parent
-# Distributions whose import has another name, and what comes with one of them.
+# Distributions whose import has another name, and what is optional or comes with one of them: pandas with xarray.
 DISTRIBUTIONS = {"pyro": "pyro-ppl", "sklearn": "scikit-learn", "tomli_w": "tomli-w"}
-OPTIONAL = {"arviz_stats", "arviz_base", "onnxruntime", "tensorboard", "cuda", "triton"}
+OPTIONAL = {"arviz_stats", "arviz_base", "pandas", "onnxruntime", "tensorboard", "cuda", "triton"}
 READERS = {"h5py": "h5py", "pandas": "pandas", "PIL": "pillow", "pyarrow": "pyarrow", "scipy": "scipy", "polars": "polars"}
 
 

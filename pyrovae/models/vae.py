@@ -248,7 +248,10 @@ class VAE(PairModule):
         with torch.no_grad():
             z = self.prior().sample((3,))
             x = self.decode(z).mean.reshape(3, *self.data_shape)
-        functions = {"encoder": (self.embed, x.to(like)), "decoder": (lambda z: self.decode(z).mean, z.to(like))}
+        functions = {
+            "encoder": (lambda x: centre(self.encoder(self._encoder_input(x))), x.to(like)),
+            "decoder": (lambda z: self.decode(z).mean, z.to(like)),
+        }
         return export_networks(self, functions, folder, format)
 
     def impute(
