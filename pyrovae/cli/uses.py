@@ -111,7 +111,7 @@ def _model_and_data(run: Path, part: Part | None, limit: int | None = None) -> t
     split = load_split(described)
     x, y = (split.test, split.test_labels) if part == "test" else (split.train, split.train_labels)
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"The training data of {run} are read from disk in batches: encode them in Python, by vae.embed(path).")
+        raise ValueError(f"The training data of {run} are read from disk in batches: use vae.embed(path) in Python.")
     return vae, tuple(each[:limit] for each in vae.score_inputs(x, y, **split.beside(part)))
 
 
