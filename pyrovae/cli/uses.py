@@ -99,6 +99,8 @@ def export(run: Path, /, *, format: Literal["torch", "onnx"] = "torch") -> None:
 
 def _model_and_data(run: Path, part: Part | None, limit: int | None = None) -> tuple[PairModule, tuple[Tensor, ...]]:
     """A run's model, and what it takes of the test or the training data."""
+    import torch
+
     from .config import load_model, load_split, run_device
 
     described = _described(run)
@@ -108,7 +110,9 @@ def _model_and_data(run: Path, part: Part | None, limit: int | None = None) -> t
         return vae, ()
     split = load_split(described)
     x, y = (split.test, split.test_labels) if part == "test" else (split.train, split.train_labels)
-    return vae, tuple(each[:limit] for each in vae.score_inputs(x, y))
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"The training data of {run} are read from disk in batches: use vae.embed(path) in Python.")
+    return vae, tuple(each[:limit] for each in vae.score_inputs(x, y, **split.beside(part)))
 
 
 def _write(run: Path, name: str, values: Tensor, pictures: bool = False) -> None:
