@@ -97,10 +97,11 @@ def fit(
         precision: of matrix products and convolutions. ``"float32"`` is that on a GPU too, whatever torch's settings are;
             ``"tf32"`` takes an NVIDIA GPU's faster units, which round factors to 10 bits, and is refused on a CPU.
             ``"bfloat16"`` rounds factors to 7 bits, and compiles; parameters, sums and log-weights stay in float32. It is
-            for processors with units for it; the README has what it does to the numbers.
+            for processors with units for it; docs/performance.md has what it does to the numbers.
         transform: applied to the first tensor of each training batch, such as :func:`pyrovae.data.binarize`.
         progress: show a bar with the bound in nats per datum.
-        seed: seeds torch's random stream, for the order, the draws and the transform.
+        seed: seeds torch's random stream, for the order, the draws and the transform. A run is repeated to the last bit by the
+            same seed on the same machine with as many threads: the order of sums depends on these, and training amplifies it.
         on_epoch: called with each epoch's record.
 
     Returns:
@@ -186,7 +187,7 @@ class _Loop:
         """Take the steps of an epoch; their mean bound, in nats per datum."""
         setup, step = self.setup, self.setup.step
         # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
-        checks = not setup.checked_train and (epoch == 1 or (setup.check.direct and setup.train.loader is not None))
+        checks = not setup.checked_train and (epoch == 1 or (setup.check.direct and setup.train.changes))
         if self.num_steps - self.compared_at >= (STEPS_BETWEEN_CHECKS_ON_GPU if step.asynchronous else STEPS_BETWEEN_CHECKS):
             step.recheck(f"at the start of epoch {epoch}")
             self.compared_at = self.num_steps
