@@ -121,7 +121,7 @@ class PairModule(nn.Module):
     def score_inputs(
         self, x: Tensor, y: Tensor | None, *, mask: Tensor | None = None, covariates: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """The arguments of ``model`` for test data, as in :meth:`train_inputs`, with which :attr:`quantity` is estimated."""
+        """The arguments of ``model`` for test data, as in :meth:`train_inputs`, with which ``quantity`` is estimated."""
         return PairModule.train_inputs(self, x, y, mask=mask, covariates=covariates)
 
     def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
