@@ -70,7 +70,8 @@ def _public_names(app: Any, name: str, source: list[str]) -> None:
     def directives(match: re.Match[str]) -> str:
         found = re.findall(rf"^from \.{match[1]}(?:\.\w+)* import (\w+) as", index, re.M)
         kinds = {each: "class" if each[0].isupper() else "function" for each in found}
-        inherited = {"class": "\n   :inherited-members: Module, tuple", "function": ""}  # such as ``vae.fit``, but not torch's own
+        # Inherited methods, such as ``vae.fit``, but not those of torch's modules.
+        inherited = {"class": "\n   :inherited-members: Module, tuple", "function": ""}
         return "\n\n".join(f".. auto{kind}:: pyrovae.{each}{inherited[kind]}" for each, kind in kinds.items())
 
     source[0] = re.sub(r"^\.\. public:: (\w+)$", directives, source[0], flags=re.M)
