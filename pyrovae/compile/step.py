@@ -97,6 +97,7 @@ class Step:
         parameters: the optimizer's parameters.
         reached: those that the loss depends on, known after the first step.
         asynchronous: whether :meth:`step_async` returns before the step is over, as it does on a GPU.
+        waits: whether, after a step that is not finite, further ones update nothing until :meth:`drain` is called.
         reason: why it runs slower than asked, or ``None``.
     """
 
@@ -120,6 +121,7 @@ class Step:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         check_precision(precision, self.parameters[0].device)
         self.reached: list[Tensor] = []
+        self.waits = True
         self.asynchronous = any(parameter.is_cuda for parameter in self.parameters)
         self._outcomes: list[Outcome] = []
         self._unread: list[Tensor] = []
@@ -168,8 +170,9 @@ class Step:
     def step_async(self, *inputs: Tensor) -> None:
         """Take the step without waiting for a GPU; :meth:`drain` later returns its loss and norm.
 
-        After a loss or gradient that is not finite, further steps update nothing until :meth:`drain` is called. Optimizers
-        other than a fused Adam have to read that from the GPU at each step, and so wait.
+        After a loss or gradient that is not finite, further steps update nothing until :meth:`drain` is called, unless
+        :attr:`waits` is set to ``False`` before the first step: then only the step itself is skipped. Optimizers other than a
+        fused Adam have to read that from the GPU at each step, and so wait.
         """
         if not self.asynchronous:
             self._outcomes.append(self(*inputs))
@@ -200,9 +203,9 @@ class Step:
         return outcomes
 
     def _noted(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Loss and norm as one tensor; ``_found_inf`` becomes 1 if either is not finite, and stays 1."""
+        """Loss and norm as one tensor; ``_found_inf`` becomes 1 if either is not finite, and stays 1 if steps wait."""
         found_inf = (torch.isnan(loss) | ~torch.isfinite(norm)).to(self._found_inf.dtype)
-        self._found_inf.copy_(torch.maximum(self._found_inf, found_inf))
+        self._found_inf.copy_(torch.maximum(self._found_inf, found_inf) if self.waits else found_inf)
         return torch.stack([loss, norm]).double()
 
     def _graph_for(self, inputs: Tensors, beta: float | None) -> GraphedSteps | None:

@@ -22,6 +22,7 @@ class History:
             validation data), ``lr`` and ``seconds`` since the start.
         stopped: why training ended.
         precision: of matrix products and convolutions.
+        skipped: steps that were skipped, since their loss or gradient was not finite.
     """
 
     estimator: str
@@ -29,6 +30,7 @@ class History:
     records: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = "all epochs done"
     precision: str = "float32"
+    skipped: int = 0
 
     @property
     def bound(self) -> list[float]:

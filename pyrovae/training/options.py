@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -43,6 +44,8 @@ class TrainKeywords(TypedDict, total=False):
     clip_norm: float | None
     validation: Any
     patience: int | None
+    max_steps: int | None
+    max_skips: int
     compile: bool | Literal["auto"]
     precision: Literal["float32", "tf32", "bfloat16"]
     transform: Callable[[Tensor], Tensor] | None
@@ -56,6 +59,9 @@ class FitKeywords(TrainKeywords, total=False):
     estimator: Any
     max_seconds: float | None
     seed: int | None
+    checkpoint: str | Path | None
+    every: int | Literal["auto", "epoch"]
+    resume: str | Path | None
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,17 @@ class FitOptions:
     validation: Any
     patience: int | None
     max_seconds: float | None
+    max_steps: int | None
+    max_skips: int
     compile: bool | Literal["auto"]
     precision: Literal["float32", "tf32", "bfloat16"]
     transform: Callable[[Tensor], Tensor] | None
     progress: bool
     seed: int | None
     on_epoch: Callable[[dict[str, Any]], None] | None
+    checkpoint: str | Path | None
+    every: int | Literal["auto", "epoch"]
+    resume: str | Path | None
 
     def checked(self) -> FitOptions:
         """The options, with ``epochs`` as a plain integer.
@@ -95,7 +106,15 @@ class FitOptions:
             raise ValueError(f'compile must be True, False or "auto", got {self.compile!r}.')
         if self.patience is not None and self.validation is None:
             raise ValueError(f"patience={self.patience} needs a validation bound: pass validation=0.1, for example.")
-        return replace(self, epochs=epochs)
+        if self.every not in ("auto", "epoch"):
+            positive_integer(self.every, "every")
+        if self.resume == "auto" and self.checkpoint is None:
+            raise ValueError(
+                'resume="auto" must have a folder of checkpoints: pass checkpoint=, or the path of one as resume=.'
+            )
+        positive_integer(self.max_skips, "max_skips")
+        max_steps = None if self.max_steps is None else positive_integer(self.max_steps, "max_steps")
+        return replace(self, epochs=epochs, max_steps=max_steps)
 
     def make_optimizer(self) -> MakeOptimizer:
         """The optimizer as a callable of the parameters.
@@ -121,6 +140,15 @@ class FitOptions:
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
 
         return _by_name(self.schedule, "schedule", {"constant": lambda optimizer: None, "cosine": cosine})
+
+    def total_steps(self, num_batches: int | None) -> int | None:
+        """How many steps the run takes at most, given the number of batches of an epoch; ``None`` if that is not known."""
+        by_epochs = None if num_batches is None else self.epochs * num_batches
+        return min((each for each in (by_epochs, self.max_steps) if each is not None), default=None)
+
+    def depends_on_length(self) -> bool:
+        """Whether the learning rate depends on the number of steps of the whole run."""
+        return self.schedule == "cosine"
 
     def compiles(self, total_steps: int | None) -> bool:
         """Whether steps are compiled."""

@@ -42,6 +42,8 @@ class Setup:
         step: takes a training step.
         loads: whether the step makes its batches itself, from rows and the whole data.
         total_steps: how many steps the run takes at most, or ``None`` if the data do not know their length.
+        depends_on_length: whether what a step computes depends on ``total_steps``, as under a cosine schedule.
+        rows: where the training data stand in the data that were given; ``None`` if they are all of them.
     """
 
     model: Program
@@ -58,6 +60,8 @@ class Setup:
     step: Step
     loads: bool
     total_steps: int | None
+    depends_on_length: bool
+    rows: torch.Tensor | None
 
 
 def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Setup:
@@ -70,7 +74,7 @@ def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Se
     if options.seed is not None:
         torch.manual_seed(options.seed)
     estimator = make_estimator(options.estimator)
-    train, held_out = split(model, data, options)
+    train, held_out, rows = split(model, data, options)
     for batches in (train, held_out):
         if batches is not None:
             batches.check_passes(options.epochs)
@@ -98,7 +102,7 @@ def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Se
     # Gradients that another loop, or a run that failed, left behind would enter the first step.
     for parameter in first.parameters:
         parameter.grad = None
-    total_steps = None if train.num_batches is None else options.epochs * train.num_batches
+    total_steps = options.total_steps(train.num_batches)
     optimizer, scheduler = _make_optimizer(first, options, total_steps)
     compiles = options.compiles(total_steps)
     # Data in memory are gathered and drawn within a compiled step, unless by a program that need not be tensor operations.
@@ -116,14 +120,15 @@ def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Se
             backend="inductor" if compiles else "eager",
             precision=options.precision,
         )
+    step.waits = False
     return Setup(
         model, guide, estimator, train, held_out, first, check, checked_train, checked_held_out,
-        optimizer, scheduler, step, loads, total_steps,
+        optimizer, scheduler, step, loads, total_steps, options.depends_on_length(), rows,
     )  # fmt: skip
 
 
-def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batches | None]:
-    """Batches of the training data and of the validation data.
+def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batches | None, torch.Tensor | None]:
+    """Batches of the training data and of the validation data, and the rows of the former if they are a part.
 
     Raises:
         ValueError: a fraction that leaves one of them empty, or data of which no fraction can be held out.
@@ -131,9 +136,9 @@ def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batc
     batch_size, shuffle, transform, validation = options.batch_size, options.shuffle, options.transform, options.validation
     train = Batches(data, batch_size, shuffle=shuffle, transform=transform, program=model)
     if validation is None:
-        return train, None
+        return train, None, None
     if not isinstance(validation, numbers.Real):
-        return train, Batches(validation, batch_size, program=model)
+        return train, Batches(validation, batch_size, program=model), None
     fraction = float(validation)
     if not 0 < fraction < 1:
         raise ValueError(f"validation must be a fraction between 0 and 1, or data, got {validation!r}.")
@@ -148,7 +153,8 @@ def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batc
     if transform is not None:
         # Once, so that epochs are compared on the same numbers.
         held_out = (transform(held_out[0]), *held_out[1:])
-    return Batches(kept, batch_size, shuffle=shuffle, transform=transform), Batches(held_out, batch_size)
+    train = Batches(kept, batch_size, shuffle=shuffle, transform=transform)
+    return train, Batches(held_out, batch_size), order[num_held_out:]
 
 
 def _make_optimizer(first: FirstBatch, options: FitOptions, total_steps: int | None) -> tuple[torch.optim.Optimizer, Any]:
