@@ -278,6 +278,7 @@ class _Loop:
             # An infinite loss is a datum of weight zero, whose gradient our estimators leave out.
             if math.isnan(loss) or not math.isfinite(norm):
                 self.between = random_states(self.state.device)
+                self.history.skipped = at.skipped + 1
                 self.skips.note(loss, norm, step)
                 continue
             at.in_a_row, at.total, at.num_data = 0, at.total - loss, at.num_data + step.count
@@ -289,7 +290,6 @@ class _Loop:
                 )
                 if cause is not None:
                     warnings.warn(f"The loss is infinite in epoch {at.epoch}, step {step.number}: {cause}", stacklevel=6)
-        self.history.skipped = at.skipped
 
     def _interrupt(self, number: int) -> None:
         """End the run by a signal that came.

@@ -162,6 +162,8 @@ class RunState:
         self.best.bound, self.best.epoch = run["best"]
         self.best.values = checkpoint.best
         self.position = Position(**run["position"])
+        if self.position.epoch > 1:
+            setup.train.forget_peeked()
         self.history = checkpoint.history
         self.start, self.random = kept["start"], kept["random"]
         self.epoch_random, self.epoch_generators = kept["epoch_random"], kept["generators"]
