@@ -109,10 +109,15 @@ class TrainSection:
         clip_norm: Largest norm of the gradient.
         validation: Fraction of the training data held out for the validation curve; 0 for none.
         patience: Stop after this many epochs without a better validation bound.
+        max_seconds: Stop after the step that crosses this time.
+        max_steps: Stop after so many steps.
+        max_skips: End the run after so many steps in a row whose loss or gradient is not finite; they are skipped.
         compile: Capture and compile the training step: true, false, or "auto" for runs long enough to repay it.
         precision: Of matrix products: "float32", "tf32" on a GPU, or "bfloat16".
         device: "cpu", "cuda", or "auto": a GPU if there is one. Scoring takes the same.
         tensorboard: Also log the curves for TensorBoard, in the run's folder.
+        checkpoint: Keep the run's last and best state in its folder, from which --resume goes on.
+        every: Steps between checkpoints, "epoch", or "auto": at the ends of epochs, in less than 1 % of the time.
     """
 
     epochs: Positive = 60
@@ -123,10 +128,15 @@ class TrainSection:
     clip_norm: PositiveFloat | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     patience: Positive | None = None
+    max_seconds: PositiveFloat | None = None
+    max_steps: Positive | None = None
+    max_skips: Positive = 10
     compile: bool | Literal["auto"] = "auto"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = False
+    checkpoint: bool = True
+    every: Positive | Literal["auto", "epoch"] = "auto"
 
 
 @dataclass(frozen=True, config=_STRICT)
