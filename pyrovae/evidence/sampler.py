@@ -50,6 +50,12 @@ from .streaming import LogMoments
 
 __all__ = ["Group", "ImportanceSampler"]
 
+# Chunks after which a captured graph is compared with the program again, on other data; then after twice as many, and so on. A
+# comparison takes as long as some six compiled chunks.
+CHUNKS_TO_RECHECK = 200
+# Draws of the prior, over all data, that repay a compiled graph of their own.
+PROBES_TO_COMPILE = 2**17
+
 
 @dataclass(frozen=True)
 class Group:
@@ -103,6 +109,7 @@ class ImportanceSampler:
             prior_draws(model, vectorize, nesting) if options.kind == "prior" else guide_draws(model, guide, vectorize, nesting)
         )
         self._probe_errors: list[str] = []
+        self._chunks_drawn, self._next_recheck = 0, CHUNKS_TO_RECHECK
 
     def run(self) -> Evidence:
         """Score all data."""
@@ -131,9 +138,10 @@ class ImportanceSampler:
                 f"x must be the {len(refinement)} data of the refinement in their order: pass the same data, as arrays."
             )
         backend = "inductor" if self._plan.compile else "eager"
-        self.staged = Staged(
-            self._staged_draw, backend, self.options.precision, self._plan.threads, programs=(self.model, self.guide)
-        )
+        programs, threads = (self.model, self.guide), self._plan.threads
+        self.staged = Staged(self._staged_draw, backend, self.options.precision, threads, programs=programs)
+        many = (self.data.num_data or 0) * self._plan.num_probes >= PROBES_TO_COMPILE
+        self.staged_probe = Staged(self._probe_plain, backend if many else "eager", threads=threads, programs=programs)
 
     def _open_store(self) -> Store:
         """What keeps the groups that have been scored. The names of the settings are those of files."""
@@ -163,6 +171,7 @@ class ImportanceSampler:
             evaluation_mode(self.model, self.guide),
             torch.random.fork_rng(devices),
             contextlib.closing(self.staged),
+            contextlib.closing(self.staged_probe),
             products_in(self.options.precision, self.device),
             tqdm(total=self.data.num_data, desc="log p(x)", unit="datum", disable=not self.options.progress) as bar,
         ):
@@ -176,8 +185,9 @@ class ImportanceSampler:
             refuse_no_weights(info.no_weights)
         described = scored_data(info, batch)
         torch.manual_seed(seed)
-        if (start // self._plan.group).bit_count() == 1:  # groups 1, 2, 4, ... check the graph on other data
+        if self._chunks_drawn >= self._next_recheck:
             self.staged.recheck(f"from datum {start} on")
+            self._next_recheck = 2 * self._chunks_drawn
         covered = None
         if kind == "guide":
             vectorize = self.options.vectorize_particles
@@ -274,6 +284,7 @@ class ImportanceSampler:
         return lambda batch, size: partial(draw, batch, size)
 
     def _submit_staged(self, batch: Batch, size: int) -> Callable[[], Tensor]:
+        self._chunks_drawn += 1
         value = self.staged.submit(torch.empty(size, 0, device=self.device), *batch)
         return lambda: value()[0]
 
@@ -328,16 +339,16 @@ class ImportanceSampler:
 
     def _missed(self, group: Group, arrays: dict[str, Array]) -> Array:
         """What the proposal missed of each datum of a group, by draws of the prior or the guide, in nats."""
-        model, guide, vectorize, plan = self.model, self.guide, self.options.vectorize_particles, self._plan
-        missed = np.full(len(group), math.nan)
+        plan, missed = self._plan, np.full(len(group), math.nan)
         try:
             for chosen, most in parts_of(torch.arange(len(group)), plan.num_probes, plan.chunk, None, plan.group, plan.whole):
                 rows, batch = chosen.numpy(), tuple(array[chosen] for array in group.batch)
-                other = guide_probe if self.options.kind == "prior" else prior_probe
-                probe = other(model, guide, vectorize, self.info.max_plate_nesting)
+                submit = self._submit_probe
                 if group.refinement is not None:
-                    probe = refined_probe(model, guide, group.refinement.rows(rows), vectorize)
-                blocks = [probe(batch, size) for size in chunk_sizes(plan.num_probes, most)]
+                    refinement, vectorize = group.refinement.rows(rows), self.options.vectorize_particles
+                    submit = partial(partial, refined_probe(self.model, self.guide, refinement, vectorize))
+                with self.staged.all_threads() if not self.staged_probe.captured else contextlib.nullcontext():
+                    blocks = [value() for value in [submit(batch, size) for size in chunk_sizes(plan.num_probes, most)]]
                 joint = Probe(*(torch.cat(columns).cpu() for columns in zip(*blocks, strict=True)))
                 largest, log_px = (torch.from_numpy(arrays[name][rows]) for name in ("largest", "log_px"))
                 missed[rows] = missed_nats(joint, largest, log_px, CONSTANT).numpy()
@@ -345,6 +356,13 @@ class ImportanceSampler:
             # The prior may have no sampler, the guide no density there, and a network no answer; the pair may be valid.
             self._probe_errors.append(str(error) or type(error).__name__)
         return missed
+
+    def _submit_probe(self, batch: Batch, size: int) -> Callable[[], tuple[Tensor, ...]]:
+        return self.staged_probe.submit(torch.empty(size, 0, device=self.device), *batch)
+
+    def _probe_plain(self, length: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
+        other = guide_probe if self.options.kind == "prior" else prior_probe
+        return other(self.model, self.guide, self.options.vectorize_particles, self.info.max_plate_nesting)(batch, len(length))
 
     def finish(self, num_data: int) -> Evidence:
         """The evidence, from all groups of all processes."""
