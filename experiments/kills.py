@@ -1,6 +1,6 @@
 """Kill training runs at random moments, resume them, and compare with the run that nobody ended: ``python kills.py``.
 
-Each run is a process of its own. Some signals come while a checkpoint is being written, since one is written at every step.
+Each run is a process of its own. Some signals come while a checkpoint is being written, since one is written every three steps.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def train(folder: str | None, kind: str, answer: Any) -> None:
     torch.manual_seed(0)
     x = torch.rand(260, 6)
     vae = pv.make_vae(6, latent_dim=2, hidden=[8])
-    kept: dict[str, Any] = {} if folder is None else {"checkpoint": folder, "every": 1, "resume": "auto"}
+    kept: dict[str, Any] = {} if folder is None else {"checkpoint": folder, "every": 3, "resume": "auto"}
     history = vae.fit(
-        x, epochs=12, batch_size=25, lr=0.01, schedule="cosine", clip_norm=1.0, validation=0.2, patience=12, seed=3,
+        x, epochs=8, batch_size=25, lr=0.01, schedule="cosine", clip_norm=1.0, validation=0.2, patience=12, seed=3,
         estimator={"kind": "elbo", "warm_up": 90, "num_particles": 2}, transform=pv.data.binarize, progress=False,
         **KINDS[kind], **kept,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def ended(folder: Path, kind: str, number: int, draws: random.Random) -> dict[st
     process, _ = started(folder, kind)
     while process.is_alive() and not list(folder.glob("step-*")):
         time.sleep(0.001)
-    time.sleep(draws.random() * 1.0)
+    time.sleep(draws.random() * 0.7)
     unfinished = process.is_alive()
     if unfinished:
         os.kill(process.pid, number)

@@ -41,6 +41,7 @@ from .models.vae import VAE as VAE
 from .models.vae import make_vae as make_vae
 from .programs.log_weights import log_weights as log_weights
 from .programs.weights import LogWeights as LogWeights
+from .training.callbacks import Callback as Callback
 from .training.checkpoint import Checkpoint as Checkpoint
 from .training.checkpoint import load_checkpoint as load_checkpoint
 from .training.history import History as History

@@ -455,7 +455,7 @@ def test_a_bad_datum_in_a_late_batch_is_found_before_training():
         ({"optimizer": "adm"}, "did you mean 'adam'"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"optimizer": torch.optim.LBFGS}, "got LBFGS, which does so several times"),
-        ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "got ReduceLROnPlateau, which needs a metric"),
+        ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "follows the validation bound needs one"),
         ({"estimator": pyro.infer.TraceTailAdaptive_ELBO(num_particles=3)}, "has a gradient and no loss"),
         ({"lr": "fast"}, "lr must be a positive number, got 'fast'"),
         ({"epochs": 0}, "epochs must be a positive integer"),

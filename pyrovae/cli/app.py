@@ -109,6 +109,7 @@ def _train(folder: RunFolder) -> None:
     estimator = make_estimator(described.estimator)
     options = described.train
     print_start(described, split, where)
+    callbacks = folder.loggers()
     with folder.training(vae):
         history = fit(
             vae.model,
@@ -121,7 +122,11 @@ def _train(folder: RunFolder) -> None:
             optimizer=options.optimizer,
             schedule=options.schedule,
             clip_norm=options.clip_norm,
+            accumulate=options.accumulate,
+            ema=options.ema,
             validation=options.validation or None,
+            validation_samples=options.validation_samples,
+            validate_every=options.validate_every,
             patience=options.patience,
             max_seconds=options.max_seconds,
             max_steps=options.max_steps,
@@ -131,6 +136,7 @@ def _train(folder: RunFolder) -> None:
             transform=split.transform,
             seed=described.seed,
             on_epoch=folder,
+            callbacks=callbacks,
             checkpoint=folder.checkpoint if options.checkpoint else None,
             every=options.every,
             resume="auto" if folder.resumed and options.checkpoint else None,

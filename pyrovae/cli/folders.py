@@ -14,6 +14,7 @@ from .config import Run, write_run
 
 if TYPE_CHECKING:
     from ..models.base import PairModule
+    from ..training.callbacks import Callback
 
 __all__ = ["RUNS", "RunFolder", "new_folder"]
 
@@ -33,8 +34,6 @@ class RunFolder:
         self.path, self.run, self.resumed = path, run, resumed
         self.checkpoint = path / "checkpoint"
         self.records: list[dict[str, Any]] = []
-        self._make_board = _tensorboard() if run.train.tensorboard else None
-        self._board: Any = None
         self._begun = False
         if resumed:
             self.records = self._records_before()
@@ -45,6 +44,24 @@ class RunFolder:
         if not self.resumed:  # else when the checkpoint has been found to be theirs
             self._write_settings()
 
+    def loggers(self) -> list[Callback]:
+        """The callbacks that the settings ask for.
+
+        Raises:
+            ValueError: one of them is not installed.
+        """
+        from ..training.callbacks import MLflow, TensorBoard, WandB
+
+        train, name = self.run.train, self.path.name
+        found: list[Callback] = []
+        if train.tensorboard:
+            found.append(TensorBoard(self.path / "tensorboard"))
+        if train.wandb:
+            found.append(WandB(name=name))
+        if train.mlflow:
+            found.append(MLflow(run_name=name))
+        return found
+
     def __call__(self, record: dict[str, Any]) -> None:
         """Write an epoch's record."""
         if not self._begun:
@@ -52,18 +69,12 @@ class RunFolder:
         self.records.append(record)
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record) + "\n")
-        if self._board is not None:
-            for name in ("bound", "validation", "lr"):
-                if record[name] is not None:
-                    self._board.add_scalar(name, record[name], record["step"])
 
     def finish(self, vae: PairModule, records: list[dict[str, Any]]) -> None:
         """Write the model and the whole curve."""
         self.records = list(records)
         self._write_records()
         vae.save_pretrained(self.path)
-        if self._board is not None:
-            self._board.close()
 
     @contextmanager
     def training(self, vae: PairModule) -> Iterator[None]:
@@ -85,7 +96,9 @@ class RunFolder:
                     error.add_note(str(second))
             if isinstance(error, Interrupted) and self.run.train.checkpoint:
                 message = str(error).partition(": ")[0]
-                raise Interrupted(f"{message}: go on with pyrovae train --resume {self.path}", error.signal, history) from None
+                raise Interrupted(
+                    f"{message}: go on with pyrovae train --resume {self.path}", error.signal, error.history
+                ) from None
             raise
 
     def _begin(self) -> None:
@@ -94,9 +107,6 @@ class RunFolder:
         if self.resumed:
             self._write_settings()
             self._write_records()
-        if self._make_board is not None:
-            last = self.records[-1]["step"] if self.records else 0
-            self._board = self._make_board(str(self.path / "tensorboard"), purge_step=last + 1)
 
     def _write_settings(self) -> None:
         from .. import files
@@ -151,12 +161,3 @@ def new_folder(name: str, *, chosen: bool) -> Iterator[Path]:
             if made_runs and not os.listdir(RUNS):
                 RUNS.rmdir()
         raise
-
-
-def _tensorboard() -> Any:
-    """TensorBoard's writer, an optional extra."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError('TensorBoard is not installed: pip install "pyrovae[tensorboard]".') from error
-    return SummaryWriter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -88,6 +88,6 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, partial):
         return f"{_plain(value.func)} {[_plain(each) for each in value.args]} {_plain(value.keywords)}"
-    if isinstance(value, type | Callable):  # type: ignore[arg-type]
+    if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return type(value).__qualname__

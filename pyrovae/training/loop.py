@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pyro
-import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..compile.cuda import products_in
 from ..programs.reachable import changed, python_state
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
+from .callbacks import Callback, Training
 from .history import History
 from .interrupts import Interrupted, Signals
 from .keeper import Keeper
 from .options import FitOptions
 from .progress import Progress
+from .schedules import MakeOptimizer, MakeSchedule
 from .setup import set_up
 from .skips import Skips, Taken, batch_of
 from .state import RunState
 from .tensors import random_states
-from .validation import bound_of
+from .validation import validate
 from .values import cause_in_data
 
 __all__ = ["fit"]
@@ -48,10 +50,14 @@ def fit(
     batch_size: int = 100,
     shuffle: bool = True,
     lr: float = 1e-3,
-    optimizer: str | Callable[..., torch.optim.Optimizer] = "adam",
-    schedule: str | Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] = "constant",
+    optimizer: str | Mapping[str, Any] | MakeOptimizer = "adam",
+    schedule: str | Mapping[str, Any] | MakeSchedule = "constant",
     clip_norm: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
     validation: Any = None,
+    validation_samples: int | None = None,
+    validate_every: int = 1,
     patience: int | None = None,
     max_seconds: float | None = None,
     max_steps: int | None = None,
@@ -62,6 +68,7 @@ def fit(
     progress: bool = True,
     seed: int | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     every: int | Literal["auto", "epoch"] = "auto",
     resume: str | Path | None = None,
@@ -85,11 +92,20 @@ def fit(
             such as ``AutoNormal``, ``AutoDelta`` or ``AutoNormalMessenger``, with all data in one batch. Autoguides that draw
             one vector for all data, such as ``AutoMultivariateNormal``, have no factor for each datum and are refused.
         lr: the learning rate.
-        optimizer: ``"adam"``, another name, or a callable ``(parameters, lr=...)`` such as a torch optimizer class.
-        schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), or a callable that makes a torch scheduler, which is
-            stepped after every optimizer step.
+        optimizer: ``"adam"``, another name, a table ``{"kind": "sgd", "momentum": 0.9}``, or a callable of parameters and
+            ``lr``, such as a torch optimizer class.
+        schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), ``{"kind": "step", "every": 30}`` (a tenth after each
+            30 epochs) or ``"plateau"`` (half after epochs without a better validation bound), with the options of
+            :mod:`pyrovae.training.schedules`, such as ``"warm_up": 500`` steps; or a callable that makes a torch scheduler,
+            which is stepped after every step, or with the validation bound if it is a ``ReduceLROnPlateau``.
         clip_norm: the largest norm that the gradient of all parameters together may have.
-        validation: a fraction of the data to hold out, or data of their own; scored by the same estimator each epoch.
+        accumulate: the number of parts of each batch whose gradients are computed one after the other and added, which takes
+            less memory; ``batch_size`` is still the number of data per step.
+        ema: the decay of a moving average of the parameters, such as 0.999; validation uses the average, and the trained
+            parameters are the average.
+        validation: a fraction of the data to hold out, or data of their own; scored by the same estimator.
+        validation_samples: score the validation data by importance sampling with so many draws, in place of the bound.
+        validate_every: epochs between two scores of the validation data.
         patience: stop after this many epochs without a better validation bound, and go back to the best parameters and
             buffers, such as the statistics of batch normalisation.
         max_seconds: stop after the step that crosses this time, counted from the first step.
@@ -111,6 +127,8 @@ def fit(
         progress: show a bar with the bound in nats per datum.
         seed: seeds torch's random stream, for the order, the draws and the transform.
         on_epoch: called with each epoch's record.
+        callbacks: objects of :class:`pyrovae.Callback`, which are called at the start, after steps and epochs, and at the end,
+            and may end the run.
         checkpoint: a folder where the run is kept: its last state, and the parameters of the best validation bound, as
             safetensors and JSON with checksums (:func:`pyrovae.load_checkpoint`). A run that is killed loses what came after
             the last checkpoint. Ctrl-C and SIGTERM finish the step and write one, and so do errors between steps.
@@ -160,6 +178,11 @@ class _Loop:
         self.state, self.setup, self.keeper, self.options = state, state.setup, keeper, keeper.options
         self.at, self.history = state.position, state.history
         self.skips = Skips(self.setup, self.options, self.at)
+        plain = {name: value for name, value in vars(self.options).items() if isinstance(value, bool | int | float | str)}
+        optimizer = self.setup.optimizer
+        self.training = Training(self.setup.model, self.setup.guide, optimizer, self.history, plain, step=self.at.step)
+        self.on_step = [each for each in self.options.callbacks if type(each).step is not Callback.step]
+        self.steps_schedule = self.setup.scheduler is not None and not isinstance(self.setup.scheduler, ReduceLROnPlateau)
         self.signals = Signals(terminate=keeper.folder is not None)
         self.unread: list[Taken] = []
         self.cut = False  # whether a budget ended the run within an epoch
@@ -178,6 +201,8 @@ class _Loop:
             self.signals,
         ):
             try:
+                for callback in options.callbacks:
+                    callback.start(self.training)
                 if self._goes_on():
                     at.ended, self.cut = None, at.batch > 0 and self._budget() is not None
                     self._epochs(progress)
@@ -190,8 +215,12 @@ class _Loop:
                 self._rescue(error)
                 raise
             finally:
+                if setup.step.average is not None:
+                    setup.step.average.load_into_parameters()
                 if options.patience is not None:
                     self.state.tensors.load(self.state.best.values)
+                for callback in options.callbacks:
+                    callback.end(self.training)
         return self.history
 
     def _goes_on(self) -> bool:
@@ -212,7 +241,6 @@ class _Loop:
             self.history.records.append(record)
             progress.epoch(record)
             self._call_on_epoch(record)
-            self.state.best.update(record, self.state.tensors)
             self.between = None
             at.begin_epoch(at.epoch + 1)
             at.ended = self._reason_to_stop(record)
@@ -238,7 +266,7 @@ class _Loop:
                 seen = batch_of(setup, inputs) if setup.loads else batch
                 setup.check(seen, f"batch {at.batch + 1} of epoch {at.epoch}")
             step.step_async(*batch)
-            if setup.scheduler is not None:
+            if self.steps_schedule:
                 setup.scheduler.step()
             at.step, at.batch = at.step + 1, at.batch + 1
             self._remember(inputs, batch)
@@ -247,6 +275,8 @@ class _Loop:
                 self._read_bounds()
             if self.signals.received is not None:
                 self._interrupt(self.signals.received)
+            if self.on_step:
+                self._call_on_step()
             over = self._budget() is not None
             # A run that is resumed with a larger budget goes on within the epoch.
             self.cut = over and at.batch != setup.train.num_batches
@@ -281,7 +311,7 @@ class _Loop:
                 self.history.skipped = at.skipped + 1
                 self.skips.note(loss, norm, step)
                 continue
-            at.in_a_row, at.total, at.num_data = 0, at.total - loss, at.num_data + step.count
+            at.in_a_row, at.total, at.num_data = 0, at.total - loss, at.num_data + step.num_data
             if math.isinf(loss) and not at.warned_of_infinite_loss:
                 at.warned_of_infinite_loss = True
                 inputs = unread[-1].inputs if step.inputs is None else step.inputs
@@ -322,29 +352,31 @@ class _Loop:
             self.history.records = records
 
     def _record(self, bound: float) -> dict[str, Any]:
-        setup, at = self.setup, self.at
-        validation = None
-        if setup.held_out is not None:
-            check = setup.check if at.checks_held_out else None
-            validation = bound_of(setup.estimator, setup.model, setup.guide, setup.held_out, setup.first.info, check)
-        # By runs of the pair, the validation data are checked once.
-        at.checks_held_out = at.checks_held_out and setup.check.direct
         return {
-            "epoch": at.epoch,
-            "step": at.step,
+            "epoch": self.at.epoch,
+            "step": self.at.step,
             "bound": bound,
-            "validation": validation,
-            "lr": setup.optimizer.param_groups[0]["lr"],
+            "validation": validate(self.state, self.options),
+            "lr": self.setup.optimizer.param_groups[0]["lr"],
             "seconds": self.state.seconds,
         }
 
+    def _call_on_step(self) -> None:
+        self.training.step, self.training.epoch = self.at.step, self.at.epoch
+        for callback in self.on_step:
+            callback.step(self.training)
+
     def _call_on_epoch(self, record: dict[str, Any]) -> None:
-        if self.options.on_epoch is None:
+        if self.options.on_epoch is None and not self.options.callbacks:
             return
+        self.training.step, self.training.epoch = self.at.step, self.at.epoch
         setup, captured = self.setup, self.setup.step.captured
         programs = (setup.model, setup.guide, setup.estimator)
         before = python_state(*programs) if captured else {}
-        self.options.on_epoch(record)
+        if self.options.on_epoch is not None:
+            self.options.on_epoch(record)
+        for callback in self.options.callbacks:
+            callback.epoch(self.training, record)
         if captured and changed(before, python_state(*programs)):
             setup.step.recheck(f"after on_epoch of epoch {record['epoch']}")
 
@@ -362,4 +394,4 @@ class _Loop:
             return f"{options.max_seconds} seconds are over"
         if options.max_steps is not None and self.at.step >= options.max_steps:
             return f"{options.max_steps} steps are done"
-        return None
+        return self.training.stopped

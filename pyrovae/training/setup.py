@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from ..compile.average import Average
 from ..compile.cuda import check_precision
 from ..compile.step import Step, stage
 from ..data.batches import Batches
@@ -18,6 +20,7 @@ from ..programs.sites import Program
 from ..programs.state import buffers_kept
 from .options import FitOptions
 from .preflight import check_other_batches, check_programs, checked_optimizer, rehearse
+from .schedules import Schedule, named_optimizer, named_schedule
 from .values import SupportCheck, check_first_loss
 
 __all__ = ["Setup", "set_up", "split"]
@@ -103,7 +106,7 @@ def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Se
     for parameter in first.parameters:
         parameter.grad = None
     total_steps = options.total_steps(train.num_batches)
-    optimizer, scheduler = _make_optimizer(first, options, total_steps)
+    optimizer, scheduler = _make_optimizer(first, options, total_steps, train.num_batches)
     compiles = options.compiles(total_steps)
     # Data in memory are gathered and drawn within a compiled step, unless by a program that need not be tensor operations.
     loads = compiles and options.shuffle and train.loader is None and options.transform in (None, binarize, dequantize)
@@ -120,7 +123,8 @@ def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Se
             backend="inductor" if compiles else "eager",
             precision=options.precision,
         )
-    step.waits = False
+    step.waits, step.parts = False, options.accumulate
+    step.average = None if options.ema is None else Average(first.parameters, options.ema)
     return Setup(
         model, guide, estimator, train, held_out, first, check, checked_train, checked_held_out,
         optimizer, scheduler, step, loads, total_steps, options.depends_on_length(), rows,
@@ -157,15 +161,16 @@ def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batc
     return train, Batches(held_out, batch_size), order[num_held_out:]
 
 
-def _make_optimizer(first: FirstBatch, options: FitOptions, total_steps: int | None) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = checked_optimizer(options.make_optimizer(), first.parameters, options.lr)
-    scheduler = options.make_schedule(total_steps)(optimizer)
+def _make_optimizer(
+    first: FirstBatch, options: FitOptions, total_steps: int | None, epoch: int | None
+) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = checked_optimizer(named_optimizer(options.optimizer), first.parameters, options.lr)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "optimizer must evaluate the loss once for each step, got LBFGS, which does so several times: choose 'adam'."
         )
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise ValueError(
-            "schedule must follow the number of the step, got ReduceLROnPlateau, which needs a metric: choose 'cosine'."
-        )
+    scheduler = named_schedule(options.schedule, total_steps, epoch)(optimizer)
+    follows = isinstance(scheduler, ReduceLROnPlateau) or (isinstance(scheduler, Schedule) and scheduler.patience is not None)
+    if follows and options.validation is None:
+        raise ValueError("A schedule that follows the validation bound needs one: pass validation=0.1, for example.")
     return optimizer, scheduler

@@ -28,13 +28,13 @@ class Taken(NamedTuple):
     Attributes:
         number: its number in the run.
         batch: the number of its batch in the epoch.
-        count: the number of data of the batch.
+        num_data: the number of data of the batch.
         inputs: of ``Batches.load``; ``None`` if they are not kept.
     """
 
     number: int
     batch: int
-    count: float
+    num_data: float
     inputs: Batch | None
 
 

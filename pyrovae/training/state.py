@@ -134,6 +134,7 @@ class RunState:
             "scheduler": None if setup.scheduler is None else setup.scheduler.state_dict(),
             "estimator": _plain_attributes(setup.estimator),
             "store": self.tensors.others(),
+            "average": None if setup.step.average is None else [setup.step.average.count.item(), setup.step.average.values],
         }
         run = {
             "position": dict(vars(self.position)),
@@ -158,6 +159,8 @@ class RunState:
             setup.scheduler.load_state_dict(kept["scheduler"])
         for name, value in kept["estimator"].items():
             setattr(setup.estimator, name, value)
+        if setup.step.average is not None:
+            setup.step.average.load(*kept["average"])
         record_again(setup.step, run["graphs"], example)
         self.best.bound, self.best.epoch = run["best"]
         self.best.values = checkpoint.best

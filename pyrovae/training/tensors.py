@@ -37,11 +37,11 @@ class PairTensors:
         for prefix, module in _outermost(model, guide):
             for name, parameter in module.named_parameters():
                 self._add(prefix + name, parameter)
-            for name, _ in module.named_buffers():  # the tensor may be another one later
+            for name in dict(module.named_buffers()):  # the tensor may be another one later
                 self._live[prefix + name] = partial(module.get_buffer, name)
         stored = {id(value): name for name, value in pyro.get_param_store().named_parameters()}
-        for place, parameter in enumerate(parameters):
-            self._add(stored.get(id(parameter), f"parameter {place}"), parameter)
+        for place, each in enumerate(parameters):
+            self._add(stored.get(id(each), f"parameter {place}"), each)
 
     def _add(self, name: str, parameter: Tensor) -> None:
         if id(parameter) not in self.names:
@@ -87,11 +87,10 @@ class Best:
         self.bound, self.epoch = -math.inf, 0
         self.values: dict[str, Tensor] = {}
 
-    def update(self, record: Mapping[str, Any], tensors: PairTensors) -> None:
+    def update(self, epoch: int, bound: float, tensors: PairTensors) -> None:
         """Take an epoch into account."""
-        if record["validation"] is not None and record["validation"] > self.bound:
-            self.bound, self.epoch = record["validation"], record["epoch"]
-            self.values = tensors.copies()
+        if bound > self.bound:
+            self.bound, self.epoch, self.values = bound, epoch, tensors.copies()
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
