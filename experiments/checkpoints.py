@@ -38,7 +38,8 @@ def of_an_epoch(root: str, batch_size: int) -> dict[str, float]:
     Keeper.write = timed  # type: ignore[method-assign]
     vae.fit(
         x.reshape(len(x), -1), epochs=EPOCHS, batch_size=batch_size, transform=pv.data.binarize, compile=True, seed=0,
-        progress=False, checkpoint=tempfile.mkdtemp(), every="epoch", validation=0.1, on_epoch=lambda _: ends.append(time.process_time()),
+        progress=False, checkpoint=tempfile.mkdtemp(), every="epoch", validation=0.1,
+        on_epoch=lambda _: ends.append(time.process_time()),
     )  # fmt: skip
     Keeper.write = write  # type: ignore[method-assign]
     epochs = [later - earlier for earlier, later in itertools.pairwise(ends)]

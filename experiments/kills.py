@@ -1,6 +1,6 @@
-"""Kill training runs at random moments, resume them, and compare with the run that nobody ended: ``python kills.py``.
+"""Kill training runs at random moments, resume them, and compare with the run that nobody ended.
 
-Each run is a process of its own. Some signals come while a checkpoint is being written, since one is written every three steps.
+``python kills.py [NUMBER]`` has so many at once. Each run is a process of its own. Some signals come while a checkpoint is being written, since one is written every three steps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,14 @@ import record
 
 KINDS: dict[str, dict[str, Any]] = {"eager": {"compile": False}, "compiled": {"compile": True}}
 SIGNALS = {signal.SIGKILL: 20, signal.SIGTERM: 10, signal.SIGINT: 10}
+# Imported once, before the processes are forked.
+PRELOADED = [
+    "pyrovae.training.loop",
+    "pyrovae.models.vae",
+    "pyrovae.evidence.importance",
+    "arviz",
+    "torch._inductor.compile_fx",
+]
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -81,29 +91,33 @@ def ended(folder: Path, kind: str, number: int, draws: random.Random) -> dict[st
     return {"ended": unfinished, "code": process.exitcode, "in a write": bool(left), "step": int(steps[-1].split("-")[1])}
 
 
+def attempt(kind: str, number: int, run: int, whole: list[str]) -> dict[str, Any]:
+    """One run: ended, resumed, compared."""
+    folder = Path(tempfile.mkdtemp()) / "kept"
+    how = ended(folder, kind, number, random.Random(run))
+    how["same"] = finished(folder, kind) == whole
+    shutil.rmtree(folder.parent)
+    print(kind, signal.Signals(number).name, run, how, file=sys.stderr, flush=True)
+    return how
+
+
 def main() -> None:
     """Kill, resume, compare, and write the result."""
-    CONTEXT.set_forkserver_preload(["pyrovae.training.loop", "pyrovae.models.vae", "pyrovae.evidence.importance"])
+    CONTEXT.set_forkserver_preload(PRELOADED)
     result: dict[str, Any] = {}
-    for kind in KINDS:
-        whole = finished(None, kind)
-        for number, runs in SIGNALS.items():
-            found = []
-            for run in range(runs):
-                folder = Path(tempfile.mkdtemp()) / "kept"
-                how = ended(folder, kind, number, random.Random(run))
-                how["same"] = finished(folder, kind) == whole
-                found.append(how)
-                shutil.rmtree(folder.parent)
-            name = f"{kind}, {signal.Signals(number).name}"
-            result[name] = {
-                "runs": runs,
-                "ended before their end": sum(each["ended"] for each in found),
-                "in the middle of a write": sum(each["in a write"] for each in found),
-                "same weights, curve and evidence": sum(each["same"] for each in found),
-                "steps": [each["step"] for each in found],
-            }
-            print(name, result[name], file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(int(sys.argv[1]) if len(sys.argv) > 1 else 1) as pool:
+        for kind in KINDS:
+            whole = finished(None, kind)
+            for number, runs in SIGNALS.items():
+                found = list(pool.map(partial(attempt, kind, number, whole=whole), range(runs)))
+                result[f"{kind}, {signal.Signals(number).name}"] = {
+                    "runs": runs,
+                    "ended before their end": sum(each["ended"] for each in found),
+                    "in the middle of a write": sum(each["in a write"] for each in found),
+                    "same weights, curve and evidence": sum(each["same"] for each in found),
+                    "steps": [each["step"] for each in found],
+                }
+    print(result)
     record.write("kills", result)
 
 

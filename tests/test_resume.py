@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pyrovae as pv
+from pyrovae.compile.step import Step
 from pyrovae.training import checkpoint as checkpoints
-from pyrovae.training import keeper
+from pyrovae.training import keeper, loop, setup
 from pyrovae.training.interrupts import Interrupted
 
 X = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
@@ -78,12 +80,42 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bits(
 
 
 def test_a_compiled_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the start of an epoch, steps of the program take the place of compiled ones, which round otherwise.
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 8)
     whole = resumed_run.run(None, "compiled", 1, epochs=4)
     with monkeypatch.context() as patch:
         ended_at(23, killed, patch)
         with pytest.raises(Killed):
             resumed_run.run(str(tmp_path), "compiled", 7, epochs=4)
     assert resumed_run.run(str(tmp_path), "compiled", 7, epochs=4) == whole
+
+
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_a_run_of_cuda_graphs_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    # Without a GPU, a recorder that runs what it would record.
+    stage, made, recorded = setup.stage, [], []
+
+    def staged(*args: Any, **options: Any) -> Step:
+        step = stage(*args, **options)
+        step.asynchronous, step.recorder = True, lambda run: recorded.append(run) or run
+        made.append(step)
+        return step
+
+    monkeypatch.setattr(setup, "stage", staged)
+    monkeypatch.setenv("PYROVAE_COMPILE", "aten")
+    options: dict[str, Any] = {"epochs": 3, "optimizer": optimizer, "patience": None}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SGD runs outside the step's CUDA graph")
+        whole = resumed_run.run(None, "compiled", 1, **options)
+        for step in (2, 21):
+            with monkeypatch.context() as patch:
+                ended_at(step, killed if step == 21 else interrupted, patch)
+                with pytest.raises((Killed, Interrupted)):
+                    resumed_run.run(str(tmp_path / str(step)), "compiled", 4, **options)
+            recorded.clear()
+            assert resumed_run.run(str(tmp_path / str(step)), "compiled", 4, **options) == whole
+            assert recorded
+            assert made[-1].recorder is not None
 
 
 class Noisy(Dataset):
@@ -297,6 +329,9 @@ def test_a_folder_is_not_overwritten_nor_shared(kept: Path, tmp_path: Path) -> N
     vae = of_normal_data()
     with pytest.raises(ValueError, match="is a checkpoint already: pass resume='auto'"):
         vae.fit(X, checkpoint=kept, **SHORT)
+    with pytest.raises(ValueError, match="different lengths"):
+        vae.fit((X, X[:3]), checkpoint=tmp_path / "refused", **SHORT)
+    assert not (tmp_path / "refused").exists()
     with pytest.raises(ValueError, match='resume="auto" must have a folder'):
         vae.fit(X, resume="auto", **SHORT)
     with pytest.raises(FileNotFoundError, match="There is no checkpoint in"):

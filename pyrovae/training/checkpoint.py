@@ -118,6 +118,7 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._made = not self.path.exists()
         with _system_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
@@ -136,8 +137,11 @@ class CheckpointFolder:
         return _last(self.path)
 
     def close(self) -> None:
-        """Let other runs use the folder."""
+        """Let other runs use the folder; remove one that a refused run has made."""
         self._lock.release()
+        if self._made and self.last is None and {each.name for each in self.path.iterdir()} <= {LOCK}:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def write(
         self, step: int, history: History, run: Mapping[str, Any], arrays: Mapping[str, Mapping[str, Tensor]], same: str | None

@@ -31,6 +31,9 @@ class Keeper:
     Args:
         options: of the run.
 
+    Attributes:
+        failed: whether the last checkpoint could not be written.
+
     Raises:
         FileNotFoundError: there is no checkpoint to resume from.
         OSError: the folder cannot be written.
@@ -47,6 +50,7 @@ class Keeper:
             raise
         if self.found is not None and options.compile == "auto":  # whatever is left of the run, it is one run
             self.options = replace(options, compile=self.found.notes["compile"])
+        self.failed = False
         self._configuration: dict[str, Any] = {}
         self._written: tuple[int, int, str | None] | None = None
         self._best_written: int | None = None
@@ -126,7 +130,9 @@ class Keeper:
             same = "best"
         compiles = self.options.compiles(state.setup.total_steps)
         run |= {"configuration": self._configuration, "machine": machine(), "compile": compiles}
+        self.failed = True
         self.folder.write(at.step, state.history, run, arrays, same)
+        self.failed = False
         self._written, self._best_written = what, state.best.epoch
         self._last = time.perf_counter()
         self._spent += self._last - began

@@ -340,13 +340,14 @@ class _Loop:
     def _rescue(self, error: BaseException) -> None:
         """Write a last checkpoint if the run ended between two steps, and hand over the history."""
         error.history = self.history  # type: ignore[attr-defined]
-        if self.keeper.folder is None or self.between is None or isinstance(error, OSError):
+        if self.keeper.folder is None or self.between is None or self.keeper.failed:
             return
-        records = self.history.records
+        records, random = self.history.records, self.between
         self.history.records = records[: self.at.epoch - 1]  # the end of an epoch that failed is tried again
         try:
-            self.keeper.write(self.state, self.between)
-        except OSError as second:
+            self._read_bounds()
+            self.keeper.write(self.state, random)
+        except (OSError, FloatingPointError) as second:
             error.add_note(str(second))
         finally:
             self.history.records = records
