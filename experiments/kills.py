@@ -1,6 +1,7 @@
 """Kill training runs at random moments, resume them, and compare with the run that nobody ended.
 
-``python kills.py [NUMBER]`` has so many at once. Each run is a process of its own. Some signals come while a checkpoint is being written, since one is written every three steps.
+``python kills.py [NUMBER]`` has so many at once. Each run is a process of its own. Some signals come while a checkpoint is
+being written, since one is written every three steps.
 """
 
 from __future__ import annotations
