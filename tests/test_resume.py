@@ -118,6 +118,20 @@ def test_a_run_of_cuda_graphs_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
             assert made[-1].recorder is not None
 
 
+def test_without_a_seed_the_same_data_are_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(seed: int, **kept: Any) -> pv.History:
+        vae = of_normal_data()
+        torch.manual_seed(seed)  # of the process, which a resumed one does not share
+        return vae.fit(X, epochs=3, batch_size=20, validation=0.3, progress=False, **kept)
+
+    whole = run(7)
+    with monkeypatch.context() as patch:
+        ended_at(4, interrupted, patch)
+        with pytest.raises(Interrupted):
+            run(7, checkpoint=tmp_path)
+    assert numbers(run(8, checkpoint=tmp_path, resume="auto")) == numbers(whole)
+
+
 class Noisy(Dataset):
     """Draws from NumPy and Python for each datum, as augmentations do."""
 
@@ -448,6 +462,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path, monkeypa
         vae.fit(X, validation=0.2, checkpoint=tmp_path, every="epoch", **SHORT | {"epochs": 3})
     monkeypatch.undo()
     assert len(error.value.history.records) == 2
+    assert not list(tmp_path.glob(".new-*"))
     kept = pv.load_checkpoint(tmp_path)
     assert kept.step == 2 or (kept.step == 4 and write == 4)  # the last call follows the renaming
     assert kept.best
