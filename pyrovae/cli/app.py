@@ -1,4 +1,4 @@
-"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``.
+"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``; the rest is in :mod:`.uses`.
 
 Only cyclopts is imported at once; torch, Pyro and ArviZ take seconds, so each command imports what it needs.
 """
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_BUG = " (this is no fault of yours that we foresaw; PYROVAE_DEBUG=1 shows where)"
+_BUG = " (pyrovae did not foresee this error; PYROVAE_DEBUG=1 shows where it comes from)"
 
 
 @app.command(sort_key=0)
@@ -68,7 +68,7 @@ def train(
     With no argument: scikit-learn's handwritten digits, in under two minutes. A run that was ended goes on with --resume.
 
     Args:
-        run: A TOML file that describes the run; options below win over it.
+        run: A TOML file that describes the run, or the data: a file or a folder of images. Options below win over it.
         device: Short for --train.device.
         resume: The folder of a run that was ended: go on from its last checkpoint, to the same numbers.
         settings: The run's settings.
@@ -114,7 +114,7 @@ def _train(folder: RunFolder) -> None:
         history = fit(
             vae.model,
             vae.guide,
-            vae.train_inputs(split.train, split.train_labels),
+            vae.train_inputs(split.train, split.train_labels, **split.beside("train")),
             estimator=estimator,
             epochs=options.epochs,
             batch_size=options.batch_size,
@@ -185,19 +185,34 @@ def evaluate(
 
 @app.command(sort_key=2)
 def compare(*runs: Path) -> None:
-    """Rank trained runs by held-out log p(x), with paired differences.
+    """Rank trained runs by held-out log p(x), with paired differences, and write a page beside them: comparison.html.
+
+    Runs that differ in nothing but their seed are one model, whose error from training is then known too.
 
     Args:
         runs: Two or more run folders, scored on the same test data.
     """
+    from .. import files
     from ..evidence.comparison import compare as compare_evidence
     from ..evidence.results import Evidence
+    from .comparison_page import grouped, write_comparison
 
     if len(set(runs)) < 2:
         raise ValueError("A comparison takes two or more run folders: pyrovae compare runs/one runs/other.")
-    if len({repr(_described(run).data) for run in runs}) > 1:
+    described = {str(run): _described(run) for run in runs}
+    if len({repr(each.data) for each in described.values()}) > 1:
         raise ValueError("The runs were scored on different data, so their log p(x) cannot be compared.")
-    print(compare_evidence({str(run): Evidence.load(run / "evidence.safetensors") for run in runs}))
+    models = grouped(described)
+    evidence = {
+        model: [Evidence.load(Path(name) / "evidence.safetensors") for name in names] for model, names in models.items()
+    }
+    comparison = compare_evidence(evidence)
+    page = runs[0].parent / "comparison.html"
+    records = {model: files.read_lines(Path(names[0]) / "metrics.jsonl") for model, names in models.items()}
+    settings = {model: described[names[0]] for model, names in models.items()}
+    write_comparison(page, comparison, evidence, runs=settings, records=records)
+    print(comparison)
+    print(f"Page: {page}")
 
 
 @app.command(sort_key=3)
@@ -224,6 +239,7 @@ def estimators(
         train_seconds: Also train each from one fresh start for so long, and score the test data.
     """
     import torch
+    from matplotlib.figure import Figure
 
     from .. import files
     from ..diagnostics.gradients import compare_estimators, train_estimators
@@ -234,7 +250,7 @@ def estimators(
     split, device = load_split(described), run_device(described)
     vae = load_model(run).to(device)
     torch.manual_seed(described.seed)
-    train = vae.train_inputs(split.train, split.train_labels)
+    train = vae.train_inputs(split.train, split.train_labels, **split.beside("train"))
     rows = torch.randperm(len(split.train))[:batch_size]
     x, *labels = (each[rows] for each in train)
     x = x if split.transform is None else split.transform(x)
@@ -243,14 +259,16 @@ def estimators(
     reference = {"kind": "dreg", "num_particles": reference_particles}
     options: dict[str, Any] = {"num_draws": num_draws, "reference": reference, "seed": described.seed}
     result = compare_estimators(vae.model, vae.guide, batch, chosen, progress=sys.stderr.isatty(), **options)
-    result.plot().savefig(run / "estimators.png", dpi=150)
+    figure = Figure(figsize=(13, 1.6 + 0.42 * len(result.names)), layout="constrained")
+    result.plot(figure.subplots(1, 4, sharey=True))
+    figure.savefig(run / "estimators.png", dpi=150)
     files.write_text(run / "estimators.json", json_text(result.to_dataset().to_dict()) + "\n")
     print(result)
     print(f"Figure: {run / 'estimators.png'}")
     if train_seconds is not None:
         torch.manual_seed(described.seed)
         fresh = build_model(described, split).to(device)
-        held_out = fresh.score_inputs(split.test, split.test_labels)
+        held_out = fresh.score_inputs(split.test, split.test_labels, **split.beside("test"))
         ranking = train_estimators(
             fresh.model,
             fresh.guide,

@@ -31,13 +31,22 @@ class DataSection:
     """What to train on.
 
     Attributes:
-        name: "digits" (ships with scikit-learn) or "mnist".
-        path: A .npy array of shape (N, ...) instead.
-        root: The folder that holds MNIST/raw.
+        name: "digits" (ships with scikit-learn); torchvision's "mnist", "fashion_mnist", "kmnist", "emnist", "omniglot",
+            "cifar10" or "svhn"; or "linear_gaussian", "ring", "bernoulli_mixture" or "poisson_mixture", of known log p(x).
+        path: A file (.npy .npz .csv .tsv .parquet .h5 .h5ad .pt .safetensors) or a folder of images instead.
+        root: The folder that holds MNIST/raw and the like.
         binarize: "dynamic" (MNIST's default), "static", "none" (grey in [0, 1]), "levels" (0..255), "dequantized" (with noise).
-        download: Let torchvision fetch MNIST.
-        test_fraction: The held-out part of a .npy file.
+        download: Let torchvision fetch its data set.
+        test_fraction: The held-out part of a file.
         labelled: The part of the training data whose labels are kept, for semi-supervised models; by default all.
+        key: The array of a file that holds several, or the layer of an .h5ad file.
+        labels: The column (or the array) of classes.
+        covariates: Columns that are given and not modelled, for models of kind "conditional".
+        ignore: Columns that are left out.
+        missing: Take NaN in arrays as missing values; in tables they and empty cells always are.
+        size: Height and width of images, or one number for both.
+        colour: "rgb" or "grey", of images.
+        memory: Data of more GB than this are read from disk in batches; by default than half of what is free.
     """
 
     name: str = "digits"
@@ -47,6 +56,21 @@ class DataSection:
     download: bool = False
     test_fraction: Fraction = 0.2
     labelled: Annotated[float, Field(gt=0, le=1)] | None = None
+    key: str | None = None
+    labels: str | None = None
+    covariates: list[str] | None = None
+    ignore: list[str] | None = None
+    missing: bool = False
+    size: list[Positive] | None = None
+    colour: Literal["rgb", "grey"] | None = None
+    memory: PositiveFloat | None = None
+
+    def reading(self) -> dict[str, Any]:
+        """The options of :func:`pyrovae.data.read` that are set."""
+        options = {name: getattr(self, name) for name in ("key", "labels", "covariates", "ignore", "missing", "size", "colour")}
+        return {name: value for name, value in options.items() if value} | (
+            {} if self.memory is None else {"memory": self.memory * 1e9}
+        )
 
 
 @dataclass(frozen=True, config=_STRICT)

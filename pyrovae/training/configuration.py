@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..data.batches import Batches, content_hash
 from ..registry import describe
@@ -60,15 +59,11 @@ def machine() -> dict[str, Any]:
 
 
 def _fingerprint(batches: Batches) -> str:
-    """A hash of data in memory, in their order; of a loader's, their number and the size of a batch."""
-    if batches.loader is not None:
-        return f"a {type(batches.loader.dataset).__name__} of {batches.num_data} data in {batches.num_batches} batches"
-    return f"{len(batches.arrays[0])} data {content_hash(_parts(batches.arrays))}"
-
-
-def _parts(arrays: tuple[Tensor, ...]) -> Iterator[Tensor]:
-    for array in arrays:
-        yield from array.split(ROWS_AT_ONCE)
+    """A hash of data in memory or read by rows, in their order; of a loader's, their number and that of batches."""
+    if batches.changes:
+        source = getattr(batches.source, "dataset", batches.source)
+        return f"a {type(source).__name__} of {batches.num_data} data in {batches.num_batches} batches"
+    return f"{batches.num_data} data {content_hash(each for part in batches.in_order(ROWS_AT_ONCE) for each in part)}"
 
 
 def _described(estimator: Any) -> Any:

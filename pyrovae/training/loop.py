@@ -114,18 +114,19 @@ def fit(
             ``history.skipped``. A warning names the data that caused the first one. So many in a row end the run.
         compile: capture the step as one graph and compile it (:mod:`pyrovae.compile`); ``"auto"`` does so for runs of 3,000
             steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
-            to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them
-            (:mod:`pyrovae.cuda`). A pair that cannot be captured trains as it is, and a warning says why: one that reads values
+            to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them.
+            A pair that cannot be captured trains as it is, and a warning says why: one that reads values
             of tensors into Python, or keeps a count there. The graph is compared with the pair in the second step, after an
             ``on_epoch`` that changed an object which the pair can reach, and at the start of an epoch once 500 steps (on a GPU
             2,000) have been taken since; where they differ, training goes on without the graph and a warning says since when.
         precision: of matrix products and convolutions. ``"float32"`` is that on a GPU too, whatever torch's settings are;
             ``"tf32"`` takes an NVIDIA GPU's faster units, which round factors to 10 bits, and is refused on a CPU.
             ``"bfloat16"`` rounds factors to 7 bits, and compiles; parameters, sums and log-weights stay in float32. It is
-            for processors with units for it; the README has what it does to the numbers.
+            for processors with units for it; docs/performance.md has what it does to the numbers.
         transform: applied to the first tensor of each training batch, such as :func:`pyrovae.data.binarize`.
         progress: show a bar with the bound in nats per datum.
-        seed: seeds torch's random stream, for the order, the draws and the transform.
+        seed: seeds torch's random stream, for the order, the draws and the transform. A run is repeated to the last bit by the
+            same seed on the same machine with as many threads: the order of sums depends on these, and training amplifies it.
         on_epoch: called with each epoch's record.
         callbacks: objects of :class:`pyrovae.Callback`, which are called at the start, after steps and epochs, and at the end,
             and may end the run.
@@ -185,6 +186,7 @@ class _Loop:
         self.steps_schedule = self.setup.scheduler is not None and not isinstance(self.setup.scheduler, ReduceLROnPlateau)
         self.signals = Signals(terminate=keeper.folder is not None)
         self.unread: list[Taken] = []
+        self.reads = self.setup.train.source is not None  # batches that are read, rather than gathered in memory
         self.cut = False  # whether a budget ended the run within an epoch
         # Random states from which the run could go on if it ended now; None within a step.
         self.between: dict[str, Any] | None = None
@@ -254,7 +256,7 @@ class _Loop:
         """Take the steps of an epoch that are still to come; the mean bound of its steps, in nats per datum."""
         state, setup, step, at = self.state, self.setup, self.setup.step, self.at
         # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
-        checks = not setup.checked_train and (at.epoch == 1 or (setup.check.direct and setup.train.loader is not None))
+        checks = not setup.checked_train and (at.epoch == 1 or (setup.check.direct and setup.train.changes))
         between = STEPS_BETWEEN_CHECKS_ON_GPU if step.asynchronous else STEPS_BETWEEN_CHECKS
         if at.batch == 0 and at.step - at.compared_at >= between:
             step.recheck(f"at the start of epoch {at.epoch}")
@@ -285,14 +287,14 @@ class _Loop:
                 self.keeper.write(state)
             if over:
                 break
-            if setup.train.loader is not None and self.keeper.folder is not None:  # reading the next batch may fail
+            if self.reads and self.keeper.folder is not None:  # reading the next batch may fail
                 self.between = random_states(state.device)
         self._read_bounds()
         return at.total / at.num_data if at.num_data else math.nan
 
     def _remember(self, inputs: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> None:
         """Note a step whose loss is read later, and its inputs unless they are a loader's and no longer needed."""
-        if self.unread and self.setup.train.loader is not None:
+        if self.unread and self.reads:
             self.unread[-1] = self.unread[-1]._replace(inputs=None)
         self.unread.append(Taken(self.at.step, self.at.batch, self.setup.first.info.count(batch), inputs))
 

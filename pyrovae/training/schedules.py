@@ -14,15 +14,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from .._validation import unknown
 
 __all__ = [
-    "OPTIMIZERS",
-    "SCHEDULES",
-    "MakeOptimizer",
-    "MakeSchedule",
-    "Schedule",
-    "follow_bound",
-    "named_optimizer",
-    "named_schedule",
-]
+    "OPTIMIZERS", "SCHEDULES", "MakeOptimizer", "MakeSchedule", "Schedule", "constant", "cosine", "follow_bound",
+    "named_optimizer", "named_schedule", "plateau", "step",
+]  # fmt: skip
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], Any]

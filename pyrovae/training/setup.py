@@ -13,6 +13,7 @@ from ..compile.average import Average
 from ..compile.cuda import check_precision
 from ..compile.step import Step, stage
 from ..data.batches import Batches
+from ..data.containers import Lazy
 from ..data.datasets import binarize, dequantize
 from ..estimators.base import check_estimator, make_estimator, runs_together
 from ..programs.inspect import FirstBatch, check_steady_scale, inspect_pair, prepare
@@ -146,19 +147,21 @@ def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batc
     fraction = float(validation)
     if not 0 < fraction < 1:
         raise ValueError(f"validation must be a fraction between 0 and 1, or data, got {validation!r}.")
-    if not train.arrays:
+    if not train.arrays and train.rows is None:
         raise ValueError("A fraction cannot be held out of a Dataset or DataLoader: pass validation=another one.")
-    size = len(train.arrays[0])
+    size = int(train.num_data or 0)
     num_held_out = round(size * fraction)
     if not 0 < num_held_out < size:
         raise ValueError(f"validation={validation} of {size} data leaves one part empty: give more data.")
     order = torch.randperm(size)
-    kept, held_out = (tuple(array[rows] for array in train.arrays) for rows in (order[num_held_out:], order[:num_held_out]))
+    kept, held_out = train.part(order[num_held_out:]), train.part(order[:num_held_out], unread=transform is None)
     if transform is not None:
         # Once, so that epochs are compared on the same numbers.
         held_out = (transform(held_out[0]), *held_out[1:])
-    train = Batches(kept, batch_size, shuffle=shuffle, transform=transform)
-    return train, Batches(held_out, batch_size), order[num_held_out:]
+    # What is unread has not been matched to the program's parameters.
+    parts = [Batches(part, batch_size, program=model if isinstance(part, Lazy) else None) for part in (kept, held_out)]
+    parts[0].shuffle, parts[0].transform = shuffle, transform
+    return parts[0], parts[1], order[num_held_out:]
 
 
 def _make_optimizer(

@@ -16,7 +16,7 @@ from .setup import Setup
 from .state import Position
 from .values import cause_in_data
 
-__all__ = ["Skips", "Taken", "bad_rows"]
+__all__ = ["Skips", "Taken", "bad_rows", "batch_of"]
 
 # Rows that a message lists.
 MOST_ROWS = 5
