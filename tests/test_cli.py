@@ -305,7 +305,7 @@ def test_compare_and_list(run_folder: Path, capsys: pytest.CaptureFixture):
         ("train --data.binarize levels", "the digits are counts 0..16"),
         ("train --model.prior standrd_normal", "did you mean 'standard_normal'"),
         ("train --model.likelihood binomal", "did you mean 'binomial'"),
-        ("train --model.likelihood.kind normal --model.likelihood.scale wide", "scale is a positive number"),
+        ("train --model.likelihood.kind normal --model.likelihood.scale wide", "scale must be a positive number"),
         ("train --model.likelihood binomial", "needs total_count"),
         ("train --model.encoder diagnal_normal", "did you mean 'diagonal_normal'"),
         ("train --model.kind hierarchical --model.latent-dims 8 4 --model.guide ladr", "did you mean 'ladder'"),
@@ -428,7 +428,7 @@ def test_models_of_data_with_labels_run_like_any(in_folder: Path, capsys: pytest
     given = f"{quantity}, each of the images given its label"
     assert (given in out) == (kind == "conditional")
     assert f"\n  {quantity} " in out
-    assert ("rightly, by the largest p(y|x)" in out) == (kind == "semi_supervised")
+    assert ("correctly, by the largest p(y|x)" in out) == (kind == "semi_supervised")
     folder = in_folder / "runs" / "mine"
     split = pv.data.load("digits")
     labels = split.test_labels[:40] if kind == "conditional" else torch.full((40,), -1)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_BUG = " (this is no fault of yours that we foresaw; PYROVAE_DEBUG=1 shows where)"
+_BUG = " (pyrovae did not foresee this error; PYROVAE_DEBUG=1 shows where it comes from)"
 
 
 @app.command(sort_key=0)

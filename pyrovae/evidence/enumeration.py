@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..data.matching import Batch
 from ..programs.checks import refuse_masked
+from ..programs.rounding import log_joint_rounding
 from ..programs.sites import Layout, Program, data_plate, log_prob_of, per_datum, plate_nesting, plate_sizes, sites_of
 from ..programs.tracing import Substitute, Trace, explained, trace_from_prior, trace_program
 from ..programs.wrappers import base_distribution
-from .rounding import Answer, log_joint_rounding
+from .answer import Answer
 
 __all__ = ["MOST_ASSIGNMENTS", "enumerate_latents"]
 

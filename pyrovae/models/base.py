@@ -1,28 +1,23 @@
-"""The base class of the models, and the checks and builders that they share."""
+"""The base class of the models."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import pyro
 import torch
-from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from .. import files
-from .._validation import unknown
-from ..distributions import same_support
-from ..encoders import Encoder
 from ..likelihoods import Likelihood
-from ..nn import Activation, Shape, as_shape, as_widths
+from ..nn import Shape
 from ..priors import Prior
-from ..registry import build, canonical, describe, find, names
+from ..registry import build, describe
 from .inputs import in_batches
 
 if TYPE_CHECKING:
@@ -31,15 +26,7 @@ if TYPE_CHECKING:
     from ..training.history import History
     from ..training.options import FitKeywords
 
-__all__ = [
-    "PairModule",
-    "body_pair",
-    "build_likelihood",
-    "check_parts",
-    "check_sizes",
-    "in_shape_of",
-    "in_size_of",
-]
+__all__ = ["PairModule"]
 
 _counter = itertools.count()
 
@@ -47,17 +34,17 @@ _counter = itertools.count()
 class PairModule(nn.Module):
     """A module whose ``model`` and ``guide`` are Pyro programs: training, scoring, saving and loading.
 
-    A concrete one writes the two programs, and names in ``parts`` the arguments of its ``__init__``, which it keeps as
-    attributes: each with its kind in the registry, or ``None`` for plain data. A registered one (``@register("model")``) is
-    trained from the command line too, which makes it by :meth:`from_names`.
+    A subclass implements ``model`` and ``guide``. Its ``parts`` are the arguments of its ``__init__``, which are also
+    attributes: each with its kind in the registry, or ``None`` for plain data. A registered subclass (``@register("model")``)
+    can be trained from the command line, which makes it by :meth:`from_names`.
 
     Attributes:
         run_defaults: arguments of :meth:`from_names` for runs of the command line that do not set them.
-        quantity: what ``log_marginal`` estimates of :meth:`score_inputs`, in symbols.
+        quantity: the quantity that ``log_marginal`` estimates from :meth:`score_inputs`, such as ``"log p(x)"``.
 
     Args:
-        name: the name under which Pyro's parameter store knows this instance; unique unless set, so that two models in one
-            process never share parameters.
+        name: the name of this instance in Pyro's parameter store; by default unique, so that two models in one process do not
+            share parameters.
     """
 
     parts: ClassVar[dict[str, str | None]]
@@ -71,14 +58,14 @@ class PairModule(nn.Module):
         self.name = name or _fresh_name()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's store hangs a weak reference on every parameter that it hands out, which pickle refuses; the next run hangs
-        # it on again.
+        # Pyro's store adds a weak reference to every parameter that it returns, which cannot be pickled. The next run adds it
+        # again.
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy has parameters of its own: under the original's name Pyro's store would hand it the original's.
+        # A copy needs another name: under the original's name, Pyro's store would return the parameters of the original.
         super().__setstate__(state)
         self.name = _fresh_name()
 
@@ -113,7 +100,7 @@ class PairModule(nn.Module):
         """Means of p(x|z) at draws of z, for a report; shape ``(num_samples, *data_shape)``."""
 
     def train_inputs(self, x: Any, y: Tensor | None, *, mask: Any = None, covariates: Tensor | None = None) -> tuple[Any, ...]:
-        """What ``model`` takes in training, of data and what belongs to them.
+        """The arguments of ``model`` in training.
 
         Args:
             x: data.
@@ -134,11 +121,11 @@ class PairModule(nn.Module):
     def score_inputs(
         self, x: Tensor, y: Tensor | None, *, mask: Tensor | None = None, covariates: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """What ``model`` takes of test data, as in :meth:`train_inputs`, so that :attr:`quantity` is what is estimated."""
+        """The arguments of ``model`` for test data, as in :meth:`train_inputs`, with which :attr:`quantity` is estimated."""
         return PairModule.train_inputs(self, x, y, mask=mask, covariates=covariates)
 
     def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
-        """What the model finds out about labels of test data, in words, by name."""
+        """Results on the labels of test data: a sentence for each name."""
         return {}
 
     def fit(self, data: Any, **options: Unpack[FitKeywords]) -> History:
@@ -168,11 +155,11 @@ class PairModule(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Build the model that :meth:`save_pretrained` wrote.
+        """Build the model that :meth:`save_pretrained` wrote. Nothing is unpickled.
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
-            ValueError: a file is truncated, does not fit the other, or describes a model of another class. Nothing unpickles.
+            ValueError: a file is truncated, does not fit the other, or describes a model of another class.
         """
         folder = Path(folder)
         parts = files.read_json(folder / "model.json")
@@ -198,12 +185,12 @@ class PairModule(nn.Module):
         store = pyro.get_param_store()
         for name, parameter in self.named_parameters():
             key = f"{self.name}$$${name}"
-            # Not where torch.func.functional_call has put plain tensors in the parameters' place.
+            # Not if torch.func.functional_call has replaced the parameters by plain tensors.
             ours = isinstance(parameter, nn.Parameter) and parameter.requires_grad
             if ours and key in store and store[key].unconstrained() is not parameter:
                 raise ValueError(
                     f"Another model is called {self.name!r} in Pyro's parameter store, so this one would never train: set "
-                    f"vae.name to a name of its own, or call pyro.clear_param_store()."
+                    f"vae.name to another name, or call pyro.clear_param_store()."
                 )
 
     def _in_batches(self, compute: Callable[..., Tensor], *data: Any, batch_size: int) -> Tensor:
@@ -217,16 +204,16 @@ class PairModule(nn.Module):
                 f"The data have shape {tuple(x.shape)}, but the model takes (N, {', '.join(map(str, self.data_shape))}): "
                 f"reshape them, or build the model for that shape."
             )
-        # Counts come as integers and pixels as bytes, and from anywhere; the networks want their own floating type and device.
+        # Data may be integers or bytes, on any device; the networks need their own floating type and device.
         return x.to(next(self.parameters()))
 
     def _encoder_input(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The data as an encoder sees them: zeros where they are missing."""
+        """The encoder's input for data, with zeros in place of missing values."""
         x, mask = self._as_data(x), self._as_mask(x, mask)
         return self.likelihood.encoder_input(x if mask is None else torch.where(mask, x, 0.0))
 
     def _as_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        # Labels beside the data, as a labelled data set gives them, are left out as ever: they are not of the data's shape.
+        # The labels of a labelled data set, which do not have the shape of the data, are ignored.
         if mask is None or (mask.dtype != torch.bool and mask.shape != x.shape):
             return None
         if mask.dtype != torch.bool or mask.shape != x.shape:
@@ -235,86 +222,6 @@ class PairModule(nn.Module):
                 f"{mask.dtype} of shape {tuple(mask.shape)}."
             )
         return mask.to(next(self.parameters()).device)
-
-
-def build_likelihood(spec: Any, data_shape: tuple[int, ...], decoder: Callable[[Shape], nn.Module]) -> Likelihood:
-    """A likelihood from a name, a table or a ready object; ``decoder`` makes the network for an ``out_shape``.
-
-    Raises:
-        ValueError: an unknown name or option, or something that is no likelihood.
-    """
-    if isinstance(spec, str):
-        spec = {"kind": spec}
-    if isinstance(spec, Mapping) and "kind" in spec:
-        family: type[Likelihood] = find("likelihood", spec["kind"])
-        return build("likelihood", spec, decoder=decoder(family.decoder_shape(data_shape, spec)))
-    if isinstance(spec, Likelihood):
-        return spec
-    raise ValueError('The likelihood is a name, a table with its kind = "bernoulli" or the like, or a Likelihood.')
-
-
-def check_parts(*parts: tuple[Any, type]) -> None:
-    """Refuse a part that is not of its family.
-
-    Raises:
-        ValueError: the first such part.
-    """
-    for part, family in parts:
-        if not isinstance(part, family):
-            kind = family.__name__
-            raise ValueError(
-                f"The {kind.lower()} must be a {family.__module__}.{kind}, got a {type(part).__name__}: build one, or "
-                f"subclass it."
-            )
-
-
-def check_sizes(where: str, **sizes: Any) -> None:
-    """Refuse parts of different sizes; ``None`` is a size that is not known.
-
-    Raises:
-        ValueError: they disagree.
-    """
-    known = {part: size for part, size in sizes.items() if size is not None}
-    if len(set(known.values())) > 1:
-        listed = ", ".join(f"{part} {size}" for part, size in known.items())
-        raise ValueError(f"The parts disagree {where} ({listed}): build them with the same one.")
-
-
-def in_shape_of(body: nn.Module) -> tuple[int, ...] | None:
-    """The event shape that a network takes, if it has an attribute ``in_shape``."""
-    in_shape: Any = getattr(body, "in_shape", None)
-    return None if in_shape is None else as_shape(in_shape)
-
-
-def in_size_of(body: nn.Module) -> int | None:
-    """The number of inputs of a network, if it has an attribute ``in_shape``."""
-    shape = in_shape_of(body)
-    return None if shape is None else math.prod(shape)
-
-
-def _check_supports(prior: Prior, encoder: Encoder) -> None:
-    if prior.support is None or same_support(prior.support, encoder.support):
-        return
-    families: dict[str, type[Encoder]] = {name: find("encoder", name) for name in names("encoder")}
-    fitting = [name for name, family in families.items() if same_support(prior.support, family.support)]
-    choose = f"choose the encoder {' or '.join(map(repr, fitting))}" if fitting else "write an encoder for that set"
-    raise ValueError(
-        f"The prior {type(prior).__name__} is a distribution on {_set_name(prior.support)} and the encoder "
-        f"{type(encoder).__name__} one on {_set_name(encoder.support)}, so their densities do not compare: {choose}, or "
-        f"another prior."
-    )
-
-
-SET_NAMES = [
-    (constraints.real_vector, "all real vectors"),
-    (constraints.sphere, "the unit sphere"),
-    (constraints.simplex, "the simplex"),
-    (constraints.one_hot, "one-hot vectors"),
-]
-
-
-def _set_name(support: Any) -> str:
-    return next((name for known, name in SET_NAMES if same_support(known, support)), str(support))
 
 
 def _fresh_name() -> str:
@@ -331,25 +238,3 @@ def _build(spec: Any, kind: str | None) -> Any:
     if kind is None:
         return spec
     return [build(kind, each) for each in spec] if isinstance(spec, list) else build(kind, spec)
-
-
-def body_pair(
-    body: str, hidden: Sequence[int] | None, activation: Activation | None = None
-) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
-    """Names of the encoder's body and of the decoder's, then the options of each.
-
-    Raises:
-        ValueError: an unknown name, or widths that are no positive integers.
-    """
-    registered = names("body")
-    pairs = [name.removesuffix("_encoder") for name in registered if name.endswith("_encoder")]
-    given = {} if activation is None else {"activation": activation}
-    body = body.casefold() if isinstance(body, str) and body.casefold() in pairs else canonical("body", body)
-    if body in pairs:
-        options: dict[str, Any] = given if hidden is None else {"hidden": as_widths(hidden)} | given
-        return f"{body}_encoder", f"{body}_decoder", options, options
-    single = [name for name in registered if not name.endswith(("_encoder", "_decoder"))]
-    if body not in single:
-        raise ValueError(unknown("body", body, single + pairs))
-    widths = [200, 200] if hidden is None else as_widths(hidden)
-    return body, body, {"hidden": widths} | given, {"hidden": widths[::-1]} | given

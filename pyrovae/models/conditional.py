@@ -1,4 +1,4 @@
-"""Models of data with labels, which are known for all data, or for some of them and summed out for the rest."""
+"""Models of labelled data: labels are known for all data, or for some data and summed out for the rest."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ConditionalVAE(LabelledVAE):
 
     .. math:: p_\theta(x, z \mid y) = p(z) \, p_\theta(x \mid z, y), \qquad q_\phi(z \mid x, y) \approx p_\theta(z \mid x, y)
 
-    ``model`` and ``guide`` take ``(x, y)``; ``fit((x, y))`` and ``log_marginal((x, y))`` too, and the latter estimates
-    log p(x|y). Labels are integers ``(B,)`` or numbers ``(B, C)``, one-hot or any condition. They follow the latent in the
-    decoder's input, and the flattened data in the encoder's, or stand behind an image's channels as C constant planes.
+    ``model`` and ``guide`` take ``(x, y)``, as do ``fit((x, y))`` and ``log_marginal((x, y))``, which estimates log p(x|y).
+    Labels are integers ``(B,)`` or numbers ``(B, C)``, one-hot or any condition. They are appended to the latent for the
+    decoder. For the encoder they are appended to the flattened data, or to the channels of an image as C constant planes.
 
     Args:
         prior: p(z).
@@ -36,7 +36,7 @@ class ConditionalVAE(LabelledVAE):
         name: as in :class:`pyrovae.VAE`.
 
     Raises:
-        ValueError: a part is not of its family, or they disagree on a size.
+        ValueError: a part has the wrong class, or two parts disagree on a size.
 
     References:
         Kingma et al., Semi-supervised Learning with Deep Generative Models, 2014, https://arxiv.org/abs/1406.5298.
@@ -63,14 +63,6 @@ class ConditionalVAE(LabelledVAE):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
             pyro.sample("x", self._decode(z, y, x), obs=x)  # batch (B,), event data_shape
 
-    def guide(self, x: Tensor, y: Tensor) -> None:
-        """q(z|x,y) as a Pyro program; takes what ``model`` takes."""
-        x = self._as_data(x)
-        y = self._as_labels(y, x)
-        self._register()
-        with pyro.plate("data", x.shape[0]):
-            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
-
     def decode(self, z: Tensor, y: Tensor) -> dist.Distribution:
         """p(x|z,y), batch shape ``(B,)`` and event shape ``data_shape``."""
         return self._decode(z, self._as_labels(y, z))
@@ -95,29 +87,29 @@ class ConditionalVAE(LabelledVAE):
 
 @register("model", "semi_supervised")
 class SemiSupervisedVAE(LabelledVAE):
-    r"""A variational autoencoder of data whose labels are known for some and summed out, exactly, for the rest.
+    r"""A variational autoencoder of partly labelled data; unknown labels are summed out exactly.
 
     .. math:: p_\theta(x, y, z) = p_\theta(y) \, p(z) \, p_\theta(x \mid z, y), \qquad
         p_\theta(x, z) = p(z) \sum_y p_\theta(y) \, p_\theta(x \mid z, y)
 
-    A datum with a label is weighed by p(x, y, z), one without by p(x, z), whose sum is the density of the site ``"x"``. So no
-    latent is discrete, every estimator applies, and ``log_marginal`` gives log p(x, y) or log p(x). It is the model of Kingma
-    et al. (their M2); their bound weighs the classes by a network q(y|x), which makes it looser, and
-    :meth:`classify` is Bayes' rule here. Each step decodes every latent C times.
+    A datum with a label is scored by p(x, y, z), and one without by p(x, z): the sum over y is part of the density of site
+    ``"x"``. No latent is discrete, so every estimator applies, and ``log_marginal`` estimates log p(x, y) or log p(x). The
+    model is M2 of Kingma et al. Their bound has a network q(y|x), which makes it looser; here :meth:`classify` applies Bayes'
+    rule. Each step decodes every latent C times.
 
-    Labels are integers ``(B,)``, -1 where there is none, or one-hot ``(B, C)``, zeros where there is none. The sites are
-    ``"z"``, ``"y"`` (scored where it is known) and ``"x"``. A known label is no dimension of x, so ``num_dims`` leaves it out;
-    its probability is a part of log p(x, y), so ``measure`` counts it. For bits per dimension of x, score without labels.
+    Labels are integers ``(B,)``, -1 if unknown, or one-hot ``(B, C)``, zeros if unknown. The sites are ``"z"``, ``"y"`` (scored
+    if known) and ``"x"``. A known label is not a dimension of x, so ``num_dims`` does not count it; its probability is a part
+    of log p(x, y), so ``measure`` counts it. For bits per dimension of x, score without labels.
 
     Args:
         prior: p(z).
         likelihood: p(x|z,y), whose decoder takes ``L + C`` numbers.
-        encoder: q(z|x,y), whose body takes ``D + C`` numbers, or images of C more channels; zeros stand for no label.
+        encoder: q(z|x,y), whose body takes ``D + C`` numbers, or images of C more channels; an unknown label is zeros.
         num_classes: C; p(y) is learned, and starts uniform.
         name: as in :class:`pyrovae.VAE`.
 
     Raises:
-        ValueError: a part is not of its family, or they disagree on a size.
+        ValueError: a part has the wrong class, or two parts disagree on a size.
 
     References:
         Kingma, Rezende, Mohamed and Welling, Semi-supervised Learning with Deep Generative Models, 2014,
@@ -138,7 +130,7 @@ class SemiSupervisedVAE(LabelledVAE):
         self.label_logits = nn.Parameter(torch.zeros(self.num_classes))
 
     def model(self, x: Tensor, y: Tensor) -> None:
-        """p(x, y, z), or p(x, z) where there is no label, as a Pyro program; shapes as for :class:`ConditionalVAE`."""
+        """p(x, y, z), or p(x, z) if the label is unknown, as a Pyro program; shapes as for :class:`ConditionalVAE`."""
         x = self._as_data(x)
         y = self._as_labels(y, x)
         known = y.sum(-1) > 0  # (B,)
@@ -148,14 +140,6 @@ class SemiSupervisedVAE(LabelledVAE):
             distribution = dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known)
             pyro.sample("y", distribution, obs=y.argmax(-1), infer={"num_dims": 0})  # bits per dimension are those of the data
             pyro.sample("x", self._mixture(z, y), obs=x)  # batch (B,), event data_shape
-
-    def guide(self, x: Tensor, y: Tensor) -> None:
-        """q(z|x,y), or q(z|x) without a label, as a Pyro program; takes what ``model`` takes."""
-        x = self._as_data(x)
-        y = self._as_labels(y, x)
-        self._register()
-        with pyro.plate("data", x.shape[0]):
-            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
 
     def decode(self, z: Tensor, y: Tensor) -> dist.Distribution:
         """p(x|z,y), or p(x|z) without a label; batch shape ``(B,)`` and event shape ``data_shape``."""
@@ -197,11 +181,11 @@ class SemiSupervisedVAE(LabelledVAE):
         return x, torch.full((len(x),), -1, device=x.device)
 
     def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
-        """How many labels Bayes' rule gets right."""
+        """The number of labels that Bayes' rule gets right."""
         if y is None:
             return {}
         right = int((self.classify(x).argmax(-1) == y.to(x.device)).sum())
-        return {"classified": f"{right:,} of {len(x):,} ({right / len(x):.1%}) rightly, by the largest p(y|x)"}
+        return {"classified": f"{right:,} of {len(x):,} ({right / len(x):.1%}) correctly, by the largest p(y|x)"}
 
     def _reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean of p(x|z,y) at the mean of q(z|x,y), averaged over p(y|x,z) without a label."""
@@ -223,7 +207,7 @@ class SemiSupervisedVAE(LabelledVAE):
         )
 
     def _mixture(self, z: Tensor, y: Tensor) -> dist.Distribution:
-        """p(x|z,y) where y says a label, the sum over p(y) elsewhere."""
+        """p(x|z,y) if the label is known, else the sum over p(y)."""
         unknown = y.sum(-1, keepdim=True) == 0
         logits = torch.where(unknown, self.label_logits, torch.where(y > 0, 0.0, -torch.inf))  # (B, C)
         components = self._components(z)

@@ -1,7 +1,8 @@
-"""Hierarchies: several stochastic layers, and guides that infer them from the data up or from the top down.
+"""Hierarchies: models of several stochastic layers.
 
-Layers are numbered from the data: ``z1`` is nearest to them, the last one has the prior. A conditional p(z_i|z_{i+1}) maps a
-vector to a distribution over a vector, so it is an :class:`pyrovae.encoders.Encoder`, and so is every factor of a guide.
+Layers are numbered from the data up: ``z1`` is next to the data, and the last layer has the prior. A conditional
+p(z_i|z_{i+1}) maps a vector to a distribution over vectors, so it is an :class:`pyrovae.encoders.Encoder`, and so is every
+factor of a guide.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
 from ..registry import build, find, register
-from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_size_of
+from .base import PairModule
 from .guides import Draw, Guide, Sizes, _encoder, _in
 from .inputs import BATCH_SIZE
+from .parts import body_pair, build_likelihood, check_parts, check_sizes, in_size_of
 
 __all__ = ["HierarchicalVAE", "make_hierarchical_vae"]
 
@@ -45,7 +47,7 @@ class HierarchicalVAE(PairModule):
         name: as in :class:`pyrovae.VAE`.
 
     Raises:
-        ValueError: a part is not of its family, they disagree on a size, or the guide cannot use the model's layers.
+        ValueError: a part has the wrong class, two parts disagree on a size, or the guide cannot use the model's layers.
 
     References:
         Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
@@ -110,7 +112,7 @@ class HierarchicalVAE(PairModule):
         activation: Activation | None = "tanh",
         name: str | None = None,
     ) -> Self:
-        """A :class:`HierarchicalVAE` from names of its parts; ``pyrovae.make_hierarchical_vae`` is this.
+        """A :class:`HierarchicalVAE` from names of its parts, as ``pyrovae.make_hierarchical_vae``.
 
         By default the networks are those of Burda et al. (2016). ``latent_dims=[100, 50]`` is their model of two layers:
         784-200-200-100 and 100-100-100-50 up, the mirror image down.
@@ -125,9 +127,8 @@ class HierarchicalVAE(PairModule):
             likelihood: p(x|z1), likewise.
             layer: the family of p(z_i|z_{i+1}): an encoder's name or table.
             encoder: the family of the guide's factors: an encoder's name or table.
-            body: as in :func:`pyrovae.make_vae`; a pair such as ``"conv"`` makes the layers next to the data, and MLPs are
-                above.
-            activation: a name; ``None`` for the body's own.
+            body: as in :func:`pyrovae.make_vae`; a pair such as ``"conv"`` is used next to the data only, with MLPs above.
+            activation: a name; ``None`` for that of the body.
             name: see :class:`pyrovae.VAE`.
 
         Raises:
@@ -148,7 +149,7 @@ class HierarchicalVAE(PairModule):
             raise ValueError(
                 f"hidden must have a list of widths for each of {len(dims)} layers, as [[200, 200], [100, 100]], got {hidden}."
             )
-        # A pair of image networks suits the data alone.
+        # Networks of images fit only next to the data.
         inward, outward, _, _ = body_pair(body, widths[0])
         bodies = [body_pair(body if i == 0 or inward == outward else "mlp", each, activation) for i, each in enumerate(widths)]
 
@@ -171,7 +172,7 @@ class HierarchicalVAE(PairModule):
         return self.inference.latent_dims
 
     def model(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``, and so has a ``mask`` of what was observed."""
+        """p(x, z) as a Pyro program; ``x`` and ``mask`` (true for observed values) have shape ``(B, *data_shape)``."""
         x, mask = self._as_data(x), self._as_mask(x, mask)
         self._register()
         with pyro.plate("data", x.shape[0]):
@@ -191,7 +192,7 @@ class HierarchicalVAE(PairModule):
         return self.likelihood(z)
 
     def embed(self, x: Any, mask: Any = None, *, batch_size: int = BATCH_SIZE) -> Tensor:
-        """One point for each datum, shape ``(N, L_1)``: where ``z1`` is if each layer of the guide is at its centre.
+        """One point for each datum, shape ``(N, L_1)``: ``z1`` if every layer of the guide is at its centre.
 
         Args:
             x: data as :meth:`fit` takes them: an array, a data frame, a path, a data loader, ...
@@ -217,7 +218,7 @@ class HierarchicalVAE(PairModule):
         return self.sample(num_samples, mean=True)
 
     def reconstruct(self, x: Any, mask: Any = None, *, batch_size: int = BATCH_SIZE) -> Tensor:
-        """The mean of p(x|z1) where :meth:`embed` puts x, shape of ``x``; takes what :meth:`embed` takes."""
+        """The mean of p(x|z1) at ``z1 = embed(x)``, shape of ``x``; takes what :meth:`embed` takes."""
         return self._in_batches(self._reconstruct, x, mask, batch_size=batch_size)
 
     def _reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What models of labelled data share: labels are further inputs of their encoder and decoder."""
+"""The base class of models of labelled data: labels are further inputs of their encoder and decoder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
 from ..registry import build
-from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
+from .base import PairModule
 from .inputs import BATCH_SIZE, all_at_once
+from .parts import build_networks, check_parts, check_sizes, in_shape_of, in_size_of
 
 __all__ = ["LabelledVAE"]
 
@@ -73,18 +75,18 @@ class LabelledVAE(PairModule):
         activation: Activation | None = None,
         name: str | None = None,
     ) -> Self:
-        """A model of this class from names of its parts; ``pyrovae.make_conditional_vae`` and the like are this.
+        """A model of this class from names of its parts, as ``make_conditional_vae`` and ``make_semi_supervised_vae``.
 
         Args:
             data_shape: the shape of one datum.
-            num_classes: C, how many labels there are, or how many numbers a condition has.
+            num_classes: C, the number of classes, or of numbers in a condition.
             latent_dim: L.
-            prior: p(z): a name, a table or a ready object, as in :func:`pyrovae.make_vae`; so too the rest.
+            prior: p(z): a name, a table or a ready object, as in :func:`pyrovae.make_vae`; likewise the other parts.
             likelihood: p(x|z,y).
             encoder: the family of q(z|x,y).
-            body: of ``"conv"`` and the like the labels enter as planes.
+            body: as in :func:`pyrovae.make_vae`; the encoder of ``"conv"`` and ``"resnet"`` takes labels as constant planes.
             hidden: widths of the encoder's hidden layers, mirrored in the decoder.
-            activation: a name; by default the body's own.
+            activation: a name; by default that of the body.
             name: see :class:`pyrovae.VAE`.
 
         Raises:
@@ -99,13 +101,7 @@ class LabelledVAE(PairModule):
         """
         shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
         num_classes = positive_integer(num_classes, "num_classes")
-        inward, outward, networks, mirrored = body_pair(body, hidden, activation)
-        likelihood = build_likelihood(
-            likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim + num_classes, out_shape=out, **mirrored)
-        )
-        image = inward != outward and len(shape) == 3
-        in_shape = (shape[0] + num_classes, *shape[1:]) if image else (math.prod(shape) + num_classes,)
-        encoder_body = build("body", inward, in_shape=in_shape, **networks)
+        likelihood, encoder_body = build_networks(shape, latent_dim, likelihood, body, hidden, activation, num_classes)
         encoder = build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale)
         return cls(build("prior", prior, latent_dim=latent_dim), likelihood, encoder, num_classes, name)
 
@@ -113,6 +109,14 @@ class LabelledVAE(PairModule):
     def latent_dim(self) -> int:
         """L, the number of latent dimensions."""
         return self.prior.latent_dim
+
+    def guide(self, x: Tensor, y: Tensor) -> None:
+        """q(z|x,y), or q(z|x) if the label is unknown, as a Pyro program; takes what ``model`` takes."""
+        x = self._as_data(x)
+        y = self._as_labels(y, x)
+        self._register()
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
 
     def encode(self, x: Any, y: Any = None) -> dist.Distribution:
         """q(z|x,y) of all data at once, batch shape ``(N,)`` and event shape ``(L,)``.
@@ -158,7 +162,7 @@ class LabelledVAE(PairModule):
     def score_inputs(
         self, x: Tensor, y: Tensor | None, *, mask: Tensor | None = None, covariates: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """The data and the labels that they are scored with."""
+        """The data and their labels."""
         return self.train_inputs(x, y, mask=mask, covariates=covariates)
 
     def _condition(self, y: Tensor | None, covariates: Tensor) -> Tensor:
@@ -175,14 +179,14 @@ class LabelledVAE(PairModule):
         return self._encode(x, self._as_labels(y, x))
 
     def _encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
-        # The encoder scales all that it takes, and a label has unit size already.
+        # The encoder multiplies all of its input by in_scale, which labels do not need.
         x, y = self.likelihood.encoder_input(x), y / self.encoder.in_scale
         if self._as_planes:
             return self.encoder(torch.cat([x, y[..., None, None].expand(*y.shape, *x.shape[-2:])], -3))
         return self.encoder(torch.cat([x.flatten(-self.likelihood.event_dim), y], -1))
 
     def _decode(self, z: Tensor, y: Tensor, x: Tensor | None = None) -> dist.Distribution:
-        """p(x|z,y); a likelihood that reads something off the datum, such as its total, does where ``x`` is given."""
+        """p(x|z,y); with ``x`` for likelihoods that depend on a statistic of the datum, such as its total."""
         batch = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
         both = torch.cat([part.expand(*batch, part.shape[-1]) for part in (z, y)], -1)
         return self.likelihood(both) if x is None else self.likelihood.given(both, x)
@@ -197,7 +201,7 @@ class LabelledVAE(PairModule):
                 f"Labels must be integers of shape ({len(like)},) or one-hot of shape ({len(like)}, {self.num_classes}), got "
                 f"{y.dtype} of shape {tuple(y.shape)}."
             )
-        # As distributions check their values: not within a captured step, whose data have been checked.
+        # Only while distributions check their values too: the data of a captured step have been checked before.
         if dist.is_validation_enabled():
             self._check_labels(y)
         if y.dim() == 1:
@@ -206,7 +210,7 @@ class LabelledVAE(PairModule):
 
     @abstractmethod
     def _check_labels(self, y: Tensor) -> None:
-        """Refuse labels that mean nothing."""
+        """Raise an error if labels are out of range."""
 
     def _check_range(self, y: Tensor, lowest: int) -> None:
         if y.dim() == 1 and len(y) and not lowest <= int(y.min()) <= int(y.max()) < self.num_classes:

@@ -16,7 +16,7 @@ from .checks import check_finite, check_sites, check_support, why_no_weights
 from .independence import PROBED_ROWS, check_independence
 from .log_weights import read_weights
 from .parameters import all_parameters, own_parameters, refuse_uninitialized
-from .rounding import rounding_of
+from .rounding import log_weight_rounding
 from .sites import Program, data_plate, num_known_of, num_observed_of, observed_squares, plate_nesting, sites_of
 from .state import own_scope
 from .support import bare, bounds_of, inside_of, support_of
@@ -110,7 +110,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         check_sites(traces)
         weights = read_weights(traces, 1)
         no_weights = why_no_weights(model, guide, args, kwargs, traces)
-        rounding = rounding_of(traces)
+        rounding = log_weight_rounding(traces)
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
