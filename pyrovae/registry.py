@@ -51,7 +51,7 @@ def register(kind: str, name: str | None = None, *, aliases: Sequence[str] = ())
     The class is also found by its class name and by its aliases, and all of them in any case: ``"dreg"``, ``"DReG"``.
 
     Args:
-        kind: one of :data:`KINDS`, such as ``"prior"`` or ``"estimator"``.
+        kind: one of ``KINDS``, such as ``"prior"`` or ``"estimator"``.
         name: the name; by default the class name in snake case.
         aliases: abbreviations, in lower case.
 

@@ -262,7 +262,7 @@ def test_a_hierarchy_runs_like_any_model(in_folder: Path, capsys: pytest.Capture
     first = pv.Evidence.load(folder / "evidence.safetensors")
     again = vae.log_marginal(pv.data.load("digits").test[:40], num_samples=60, seed=0)
     np.testing.assert_allclose(again.log_px, first.log_px, rtol=1e-6)
-    assert "<h2>Latent space</h2>" in (folder / "report.html").read_text()
+    assert "<h3>Latent space</h3>" in (folder / "report.html").read_text()
     assert main(["evaluate", str(folder), "--num-samples", "90", "--limit", "30"]) == 0
     second = pv.Evidence.load(folder / "evidence.safetensors")
     assert (len(second), second.num_samples) == (30, 90)

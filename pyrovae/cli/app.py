@@ -1,4 +1,4 @@
-"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``.
+"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``; the rest is in :mod:`.uses`.
 
 Only cyclopts is imported at once; torch, Pyro and ArviZ take seconds, so each command imports what it needs.
 """
@@ -190,19 +190,34 @@ def evaluate(
 
 @app.command(sort_key=2)
 def compare(*runs: Path) -> None:
-    """Rank trained runs by held-out log p(x), with paired differences.
+    """Rank trained runs by held-out log p(x), with paired differences, and write a page beside them: comparison.html.
+
+    Runs that differ in nothing but their seed are one model, whose error from training is then known too.
 
     Args:
         runs: Two or more run folders, scored on the same test data.
     """
+    from .. import files
     from ..evidence.comparison import compare as compare_evidence
     from ..evidence.results import Evidence
+    from .comparison_page import grouped, write_comparison
 
     if len(set(runs)) < 2:
         raise ValueError("A comparison takes two or more run folders: pyrovae compare runs/one runs/other.")
-    if len({repr(_described(run).data) for run in runs}) > 1:
+    described = {str(run): _described(run) for run in runs}
+    if len({repr(each.data) for each in described.values()}) > 1:
         raise ValueError("The runs were scored on different data, so their log p(x) cannot be compared.")
-    print(compare_evidence({str(run): Evidence.load(run / "evidence.safetensors") for run in runs}))
+    models = grouped(described)
+    evidence = {
+        model: [Evidence.load(Path(name) / "evidence.safetensors") for name in names] for model, names in models.items()
+    }
+    comparison = compare_evidence(evidence)
+    page = runs[0].parent / "comparison.html"
+    records = {model: files.read_lines(Path(names[0]) / "metrics.jsonl") for model, names in models.items()}
+    settings = {model: described[names[0]] for model, names in models.items()}
+    write_comparison(page, comparison, evidence, runs=settings, records=records)
+    print(comparison)
+    print(f"Page: {page}")
 
 
 @app.command(sort_key=3)
@@ -229,6 +244,7 @@ def estimators(
         train_seconds: Also train each from one fresh start for so long, and score the test data.
     """
     import torch
+    from matplotlib.figure import Figure
 
     from .. import files
     from ..diagnostics.gradients import compare_estimators, train_estimators
@@ -248,7 +264,9 @@ def estimators(
     reference = {"kind": "dreg", "num_particles": reference_particles}
     options: dict[str, Any] = {"num_draws": num_draws, "reference": reference, "seed": described.seed}
     result = compare_estimators(vae.model, vae.guide, batch, chosen, progress=sys.stderr.isatty(), **options)
-    result.plot().savefig(run / "estimators.png", dpi=150)
+    figure = Figure(figsize=(13, 1.6 + 0.42 * len(result.names)), layout="constrained")
+    result.plot(figure.subplots(1, 4, sharey=True))
+    figure.savefig(run / "estimators.png", dpi=150)
     files.write_text(run / "estimators.json", json_text(result.to_dataset().to_dict()) + "\n")
     print(result)
     print(f"Figure: {run / 'estimators.png'}")

@@ -278,7 +278,12 @@ def _checked(
 ) -> Batch:
     """Arrays as checked tensors; ``numbers`` are those of their rows, if they are some of the data."""
     arrays = tuple(_as_tensor(item, dtype, device) for item in items)
-    if not arrays or any(array.dim() == 0 or array.numel() == 0 for array in arrays):
+    if any(array.dim() == 0 for array in arrays):
+        raise ValueError(
+            "The data must have one entry per datum along their first dimension, got a single number: pass an array, or a "
+            "DataLoader with a batch_size."
+        )
+    if not arrays or any(array.numel() == 0 for array in arrays):
         raise ValueError("The data are empty: give at least one datum, with data along the first dimension.")
     lengths = [len(array) for array in arrays]
     if len(set(lengths)) > 1:

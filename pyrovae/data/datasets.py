@@ -81,8 +81,8 @@ class Split:
 
     Attributes:
         name: the name of the data set.
-        train: training data, shape (N, *data_shape), in memory or read from disk in batches.
-        test: held-out data, shape (M, *data_shape); if they are binarised, then once.
+        train: training data, shape ``(N, *data_shape)``, in memory or read from disk in batches.
+        test: held-out data, shape ``(M, *data_shape)``; if they are binarised, then once.
         test_labels: classes of the held-out data, shape (M,), or ``None``.
         train_labels: classes of the training data, shape (N,), with -1 for unlabelled data, or ``None``.
         likelihood: a likelihood for these numbers, as a registry table.

@@ -100,7 +100,7 @@ class PairModule(nn.Module):
         """Means of p(x|z) at draws of z, for a report; shape ``(num_samples, *data_shape)``."""
 
     def train_inputs(self, x: Any, y: Tensor | None, *, mask: Any = None, covariates: Tensor | None = None) -> tuple[Any, ...]:
-        """The arguments of ``model`` in training.
+        """The arguments of ``model`` in training, for data and what belongs to them.
 
         Args:
             x: data.
@@ -153,14 +153,53 @@ class PairModule(nn.Module):
         files.save_weights(folder / "model.safetensors", self)
         files.write_text(folder / "model.json", json.dumps(described, indent=1) + "\n")
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, message: str = "Upload a pyrovae model", hub: Any = None
+    ) -> str:
+        """Write the model into a repository of the Hugging Face hub: ``pip install "pyrovae[hub]"``.
+
+        Args:
+            repo_id: ``"owner/name"``; it is created if it does not exist.
+            private: whether a new repository is private.
+            message: the message of the commit.
+            hub: a ``huggingface_hub.HfApi``; by default one with the login of this machine.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: a part is not registered, or huggingface_hub is not installed.
+        """
+        from .sharing import HUB_PREFIX, push_to_hub
+
+        kind = type(self).__name__
+        names = ", ".join(
+            type(getattr(self, part)).__name__ for part in self.parts if isinstance(getattr(self, part), nn.Module)
+        )
+        card = (
+            f"---\nlibrary_name: pyrovae\ntags: [variational-autoencoder, pyro]\n---\n\n# {repo_id}\n\nA `{kind}` of "
+            f"[pyrovae](https://pypi.org/project/pyrovae/): {names}.\n\n```python\nimport pyrovae as pv\n\n"
+            f'model = pv.{kind}.from_pretrained("{HUB_PREFIX}{repo_id}")\n```\n'
+        )
+        return push_to_hub(self, repo_id, private=private, message=message, card=card, hub=hub)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Build the model that :meth:`save_pretrained` wrote. Nothing is unpickled.
+    def from_pretrained(cls, folder: str | Path, *, revision: str | None = None, hub: Any = None) -> Self:
+        """Build the model that :meth:`save_pretrained` wrote.
+
+        Args:
+            folder: the folder; or ``"hf://owner/name"``, a repository of the Hugging Face hub.
+            revision: a branch, tag or commit of the repository.
+            hub: a ``huggingface_hub.HfApi``; by default one with the login of this machine.
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
             ValueError: a file is truncated, does not fit the other, or describes a model of another class.
         """
+        from .sharing import HUB_PREFIX, pull_from_hub
+
+        if str(folder).startswith(HUB_PREFIX):
+            folder = pull_from_hub(str(folder), revision=revision, hub=hub)
         folder = Path(folder)
         parts = files.read_json(folder / "model.json")
         named = parts.pop("model", cls.__name__) if isinstance(parts, dict) else cls.__name__

@@ -48,7 +48,7 @@ class Guide(nn.Module):
     @classmethod
     @abstractmethod
     def of_sizes(cls, sizes: Sizes) -> Guide:
-        """The guide that :func:`make_hierarchical_vae` builds by name."""
+        """The guide that :func:`pyrovae.make_hierarchical_vae` builds by name."""
 
     def check_layers(self, layers: Sequence[Encoder]) -> None:
         """Raise an error if this guide cannot use the conditionals p(z_i|z_{i+1}).

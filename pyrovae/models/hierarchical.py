@@ -43,7 +43,8 @@ class HierarchicalVAE(PairModule):
         prior: p(z_n), any prior.
         layers: p(z1|z2), p(z2|z3), ...: encoders from the layer above.
         likelihood: p(x|z1), with its decoder.
-        inference: q(z|x): a :class:`BottomUp`, :class:`Ladder` or :class:`Structured` guide.
+        inference: q(z|x): a :class:`~pyrovae.models.guides.BottomUp`, :class:`~pyrovae.models.guides.Ladder` or
+            :class:`~pyrovae.models.guides.Structured` guide.
         name: as in :class:`pyrovae.VAE`.
 
     Raises:

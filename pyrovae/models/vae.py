@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyro
@@ -149,9 +150,7 @@ class VAE(PairModule):
             pyro.sample("z", encoding)  # batch (B,), event (L,)
 
     def encode(self, x: Any, mask: Any = None) -> dist.Distribution:
-        """q(z|x) of all data at once, batch shape ``(N,)`` and event shape ``(L,)``.
-
-        The encoder gets zeros in place of missing values.
+        """q(z|x) of all data at once, batch shape ``(N,)`` and event shape ``(L,)``; missing values are encoded as zeros.
 
         Args:
             x: data as :meth:`fit` takes them. Of tensors the distribution has gradients, of other data it has none.
@@ -214,6 +213,43 @@ class VAE(PairModule):
         weight = torch.linspace(0, 1, steps, dtype=ends[0].dtype, device=ends[0].device)[:, None, None]
         means = self.decode(ends[0] + weight * (ends[1] - ends[0])).mean
         return means[:, 0] if single else means
+
+    def export(self, folder: str | Path, *, format: Literal["torch", "onnx"] = "torch") -> list[Path]:
+        """Write encoder and decoder as graphs that run without this package, for batches of any size.
+
+        The encoder's graph takes data to :meth:`embed`, the decoder's takes latents to the mean of p(x|z). Each is run and
+        compared with the model before it is kept.
+
+        Args:
+            folder: where ``encoder.pt2`` and ``decoder.pt2`` go, or ``encoder.onnx`` and ``decoder.onnx``.
+            format: ``"torch"`` for torch.export, which ``torch.export.load`` reads; or ``"onnx"``, which needs
+                ``pip install "pyrovae[onnx]"``.
+
+        Returns:
+            The two files.
+
+        Raises:
+            ValueError: another format, a package that is missing, or a part that cannot be exported, such as a flow.
+
+        Example:
+            >>> import tempfile, torch, pyrovae as pv
+            >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     encoder, decoder = vae.export(folder)
+            ...     torch.export.load(encoder).module()(torch.ones(5, 9)).shape
+            torch.Size([5, 2])
+        """
+        from .sharing import export_networks
+
+        like = next(self.parameters())
+        with torch.no_grad():
+            z = self.prior().sample((3,))
+            x = self.decode(z).mean.reshape(3, *self.data_shape)
+        functions = {
+            "encoder": (lambda x: centre(self.encoder(self._encoder_input(x))), x.to(like)),
+            "decoder": (lambda z: self.decode(z).mean, z.to(like)),
+        }
+        return export_networks(self, functions, folder, format)
 
     def impute(
         self,

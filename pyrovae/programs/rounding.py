@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from .tracing import Trace, Traces
 from .wrappers import base_distribution, is_factor, layers_of
 
 __all__ = ["log_joint_rounding", "log_weight_rounding"]
+
+# An error of this many nats at one draw is a reason to look at others, whose parameters are smaller by these parts.
+NOTICEABLE, NEIGHBOURS = 1e-3, tuple(1e-6 * 2.3**step for step in range(8))
 
 
 def log_weight_rounding(traces: Traces) -> Tensor:
@@ -42,26 +47,40 @@ def _error_within(site: dict) -> Tensor | None:
     if is_factor(site) or not isinstance(value, Tensor) or any(isinstance(each, TransformedDistribution) for each in layers):
         return None
     try:
-        own = log_prob_of(site)
-        if own.dtype != torch.float32:
+        error = _float32_error(site)
+        if error is None:
             return None
-        wide = value.double() if value.is_floating_point() else value
-        error = own.double() - log_prob_of({**site, "fn": _in_float64(site["fn"]), "value": wide})
+        if bool((error.abs() > NOTICEABLE).any()):
+            # Rounding is small by chance at some draws: look at the same distribution with parameters next to its own.
+            for change in NEIGHBOURS:
+                neighbour = {**site, "fn": _with_tensors(site["fn"], partial(torch.mul, other=1 - change))}
+                near = _float32_error(neighbour)
+                if near is not None:
+                    error = torch.where(near.isfinite() & (near.abs() > error.abs()), near, error)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):  # such as a user's own distribution
         return None
     return torch.where(error.isfinite(), error, 0.0)
 
 
-def _in_float64(distribution: Any) -> Any:
-    """A distribution with the same parameters in float64."""
-    wide = copy.copy(distribution)
-    wide._validate_args = False
+def _float32_error(site: dict) -> Tensor | None:
+    """A site's log-probability in float32 less that in float64; ``None`` if it is not float32."""
+    own, value = log_prob_of(site), site["value"]
+    if own.dtype != torch.float32:
+        return None
+    wide = value.double() if value.is_floating_point() else value
+    return own.double() - log_prob_of({**site, "fn": _with_tensors(site["fn"], torch.Tensor.double), "value": wide})
+
+
+def _with_tensors(distribution: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A distribution with changed float32 parameters."""
+    other = copy.copy(distribution)
+    other._validate_args = False
     for name, part in vars(distribution).items():
         if isinstance(part, Tensor) and part.dtype == torch.float32:
-            wide.__dict__[name] = part.double()
+            other.__dict__[name] = change(part)
         elif isinstance(part, torch.distributions.Distribution):
-            wide.__dict__[name] = _in_float64(part)
-    return wide
+            other.__dict__[name] = _with_tensors(part, change)
+    return other
 
 
 def log_joint_rounding(trace: Trace, data: Any, num: int, nesting: int) -> Tensor:

@@ -89,18 +89,19 @@ def fit(
         max_seconds: stop after the step that crosses this time, counted from the first step.
         compile: capture the step as one graph and compile it (:mod:`pyrovae.compile`); ``"auto"`` does so for runs of 3,000
             steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
-            to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them
-            (:mod:`pyrovae.cuda`). A pair that cannot be captured trains as it is, and a warning says why: one that reads values
+            to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them.
+            A pair that cannot be captured trains as it is, and a warning says why: one that reads values
             of tensors into Python, or keeps a count there. The graph is compared with the pair in the second step, after an
             ``on_epoch`` that changed an object which the pair can reach, and at the start of an epoch once 500 steps (on a GPU
             2,000) have been taken since; where they differ, training goes on without the graph and a warning says since when.
         precision: of matrix products and convolutions. ``"float32"`` is that on a GPU too, whatever torch's settings are;
             ``"tf32"`` takes an NVIDIA GPU's faster units, which round factors to 10 bits, and is refused on a CPU.
             ``"bfloat16"`` rounds factors to 7 bits, and compiles; parameters, sums and log-weights stay in float32. It is
-            for processors with units for it; the README has what it does to the numbers.
+            for processors with units for it; docs/performance.md has what it does to the numbers.
         transform: applied to the first tensor of each training batch, such as :func:`pyrovae.data.binarize`.
         progress: show a bar with the bound in nats per datum.
-        seed: seeds torch's random stream, for the order, the draws and the transform.
+        seed: seeds torch's random stream, for the order, the draws and the transform. A run is repeated to the last bit by the
+            same seed on the same machine with as many threads: the order of sums depends on these, and training amplifies it.
         on_epoch: called with each epoch's record.
 
     Returns:
