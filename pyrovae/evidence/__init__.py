@@ -4,10 +4,12 @@ from .comparison import Comparison, compare
 from .curve import Curve, curve_of
 from .draws import Draws
 from .psis import pareto_khat, pareto_smooth, tail_size
+from .kinds import RUNGS
 from .results import Evidence
 from .streaming import curve_sizes
 
 __all__ = [
+    "RUNGS",
     "Comparison",
     "Curve",
     "Draws",

@@ -54,6 +54,8 @@ class Evidence:
         measure: the measure that p(x) is a density with respect to; ``None`` if it is not known.
         covered: false if the guide rules out values that the prior and p(x, z) allow, by a test at some points, shape (N,);
             ``None`` if the proposal always covers them, or if this cannot be tested.
+        rung: under ``proposal="auto"``, which of the proposals ``pyrovae.evidence.RUNGS`` the estimate is from, shape (N,).
+        calls: decoder calls that each datum took in all, shape (N,), pilots and fits included; a gradient counts as two.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -82,6 +84,8 @@ class Evidence:
     fingerprint: Array | None = None
     measure: Measure | None = None
     covered: Array | None = None
+    rung: Array | None = None
+    calls: Array | None = None
 
     def __repr__(self) -> str:
         """One line: the mean, its error, and how many data are reliable."""
@@ -342,6 +346,6 @@ class Evidence:
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
-_OPTIONAL = ("log_px_psis", "drawn", "pilot", "missed", "rounding", "fingerprint", "covered")
+_OPTIONAL = ("log_px_psis", "drawn", "pilot", "missed", "rounding", "fingerprint", "covered", "rung", "calls")
 _NOTES = ("num_samples", "num_dims", "method", "notes")
 _CURVE = ("num_samples", "log_px", "se")

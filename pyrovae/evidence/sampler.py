@@ -27,6 +27,7 @@ from ..programs.tracing import evaluation_mode
 from .chunks import ahead, chunk_sizes, parts_of, runs_of, side_by_side
 from .curve import curve_of
 from .kinds import KINDS
+from .ladder import MOST_LATENTS, Ladder, Task
 from .measure import SCORED_DATA, evidence_fields, scored_data
 from .planning import REACH, ImportanceOptions, make_plan, needed_draws, one_datum, pilot_sizes
 from .proposals import (
@@ -47,6 +48,7 @@ from .refine import joined, refine_batch
 from .results import Evidence
 from .store import PairIdentity, Store, agreed_seed
 from .streaming import LogMoments
+from .terms import PairTerms
 
 __all__ = ["Group", "ImportanceSampler"]
 
@@ -134,6 +136,9 @@ class ImportanceSampler:
         self.staged = Staged(
             self._staged_draw, backend, self.options.precision, self._plan.threads, programs=(self.model, self.guide)
         )
+        self._why_guide = ""
+        if self.options.kind == "auto":
+            self._task = self._ladder_task()
 
     def _open_store(self) -> Store:
         """What keeps the groups that have been scored. The names of the settings are those of files."""
@@ -172,17 +177,19 @@ class ImportanceSampler:
         """The answer for one group of data, as arrays over them."""
         kind, seed = self.options.kind, self.store.seed_of(start)
         info = inspect_pair(self.model, self.guide, *batch)
-        if kind in ("guide", "mixture"):
+        if kind in ("guide", "mixture", "auto"):
             refuse_no_weights(info.no_weights)
         described = scored_data(info, batch)
         torch.manual_seed(seed)
         if (start // self._plan.group).bit_count() == 1:  # groups 1, 2, 4, ... check the graph on other data
             self.staged.recheck(f"from datum {start} on")
         covered = None
-        if kind == "guide":
+        if kind in ("guide", "auto"):
             vectorize = self.options.vectorize_particles
             covered = covered_data(self.model, self.guide, batch, **self.info.layout, vectorize=vectorize)
         with pyro.validation_enabled(False):
+            if kind == "auto":
+                return self._repair(start, batch, covered, bar) | described
             group = Group(start, batch, self._refinement_of(start, batch))
             arrays = self._estimate(group, bar)
             if self._plan.num_probes and not (kind == "prior" and self.info.no_weights):
@@ -192,6 +199,70 @@ class ImportanceSampler:
         if covered is not None:
             arrays["covered"] = covered.cpu().numpy()
         return arrays | described
+
+    def _repair(self, start: int, batch: Batch, covered: Tensor | None, bar: tqdm) -> dict[str, Array]:
+        """The answer for one group under ``proposal="auto"``."""
+        size = self.info.num_data if self._plan.whole else len(batch[0])
+        covers = np.ones(size, bool) if covered is None else covered.cpu().numpy()
+        ladder = Ladder(self._task, batch, covers)
+        arrays = ladder.run()
+        if self._plan.num_probes:
+            # A proposal that draws from the prior has nothing more to learn from it.
+            arrays["missed"] = np.zeros(size)
+            rows = np.flatnonzero(ladder.rung == 0)
+            if len(rows):
+                torch.manual_seed(self.store.seed_of(start) + 1)
+                chosen = np.arange(size) if self._plan.whole else rows
+                part = tuple(array[torch.from_numpy(chosen).to(array.device)] for array in batch)
+                probed = self._missed(Group(start, part, None), {name: arrays[name][chosen] for name in ("largest", "log_px")})
+                arrays["missed"][rows] = probed[rows] if self._plan.whole else probed
+        if covered is not None:
+            arrays["covered"] = covers | (ladder.rung > 0)
+        bar.update(size)
+        return arrays
+
+    def _ladder_task(self) -> Task:
+        """What the ladders of all groups share."""
+        options, plan, terms = self.options, self._plan, None
+        model, guide, vectorize, nesting = self.model, self.guide, options.vectorize_particles, self.info.max_plate_nesting
+        backend = "inductor" if plan.compile else "eager"
+        if plan.whole is None and not self.info.discrete:
+            try:
+                terms = PairTerms(model, guide, vectorize, backend, options.precision, plan.chunk // 2)
+                with torch.no_grad(), pyro.validation_enabled(False), evaluation_mode(model, guide):
+                    num_latents = terms.pair(one_datum(self.first)).num_latents
+                self._why_guide = (
+                    f"{num_latents} latent numbers are more than the {MOST_LATENTS} to which a Gaussian is fitted"
+                )
+                terms = terms if num_latents <= MOST_LATENTS else None
+            except (ValueError, NotImplementedError) as error:
+                self._why_guide, terms = str(error), None
+        else:
+            self._why_guide = "its latents are discrete" if self.info.discrete else "the pair is tied to one set of data"
+
+        def probe(batch: Batch, largest: Array, log_px: Array) -> Array:
+            if not plan.num_probes:
+                return np.zeros(len(log_px))
+            return self._missed(Group(0, batch, None), {"largest": largest, "log_px": log_px})
+
+        def mixture(number: int, from_prior: int) -> Draw:
+            return mixture_draws(model, guide, vectorize, nesting, number, from_prior)
+
+        return Task(
+            num_samples=options.num_samples,
+            target_se=options.target_se,
+            checks=plan.checks,
+            discrete=bool(self.info.discrete),
+            precision=self.eps,
+            chunk=plan.chunk,
+            whole=plan.whole,
+            threads=plan.threads,
+            draw_guide=self._submit_staged,
+            probe=probe,
+            finish=self._finish_part,
+            terms=terms,
+            mixture=mixture,
+        )
 
     def _refinement_of(self, start: int, batch: Batch) -> Refinement | None:
         """The proposal of a group, if the proposal is fitted."""
@@ -364,14 +435,17 @@ class ImportanceSampler:
         notes: dict[str, Any] = {} if options.target_se is None else {"target_se": float(options.target_se)}
         notes |= {"prior_not_asked": self._probe_errors[0]} if self._probe_errors else {}
         notes |= {} if options.precision == "float32" else {"precision": options.precision}
+        decided = options.target_se is not None or options.kind == "auto"
+        if options.kind == "auto" and self._why_guide and "rung" in scored and self._task.terms is None:
+            notes["not_refined"] = self._why_guide
         return Evidence(
             **scored,
             **fields,
             curve=curve,
             num_samples=options.num_samples,
             method=KINDS[options.kind].method,
-            drawn=None if options.target_se is None else drawn,
-            pilot=None if options.target_se is None else pilot,
+            drawn=drawn if decided else None,
+            pilot=pilot if decided else None,
             missed=None if missed is None or np.isnan(missed).all() else missed,
             notes=notes,
         )

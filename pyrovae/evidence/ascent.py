@@ -1,0 +1,162 @@
+"""Modes of the posterior of many data at once, by gradient ascent of single points, and the curvature there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gradient", "Peaks", "climb", "curvature", "distinct"]
+
+# log p(x, u) (K, B) and its gradient (K, B, L) at points (K, B, L), in float64; not finite where the model overflows.
+Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+# Pairs of steps that L-BFGS remembers.
+MEMORY = 8
+# The longest step, in the units that points are measured in, for each square root of a dimension.
+LONGEST_STEP = 1.0
+# Relative step of the finite differences, in units of the prior's standard deviation; gradients are float32 at the least.
+DIFFERENCE = 2e-3
+# Eigenvalues of the precision relative to the prior's: a flat direction is not wider than twice the prior.
+LEAST_PRECISION, MOST_PRECISION = 0.25, 1e10
+
+
+class Peaks(NamedTuple):
+    """Points that have climbed.
+
+    Attributes:
+        point: where they are, (K, B, L), float64.
+        log_joint: log p(x, u) there, (K, B).
+        slope: its gradient, (K, B, L).
+        left: nats that a quadratic still promises, (K, B); small where the ascent has converged.
+    """
+
+    point: Tensor
+    log_joint: Tensor
+    slope: Tensor
+    left: Tensor
+
+
+def climb(gradient: Gradient, start: Tensor, unit: Tensor, steps: int) -> Peaks:
+    """Climb from each start to a mode nearby, by L-BFGS with one gradient a step; a step that does not rise is halved.
+
+    Args:
+        gradient: log p(x, u) and its gradient.
+        start: (K, B, L), float64.
+        unit: a length scale of each latent, (B, L), such as the prior's standard deviation.
+        steps: gradients for each point.
+    """
+    point = start / unit
+    value, slope = _in_units(gradient, point, unit)
+    value = torch.where(value.isnan(), -math.inf, value)
+    shape = (MEMORY, *point.shape)
+    moves, turns = torch.zeros(shape, dtype=point.dtype, device=point.device), torch.zeros(
+        shape, dtype=point.dtype, device=point.device
+    )
+    inverse = torch.zeros(shape[:-1], dtype=point.dtype, device=point.device)  # 1 / (move . turn); 0 if unused
+    scale = torch.ones_like(value)
+    shrink = torch.ones_like(value)
+    longest = LONGEST_STEP * math.sqrt(point.shape[-1])
+    direction = slope
+    for _ in range(steps):
+        direction = _ascent(slope, moves, turns, inverse, scale)
+        # Where memory points downhill, the gradient itself.
+        rise = (direction * slope).sum(-1)
+        direction = torch.where((rise > 0)[..., None], direction, slope)
+        length = direction.norm(dim=-1).clamp(min=1e-300)
+        step = (shrink * (longest / length).clamp(max=1.0))[..., None] * direction
+        there = point + step
+        new, new_slope = _in_units(gradient, there, unit)
+        better = new >= value + 1e-4 * (step * slope).sum(-1)  # False for NaN
+        taken = better[..., None]
+        turn = slope - new_slope
+        product = (step * turn).sum(-1)
+        kept = better & (product > 1e-10 * step.norm(dim=-1) * turn.norm(dim=-1))
+        moves, turns = (_pushed(old, fresh, kept) for old, fresh in ((moves, step), (turns, turn)))
+        inverse = _pushed(inverse[..., None], (1 / product.clamp(min=1e-300))[..., None], kept)[..., 0]
+        scale = torch.where(kept, product / turn.square().sum(-1).clamp(min=1e-300), scale)
+        point, slope = torch.where(taken, there, point), torch.where(taken, new_slope, slope)
+        value = torch.where(better, new, value)
+        shrink = torch.where(better, (2 * shrink).clamp(max=1.0), shrink / 4)
+    left = (_ascent(slope, moves, turns, inverse, scale) * slope).sum(-1).abs() / 2
+    return Peaks(point * unit, value, slope / unit, left)
+
+
+def _in_units(gradient: Gradient, point: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = gradient(point * unit)
+    return value, torch.nan_to_num(slope * unit, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _pushed(history: Tensor, fresh: Tensor, kept: Tensor) -> Tensor:
+    """The history with a fresh entry in place of the oldest, for the points that keep theirs."""
+    moved = torch.cat([history[1:], fresh[None]])
+    return torch.where(kept[None, ..., None], moved, history)
+
+
+def _ascent(slope: Tensor, moves: Tensor, turns: Tensor, inverse: Tensor, scale: Tensor) -> Tensor:
+    """The direction of L-BFGS (the recursion of two loops)."""
+    direction, factors = slope, []
+    for place in reversed(range(len(moves))):
+        factor = inverse[place] * (moves[place] * direction).sum(-1)
+        direction = direction - factor[..., None] * turns[place]
+        factors.append(factor)
+    direction = scale[..., None] * direction
+    for place, factor in enumerate(reversed(factors)):
+        back = inverse[place] * (turns[place] * direction).sum(-1)
+        direction = direction + (factor - back)[..., None] * moves[place]
+    return direction
+
+
+def curvature(gradient: Gradient, point: Tensor, unit: Tensor) -> Tensor:
+    r"""The Gaussian of Laplace's method: factors C of the covariance at modes (M, B, L), shape (M, B, L, L).
+
+    .. math:: C C^\top = (-\nabla^2 \log p(x, u))^{-1}
+
+    by differences of gradients, with eigenvalues clipped to the prior's order, so that the covariance is always one.
+    """
+    modes, _, latents = point.shape
+    moves = torch.diag_embed(DIFFERENCE * unit).movedim(1, 0)[:, None]  # (L, 1, B, L), one latent after another
+    there = torch.cat([point[None] + moves, point[None]])
+    slope = gradient(there.flatten(0, 1))[1].reshape(there.shape) * unit
+    slope = torch.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
+    precision = ((slope[-1] - slope[:-1]) / DIFFERENCE).movedim(0, -1)
+    assert precision.shape == (modes, len(unit), latents, latents)
+    precision = (precision + precision.mT) / 2
+    values, vectors = torch.linalg.eigh(precision)
+    values = values.clamp(LEAST_PRECISION, MOST_PRECISION)
+    covariance = (vectors / values[..., None, :]) @ vectors.mT
+    return unit[..., None] * torch.linalg.cholesky(covariance)
+
+
+def distinct(peaks: Peaks, unit: Tensor, *, most: int, within: float, nats: float) -> list[Tensor]:
+    """For each of up to ``most`` modes of a datum, the number of the point that stands for it, (B,); -1 if there is none.
+
+    Points are taken from the highest down. One is left out that is near one taken before, or ``nats`` below the highest.
+
+    Args:
+        peaks: points that have climbed, K of them.
+        unit: the length scale, (B, L).
+        most: how many modes are kept.
+        within: the distance at which two points are one mode, in the units, for each square root of a dimension.
+        nats: how much lower than the highest a mode may be.
+    """
+    place = peaks.point / unit
+    height = torch.nan_to_num(peaks.log_joint, nan=-math.inf)
+    free = height >= height.max(0).values - nats
+    free = free & (height > -math.inf)
+    free[height.argmax(0), torch.arange(height.shape[1], device=height.device)] = True
+    near = within * math.sqrt(place.shape[-1])
+    chosen = []
+    for _ in range(min(most, len(place))):
+        best = torch.where(free, height, -math.inf).argmax(0)
+        any_left = free.any(0)
+        centre = place.gather(0, best[None, :, None].expand_as(place[:1]))
+        free = free & ((place - centre).norm(dim=-1) > near)
+        free[best, torch.arange(len(best), device=best.device)] = False
+        chosen.append(torch.where(any_left, best, -1))
+        if not bool(free.any()):
+            break
+    return chosen

@@ -1,0 +1,438 @@
+"""Evidence that repairs itself: each datum climbs from cheap proposals to dear ones, only as far as its weights demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.matching import Batch
+from .annealing_options import AnnealingOptions
+from .chunks import ahead
+from .fitted import Fitted, slope_of, tempered
+from .fitting import FEW_LATENTS, Scored, adapted, fit, tuned
+from .kinds import RUNGS
+from .paths import AnnealingPath, ChainState
+from .planning import needed_draws
+from .proposals import mixture_draws, prior_count
+from .psis import FEWEST_SAMPLES, Array, khat_limit, pareto_khat, tail_size
+from .streaming import LogMoments
+from .terms import CALLS_OF_A_GRADIENT, PairTerms
+
+__all__ = ["Ladder", "Task", "pilot_draws", "prior_draws"]
+
+GUIDE, FITTED, ADAPTED, MIXTURE, ANNEALED = range(len(RUNGS))
+# Draws of a pilot: a tenth of the estimate's, but no fewer or more.
+FEWEST_PILOT, MOST_PILOT = 250, 1000
+# A pilot promises a reliable estimate if Pareto k is this far below the limit for the estimate's own draws, since k of few draws
+# is itself uncertain, and if so many of its draws are effective.
+MARGIN, LEAST_ESS = 0.1, 0.02
+# What the guide may miss by the draws of the prior, in nats, before a proposal is fitted.
+MISSED = 0.005
+# The fraction of a fitted proposal's draws that come from the prior: it bounds the weights, and shows what the fit has missed.
+PRIOR_SHARE = 0.04
+# The power of the likelihood and the degrees of freedom of a proposal before any of its draws was scored.
+FIRST_POWER, FIRST_DF = 0.6, 30.0
+# Adaptations to the weights of all pilots so far.
+ADAPTATIONS = 2
+# The last rung: chains from the best proposal so far.
+CHAINS = AnnealingOptions(num_chains=64, num_temperatures=40, leapfrog_steps=4, step_size=0.2)
+# The prior's fraction of the mixture with the guide, where nothing can be fitted.
+MIXTURE_SHARE = 0.25
+# Numbers that the covariances of data that are fitted together may have.
+FIT_NUMBERS = 2**21
+# Covariances of more latents than these are not fitted.
+MOST_LATENTS = 400
+
+
+def pilot_draws(num_samples: int) -> int:
+    """Draws of a pilot for an estimate from ``num_samples``; none if nothing could tell whether to believe that."""
+    if num_samples < FEWEST_SAMPLES:
+        return 0
+    return min(max(num_samples // 10, min(num_samples, FEWEST_PILOT)), MOST_PILOT)
+
+
+def prior_draws(number: int) -> int:
+    """How many of a fitted proposal's draws are the prior's: at least one, but not all."""
+    return min(max(1, round(PRIOR_SHARE * number)), number - 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one call of :func:`pyrovae.log_marginal` fixes for all its groups.
+
+    Attributes:
+        num_samples: draws of an estimate, at the most.
+        target_se: the standard error to aim at, or ``None``.
+        checks: the numbers of draws that an estimate may be from.
+        discrete: whether there are discrete latents.
+        precision: relative rounding error of log-weights.
+        chunk: (draw, datum) pairs that are scored at once.
+        whole: how many data have to run together, if any.
+        threads: chunks of the guide's draws that run at the same time.
+        draw_guide: starts to draw log-weights of the guide, and returns the function that waits for them.
+        probe: what the guide misses of the data in some rows, from their pilot's largest log-weight and estimate, in nats.
+        finish: the answer for some data from their sums, by the names of the store's files.
+        terms: the pair over its unconstrained latents, or ``None`` if it has none.
+        mixture: draws of the mixture of prior and guide, from how many are made in all and how many are the prior's.
+    """
+
+    num_samples: int
+    target_se: float | None
+    checks: list[int]
+    discrete: bool
+    precision: float
+    chunk: int
+    whole: int | None
+    threads: int
+    draw_guide: Callable[[Batch, int], Callable[[], Tensor]]
+    probe: Callable[[Batch, Array, Array], Array]
+    finish: Callable[[LogMoments], dict[str, Array]]
+    terms: PairTerms | None
+    mixture: Callable[[int, int], Callable[[Batch, int], Tensor]]
+
+
+class Ladder:
+    r"""One group of data on the rungs of ``proposal="auto"``.
+
+    .. math:: \hat p(x) = \frac1S \sum_s \frac{p(x, u_s)}{\alpha \, p(u_s) + (1 - \alpha) \, r_P(u_s \mid x)}
+
+    The rung, its proposal :math:`r_P` and the number S depend on pilots P alone, and S fresh draws are made afterwards. Given
+    the pilots each term has the mean p(x), whatever they chose, because the proposal covers what the prior allows; so
+    :math:`E \hat p(x) = E[E(\hat p(x) \mid P)] = p(x)`. The draws are stratified: exactly :math:`\alpha S` of them come from the
+    prior, which the reported standard error ignores.
+
+    If the fresh draws then have a tail that their pilot did not show, the datum climbs on, and its estimate is made anew. That
+    selects. With A the event that the first estimate is kept, :math:`E \hat p = p + E[(\hat p_1 - p) 1_A]`, and the relative
+    bias is at most :math:`\sigma \sqrt{P(A) (1 - P(A))}`, where :math:`\sigma` is the relative standard error of the first
+    estimate: half a standard error at the most, and a tenth of one if the pilot errs once in a hundred times.
+
+    Args:
+        task: what the call fixes.
+        batch: the group's data.
+        covered: whether the guide can draw what the prior allows, for each datum.
+    """
+
+    def __init__(self, task: Task, batch: Batch, covered: Array):
+        self.task, self.batch, size = task, batch, len(covered)
+        self.covered, self.size = covered, size
+        self.device = batch[0].device
+        self.pilot = pilot_draws(task.num_samples)
+        self.block = min(self.pilot or task.num_samples, task.num_samples, max(1, task.chunk))
+        self.width = task.whole or max(1, task.chunk // self.block)
+        self.rung = np.zeros(size, np.int64)
+        self.calls, self.piloted = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self.khat, self.sound = np.full(size, np.inf), np.zeros(size, bool)
+        self.needed = np.full(size, task.num_samples)
+        self.proposals: dict[int, Fitted] = {}
+        self.arrays: dict[str, Array] = {}
+
+    def run(self) -> dict[str, Array]:
+        """The answers for the group, by the names of the store's files."""
+        guide_elbo = np.zeros(self.size)
+        if self.pilot:
+            guide_elbo = self._try_guide()
+            few = self.task.terms is not None and self._num_latents <= FEW_LATENTS
+            # With few latents posteriors often have several modes, which weights do not show, and fits are cheap.
+            wanted = np.flatnonzero(~self.sound | few & ~np.isneginf(self.khat))
+            self._fit(wanted) if self.task.terms is not None else self._try_mixture(np.flatnonzero(~self.sound))
+        self._estimate(np.flatnonzero(self.sound | ~self._fitted))
+        # The guide's own draws may show a tail that its pilot did not.
+        again = np.flatnonzero(~self._fitted & ~self._reliable())
+        if self.pilot and self.task.terms is not None and len(again):
+            self.piloted[again] += self.arrays["drawn"][again]
+            self.sound[again], self.khat[again] = False, np.inf
+            self._fit(again)
+            self._estimate(again[self.sound[again]])
+        self._anneal(np.flatnonzero(~self.sound & self._fitted))
+        turned_back = np.flatnonzero(self._fitted & (self.rung != ANNEALED) & ~self._reliable())
+        self.piloted[turned_back] += self.arrays["drawn"][turned_back]
+        self._anneal(turned_back)
+        if self.pilot:
+            climbed = self.rung != GUIDE
+            self.arrays["elbo"][climbed] = guide_elbo[climbed]
+        return self.arrays | {"rung": self.rung, "calls": self.calls, "pilot": self.piloted}
+
+    @property
+    def _fitted(self) -> Array:
+        """Whether a datum has a proposal of its own."""
+        return np.array([row in self.proposals for row in range(self.size)])
+
+    @property
+    def _num_latents(self) -> int:
+        assert self.task.terms is not None
+        return self.task.terms.pair(self._of(torch.arange(self.task.whole or 1))).num_latents
+
+    def _of(self, rows: Tensor) -> Batch:
+        return tuple(array[rows.to(array.device)] for array in self.batch)
+
+    def _judge(self, rows: Array, log_w: Tensor, rung: int) -> Array:
+        """Take note of a pilot's weights (S, rows); which rows it is the best for so far."""
+        moments, size = LogMoments.of(log_w), len(log_w)
+        estimate = moments.finish()
+        tail = moments.tail[:, : tail_size(size)].cpu().numpy()
+        khat = np.nan_to_num(pareto_khat(tail, size, precision=self.task.precision), nan=np.inf)
+        light = (khat < khat_limit(self.task.num_samples) - MARGIN) & (estimate.ess >= LEAST_ESS * size) | np.isneginf(khat)
+        sound = light & np.isfinite(estimate.log_px)
+        self.calls[rows] += size
+        self.piloted[rows] += size
+        better = (khat < self.khat[rows]) | ((rung > GUIDE) & (self.rung[rows] == GUIDE)) & ~(self.sound[rows] & ~sound)
+        chosen = rows[better]
+        self.khat[chosen], self.sound[chosen], self.rung[chosen] = khat[better], sound[better], rung
+        if self.task.target_se is not None:
+            checks = np.array(self.task.checks)
+            number = needed_draws(moments, self.task.target_se, self.task.discrete)
+            self.needed[chosen] = checks[np.searchsorted(checks[:-1], number)][better]
+        return better
+
+    def _try_guide(self) -> Array:
+        """A pilot from the guide; returns its mean log-weights, which are the guide's ELBO."""
+        rows, elbo = np.arange(self.size), np.zeros(self.size)
+        for part, blocks in self._guide_blocks(torch.arange(self.size), self.pilot):
+            log_w, chosen = torch.cat(list(blocks)), part.numpy()
+            self._judge(chosen, log_w, GUIDE)
+            elbo[chosen] = log_w.mean(0).cpu().numpy()
+            moments = LogMoments.of(log_w)
+            estimate, largest = moments.finish(), moments.tail[:, 0].cpu().numpy()
+            missed = self.task.probe(self._of(part), largest, estimate.log_px)
+            self.sound[chosen] &= ~(missed > np.fmax(MISSED, estimate.se / 10))
+        self.sound[rows] &= self.covered
+        return elbo
+
+    def _fit(self, wanted: Array) -> None:
+        """Fit a proposal to each of some data, and adapt it where its pilot fails."""
+        terms = self.task.terms
+        assert terms is not None
+        most = max(1, FIT_NUMBERS // self._num_latents**2)
+        for rows in torch.from_numpy(wanted).split(most) if len(wanted) else ():
+            calls = torch.zeros(len(rows), dtype=torch.long)
+            fitted, unit = fit(terms, self._of(rows), calls)
+            self.calls[rows.numpy()] += calls.numpy()
+            first = Fitted(*tempered(fitted, unit, FIRST_POWER)[:-1], torch.full_like(fitted.df, FIRST_DF))
+            history = self._scored(rows, first)
+            self._judge(rows.numpy(), history.log_w, FITTED)
+            current = tuned(fitted, unit, history)
+            self._keep(rows, current)
+            for _ in range(ADAPTATIONS):
+                active = torch.from_numpy(np.flatnonzero(~self.sound[rows.numpy()]))
+                if not len(active):
+                    break
+                rows, unit, history, current = rows[active], unit[active], history.rows(active), current.rows(active)
+                current = adapted(current, unit, history)
+                fresh = self._scored(rows, current)
+                better = torch.from_numpy(self._judge(rows.numpy(), fresh.log_w, ADAPTED))
+                history = history.joined(fresh)
+                self._keep(rows[better], tuned(current, unit, history).rows(better))
+
+    def _keep(self, rows: Tensor, fitted: Fitted) -> None:
+        for place, row in enumerate(rows.tolist()):
+            self.proposals[row] = fitted.rows(torch.tensor([place]))
+
+    def _try_mixture(self, rows: Array) -> None:
+        """A pilot from the mixture of prior and guide, which is all that is left for a pair without unconstrained latents."""
+        if not len(rows):
+            return
+        rows = rows if self.task.whole is None else np.arange(self.size)
+        for part in torch.from_numpy(rows).split(self.task.whole or self.width):
+            draw = self.task.mixture(self.pilot, prior_count(self.pilot, MIXTURE_SHARE))
+            batch = self._of(part)
+            log_w = torch.cat([draw(batch, size) for size in _sizes(self.pilot, self.block)])
+            self._judge(part.numpy(), log_w, MIXTURE)
+
+    def _scored(self, rows: Tensor, fitted: Fitted) -> Scored:
+        """A pilot from the proposals of some data."""
+        flat, log_prior, log_joint = [], [], []
+        for _, blocks in self._fitted_blocks(rows, fitted, self.pilot):
+            parts = [torch.cat(columns) for columns in zip(*blocks, strict=True)]
+            for kept, part in zip((flat, log_prior, log_joint), parts, strict=True):
+                kept.append(part)
+        joined = (torch.cat(parts, 1) for parts in (flat, log_prior, log_joint))
+        return Scored(*joined, (fitted,), prior_draws(self.pilot) / self.pilot)
+
+    def _blocks(self, rows: Tensor) -> Iterator[tuple[Tensor, Batch, Tensor]]:
+        """Rows that draw together; their data and numbers, repeated to one width, since a graph serves one shape."""
+        for part in rows.split(self.width):
+            padded = torch.cat([part, part[:1].expand(self.width - len(part))]) if self.task.whole is None else part
+            yield part, self._of(padded), padded
+
+    def _guide_blocks(self, rows: Tensor, number: int) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+        """For rows that draw together, blocks of log-weights of the guide's draws, (size, rows)."""
+        threads = self.task.threads
+        for part, batch, _ in self._blocks(rows):
+            sizes = list(_sizes(number, self.block))
+
+            def calls(batch: Batch = batch, sizes: list[int] = sizes) -> Iterator[Callable[[], Tensor]]:
+                yield from (self.task.draw_guide(batch, self.block) for _ in sizes)
+
+            values = ahead(calls(), threads + 2 if threads > 1 else 0)
+            yield part, (value[:size, : len(part)] for value, size in zip(values, sizes, strict=True))
+
+    def _fitted_blocks(
+        self, rows: Tensor, fitted: Fitted, number: int
+    ) -> Iterator[tuple[Tensor, Iterator[tuple[Tensor, Tensor, Tensor]]]]:
+        """For rows that draw together, blocks of points of their proposals, with log p(u) and log p(x, u) there."""
+        terms, place, from_prior = self.task.terms, 0, prior_draws(number)
+        assert terms is not None
+        most = math.ceil(self.block * from_prior / number)
+        for part, batch, padded in self._blocks(rows):
+            which = torch.arange(place, place + len(part))
+            proposals = fitted.rows(torch.cat([which, which[:1].expand(len(padded) - len(part))]))
+            place += len(part)
+
+            def blocks(
+                batch: Batch = batch, proposals: Fitted = proposals, size: int = len(part)
+            ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                done = 0
+                for drawn in _sizes(number, self.block):
+                    own = (done + drawn) * from_prior // number - done * from_prior // number
+                    done += drawn
+                    flat = torch.cat([terms.prior(batch, most)[:own], proposals.sample(self.block - own)])
+                    log_prior, log_likelihood = terms.score(batch, flat)
+                    columns = (flat, log_prior, log_prior + log_likelihood)
+                    yield tuple(column[:drawn, :size] for column in columns)  # type: ignore[misc]
+
+            yield part, blocks()
+
+    def _estimate(self, rows: Array) -> None:
+        """Estimates from fresh draws, as many as the pilots decided on."""
+        for rung in np.unique(self.rung[rows]).tolist():
+            for number in np.unique(self.needed[rows]).tolist():
+                chosen = rows[(self.rung[rows] == rung) & (self.needed[rows] == number)]
+                if len(chosen):
+                    strata = Strata(len(chosen), self.device)
+                    for part, blocks in self._final(torch.from_numpy(chosen), rung, number, strata):
+                        moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)
+                        moments.extend(blocks, number)
+                        self._put(part.numpy(), moments)
+                    if rung in (FITTED, ADAPTED):
+                        self.arrays["se"][chosen] = strata.standard_error(self.arrays, chosen, number)
+                    self.calls[chosen] += number
+
+    def _final(self, rows: Tensor, rung: int, number: int, strata: Strata) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+        """For rows that draw together, blocks of log-weights of their proposal."""
+        if rung == GUIDE:
+            yield from self._guide_blocks(rows, number)
+        elif rung == MIXTURE:
+            for part in rows.split(self.task.whole or self.width):
+                draw, batch = self.task.mixture(number, prior_count(number, MIXTURE_SHARE)), self._of(part)
+                yield part, (draw(batch, size) for size in _sizes(number, self.block))
+        else:
+            fitted = _stacked([self.proposals[row] for row in rows.tolist()])
+            place = 0
+            for part, blocks in self._fitted_blocks(rows, fitted, number):
+                which = torch.arange(place, place + len(part))
+                place += len(part)
+                yield part, self._weights(blocks, fitted.rows(which), which, number, strata)
+
+    def _weights(
+        self, blocks: Iterator[tuple[Tensor, Tensor, Tensor]], proposal: Fitted, which: Tensor, number: int, strata: Strata
+    ) -> Iterator[Tensor]:
+        """Log-weights of blocks from a proposal; those of the prior's draws, which come first in each, are summed apart."""
+        from_prior, done = prior_draws(number), 0
+        for flat, log_prior, log_joint in blocks:
+            log_w = Scored(flat, log_prior, log_joint, (proposal,), from_prior / number).log_w
+            own = (done + len(flat)) * from_prior // number - done * from_prior // number
+            done += len(flat)
+            strata.add(which, log_w[:own])
+            yield log_w
+
+    def _anneal(self, rows: Array) -> None:
+        """Chains from the best proposals to the posterior, for what no proposal was good enough for."""
+        terms = self.task.terms
+        if terms is None or not len(rows):
+            return
+        each = max(1, terms.gradients // CHAINS.num_chains)
+        path = AnnealingPath(CHAINS, CHAINS.betas)
+        for part in torch.from_numpy(rows).split(each):
+            field = FittedField(terms, self._of(part), _stacked([self.proposals[row] for row in part.tolist()]))
+            with tqdm(disable=True) as bar:
+                log_w = path.forward(field, path.tune(field, bar), bar)
+            moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)
+            moments.update(log_w)
+            self._put(part.numpy(), moments)
+        self.rung[rows] = ANNEALED
+        self.calls[rows] += CALLS_OF_A_GRADIENT * path.num_gradients
+
+    def _put(self, rows: Array, moments: LogMoments) -> None:
+        for name, part in self.task.finish(moments).items():
+            place = self.arrays.setdefault(name, np.zeros((self.size, *part.shape[1:]), part.dtype))
+            place[rows] = part
+
+    def _reliable(self) -> Array:
+        """Whether the estimates so far have light tails."""
+        khat = self.arrays["khat"]
+        limits = np.array([khat_limit(int(number)) for number in self.arrays["drawn"]])
+        with np.errstate(invalid="ignore"):
+            return ((khat < limits) | np.isneginf(khat)) & np.isfinite(self.arrays["log_px"])
+
+
+class FittedField(NamedTuple):
+    """Densities between fitted proposals and the joint, through which chains are annealed."""
+
+    terms: PairTerms
+    args: Batch
+    start: Fitted
+
+    def draw(self, num: int) -> Tensor:
+        """Draws of the proposals, (num, B, L)."""
+        return self.start.sample(num)
+
+    def at(self, flat: Tensor) -> ChainState:
+        """The chains' state at ``flat`` (K, B, L)."""
+        return self.slope(flat, 1.0)[0]
+
+    def slope(self, flat: Tensor, beta: float) -> tuple[ChainState, Tensor, Tensor]:
+        """The state at ``flat``, log f there (K, B), and its gradient (K, B, L)."""
+        log_start, start_slope = slope_of(self.start, flat)
+        log_joint, joint_slope = self.terms.slope(self.args, flat)
+        state = ChainState(flat, log_start, log_joint - log_start)
+        return state, log_start + beta * state.log_ratio, (1 - beta) * start_slope + beta * joint_slope
+
+
+class Strata:
+    """Sums of the weights of the prior's draws, from which the standard error of a stratified mean follows."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.log_sum = torch.full((size,), -math.inf, dtype=torch.float64, device=device)
+        self.log_square = self.log_sum.clone()
+
+    def add(self, rows: Tensor, log_w: Tensor) -> None:
+        """Take in log-weights (S, rows) of some of the data."""
+        if len(log_w):
+            self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], torch.logsumexp(log_w, 0))
+            self.log_square[rows] = torch.logaddexp(self.log_square[rows], torch.logsumexp(2 * log_w, 0))
+
+    def standard_error(self, arrays: dict[str, Array], rows: Array, number: int) -> Array:
+        r"""Of log p(x) from ``number`` draws: the variance within the two strata, but not that between them.
+
+        .. math:: \operatorname{se}^2 = \frac{\sum_h \frac{n_h}{n_h - 1} \left( \sum_{s \in h} w_s^2
+            - \frac{1}{n_h} (\sum_{s \in h} w_s)^2 \right)}{(\sum_s w_s)^2}
+        """
+        log_whole = arrays["log_px"][rows] + math.log(number)
+        few = prior_draws(number)
+        with np.errstate(all="ignore"):
+            part = np.exp(self.log_sum.cpu().numpy() - log_whole)
+            square = np.exp(self.log_square.cpu().numpy() - 2 * log_whole)
+            squares = 1 / arrays["ess"][rows]
+            total = np.zeros(len(rows))
+            for own, own_square, count in ((part, square, few), (1 - part, squares - square, number - few)):
+                total += count / max(count - 1, 1) * np.maximum(own_square - own**2 / count, 0.0)
+            return np.sqrt(total)
+
+
+def _sizes(number: int, most: int) -> Iterator[int]:
+    """``number`` draws in blocks of ``most``; the last may be smaller."""
+    return (min(most, number - start) for start in range(0, number, most))
+
+
+def _stacked(proposals: list[Fitted]) -> Fitted:
+    """The proposals of single data side by side, with as many components as the largest."""
+    most = max(proposal.loc.shape[1] for proposal in proposals)
+    padded = [proposal.padded(most) for proposal in proposals]
+    return Fitted(*(torch.cat(columns) for columns in zip(*padded, strict=True)))
