@@ -3,8 +3,8 @@
 from .comparison import Comparison, compare
 from .curve import Curve, curve_of
 from .draws import Draws
-from .psis import pareto_khat, pareto_smooth, tail_size
 from .kinds import RUNGS
+from .psis import pareto_khat, pareto_smooth, tail_size
 from .results import Evidence
 from .streaming import curve_sizes
 

@@ -53,8 +53,9 @@ def climb(gradient: Gradient, start: Tensor, unit: Tensor, steps: int) -> Peaks:
     value, slope = _in_units(gradient, point, unit)
     value = torch.where(value.isnan(), -math.inf, value)
     shape = (MEMORY, *point.shape)
-    moves, turns = torch.zeros(shape, dtype=point.dtype, device=point.device), torch.zeros(
-        shape, dtype=point.dtype, device=point.device
+    moves, turns = (
+        torch.zeros(shape, dtype=point.dtype, device=point.device),
+        torch.zeros(shape, dtype=point.dtype, device=point.device),
     )
     inverse = torch.zeros(shape[:-1], dtype=point.dtype, device=point.device)  # 1 / (move . turn); 0 if unused
     scale = torch.ones_like(value)

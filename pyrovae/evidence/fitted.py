@@ -54,9 +54,7 @@ class Fitted(NamedTuple):
         missing = most - self.loc.shape[1]
         if missing == 0:
             return self
-        loc, tril, inverse = (
-            torch.cat([part, part[:, :1].expand(-1, missing, *part.shape[2:])], 1) for part in self[:3]
-        )
+        loc, tril, inverse = (torch.cat([part, part[:, :1].expand(-1, missing, *part.shape[2:])], 1) for part in self[:3])
         shares = torch.cat([self.shares, torch.zeros_like(self.shares[:, :1]).expand(-1, missing)], 1)
         return Fitted(loc, tril, inverse, shares, self.df)
 

@@ -25,7 +25,7 @@ TOURNAMENT = 8
 MOMENT_DRAWS = 64
 # Steps that match gradients, how many of the last of them share their draws, how much these count against the last Gaussian,
 # and how much wider than it they are drawn, so that the fit is right beyond the middle.
-MATCHES, POOLED, TRUST, WIDER = 6, 3, 1e3, 1.2
+MATCHES, POOLED, TRUST, WIDER = 4, 3, 1e3, 1.2
 # Draws that the Gaussian before an adaptation counts for, for each latent.
 SHRINKAGE = 10.0
 
@@ -87,7 +87,9 @@ class Scored:
 
     def joined(self, other: Scored) -> Scored:
         """With as many draws of another proposal for the same data."""
-        flat, prior, joint = (torch.cat([getattr(self, name), getattr(other, name)]) for name in ("flat", "log_prior", "log_joint"))
+        flat, prior, joint = (
+            torch.cat([getattr(self, name), getattr(other, name)]) for name in ("flat", "log_prior", "log_joint")
+        )
         return Scored(flat, prior, joint, (*self.proposals, *other.proposals), self.from_prior)
 
 

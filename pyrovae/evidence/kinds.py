@@ -173,11 +173,29 @@ class Refined(ImportanceSampled):
 class Repaired(ImportanceSampled):
     """Importance sampling by the cheapest proposal that is good enough for each datum; annealed chains are its last resort.
 
-    Every datum is judged by Pareto k at the number of its own draws or chains.
+    Draws are judged by Pareto k at the number that the datum took. Chains are judged by how many are effective, as few chains
+    are in annealing: at least half.
     """
 
     who_misses = "every proposal misses"
     cover_cure = 'proposal="mixture"'
+
+    def consistent(self, scores: _Scores) -> Array:
+        """Whether k is below the threshold, or half of the chains are effective."""
+        light = super().consistent(scores)
+        if scores.rung is None:
+            return light
+        with np.errstate(invalid="ignore"):
+            agree = scores.ess >= np.maximum(scores.samples_drawn / 2, LEAST_CHAINS)
+        return np.where(scores.rung == len(RUNGS) - 1, agree, light)
+
+    def criterion(self, scores: _Scores) -> str:
+        """The threshold of k, and how many chains must be effective if some were annealed."""
+        draws = np.ones(len(scores), bool) if scores.rung is None else scores.rung < len(RUNGS) - 1
+        limits = scores.khat_thresholds[draws] if draws.any() else scores.khat_thresholds
+        low, high = limits.min(), limits.max()
+        words = f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "")
+        return words if draws.all() else f"{words}, or half of the chains effective"
 
     def effort(self, scores: _Scores) -> str:
         """How many samples there were, and decoder calls in all."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,28 +12,31 @@ from tqdm import tqdm
 from ..data.matching import Batch
 from .annealing_options import AnnealingOptions
 from .chunks import ahead
-from .fitted import Fitted, slope_of, tempered
+from .fitted import Fitted, tempered
 from .fitting import FEW_LATENTS, Scored, adapted, fit, tuned
 from .kinds import RUNGS
-from .paths import AnnealingPath, ChainState
+from .paths import AnnealingPath
 from .planning import needed_draws
-from .proposals import mixture_draws, prior_count
+from .proposals import prior_count
 from .psis import FEWEST_SAMPLES, Array, khat_limit, pareto_khat, tail_size
+from .strata import FittedField, Strata, prior_draws
 from .streaming import LogMoments
-from .terms import CALLS_OF_A_GRADIENT, PairTerms
+from .task import Task
+from .terms import CALLS_OF_A_GRADIENT
 
-__all__ = ["Ladder", "Task", "pilot_draws", "prior_draws"]
+__all__ = ["Ladder", "pilot_draws"]
 
 GUIDE, FITTED, ADAPTED, MIXTURE, ANNEALED = range(len(RUNGS))
-# Draws of a pilot: a tenth of the estimate's, but no fewer or more.
+# Draws of the guide's pilot, a twentieth of the estimate's, but no fewer or more; a fitted proposal's has twice as many, from
+# which it is also tuned.
 FEWEST_PILOT, MOST_PILOT = 250, 1000
-# A pilot promises a reliable estimate if Pareto k is this far below the limit for the estimate's own draws, since k of few draws
+# A pilot promises a reliable estimate if Pareto k is this far below the limit for the estimate's own draws, as k of few draws
 # is itself uncertain, and if so many of its draws are effective.
 MARGIN, LEAST_ESS = 0.1, 0.02
+# An estimate of which fewer draws are effective is made anew by chains.
+LEAST_EFFECTIVE = 0.01
 # What the guide may miss by the draws of the prior, in nats, before a proposal is fitted.
 MISSED = 0.005
-# The fraction of a fitted proposal's draws that come from the prior: it bounds the weights, and shows what the fit has missed.
-PRIOR_SHARE = 0.04
 # The power of the likelihood and the degrees of freedom of a proposal before any of its draws was scored.
 FIRST_POWER, FIRST_DF = 0.6, 30.0
 # Adaptations to the weights of all pilots so far.
@@ -47,55 +47,13 @@ CHAINS = AnnealingOptions(num_chains=64, num_temperatures=40, leapfrog_steps=4, 
 MIXTURE_SHARE = 0.25
 # Numbers that the covariances of data that are fitted together may have.
 FIT_NUMBERS = 2**21
-# Covariances of more latents than these are not fitted.
-MOST_LATENTS = 400
 
 
 def pilot_draws(num_samples: int) -> int:
     """Draws of a pilot for an estimate from ``num_samples``; none if nothing could tell whether to believe that."""
     if num_samples < FEWEST_SAMPLES:
         return 0
-    return min(max(num_samples // 10, min(num_samples, FEWEST_PILOT)), MOST_PILOT)
-
-
-def prior_draws(number: int) -> int:
-    """How many of a fitted proposal's draws are the prior's: at least one, but not all."""
-    return min(max(1, round(PRIOR_SHARE * number)), number - 1)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one call of :func:`pyrovae.log_marginal` fixes for all its groups.
-
-    Attributes:
-        num_samples: draws of an estimate, at the most.
-        target_se: the standard error to aim at, or ``None``.
-        checks: the numbers of draws that an estimate may be from.
-        discrete: whether there are discrete latents.
-        precision: relative rounding error of log-weights.
-        chunk: (draw, datum) pairs that are scored at once.
-        whole: how many data have to run together, if any.
-        threads: chunks of the guide's draws that run at the same time.
-        draw_guide: starts to draw log-weights of the guide, and returns the function that waits for them.
-        probe: what the guide misses of the data in some rows, from their pilot's largest log-weight and estimate, in nats.
-        finish: the answer for some data from their sums, by the names of the store's files.
-        terms: the pair over its unconstrained latents, or ``None`` if it has none.
-        mixture: draws of the mixture of prior and guide, from how many are made in all and how many are the prior's.
-    """
-
-    num_samples: int
-    target_se: float | None
-    checks: list[int]
-    discrete: bool
-    precision: float
-    chunk: int
-    whole: int | None
-    threads: int
-    draw_guide: Callable[[Batch, int], Callable[[], Tensor]]
-    probe: Callable[[Batch, Array, Array], Array]
-    finish: Callable[[LogMoments], dict[str, Array]]
-    terms: PairTerms | None
-    mixture: Callable[[int, int], Callable[[Batch, int], Tensor]]
+    return min(max(num_samples // 20, min(num_samples, FEWEST_PILOT)), MOST_PILOT)
 
 
 class Ladder:
@@ -105,8 +63,8 @@ class Ladder:
 
     The rung, its proposal :math:`r_P` and the number S depend on pilots P alone, and S fresh draws are made afterwards. Given
     the pilots each term has the mean p(x), whatever they chose, because the proposal covers what the prior allows; so
-    :math:`E \hat p(x) = E[E(\hat p(x) \mid P)] = p(x)`. The draws are stratified: exactly :math:`\alpha S` of them come from the
-    prior, which the reported standard error ignores.
+    :math:`E \hat p(x) = E[E(\hat p(x) \mid P)] = p(x)`. The draws are stratified: exactly :math:`\alpha S` of them come from
+    the prior.
 
     If the fresh draws then have a tail that their pilot did not show, the datum climbs on, and its estimate is made anew. That
     selects. With A the event that the first estimate is kept, :math:`E \hat p = p + E[(\hat p_1 - p) 1_A]`, and the relative
@@ -150,14 +108,25 @@ class Ladder:
             self.sound[again], self.khat[again] = False, np.inf
             self._fit(again)
             self._estimate(again[self.sound[again]])
-        self._anneal(np.flatnonzero(~self.sound & self._fitted))
-        turned_back = np.flatnonzero(self._fitted & (self.rung != ANNEALED) & ~self._reliable())
+        estimated = self._fitted & self.sound
+        turned_back = estimated & ~self._reliable()
         self.piloted[turned_back] += self.arrays["drawn"][turned_back]
-        self._anneal(turned_back)
+        self._anneal(np.flatnonzero(turned_back | self._fitted & ~self.sound))
         if self.pilot:
             climbed = self.rung != GUIDE
             self.arrays["elbo"][climbed] = guide_elbo[climbed]
-        return self.arrays | {"rung": self.rung, "calls": self.calls, "pilot": self.piloted}
+        self.arrays["missed"] = self._still_missed()
+        own = {"rung": self.rung, "calls": self.calls, "pilot": self.piloted, "covered": self.covered | (self.rung != GUIDE)}
+        return self.arrays | own
+
+    def _still_missed(self) -> Array:
+        """What the guide's estimates miss, in nats; a proposal that draws from the prior has nothing more to learn from it."""
+        missed = np.zeros(self.size)
+        rows = np.arange(self.size) if self.task.whole else np.flatnonzero(self.rung == GUIDE)
+        if len(rows):
+            largest, log_px = (self.arrays[name][rows] for name in ("largest", "log_px"))
+            missed[rows] = self.task.probe(self.part(torch.from_numpy(rows)), largest, log_px)
+        return np.where(self.rung == GUIDE, missed, 0.0)
 
     @property
     def _fitted(self) -> Array:
@@ -167,9 +136,10 @@ class Ladder:
     @property
     def _num_latents(self) -> int:
         assert self.task.terms is not None
-        return self.task.terms.pair(self._of(torch.arange(self.task.whole or 1))).num_latents
+        return self.task.terms.pair(self.part(torch.arange(self.task.whole or 1))).num_latents
 
-    def _of(self, rows: Tensor) -> Batch:
+    def part(self, rows: Tensor) -> Batch:
+        """The data in some rows."""
         return tuple(array[rows.to(array.device)] for array in self.batch)
 
     def _judge(self, rows: Array, log_w: Tensor, rung: int) -> Array:
@@ -200,7 +170,7 @@ class Ladder:
             elbo[chosen] = log_w.mean(0).cpu().numpy()
             moments = LogMoments.of(log_w)
             estimate, largest = moments.finish(), moments.tail[:, 0].cpu().numpy()
-            missed = self.task.probe(self._of(part), largest, estimate.log_px)
+            missed = self.task.probe(self.part(part), largest, estimate.log_px)
             self.sound[chosen] &= ~(missed > np.fmax(MISSED, estimate.se / 10))
         self.sound[rows] &= self.covered
         return elbo
@@ -212,7 +182,7 @@ class Ladder:
         most = max(1, FIT_NUMBERS // self._num_latents**2)
         for rows in torch.from_numpy(wanted).split(most) if len(wanted) else ():
             calls = torch.zeros(len(rows), dtype=torch.long)
-            fitted, unit = fit(terms, self._of(rows), calls)
+            fitted, unit = fit(terms, self.part(rows), calls)
             self.calls[rows.numpy()] += calls.numpy()
             first = Fitted(*tempered(fitted, unit, FIRST_POWER)[:-1], torch.full_like(fitted.df, FIRST_DF))
             history = self._scored(rows, first)
@@ -241,25 +211,25 @@ class Ladder:
         rows = rows if self.task.whole is None else np.arange(self.size)
         for part in torch.from_numpy(rows).split(self.task.whole or self.width):
             draw = self.task.mixture(self.pilot, prior_count(self.pilot, MIXTURE_SHARE))
-            batch = self._of(part)
+            batch = self.part(part)
             log_w = torch.cat([draw(batch, size) for size in _sizes(self.pilot, self.block)])
             self._judge(part.numpy(), log_w, MIXTURE)
 
     def _scored(self, rows: Tensor, fitted: Fitted) -> Scored:
         """A pilot from the proposals of some data."""
         flat, log_prior, log_joint = [], [], []
-        for _, blocks in self._fitted_blocks(rows, fitted, self.pilot):
+        for _, blocks in self._fitted_blocks(rows, fitted, 2 * self.pilot):
             parts = [torch.cat(columns) for columns in zip(*blocks, strict=True)]
             for kept, part in zip((flat, log_prior, log_joint), parts, strict=True):
                 kept.append(part)
         joined = (torch.cat(parts, 1) for parts in (flat, log_prior, log_joint))
-        return Scored(*joined, (fitted,), prior_draws(self.pilot) / self.pilot)
+        return Scored(*joined, (fitted,), prior_draws(2 * self.pilot) / (2 * self.pilot))
 
     def _blocks(self, rows: Tensor) -> Iterator[tuple[Tensor, Batch, Tensor]]:
         """Rows that draw together; their data and numbers, repeated to one width, since a graph serves one shape."""
         for part in rows.split(self.width):
             padded = torch.cat([part, part[:1].expand(self.width - len(part))]) if self.task.whole is None else part
-            yield part, self._of(padded), padded
+            yield part, self.part(padded), padded
 
     def _guide_blocks(self, rows: Tensor, number: int) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
         """For rows that draw together, blocks of log-weights of the guide's draws, (size, rows)."""
@@ -279,7 +249,6 @@ class Ladder:
         """For rows that draw together, blocks of points of their proposals, with log p(u) and log p(x, u) there."""
         terms, place, from_prior = self.task.terms, 0, prior_draws(number)
         assert terms is not None
-        most = math.ceil(self.block * from_prior / number)
         for part, batch, padded in self._blocks(rows):
             which = torch.arange(place, place + len(part))
             proposals = fitted.rows(torch.cat([which, which[:1].expand(len(padded) - len(part))]))
@@ -288,11 +257,11 @@ class Ladder:
             def blocks(
                 batch: Batch = batch, proposals: Fitted = proposals, size: int = len(part)
             ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-                done = 0
+                done, prior = 0, terms.prior(batch, from_prior)
                 for drawn in _sizes(number, self.block):
-                    own = (done + drawn) * from_prior // number - done * from_prior // number
+                    first, last = (part * from_prior // number for part in (done, done + drawn))
                     done += drawn
-                    flat = torch.cat([terms.prior(batch, most)[:own], proposals.sample(self.block - own)])
+                    flat = torch.cat([prior[first:last], proposals.sample(self.block - (last - first))])
                     log_prior, log_likelihood = terms.score(batch, flat)
                     columns = (flat, log_prior, log_prior + log_likelihood)
                     yield tuple(column[:drawn, :size] for column in columns)  # type: ignore[misc]
@@ -320,7 +289,7 @@ class Ladder:
             yield from self._guide_blocks(rows, number)
         elif rung == MIXTURE:
             for part in rows.split(self.task.whole or self.width):
-                draw, batch = self.task.mixture(number, prior_count(number, MIXTURE_SHARE)), self._of(part)
+                draw, batch = self.task.mixture(number, prior_count(number, MIXTURE_SHARE)), self.part(part)
                 yield part, (draw(batch, size) for size in _sizes(number, self.block))
         else:
             fitted = _stacked([self.proposals[row] for row in rows.tolist()])
@@ -350,7 +319,7 @@ class Ladder:
         each = max(1, terms.gradients // CHAINS.num_chains)
         path = AnnealingPath(CHAINS, CHAINS.betas)
         for part in torch.from_numpy(rows).split(each):
-            field = FittedField(terms, self._of(part), _stacked([self.proposals[row] for row in part.tolist()]))
+            field = FittedField(terms, self.part(part), _stacked([self.proposals[row] for row in part.tolist()]))
             with tqdm(disable=True) as bar:
                 log_w = path.forward(field, path.tune(field, bar), bar)
             moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)
@@ -368,62 +337,9 @@ class Ladder:
         """Whether the estimates so far have light tails."""
         khat = self.arrays["khat"]
         limits = np.array([khat_limit(int(number)) for number in self.arrays["drawn"]])
+        enough = self.arrays["ess"] >= LEAST_EFFECTIVE * self.arrays["drawn"]
         with np.errstate(invalid="ignore"):
-            return ((khat < limits) | np.isneginf(khat)) & np.isfinite(self.arrays["log_px"])
-
-
-class FittedField(NamedTuple):
-    """Densities between fitted proposals and the joint, through which chains are annealed."""
-
-    terms: PairTerms
-    args: Batch
-    start: Fitted
-
-    def draw(self, num: int) -> Tensor:
-        """Draws of the proposals, (num, B, L)."""
-        return self.start.sample(num)
-
-    def at(self, flat: Tensor) -> ChainState:
-        """The chains' state at ``flat`` (K, B, L)."""
-        return self.slope(flat, 1.0)[0]
-
-    def slope(self, flat: Tensor, beta: float) -> tuple[ChainState, Tensor, Tensor]:
-        """The state at ``flat``, log f there (K, B), and its gradient (K, B, L)."""
-        log_start, start_slope = slope_of(self.start, flat)
-        log_joint, joint_slope = self.terms.slope(self.args, flat)
-        state = ChainState(flat, log_start, log_joint - log_start)
-        return state, log_start + beta * state.log_ratio, (1 - beta) * start_slope + beta * joint_slope
-
-
-class Strata:
-    """Sums of the weights of the prior's draws, from which the standard error of a stratified mean follows."""
-
-    def __init__(self, size: int, device: torch.device):
-        self.log_sum = torch.full((size,), -math.inf, dtype=torch.float64, device=device)
-        self.log_square = self.log_sum.clone()
-
-    def add(self, rows: Tensor, log_w: Tensor) -> None:
-        """Take in log-weights (S, rows) of some of the data."""
-        if len(log_w):
-            self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], torch.logsumexp(log_w, 0))
-            self.log_square[rows] = torch.logaddexp(self.log_square[rows], torch.logsumexp(2 * log_w, 0))
-
-    def standard_error(self, arrays: dict[str, Array], rows: Array, number: int) -> Array:
-        r"""Of log p(x) from ``number`` draws: the variance within the two strata, but not that between them.
-
-        .. math:: \operatorname{se}^2 = \frac{\sum_h \frac{n_h}{n_h - 1} \left( \sum_{s \in h} w_s^2
-            - \frac{1}{n_h} (\sum_{s \in h} w_s)^2 \right)}{(\sum_s w_s)^2}
-        """
-        log_whole = arrays["log_px"][rows] + math.log(number)
-        few = prior_draws(number)
-        with np.errstate(all="ignore"):
-            part = np.exp(self.log_sum.cpu().numpy() - log_whole)
-            square = np.exp(self.log_square.cpu().numpy() - 2 * log_whole)
-            squares = 1 / arrays["ess"][rows]
-            total = np.zeros(len(rows))
-            for own, own_square, count in ((part, square, few), (1 - part, squares - square, number - few)):
-                total += count / max(count - 1, 1) * np.maximum(own_square - own**2 / count, 0.0)
-            return np.sqrt(total)
+            return ((khat < limits) & enough | np.isneginf(khat)) & np.isfinite(self.arrays["log_px"])
 
 
 def _sizes(number: int, most: int) -> Iterator[int]:

@@ -51,9 +51,7 @@ def match_gradients(loc: Tensor, tril: Tensor, draws: Tensor, slopes: Tensor, tr
     return torch.where(sound[..., None], mean, loc), torch.where(sound[..., None, None], fresh, tril)
 
 
-def match_weights(
-    loc: Tensor, tril: Tensor, draws: Tensor, weights: Tensor, shrinkage: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def match_weights(loc: Tensor, tril: Tensor, draws: Tensor, weights: Tensor, shrinkage: float) -> tuple[Tensor, Tensor, Tensor]:
     r"""Means and covariances of weighted draws, pulled toward the last ones where few draws carry the weight.
 
     .. math:: \Sigma = \frac{n \Sigma_w + \kappa \Sigma_{\text{last}}}{n + \kappa}, \qquad n = 1 / \sum_s \bar w_s^2

@@ -27,7 +27,7 @@ from ..programs.tracing import evaluation_mode
 from .chunks import ahead, chunk_sizes, parts_of, runs_of, side_by_side
 from .curve import curve_of
 from .kinds import KINDS
-from .ladder import MOST_LATENTS, Ladder, Task
+from .ladder import Ladder
 from .measure import SCORED_DATA, evidence_fields, scored_data
 from .planning import REACH, ImportanceOptions, make_plan, needed_draws, one_datum, pilot_sizes
 from .proposals import (
@@ -48,7 +48,7 @@ from .refine import joined, refine_batch
 from .results import Evidence
 from .store import PairIdentity, Store, agreed_seed
 from .streaming import LogMoments
-from .terms import PairTerms
+from .task import Task, make_task
 
 __all__ = ["Group", "ImportanceSampler"]
 
@@ -105,6 +105,8 @@ class ImportanceSampler:
             prior_draws(model, vectorize, nesting) if options.kind == "prior" else guide_draws(model, guide, vectorize, nesting)
         )
         self._probe_errors: list[str] = []
+        self._task: Task | None = None
+        self._why_unfitted: str | None = None
 
     def run(self) -> Evidence:
         """Score all data."""
@@ -133,12 +135,11 @@ class ImportanceSampler:
                 f"x must be the {len(refinement)} data of the refinement in their order: pass the same data, as arrays."
             )
         backend = "inductor" if self._plan.compile else "eager"
-        self.staged = Staged(
-            self._staged_draw, backend, self.options.precision, self._plan.threads, programs=(self.model, self.guide)
-        )
-        self._why_guide = ""
+        model, guide = self.model, self.guide
+        self.staged = Staged(self._staged_draw, backend, self.options.precision, self._plan.threads, programs=(model, guide))
         if self.options.kind == "auto":
-            self._task = self._ladder_task()
+            own: Any = {"draw_guide": self._submit_staged, "probe": self._probe, "finish": self._finish_part}
+            self._task, self._why_unfitted = make_task(model, guide, self.first, self.options, self._plan, **own)
 
     def _open_store(self) -> Store:
         """What keeps the groups that have been scored. The names of the settings are those of files."""
@@ -183,13 +184,18 @@ class ImportanceSampler:
         torch.manual_seed(seed)
         if (start // self._plan.group).bit_count() == 1:  # groups 1, 2, 4, ... check the graph on other data
             self.staged.recheck(f"from datum {start} on")
+            if self._task is not None and self._task.terms is not None:
+                self._task.terms.recheck(f"from datum {start} on")
         covered = None
         if kind in ("guide", "auto"):
             vectorize = self.options.vectorize_particles
             covered = covered_data(self.model, self.guide, batch, **self.info.layout, vectorize=vectorize)
         with pyro.validation_enabled(False):
-            if kind == "auto":
-                return self._repair(start, batch, covered, bar) | described
+            if self._task is not None:
+                covers = np.ones(info.num_data, bool) if covered is None else covered.cpu().numpy()
+                arrays = Ladder(self._task, batch, covers).run()
+                bar.update(info.num_data)
+                return arrays | described
             group = Group(start, batch, self._refinement_of(start, batch))
             arrays = self._estimate(group, bar)
             if self._plan.num_probes and not (kind == "prior" and self.info.no_weights):
@@ -199,70 +205,6 @@ class ImportanceSampler:
         if covered is not None:
             arrays["covered"] = covered.cpu().numpy()
         return arrays | described
-
-    def _repair(self, start: int, batch: Batch, covered: Tensor | None, bar: tqdm) -> dict[str, Array]:
-        """The answer for one group under ``proposal="auto"``."""
-        size = self.info.num_data if self._plan.whole else len(batch[0])
-        covers = np.ones(size, bool) if covered is None else covered.cpu().numpy()
-        ladder = Ladder(self._task, batch, covers)
-        arrays = ladder.run()
-        if self._plan.num_probes:
-            # A proposal that draws from the prior has nothing more to learn from it.
-            arrays["missed"] = np.zeros(size)
-            rows = np.flatnonzero(ladder.rung == 0)
-            if len(rows):
-                torch.manual_seed(self.store.seed_of(start) + 1)
-                chosen = np.arange(size) if self._plan.whole else rows
-                part = tuple(array[torch.from_numpy(chosen).to(array.device)] for array in batch)
-                probed = self._missed(Group(start, part, None), {name: arrays[name][chosen] for name in ("largest", "log_px")})
-                arrays["missed"][rows] = probed[rows] if self._plan.whole else probed
-        if covered is not None:
-            arrays["covered"] = covers | (ladder.rung > 0)
-        bar.update(size)
-        return arrays
-
-    def _ladder_task(self) -> Task:
-        """What the ladders of all groups share."""
-        options, plan, terms = self.options, self._plan, None
-        model, guide, vectorize, nesting = self.model, self.guide, options.vectorize_particles, self.info.max_plate_nesting
-        backend = "inductor" if plan.compile else "eager"
-        if plan.whole is None and not self.info.discrete:
-            try:
-                terms = PairTerms(model, guide, vectorize, backend, options.precision, plan.chunk // 2)
-                with torch.no_grad(), pyro.validation_enabled(False), evaluation_mode(model, guide):
-                    num_latents = terms.pair(one_datum(self.first)).num_latents
-                self._why_guide = (
-                    f"{num_latents} latent numbers are more than the {MOST_LATENTS} to which a Gaussian is fitted"
-                )
-                terms = terms if num_latents <= MOST_LATENTS else None
-            except (ValueError, NotImplementedError) as error:
-                self._why_guide, terms = str(error), None
-        else:
-            self._why_guide = "its latents are discrete" if self.info.discrete else "the pair is tied to one set of data"
-
-        def probe(batch: Batch, largest: Array, log_px: Array) -> Array:
-            if not plan.num_probes:
-                return np.zeros(len(log_px))
-            return self._missed(Group(0, batch, None), {"largest": largest, "log_px": log_px})
-
-        def mixture(number: int, from_prior: int) -> Draw:
-            return mixture_draws(model, guide, vectorize, nesting, number, from_prior)
-
-        return Task(
-            num_samples=options.num_samples,
-            target_se=options.target_se,
-            checks=plan.checks,
-            discrete=bool(self.info.discrete),
-            precision=self.eps,
-            chunk=plan.chunk,
-            whole=plan.whole,
-            threads=plan.threads,
-            draw_guide=self._submit_staged,
-            probe=probe,
-            finish=self._finish_part,
-            terms=terms,
-            mixture=mixture,
-        )
 
     def _refinement_of(self, start: int, batch: Batch) -> Refinement | None:
         """The proposal of a group, if the proposal is fitted."""
@@ -397,6 +339,12 @@ class ImportanceSampler:
         own = {"khat": khat, "log_px_psis": smoothed, "drawn": counts, "largest": sums["tail"][:, 0]}
         return estimate._asdict() | own | curves
 
+    def _probe(self, batch: Batch, largest: Array, log_px: Array) -> Array:
+        """What the guide missed of some data, in nats; nothing if there are too few samples to ask."""
+        if not self._plan.num_probes:
+            return np.zeros(len(log_px))
+        return self._missed(Group(0, batch, None), {"largest": largest, "log_px": log_px})
+
     def _missed(self, group: Group, arrays: dict[str, Array]) -> Array:
         """What the proposal missed of each datum of a group, by draws of the prior or the guide, in nats."""
         model, guide, vectorize, plan = self.model, self.guide, self.options.vectorize_particles, self._plan
@@ -436,8 +384,8 @@ class ImportanceSampler:
         notes |= {"prior_not_asked": self._probe_errors[0]} if self._probe_errors else {}
         notes |= {} if options.precision == "float32" else {"precision": options.precision}
         decided = options.target_se is not None or options.kind == "auto"
-        if options.kind == "auto" and self._why_guide and "rung" in scored and self._task.terms is None:
-            notes["not_refined"] = self._why_guide
+        if self._why_unfitted is not None:
+            notes["not_refined"] = self._why_unfitted
         return Evidence(
             **scored,
             **fields,

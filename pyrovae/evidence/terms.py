@@ -16,7 +16,7 @@ __all__ = ["PairTerms"]
 
 # A gradient runs the decoder forwards and backwards.
 CALLS_OF_A_GRADIENT = 2
-# So many times fewer points than a graph takes run without it.
+# So many times fewer points than a graph takes have a graph of their own.
 FEW_POINTS = 8
 
 
@@ -38,8 +38,10 @@ class PairTerms:
         options: Any = {"programs": (model, guide)}
         self._score = Staged(self._run_score, backend, precision, **options)
         self._slope = Staged(self._run_slope, backend, **options)
-        # A few draws repay no compilation, but a graph does not run the decoder for them.
-        self._prior = Staged(self._run_prior, "eager" if backend == "eager" else "aten", **options)
+        # These repay no compilation; and a graph of the prior's draws does not run the decoder.
+        captured = "eager" if backend == "eager" else "aten"
+        self._few = Staged(self._run_slope, captured, **options)
+        self._prior = Staged(self._run_prior, captured, **options)
         self._pairs: dict[Any, UnconstrainedPair] = {}
 
     def pair(self, args: Batch) -> UnconstrainedPair:
@@ -61,17 +63,16 @@ class PairTerms:
         """log p(x, u) at points (K, B, L) and its gradient, in float64."""
         size, num_data, _ = flat.shape
         points, number = flat.flatten(0, 1), size * num_data
-        if number <= self.gradients // FEW_POINTS:
-            few, slope = self._run_slope(flat.to(self.pair(args).dtype), *args)
-            return few, slope.double()
         which = torch.arange(num_data, device=flat.device).repeat(size)
+        few = max(1, self.gradients // FEW_POINTS)
+        each, staged = (few, self._few) if number <= few else (self.gradients, self._slope)
         parts = []
-        for start in range(0, number, self.gradients):
+        for start in range(0, number, each):
             # Point by point, each with its own copy of its datum, and always as many: one graph serves every call.
-            chosen = torch.arange(start, start + self.gradients, device=flat.device).clamp(max=number - 1)
+            chosen = torch.arange(start, start + each, device=flat.device).clamp(max=number - 1)
             batch = tuple(array[which[chosen]] for array in args)
             rows = points[chosen].to(self.pair(batch).dtype)[None]
-            parts.append([part[0, : number - start] for part in self._slope(rows, *batch)])
+            parts.append([part[0, : number - start] for part in staged(rows, *batch)])
         log_joint, slope = (torch.cat(columns) for columns in zip(*parts, strict=True))
         return log_joint.reshape(size, num_data), slope.double().reshape(flat.shape)
 
@@ -83,7 +84,7 @@ class PairTerms:
 
     def recheck(self, when: str) -> None:
         """Compare the graphs with the programs at the next calls."""
-        for staged in (self._score, self._slope, self._prior):
+        for staged in (self._score, self._slope, self._few, self._prior):
             staged.recheck(when)
 
     def _run_score(self, flat: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
