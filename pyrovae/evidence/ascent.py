@@ -132,32 +132,34 @@ def curvature(gradient: Gradient, point: Tensor, unit: Tensor) -> Tensor:
     return unit[..., None] * torch.linalg.cholesky(covariance)
 
 
-def distinct(peaks: Peaks, unit: Tensor, *, most: int, within: float, nats: float) -> list[Tensor]:
-    """For each of up to ``most`` modes of a datum, the number of the point that stands for it, (B,); -1 if there is none.
+def distinct(peaks: Peaks, unit: Tensor, *, within: float, nats: float) -> tuple[list[Tensor], Tensor]:
+    """The modes of each datum, the highest first, as numbers of the points that stand for them, (B,); -1 if there are no more.
 
     Points are taken from the highest down. One is left out that is near one taken before, or ``nats`` below the highest.
 
     Args:
         peaks: points that have climbed, K of them.
         unit: the length scale, (B, L).
-        most: how many modes are kept.
         within: the distance at which two points are one mode, in the units, for each square root of a dimension.
         nats: how much lower than the highest a mode may be.
+
+    Returns:
+        The modes, and how many points came to each, (modes, B).
     """
     place = peaks.point / unit
     height = torch.nan_to_num(peaks.log_joint, nan=-math.inf)
-    free = height >= height.max(0).values - nats
-    free = free & (height > -math.inf)
-    free[height.argmax(0), torch.arange(height.shape[1], device=height.device)] = True
+    data = torch.arange(height.shape[1], device=height.device)
+    free = (height >= height.max(0).values - nats) & (height > -math.inf)
+    free[height.argmax(0), data] = True
     near = within * math.sqrt(place.shape[-1])
-    chosen = []
-    for _ in range(min(most, len(place))):
+    chosen, sizes = [], []
+    while bool(free.any()):
         best = torch.where(free, height, -math.inf).argmax(0)
         any_left = free.any(0)
         centre = place.gather(0, best[None, :, None].expand_as(place[:1]))
-        free = free & ((place - centre).norm(dim=-1) > near)
-        free[best, torch.arange(len(best), device=best.device)] = False
+        same = free & ((place - centre).norm(dim=-1) <= near)
+        same[best, data] = any_left
+        free = free & ~same
         chosen.append(torch.where(any_left, best, -1))
-        if not bool(free.any()):
-            break
-    return chosen
+        sizes.append(same.sum(0))
+    return chosen, torch.stack(sizes)

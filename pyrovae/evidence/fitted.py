@@ -11,7 +11,9 @@ from torch import Tensor
 __all__ = ["Fitted", "candidates", "slope_of", "tempered", "weighed"]
 
 # Degrees of freedom that are tried, and powers of the likelihood: wider than the posterior is safe, narrower is not.
-TAILS, POWERS = (1000.0, 30.0, 8.0), (1.0, 0.85, 0.7, 0.5, 0.35)
+TAILS, POWERS = (6.0, 30.0, 1000.0), (0.35, 0.5, 0.7, 0.85, 1.0)
+# How much smaller, in nats, the second moment of the weights has to be for a lighter tail or a narrower proposal.
+WORTH = 0.1
 # The fraction of the weights that is even, so that a mode whose mass was underestimated is drawn from too.
 EVEN_SHARE = 0.1
 
@@ -159,7 +161,7 @@ def candidates(fitted: Fitted, unit: Tensor, draws: Tensor, log_joint: Tensor, l
             trial = Fitted(*wider[:-1], torch.full_like(fitted.df, tail))
             log_r = torch.logsumexp(trial._log_parts(distances, latents) + trial.shares.log(), -1)
             second = torch.logsumexp(log_w + joint - log_r, 0)
-            better = second < least
+            better = second < least - WORTH
             least = torch.where(better, second, least)
             best = Fitted(*(_where(better, new, old) for new, old in zip(trial, best, strict=True)))
     return best

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..data.matching import Batch
-from .ascent import Peaks, climb, curvature, distinct
+from .ascent import climb, curvature, distinct
 from .fitted import Fitted, candidates, weighed
 from .matching import match_gradients, match_weights, smoothed_weights
 from .terms import CALLS_OF_A_GRADIENT, PairTerms
 
-__all__ = ["FEW_LATENTS", "FewOrMany", "Scored", "adapted", "fit", "how_to_fit", "tuned"]
+__all__ = ["FEW_LATENTS", "FewOrMany", "Modes", "Scored", "adapted", "draws_for", "fit", "how_to_fit", "search", "tuned"]
 
 # Posteriors over so few latents often have several modes, and draws of the prior lie near each.
 FEW_LATENTS = 3
@@ -23,6 +23,8 @@ FEW_LATENTS = 3
 TOURNAMENT = 8
 # Draws of the prior and the guide for their scales.
 MOMENT_DRAWS = 64
+# Nats that an ascent may have left to gain where it is at a mode, and how much lower than the highest a mode may be.
+SETTLED, LOWEST_MODE = 0.05, 20.0
 # Steps that match gradients, how many of the last of them share their draws, how much these count against the last Gaussian,
 # and how much wider than it they are drawn, so that the fit is right beyond the middle.
 MATCHES, POOLED, TRUST, WIDER = 4, 3, 1e3, 1.2
@@ -34,7 +36,7 @@ class FewOrMany(NamedTuple):
     """How proposals are fitted, which depends on the number of latents."""
 
     from_prior: int  # starts that are likely draws of the prior
-    from_guide: int  # starts that are draws of the guide, besides its mean
+    from_guide: int  # starts that are draws of the guide, besides its mean and the mirror image of that
     modes: int  # the most that are kept
     within: float  # the distance at which two points are one mode, in the prior's standard deviations
     steps: int  # gradients of an ascent
@@ -43,8 +45,8 @@ class FewOrMany(NamedTuple):
 def how_to_fit(num_latents: int) -> FewOrMany:
     """With few latents many starts find most modes; with many, a start is rarely near another mode."""
     if num_latents <= FEW_LATENTS:
-        return FewOrMany(from_prior=16, from_guide=7, modes=12, within=0.02, steps=30)
-    return FewOrMany(from_prior=2, from_guide=1, modes=3, within=0.3, steps=25)
+        return FewOrMany(from_prior=16, from_guide=6, modes=12, within=0.02, steps=30)
+    return FewOrMany(from_prior=4, from_guide=0, modes=3, within=0.15, steps=30)
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,39 @@ class Scored:
         return Scored(flat, prior, joint, (*self.proposals, *other.proposals), self.from_prior)
 
 
-def fit(terms: PairTerms, args: Batch, calls: Tensor) -> tuple[Fitted, Tensor]:
-    """A proposal for each of B data from nothing but gradients: its modes, and a Gaussian matched to each.
+@dataclass(frozen=True)
+class Modes:
+    """What a search from several starts has found for each of B data.
+
+    Attributes:
+        point: where the starts have come to, (K, B, L).
+        chosen: the points that are modes, the highest first, each (B,); -1 if a datum has no more.
+        unit: the prior's standard deviations, (B, L).
+        unseen: what modes that were not found, or not kept, may add to log p(x), (B,), in nats.
+    """
+
+    point: Tensor
+    chosen: tuple[Tensor, ...]
+    unit: Tensor
+    unseen: Tensor
+
+    @property
+    def number(self) -> Tensor:
+        """How many modes each datum has, (B,)."""
+        return torch.stack(self.chosen).ge(0).sum(0)
+
+    def rows(self, rows: Tensor) -> Modes:
+        """Those of some of the data."""
+        return Modes(self.point[:, rows], tuple(points[rows] for points in self.chosen), self.unit[rows], self.unseen[rows])
+
+
+def search(terms: PairTerms, args: Batch, calls: Tensor) -> Modes:
+    """Look for the modes of the posteriors of B data, by ascents from the guide, from its mirror image and from the prior.
 
     Args:
         terms: the pair.
         args: the data.
         calls: decoder calls of each datum, (B,), which are added to.
-
-    Returns:
-        The proposals, and the prior's standard deviations (B, L).
     """
     pair = terms.pair(args)
     how = how_to_fit(pair.num_latents)
@@ -120,23 +145,47 @@ def fit(terms: PairTerms, args: Batch, calls: Tensor) -> tuple[Fitted, Tensor]:
     height = height.reshape(TOURNAMENT, how.from_prior, -1)
     likely = entrants.reshape(TOURNAMENT, how.from_prior, *entrants.shape[1:])
     likely = likely.gather(0, height.argmax(0)[None, ..., None].expand_as(likely[:1]))[0]
-    start = torch.cat([guide.mean(0, keepdim=True), guide[: how.from_guide], likely])
+    centre = guide.mean(0, keepdim=True)
+    start = torch.cat([centre, 2 * prior.mean(0) - centre, guide[: how.from_guide], likely])
     peaks = climb(gradient, start, unit, how.steps)
-    best = peaks.log_joint.max(0).values
-    settled = (peaks.left < 2.0) | (peaks.log_joint >= best)
-    peaks = Peaks(peaks.point, torch.where(settled, peaks.log_joint, -math.inf), peaks.slope, peaks.left)
-    chosen = distinct(peaks, unit, most=how.modes, within=how.within, nats=12.0 + pair.num_latents / 2)
+    settled = (peaks.left < SETTLED) | (peaks.log_joint >= peaks.log_joint.max(0).values)
+    peaks = peaks._replace(log_joint=torch.where(settled, peaks.log_joint, -math.inf))
+    chosen, sizes = distinct(peaks, unit, within=how.within, nats=LOWEST_MODE)
+    return Modes(peaks.point, tuple(chosen[: how.modes]), unit, _unseen(sizes, how.modes))
+
+
+def _unseen(sizes: Tensor, kept: int) -> Tensor:
+    r"""What modes that no start came to, or that are not kept, may add to log p(x), (B,), in nats.
+
+    The fraction of starts that are alone at their mode estimates the mass of the modes that no start has come to (Good 1953).
+    With a few starts it says little, unless most of them are alone at one of three modes or more.
+    """
+    starts, number, alone = sizes.sum(0), (sizes > 0).sum(0), (sizes == 1).sum(0)
+    unseen = torch.log((starts + 0.5) / (starts - alone + 0.5))
+    unseen = torch.where((number >= 3) & (2 * alone >= starts), unseen, 0.0)
+    return torch.maximum(unseen, torch.log(number / number.clamp(max=kept)))
+
+
+def fit(terms: PairTerms, args: Batch, modes: Modes, calls: Tensor) -> Fitted:
+    """A proposal for each of B data from nothing but gradients: a Gaussian matched to each of its modes.
+
+    Args:
+        terms: the pair.
+        args: the data.
+        modes: their modes.
+        calls: decoder calls of each datum, (B,), which are added to.
+    """
     # Data with several modes would otherwise multiply the work for those with one.
-    several = torch.stack(chosen).ge(0).sum(0)
-    parts: dict[int, Fitted] = {}
-    order = []
+    several = modes.number
+    parts, order = [], []
     for number in sorted(set(several.tolist())):
         rows = torch.nonzero(several == number)[:, 0]
-        which = torch.stack([points[rows] for points in chosen[:number]])
-        at = peaks.point[:, rows].gather(0, which[..., None].expand(-1, -1, pair.num_latents))
-        parts[number] = _gaussians(terms, tuple(array[rows] for array in args), at, unit[rows], calls, rows)
+        own = modes.rows(rows)
+        which = torch.stack(own.chosen[:number])
+        at = own.point.gather(0, which[..., None].expand(-1, -1, own.point.shape[-1]))
+        parts.append(_gaussians(terms, tuple(array[rows] for array in args), at, own.unit, calls, rows))
         order.append(rows)
-    return _together(list(parts.values()), torch.cat(order)), unit
+    return _together(parts, torch.cat(order))
 
 
 def _gaussians(terms: PairTerms, args: Batch, at: Tensor, unit: Tensor, calls: Tensor, rows: Tensor) -> Fitted:
@@ -187,6 +236,18 @@ def adapted(fitted: Fitted, unit: Tensor, scored: Scored, rounds: int = 3) -> Fi
         shares = weighed(fitted, scored.flat, weights)
         fitted = Fitted.of(loc, tril, shares, fitted.df)
     return candidates(fitted, unit, scored.flat, scored.log_joint, log_drawn)
+
+
+def draws_for(fitted: Fitted, scored: Scored, target_se: float) -> Tensor:
+    r"""How many draws of the proposals a standard error takes, with a margin of a fifth, by draws of earlier ones, (B,).
+
+    .. math:: \sigma^2 = \hat E_r[w^2] / \hat p(x)^2 - 1, \qquad \hat E_r[w^2] = \frac1S \sum_s w_s^2 \frac{r_0(u_s)}{r(u_s)}
+    """
+    log_w, number = scored.log_w, math.log(len(scored.flat))
+    log_r = Scored(scored.flat, scored.log_prior, scored.log_joint, (fitted,), scored.from_prior).log_drawn
+    second = torch.logsumexp(log_w + scored.log_joint - log_r, 0) - number
+    variance = torch.expm1(second - 2 * (torch.logsumexp(log_w, 0) - number))
+    return torch.nan_to_num(1.2 * variance.clamp(min=0.0) / target_se**2, nan=math.inf, posinf=math.inf)
 
 
 def tuned(fitted: Fitted, unit: Tensor, scored: Scored) -> Fitted:

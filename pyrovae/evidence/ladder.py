@@ -13,7 +13,7 @@ from ..data.matching import Batch
 from .annealing_options import AnnealingOptions
 from .chunks import ahead
 from .fitted import Fitted, tempered
-from .fitting import FEW_LATENTS, Scored, adapted, fit, tuned
+from .fitting import FEW_LATENTS, Scored, adapted, draws_for, fit, search, tuned
 from .kinds import RUNGS
 from .paths import AnnealingPath
 from .planning import needed_draws
@@ -87,7 +87,7 @@ class Ladder:
         self.rung = np.zeros(size, np.int64)
         self.calls, self.piloted = np.zeros(size, np.int64), np.zeros(size, np.int64)
         self.khat, self.sound = np.full(size, np.inf), np.zeros(size, bool)
-        self.needed = np.full(size, task.num_samples)
+        self.needed, self.unseen = np.full(size, task.num_samples), np.zeros(size)
         self.proposals: dict[int, Fitted] = {}
         self.arrays: dict[str, Array] = {}
 
@@ -96,13 +96,14 @@ class Ladder:
         guide_elbo = np.zeros(self.size)
         if self.pilot:
             guide_elbo = self._try_guide()
-            few = self.task.terms is not None and self._num_latents <= FEW_LATENTS
-            # With few latents posteriors often have several modes, which weights do not show, and fits are cheap.
-            wanted = np.flatnonzero(~self.sound | few & ~np.isneginf(self.khat))
-            self._fit(wanted) if self.task.terms is not None else self._try_mixture(np.flatnonzero(~self.sound))
+            if self.task.terms is None:
+                self._try_mixture(np.flatnonzero(~self.sound))
+            else:
+                self._search()
+                self._fit(np.flatnonzero(~self.sound))
         self._estimate(np.flatnonzero(self.sound | ~self._fitted))
         # The guide's own draws may show a tail that its pilot did not.
-        again = np.flatnonzero(~self._fitted & ~self._reliable())
+        again = np.flatnonzero(~self._fitted & ~self._reliable() & ~np.isneginf(self.khat))
         if self.pilot and self.task.terms is not None and len(again):
             self.piloted[again] += self.arrays["drawn"][again]
             self.sound[again], self.khat[again] = False, np.inf
@@ -126,7 +127,7 @@ class Ladder:
         if len(rows):
             largest, log_px = (self.arrays[name][rows] for name in ("largest", "log_px"))
             missed[rows] = self.task.probe(self.part(torch.from_numpy(rows)), largest, log_px)
-        return np.where(self.rung == GUIDE, missed, 0.0)
+        return np.fmax(np.where(self.rung == GUIDE, missed, 0.0), self.unseen)
 
     @property
     def _fitted(self) -> Array:
@@ -152,13 +153,11 @@ class Ladder:
         sound = light & np.isfinite(estimate.log_px)
         self.calls[rows] += size
         self.piloted[rows] += size
-        better = (khat < self.khat[rows]) | ((rung > GUIDE) & (self.rung[rows] == GUIDE)) & ~(self.sound[rows] & ~sound)
+        better = (khat < self.khat[rows]) | ((rung > GUIDE) & (self.rung[rows] == GUIDE))
         chosen = rows[better]
         self.khat[chosen], self.sound[chosen], self.rung[chosen] = khat[better], sound[better], rung
         if self.task.target_se is not None:
-            checks = np.array(self.task.checks)
-            number = needed_draws(moments, self.task.target_se, self.task.discrete)
-            self.needed[chosen] = checks[np.searchsorted(checks[:-1], number)][better]
+            self._need(chosen, needed_draws(moments, self.task.target_se, self.task.discrete)[better])
         return better
 
     def _try_guide(self) -> Array:
@@ -175,20 +174,34 @@ class Ladder:
         self.sound[rows] &= self.covered
         return elbo
 
+    def _search(self) -> None:
+        """Look for modes that no draw of the guide may have visited: its weights would not show them."""
+        assert self.task.terms is not None
+        few, exact = self._num_latents <= FEW_LATENTS, np.isneginf(self.khat)
+        rows = torch.from_numpy(np.flatnonzero(~exact | ~self.sound))
+        if len(rows):
+            calls = torch.zeros(len(rows), dtype=torch.long)
+            self.modes, self.searched = search(self.task.terms, self.part(rows), calls), rows
+            self.calls[rows.numpy()] += calls.numpy()
+            # With few latents posteriors often have several modes, and fits are cheap.
+            several = self.modes.number.cpu().numpy() > 1
+            self.sound[rows.numpy()[several | few]] = False
+            self.unseen[rows.numpy()] = self.modes.unseen.cpu().numpy()
+
     def _fit(self, wanted: Array) -> None:
         """Fit a proposal to each of some data, and adapt it where its pilot fails."""
         terms = self.task.terms
         assert terms is not None
         most = max(1, FIT_NUMBERS // self._num_latents**2)
         for rows in torch.from_numpy(wanted).split(most) if len(wanted) else ():
-            calls = torch.zeros(len(rows), dtype=torch.long)
-            fitted, unit = fit(terms, self.part(rows), calls)
+            calls, modes = torch.zeros(len(rows), dtype=torch.long), self.modes.rows(torch.searchsorted(self.searched, rows))
+            fitted, unit = fit(terms, self.part(rows), modes, calls), modes.unit
             self.calls[rows.numpy()] += calls.numpy()
             first = Fitted(*tempered(fitted, unit, FIRST_POWER)[:-1], torch.full_like(fitted.df, FIRST_DF))
             history = self._scored(rows, first)
             self._judge(rows.numpy(), history.log_w, FITTED)
             current = tuned(fitted, unit, history)
-            self._keep(rows, current)
+            self._keep(rows, current, history)
             for _ in range(ADAPTATIONS):
                 active = torch.from_numpy(np.flatnonzero(~self.sound[rows.numpy()]))
                 if not len(active):
@@ -198,9 +211,16 @@ class Ladder:
                 fresh = self._scored(rows, current)
                 better = torch.from_numpy(self._judge(rows.numpy(), fresh.log_w, ADAPTED))
                 history = history.joined(fresh)
-                self._keep(rows[better], tuned(current, unit, history).rows(better))
+                self._keep(rows[better], tuned(current, unit, history).rows(better), history.rows(better))
 
-    def _keep(self, rows: Tensor, fitted: Fitted) -> None:
+    def _need(self, rows: Array, number: Array) -> None:
+        """Take note of how many draws the target error takes, of the numbers that there are."""
+        checks = np.array(self.task.checks)
+        self.needed[rows] = checks[np.searchsorted(checks[:-1], number)]
+
+    def _keep(self, rows: Tensor, fitted: Fitted, scored: Scored) -> None:
+        if self.task.target_se is not None:
+            self._need(rows.numpy(), draws_for(fitted, scored, self.task.target_se).cpu().numpy())
         for place, row in enumerate(rows.tolist()):
             self.proposals[row] = fitted.rows(torch.tensor([place]))
 
