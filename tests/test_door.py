@@ -23,6 +23,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 import pyrovae as pv
@@ -254,6 +255,12 @@ class Even(Sampler):
 
 
 ROWS = TensorDataset(X)
+
+
+def _interleaved(rows: list) -> list:
+    return [*rows[::2], *rows[1::2]]
+
+
 DOORS: dict[str, Callable[[Any], np.ndarray]] = {
     "log_marginal": lambda data: pv.log_marginal(model, guide, data, num_samples=5).log_px,
     "exact": lambda data: pv.exact(model, guide, data).log_px,
@@ -286,6 +293,28 @@ def test_loaders_that_shuffle_or_drop_are_read_in_order(loader: DataLoader) -> N
     assert batches.num_batches == 4
     assert torch.equal(torch.cat([x for (x,) in batches]), X)
     assert torch.equal(batches.peek()[0], X[:6])
+
+
+@pytest.mark.parametrize(
+    "order", [lambda rows: rows[::-1], lambda rows: sorted(rows, key=lambda row: -float(row[0].sum())), _interleaved]
+)
+def test_a_collate_fn_that_changes_the_order_is_refused(order: Any) -> None:
+    loader = DataLoader(ROWS, batch_size=6, collate_fn=lambda rows: default_collate(order(rows)))
+    with pytest.raises(ValueError, match="collate_fn must keep the order of its data"):
+        pv.log_marginal(model, guide, loader, num_samples=5)
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        lambda rows: torch.stack([row[0] for row in rows]),
+        lambda rows: (torch.stack([row[0] for row in rows]) + torch.rand(len(rows)), torch.ones(len(rows), dtype=torch.bool)),
+        lambda rows: {"x": torch.stack([row[0] for row in rows])}["x"] if len(rows) > 1 else rows[1],
+    ],
+)
+def test_a_collate_fn_that_keeps_the_order_is_read(collate: Any) -> None:
+    loader = DataLoader(ROWS, batch_size=6, collate_fn=collate)
+    assert len(torch.cat([batch[0] for batch in Batches(loader, 6, ordered=True)])) == 20
 
 
 def test_batches_that_come_as_they_are_ready_are_read_in_order() -> None:

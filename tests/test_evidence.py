@@ -481,6 +481,68 @@ def test_numbers_by_different_measures_are_not_ranked():
         compare({"one": again, "turned": log_marginal(_poisson, _guide, counts.flip(0), num_samples=50)})
 
 
+def _observing(change):
+    """A pair that observes what ``change`` makes of the data: a law and its value."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            law, value = change(z, x)
+            pyro.sample("x", law, obs=value)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    return model, guide
+
+
+ITSELF = {
+    "lognormal": lambda z, x: (dist.LogNormal(z, 1.0), x),
+    "reshaped": lambda z, x: (dist.Normal(z[..., None], 1.0).to_event(1), x[:, None]),
+    "masked": lambda z, x: (dist.Gamma(z.exp(), 1.0).mask(torch.ones(len(x), dtype=torch.bool)), x),
+    "double": lambda z, x: (dist.Normal(z.double(), 1.0), x.double()),
+    "turned": lambda z, x: (dist.Normal(-z, 1.0), -x),
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z, x: (dist.Normal(z, 1.0), x.log()),
+        lambda z, x: (dist.Normal(z, 1.0), x / 255),
+        lambda z, x: (dist.Gamma(z.exp(), 1.0), (x - 0.4) * 2),
+        lambda z, x: (dist.Normal(z, 1.0), (x - 1.75) / 0.9),
+    ],
+)
+def test_a_density_of_other_values_is_not_ranked(change):
+    x = torch.linspace(0.5, 3.0, 6)
+    own = {name: log_marginal(*_observing(each), x, num_samples=20, seed=0) for name, each in ITSELF.items()}
+    assert len(compare(own).names) == len(ITSELF)
+    other = log_marginal(*_observing(change), x, num_samples=20, seed=0)
+    with pytest.raises(ValueError, match=r"'other' observes other values than 'lognormal' \(first at row \d\)"):
+        compare({"lognormal": own["lognormal"], "other": other})
+
+
+def test_a_probability_of_coarser_values_is_not_ranked_and_of_renamed_ones_is(tmp_path):
+    x = torch.tensor([0.0, 1.0, 3.0, 1.0, 2.0])
+    laws = {
+        "counts": lambda z, x: (dist.Poisson(z.exp()), x),
+        "from one": lambda z, x: (dist.Categorical(logits=z[..., None] * torch.arange(6.0)), x + 1),
+        "one-hot": lambda z, x: (
+            dist.OneHotCategorical(logits=z[..., None] * torch.arange(4.0)),
+            torch.nn.functional.one_hot(x.long(), 4).float(),
+        ),
+        "any": lambda z, x: (dist.Bernoulli(logits=z), (x > 0).float()),
+    }
+    found = {name: log_marginal(*_observing(law), x, num_samples=20, seed=0) for name, law in laws.items()}
+    for name in ("from one", "one-hot"):
+        assert len(compare({"counts": found["counts"], name: found[name]}).names) == 2
+    found["any"].save(tmp_path / "any")
+    with pytest.raises(ValueError, match="'any' observes other values than 'counts'"):
+        compare({"counts": found["counts"], "any": Evidence.load(tmp_path / "any")})
+
+
 def test_our_likelihoods_say_what_they_condition_on():
     torch.manual_seed(0)
     counts = torch.poisson(torch.full((5, 6), 2.0))

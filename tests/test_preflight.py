@@ -495,3 +495,31 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     assert math.isfinite(loss)
     assert elbo.current_beta == pv.estimators.ELBO(warm_up=10).current_beta
     assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize(
+    ("verb", "registered"), [("fit", True), ("log_marginal", True), ("log_marginal", False), ("exact", False)]
+)
+def test_lazy_modules_are_run_first(verb: str, registered: bool) -> None:
+    torch.manual_seed(0)
+    decoder, encoder = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(5)), nn.LazyLinear(1)
+
+    def model(x: Tensor) -> None:
+        if registered:
+            pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(decoder(z[..., None]), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        if registered:
+            pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x)[..., 0], 1.0))
+
+    x = torch.randn(20, 5)
+    options = {"fit": {"epochs": 1, "progress": False}, "log_marginal": {"num_samples": 5}, "exact": {}}[verb]
+    with pytest.raises(ValueError, match=r"LazyLinear must have a shape .* call its network once on a batch"):
+        getattr(pv, verb)(model, guide, x, **options)
+    decoder(torch.zeros(2, 1)), encoder(x)
+    assert getattr(pv, verb)(model, guide, x, **options)

@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="the folder that torchvision keeps MNIST in")
     root, clock, runs = parser.parse_args().root, Clock(), {}
     watch(clock)
-    for name, epochs in (("digits", 100), ("mnist", 3)):
+    for name, epochs in (("digits", 100), ("mnist", 100)):
         split, fit = pv.data.load(name, root=root), {"epochs": epochs, "seed": SEED, "progress": False}
         torch.manual_seed(SEED)
         vae = pv.make_vae(split.data_shape, latent_dim=10, likelihood=split.likelihood)

@@ -49,7 +49,7 @@ from torch import Tensor
 import pyrovae as pv
 from pyrovae.compile.step import Step
 
-LR, SEED, CHECKED_BLOCKS = 1e-12, 0, 10
+LR, SEED, CHECKED_BLOCKS = 1e-12, 0, 20
 OURS, ROUNDED, BASELINE = "pyrovae staged", "pyrovae staged, bfloat16", "hand-written eager"
 PYTHAE, BARE = "pythae trainer", "bare products, torch.mm"
 STEPS, NATIVES = common.RESULTS / "step.json", common.RESULTS / "native.json"

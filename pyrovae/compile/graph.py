@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -148,7 +148,10 @@ class Staged:
         if graph is None or graph.due:
             # Capture and compile without moving the random stream, so that no number depends on what was computed before.
             random = _random_state(inputs)
-            self(*inputs) if graph else self._first(key, inputs)
+            if graph is None:
+                self._first(key, inputs)
+            else:  # on the inputs of its capture, a graph that froze a value of theirs still agrees
+                self(*(rolled(inputs) if graph.captured_on is not None else inputs))
             _set_random_state(random)
             return self.submit(*inputs)
         inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
@@ -159,6 +162,16 @@ class Staged:
             self._pool = _SideBySide(self.threads)
         drawn = [seeded(draw) for draw in graph.draws]
         return self._pool.submit(lambda: graph(inputs, tuple([numbers() for numbers in drawn]))).result
+
+    @contextlib.contextmanager
+    def all_threads(self) -> Iterator[None]:
+        """Let the caller's operations run on all threads, while nothing is computed in the background."""
+        number = torch.get_num_threads()
+        torch.set_num_threads(number if self._pool is None else self._pool.before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(number)
 
     def close(self) -> None:
         """Cancel what has not begun, and release the threads."""
@@ -194,7 +207,7 @@ class Staged:
         agrees = graph.close(captured, value, inputs, exactly=True)
         # On the inputs of the capture, a graph that froze a value of theirs still agrees: permute their rows and compare again.
         if agrees and not counted and graph.captured_on is not None and all(map(torch.equal, graph.captured_on, inputs)):
-            agrees = self._agrees_on(graph, tuple(each.roll(1, 0) if each.dim() else each for each in inputs))
+            agrees = self._agrees_on(graph, rolled(inputs))
         graph.captured_on = None
         if counted:
             self._fall_back("eager", f"it keeps a state in Python, which a graph does not: {', '.join(counted)}")
@@ -246,6 +259,11 @@ class Staged:
         slower = "with Pyro's handlers at every step" if backend == "eager" else "captured, but not compiled"
         self.reason = f"This step runs {slower}, since {why}: pass compile=False to run it as it is."
         warnings.warn(self.reason, RuntimeWarning, stacklevel=5)
+
+
+def rolled(inputs: Tensors) -> Tensors:
+    """The inputs with their rows moved by one place."""
+    return tuple(each.roll(1, 0) if each.dim() else each for each in inputs)
 
 
 def _distinct(inputs: Tensors) -> Tensors:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -16,11 +17,15 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
+    default_convert,
 )
 
 __all__ = ["Stream", "in_order", "is_one_pass"]
 
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+# Data of the first batch on which a collate_fn is tried.
+PROBED_ITEMS = 16
 
 
 class Stream(IterableDataset):
@@ -65,7 +70,8 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     It replaces a loader that shuffles or drops its last batch.
 
     Raises:
-        ValueError: the sampler draws some of the data at random, so the order of rows is unknown.
+        ValueError: the sampler draws some of the data at random, or ``collate_fn`` changes the order of rows, so that it is
+            unknown.
     """
     batches = loader.batch_sampler
     size = loader.batch_size if loader.batch_size is not None else getattr(batches, "batch_size", None)
@@ -74,6 +80,7 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
         complete = False  # workers give batches in any order
     if isinstance(loader.dataset, IterableDataset):
         return loader if complete else _like(loader, batch_size=size)
+    _refuse_permuting(loader, size)
     sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler if batches is None else batches
     if isinstance(sampler, SequentialSampler):
         return loader if complete else _like(loader, batch_size=size)
@@ -114,6 +121,35 @@ def is_one_pass(dataset: Any) -> bool:
 def _cannot_restart(value: Any) -> bool:
     """Whether a value is an iterator that gives each item once, such as a generator, a ``map`` or a ``zip``."""
     return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
+
+
+def _refuse_permuting(loader: DataLoader[Any], size: int | None) -> None:
+    """Refuse a ``collate_fn`` that gives the rows of a batch in another order than their data."""
+    if loader.collate_fn in (default_collate, default_convert) or size is None:
+        return
+    with torch.random.fork_rng(devices=[]):
+        items = [loader.dataset[place] for place in range(min(size, len(loader.dataset), PROBED_ITEMS))]  # type: ignore[arg-type]
+        try:
+            together, alone = (
+                _first_array(loader.collate_fn(items)),
+                [_first_array(loader.collate_fn([item])) for item in items],
+            )
+        except (RuntimeError, ValueError, TypeError, LookupError):  # it needs more than one datum
+            return
+    if together is None or any(row is None or len(row) != 1 or row.shape[1:] != together.shape[1:] for row in alone):
+        return
+    rows, expected = together.tolist(), torch.cat([row for row in alone if row is not None]).tolist()
+    if rows != expected and sorted(map(repr, rows)) == sorted(map(repr, expected)):
+        raise ValueError(
+            "The DataLoader's collate_fn must keep the order of its data, got one that changes it, so that the rows of the "
+            "answers would not be those of the data: leave the order as it is, or pass the data set."
+        )
+
+
+def _first_array(batch: Any) -> Tensor | None:
+    """The first tensor of a collated batch, if there is one."""
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    return first if isinstance(first, Tensor) and first.dim() else None
 
 
 def _indices(sampler: Any) -> list[int]:

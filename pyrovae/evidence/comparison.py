@@ -97,7 +97,8 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
     Raises:
         TypeError: ``evidence`` is not a mapping of names to evidence.
         ValueError: there are fewer than two, the data or their order differ, or the measures do: a density and a
-            probability, different numbers of observed values, or a likelihood that conditions on a part of the datum.
+            probability, different numbers of observed values, other values (``x`` and ``x.log()``), or a likelihood that
+            conditions on a part of the datum.
 
     References:
         `Yao, Vehtari, Simpson and Gelman, Using stacking to average Bayesian predictive distributions, 2018
@@ -164,6 +165,28 @@ def _check_same_measure(evidence: Mapping[str, Evidence]) -> None:
                 f"log p(x) of {name!r} is {measure}, and that of {first!r} is {expected}: their nats do not compare; compare "
                 f"models whose likelihoods are of one kind."
             )
+        differ = _other_values(evidence[name], evidence[first])
+        if differ.any():
+            raise ValueError(
+                f"{name!r} observes other values than {first!r} (first at row {np.flatnonzero(differ)[0]}), such as x.log() "
+                f"for x, so their nats do not compare: observe the data themselves in both, and put the change of variables "
+                f"into the likelihood, as TransformedDistribution does."
+            )
+
+
+def _other_values(one: Evidence, other: Evidence) -> Array:
+    """Which data's observed values are others in the two models, beyond rounding.
+
+    Where all have a probability, another name for each value is no other value: the data that are equal must be equal still.
+    """
+    if one.squares is None or other.squares is None or one.measure is None:
+        return np.zeros(len(one), bool)
+    differ = ~np.isclose(one.squares, other.squares, rtol=1e-3, atol=1e-6)
+    if differ.any() and not one.measure.density:
+        first = [np.unique(each, return_index=True, return_inverse=True)[1:] for each in (one.squares, other.squares)]
+        places = [index[inverse] for index, inverse in first]
+        differ &= places[0] != places[1]
+    return differ
 
 
 def _stacking(log_px: list[Array]) -> Array:

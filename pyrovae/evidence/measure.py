@@ -20,11 +20,12 @@ def scored_data(info: PairInfo, batch: Batch) -> dict[str, np.ndarray]:
     counts = {"observed": info.num_observed, "density": info.num_densities, "mass": info.num_probabilities}
     arrays = {name: np.full(size, number / size) for name, number in counts.items()}
     arrays["rounding"] = np.zeros(size) if rounding is None else rounding.cpu().numpy()
+    arrays["squares"] = np.zeros(size) if info.squares is None else info.squares.cpu().numpy()
     # If the data are along another dimension than the first, their rows cannot be identified.
     return arrays | {"fingerprint": fingerprints(batch) if len(batch[0]) == size else np.zeros(size, np.int64)}
 
 
-SCORED_DATA = ("observed", "density", "mass", "rounding", "fingerprint")
+SCORED_DATA = ("observed", "density", "mass", "rounding", "squares", "fingerprint")
 
 
 def evidence_fields(parts: list[dict[str, np.ndarray]], given: tuple[str, ...]) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def evidence_fields(parts: list[dict[str, np.ndarray]], given: tuple[str, ...]) 
         "num_dims": num_dims,
         "measure": Measure(density, mass, given),
         "rounding": whole["rounding"],
+        "squares": whole["squares"],
         "fingerprint": fingerprint,
     }
 

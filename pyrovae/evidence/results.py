@@ -51,6 +51,8 @@ class Evidence:
             larger than any that was drawn, shape (N,), in nats; ``None`` if no other draws were made.
         rounding: the rounding error of the largest term of the log-weights, shape (N,), in nats.
         fingerprint: a 64-bit hash of each datum's first array, shape (N,), by which :func:`pyrovae.compare` identifies data.
+        squares: the sum of squares of each datum's observed values, shape (N,), by which :func:`pyrovae.compare` tells a
+            model of ``x`` from one of ``x.log()``.
         measure: the measure that p(x) is a density with respect to; ``None`` if it is not known.
         covered: false if the guide rules out values that the prior and p(x, z) allow, by a test at some points, shape (N,);
             ``None`` if the proposal always covers them, or if this cannot be tested.
@@ -82,6 +84,7 @@ class Evidence:
     missed: Array | None = None
     rounding: Array | None = None
     fingerprint: Array | None = None
+    squares: Array | None = None
     measure: Measure | None = None
     covered: Array | None = None
     rung: Array | None = None
@@ -346,6 +349,6 @@ class Evidence:
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
-_OPTIONAL = ("log_px_psis", "drawn", "pilot", "missed", "rounding", "fingerprint", "covered", "rung", "calls")
+_OPTIONAL = ("log_px_psis", "drawn", "pilot", "missed", "rounding", "fingerprint", "squares", "covered", "rung", "calls")
 _NOTES = ("num_samples", "num_dims", "method", "notes")
 _CURVE = ("num_samples", "log_px", "se")

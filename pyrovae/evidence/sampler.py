@@ -26,6 +26,7 @@ from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
 from .chunks import ahead, chunk_sizes, parts_of, runs_of, side_by_side
 from .curve import curve_of
+from .finishing import finished
 from .kinds import KINDS
 from .ladder import Ladder
 from .measure import SCORED_DATA, evidence_fields, scored_data
@@ -43,7 +44,7 @@ from .proposals import (
     refined_draws,
     refined_probe,
 )
-from .psis import CONSTANT, Array, pareto_smooth, pareto_smooth_together, tail_size
+from .psis import CONSTANT, Array
 from .refine import joined, refine_batch
 from .results import Evidence
 from .store import PairIdentity, Store, agreed_seed
@@ -51,6 +52,12 @@ from .streaming import LogMoments
 from .task import Task, make_task
 
 __all__ = ["Group", "ImportanceSampler"]
+
+# Chunks after which a captured graph is compared with the program again, on other data; then after twice as many, and so on. A
+# comparison takes as long as some six compiled chunks.
+CHUNKS_TO_RECHECK = 200
+# Draws of the prior, over all data, that repay a compiled graph of their own.
+PROBES_TO_COMPILE = 2**17
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ class ImportanceSampler:
         self._probe_errors: list[str] = []
         self._task: Task | None = None
         self._why_unfitted: str | None = None
+        self._chunks_drawn, self._next_recheck = 0, CHUNKS_TO_RECHECK
 
     def run(self) -> Evidence:
         """Score all data."""
@@ -135,8 +143,10 @@ class ImportanceSampler:
                 f"x must be the {len(refinement)} data of the refinement in their order: pass the same data, as arrays."
             )
         backend = "inductor" if self._plan.compile else "eager"
-        model, guide = self.model, self.guide
-        self.staged = Staged(self._staged_draw, backend, self.options.precision, self._plan.threads, programs=(model, guide))
+        model, guide, threads = self.model, self.guide, self._plan.threads
+        self.staged = Staged(self._staged_draw, backend, self.options.precision, threads, programs=(model, guide))
+        many = (self.data.num_data or 0) * self._plan.num_probes >= PROBES_TO_COMPILE
+        self.staged_probe = Staged(self._probe_plain, backend if many else "eager", threads=threads, programs=(model, guide))
         if self.options.kind == "auto":
             own: Any = {"draw_guide": self._submit_staged, "probe": self._probe, "finish": self._finish_part}
             self._task, self._why_unfitted = make_task(model, guide, self.first, self.options, self._plan, **own)
@@ -169,6 +179,7 @@ class ImportanceSampler:
             evaluation_mode(self.model, self.guide),
             torch.random.fork_rng(devices),
             contextlib.closing(self.staged),
+            contextlib.closing(self.staged_probe),
             products_in(self.options.precision, self.device),
             tqdm(total=self.data.num_data, desc="log p(x)", unit="datum", disable=not self.options.progress) as bar,
         ):
@@ -182,10 +193,11 @@ class ImportanceSampler:
             refuse_no_weights(info.no_weights)
         described = scored_data(info, batch)
         torch.manual_seed(seed)
-        if (start // self._plan.group).bit_count() == 1:  # groups 1, 2, 4, ... check the graph on other data
+        if self._chunks_drawn >= self._next_recheck:
             self.staged.recheck(f"from datum {start} on")
-            if self._task is not None and self._task.terms is not None:
-                self._task.terms.recheck(f"from datum {start} on")
+            self._next_recheck = 2 * self._chunks_drawn
+        if self._task is not None and self._task.terms is not None and (start // self._plan.group).bit_count() == 1:
+            self._task.terms.recheck(f"from datum {start} on")
         covered = None
         if kind in ("guide", "auto"):
             vectorize = self.options.vectorize_particles
@@ -287,6 +299,7 @@ class ImportanceSampler:
         return lambda batch, size: partial(draw, batch, size)
 
     def _submit_staged(self, batch: Batch, size: int) -> Callable[[], Tensor]:
+        self._chunks_drawn += 1
         value = self.staged.submit(torch.empty(size, 0, device=self.device), *batch)
         return lambda: value()[0]
 
@@ -318,26 +331,7 @@ class ImportanceSampler:
             yield rows, part
 
     def _finish_part(self, moments: LogMoments) -> dict[str, Array]:
-        """The answer for some data from their sums, with the names of the store's files."""
-        drawn, sums, estimate = moments.num_drawn, moments.arrays(), moments.finish()
-        size = len(estimate.log_px)
-        khat, smoothed, rest = np.empty(size), np.empty(size), np.ones(size, dtype=bool)
-        if self._plan.on_gpu:
-            largest = moments.tail[:, : tail_size(drawn)]
-            fitted = pareto_smooth_together(largest, moments.log_sum, drawn, precision=self.eps)
-            khat, smoothed, ordinary = (part.cpu().numpy() for part in fitted)
-            rest = ~ordinary
-        tail = sums["tail"][rest, : tail_size(drawn)]
-        khat[rest], smoothed[rest] = pareto_smooth(tail, estimate.log_px[rest], drawn, precision=self.eps)
-        # If a datum stopped before K draws, its curve stays at what it had.
-        reached = np.array(moments.recorded) <= drawn
-        curves = {
-            name: np.column_stack([np.where(reached, sums[name], sums[whole][:, None]), sums[whole]])
-            for name, whole in (("curve_sum", "log_sum"), ("curve_square", "log_square"))
-        }
-        counts = np.full(size, drawn, dtype=np.int64)
-        own = {"khat": khat, "log_px_psis": smoothed, "drawn": counts, "largest": sums["tail"][:, 0]}
-        return estimate._asdict() | own | curves
+        return finished(moments, self.eps, self._plan.on_gpu)
 
     def _probe(self, batch: Batch, largest: Array, log_px: Array) -> Array:
         """What the guide missed of some data, in nats; nothing if there are too few samples to ask."""
@@ -347,16 +341,16 @@ class ImportanceSampler:
 
     def _missed(self, group: Group, arrays: dict[str, Array]) -> Array:
         """What the proposal missed of each datum of a group, by draws of the prior or the guide, in nats."""
-        model, guide, vectorize, plan = self.model, self.guide, self.options.vectorize_particles, self._plan
-        missed = np.full(len(group), math.nan)
+        plan, missed = self._plan, np.full(len(group), math.nan)
         try:
             for chosen, most in parts_of(torch.arange(len(group)), plan.num_probes, plan.chunk, None, plan.group, plan.whole):
                 rows, batch = chosen.numpy(), tuple(array[chosen] for array in group.batch)
-                other = guide_probe if self.options.kind == "prior" else prior_probe
-                probe = other(model, guide, vectorize, self.info.max_plate_nesting)
+                submit = self._submit_probe
                 if group.refinement is not None:
-                    probe = refined_probe(model, guide, group.refinement.rows(rows), vectorize)
-                blocks = [probe(batch, size) for size in chunk_sizes(plan.num_probes, most)]
+                    refinement, vectorize = group.refinement.rows(rows), self.options.vectorize_particles
+                    submit = partial(partial, refined_probe(self.model, self.guide, refinement, vectorize))
+                with self.staged.all_threads() if not self.staged_probe.captured else contextlib.nullcontext():
+                    blocks = [value() for value in [submit(batch, size) for size in chunk_sizes(plan.num_probes, most)]]
                 joint = Probe(*(torch.cat(columns).cpu() for columns in zip(*blocks, strict=True)))
                 largest, log_px = (torch.from_numpy(arrays[name][rows]) for name in ("largest", "log_px"))
                 missed[rows] = missed_nats(joint, largest, log_px, CONSTANT).numpy()
@@ -364,6 +358,13 @@ class ImportanceSampler:
             # The prior may have no sampler, the guide no density there, and a network no answer; the pair may be valid.
             self._probe_errors.append(str(error) or type(error).__name__)
         return missed
+
+    def _submit_probe(self, batch: Batch, size: int) -> Callable[[], tuple[Tensor, ...]]:
+        return self.staged_probe.submit(torch.empty(size, 0, device=self.device), *batch)
+
+    def _probe_plain(self, length: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
+        other = guide_probe if self.options.kind == "prior" else prior_probe
+        return other(self.model, self.guide, self.options.vectorize_particles, self.info.max_plate_nesting)(batch, len(length))
 
     def finish(self, num_data: int) -> Evidence:
         """The evidence, from all groups of all processes."""

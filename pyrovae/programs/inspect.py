@@ -15,13 +15,13 @@ from ..data.matching import Batch
 from .checks import check_finite, check_sites, check_support, why_no_weights
 from .independence import PROBED_ROWS, check_independence
 from .log_weights import read_weights
-from .parameters import all_parameters, own_parameters
+from .parameters import all_parameters, own_parameters, refuse_uninitialized
 from .rounding import rounding_of
-from .sites import Program, data_plate, num_known_of, num_observed_of, plate_nesting, sites_of
+from .sites import Program, data_plate, num_known_of, num_observed_of, observed_squares, plate_nesting, sites_of
 from .state import own_scope
 from .support import bare, bounds_of, inside_of, support_of
 from .tracing import evaluation_mode, inspection, trace_pair
-from .wrappers import base_distribution
+from .wrappers import base_distribution, is_one_hot
 
 __all__ = [
     "FIRST_ROWS", "FirstBatch", "PairInfo", "check_steady_scale", "inspect_first_batch", "inspect_pair", "open_pair", "prepare",
@@ -53,6 +53,7 @@ class PairInfo:
         num_densities: those of the numbers observed that have a density.
         num_probabilities: those that have a probability; a one-hot vector is one.
         given: the parts of a datum that the likelihood conditions on, from its distribution's ``conditional_on``.
+        squares: the sum of squares of each datum's observed values, shape (B,).
         rounding: the rounding error of each datum's log-weight, shape (B,), in nats.
     """
 
@@ -70,6 +71,7 @@ class PairInfo:
     num_densities: float = 0
     num_probabilities: float = 0
     given: tuple[str, ...] = ()
+    squares: Tensor | None = None
     rounding: Tensor | None = None
     tied_to_data: bool = False
     plate: str = "data"
@@ -115,8 +117,9 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     # A label that does not count as a dimension of the data is still part of their probability.
     counted = [site | {"infer": {}} for site in observed]
     numbers = [(num_known_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
+    nesting = plate_nesting(model_trace, guide_trace)
     return PairInfo(
-        max_plate_nesting=plate_nesting(model_trace, guide_trace),
+        max_plate_nesting=nesting,
         num_data=weights.num_data,
         scale=weights.scale,
         num_dims=weights.num_dims,
@@ -131,6 +134,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         num_densities=sum(number * (1 - discrete) for number, discrete in numbers),
         num_probabilities=sum(number * discrete for number, discrete in numbers),
         given=tuple(sorted({what for site in observed for what in _conditions(site)})),
+        squares=torch.stack([observed_squares(site, data, nesting) for site in observed]).sum(0) if observed else None,
         rounding=rounding,
     )
 
@@ -169,8 +173,7 @@ def _fraction_discrete(site: dict) -> float:
 
 def _redundant(site: dict) -> int:
     """The number of values that represent one: the length of a one-hot vector, else 1."""
-    distribution = base_distribution(site)
-    return distribution.event_shape[-1] if isinstance(distribution, torch.distributions.OneHotCategorical) else 1
+    return int(site["fn"].event_shape[-1]) if is_one_hot(site) else 1
 
 
 def _conditions(site: dict) -> tuple[str, ...]:
@@ -241,6 +244,7 @@ def prepare(
             loader gives them in parts.
         RuntimeError: the pair does not run; the message is torch's.
     """
+    refuse_uninitialized(model, guide)
     batches = data if isinstance(data, Batches) else Batches(data, FIRST_ROWS, program=model)
     batch = batches.peek()
     first, whole = _inspect_first(model, guide, batch, batches) if each else (inspect_first_batch(model, guide, *batch), None)

@@ -7,12 +7,13 @@ from typing import Any
 import pyro
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from .reachable import parameters_of
+from .reachable import modules_of, parameters_of
 from .sites import Program
 from .tracing import inspection, trace_pair
 
-__all__ = ["all_parameters", "find_parameters", "own_parameters"]
+__all__ = ["all_parameters", "find_parameters", "own_parameters", "refuse_uninitialized"]
 
 
 def find_parameters(model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -68,3 +69,17 @@ def own_parameters(model: Program, guide: Program, args: tuple) -> list[Tensor]:
 def all_parameters(model: Program, guide: Program) -> list[Tensor]:
     """The parameters of the pair's modules and of Pyro's store."""
     return [*parameters_of(model, guide).values(), *(value for _, value in pyro.get_param_store().named_parameters())]
+
+
+def refuse_uninitialized(model: Program, guide: Program) -> None:
+    """Refuse lazy modules that have not run, whose parameters have no shape yet.
+
+    Raises:
+        ValueError: a module of the pair is such a one.
+    """
+    for module in modules_of(model, guide):
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise ValueError(
+                f"The parameters of {type(module).__name__} must have a shape before a pair is trained or scored, got a lazy "
+                f"module that has not run: call its network once on a batch, or state the number of inputs, as nn.Linear does."
+            )

@@ -13,11 +13,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .support import _outside
-from .wrappers import is_factor, mask_of
+from .wrappers import is_factor, is_one_hot, mask_of
 
 __all__ = [
     "PARTICLES", "Layout", "Program", "check_batch", "common_scale", "data_plate", "latents_of", "log_prob_of", "num_dims_of",
-    "num_known_of", "num_observed_of", "per_datum", "plate_nesting", "plate_sizes", "plates_of", "refuse_auxiliary", "sites_of",
+    "num_known_of", "num_observed_of", "observed_squares", "per_datum", "plate_nesting", "plate_sizes", "plates_of",
+    "refuse_auxiliary", "sites_of",
 ]  # fmt: skip
 
 Program = Callable[..., Any]
@@ -216,6 +217,25 @@ def num_known_of(site: dict, data: Any) -> int:
     if not number or not isinstance(mask, Tensor):
         return number * data.size if mask else 0
     return int(mask.expand(site["fn"].batch_shape + site["fn"].event_shape).sum())
+
+
+def observed_squares(site: dict, data: Any, nesting: int) -> Tensor:
+    """The sum of squares of what a site observes of each datum and no mask leaves out, shape (B,), in float64.
+
+    A one-hot vector counts as its index. It is the same for ``x`` in any shape and order, and another for ``x.log()``.
+    """
+    distribution, value, event_dim = site["fn"], site["value"], site["fn"].event_dim
+    if is_factor(site):
+        return torch.zeros(data.size, dtype=torch.float64, device=site["value"].device)
+    shape = distribution.batch_shape + distribution.event_shape
+    squares = value.expand(shape).double().square()
+    mask = mask_of(site)
+    if mask is not True:
+        squares = torch.where(torch.as_tensor(mask, device=value.device).expand(shape), squares, 0.0)
+    if is_one_hot(site):
+        places = torch.arange(shape[-1], dtype=torch.float64, device=value.device).square()
+        squares = squares * places
+    return Layout(1, data.size, nesting, data.dim).sum_per_datum(squares, event_dim)[0]
 
 
 def _num_numbers(site: dict, data: Any) -> int:

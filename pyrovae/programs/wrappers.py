@@ -11,8 +11,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 __all__ = [
-    "base_distribution", "is_factor", "is_masked_anywhere", "is_point", "is_reparameterized", "layers_of", "mask_of",
-    "masks_of", "same_mask",
+    "base_distribution", "is_factor", "is_masked_anywhere", "is_one_hot", "is_point", "is_reparameterized", "layers_of",
+    "mask_of", "masks_of", "same_mask",
 ]  # fmt: skip
 
 Mask = Tensor | bool
@@ -41,6 +41,11 @@ def base_distribution(site: dict) -> Any:
 def is_point(site: dict) -> bool:
     """Whether a site is a ``Delta``."""
     return isinstance(base_distribution(site), Delta)
+
+
+def is_one_hot(site: dict) -> bool:
+    """Whether the values of a site are one-hot vectors."""
+    return isinstance(base_distribution(site), torch.distributions.OneHotCategorical)
 
 
 def is_reparameterized(site: dict) -> bool:
