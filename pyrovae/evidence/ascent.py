@@ -15,7 +15,7 @@ __all__ = ["Gradient", "Peaks", "climb", "curvature", "distinct"]
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Pairs of steps that L-BFGS remembers.
-MEMORY = 8
+MEMORY = 6
 # The longest step, in the units that points are measured in, for each square root of a dimension.
 LONGEST_STEP = 1.0
 # Relative step of the finite differences, in units of the prior's standard deviation; gradients are float32 at the least.
@@ -52,18 +52,11 @@ def climb(gradient: Gradient, start: Tensor, unit: Tensor, steps: int) -> Peaks:
     point = start / unit
     value, slope = _in_units(gradient, point, unit)
     value = torch.where(value.isnan(), -math.inf, value)
-    shape = (MEMORY, *point.shape)
-    moves, turns = (
-        torch.zeros(shape, dtype=point.dtype, device=point.device),
-        torch.zeros(shape, dtype=point.dtype, device=point.device),
-    )
-    inverse = torch.zeros(shape[:-1], dtype=point.dtype, device=point.device)  # 1 / (move . turn); 0 if unused
-    scale = torch.ones_like(value)
+    memory = _Memory(point)
     shrink = torch.ones_like(value)
     longest = LONGEST_STEP * math.sqrt(point.shape[-1])
-    direction = slope
     for _ in range(steps):
-        direction = _ascent(slope, moves, turns, inverse, scale)
+        direction = memory.ascent(slope)
         # Where memory points downhill, the gradient itself.
         rise = (direction * slope).sum(-1)
         direction = torch.where((rise > 0)[..., None], direction, slope)
@@ -72,17 +65,11 @@ def climb(gradient: Gradient, start: Tensor, unit: Tensor, steps: int) -> Peaks:
         there = point + step
         new, new_slope = _in_units(gradient, there, unit)
         better = new >= value + 1e-4 * (step * slope).sum(-1)  # False for NaN
-        taken = better[..., None]
-        turn = slope - new_slope
-        product = (step * turn).sum(-1)
-        kept = better & (product > 1e-10 * step.norm(dim=-1) * turn.norm(dim=-1))
-        moves, turns = (_pushed(old, fresh, kept) for old, fresh in ((moves, step), (turns, turn)))
-        inverse = _pushed(inverse[..., None], (1 / product.clamp(min=1e-300))[..., None], kept)[..., 0]
-        scale = torch.where(kept, product / turn.square().sum(-1).clamp(min=1e-300), scale)
-        point, slope = torch.where(taken, there, point), torch.where(taken, new_slope, slope)
+        memory.add(step, slope - new_slope, better)
+        point, slope = (torch.where(better[..., None], *pair) for pair in ((there, point), (new_slope, slope)))
         value = torch.where(better, new, value)
         shrink = torch.where(better, (2 * shrink).clamp(max=1.0), shrink / 4)
-    left = (_ascent(slope, moves, turns, inverse, scale) * slope).sum(-1).abs() / 2
+    left = (memory.ascent(slope) * slope).sum(-1).abs() / 2
     return Peaks(point * unit, value, slope / unit, left)
 
 
@@ -91,24 +78,39 @@ def _in_units(gradient: Gradient, point: Tensor, unit: Tensor) -> tuple[Tensor, 
     return value, torch.nan_to_num(slope * unit, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _pushed(history: Tensor, fresh: Tensor, kept: Tensor) -> Tensor:
-    """The history with a fresh entry in place of the oldest, for the points that keep theirs."""
-    moved = torch.cat([history[1:], fresh[None]])
-    return torch.where(kept[None, ..., None], moved, history)
+class _Memory:
+    """The last steps of L-BFGS and how the gradient turned along each; a step that was not taken leaves an empty place."""
 
+    def __init__(self, point: Tensor):
+        self.moves = torch.zeros(MEMORY, *point.shape, dtype=point.dtype, device=point.device)
+        self.turns = torch.zeros_like(self.moves)
+        self.inverse = torch.zeros_like(self.moves[..., 0])  # 1 / (move . turn), or 0
+        self.scale = torch.ones_like(self.inverse[0])
+        self.number = 0
 
-def _ascent(slope: Tensor, moves: Tensor, turns: Tensor, inverse: Tensor, scale: Tensor) -> Tensor:
-    """The direction of L-BFGS (the recursion of two loops)."""
-    direction, factors = slope, []
-    for place in reversed(range(len(moves))):
-        factor = inverse[place] * (moves[place] * direction).sum(-1)
-        direction = direction - factor[..., None] * turns[place]
-        factors.append(factor)
-    direction = scale[..., None] * direction
-    for place, factor in enumerate(reversed(factors)):
-        back = inverse[place] * (turns[place] * direction).sum(-1)
-        direction = direction + (factor - back)[..., None] * moves[place]
-    return direction
+    def add(self, move: Tensor, turn: Tensor, taken: Tensor) -> None:
+        """Remember a step in place of the oldest, for the points that took it, if the curvature along it is positive."""
+        place = self.number % MEMORY
+        product = (move * turn).sum(-1)
+        kept = taken & (product > 1e-10 * move.norm(dim=-1) * turn.norm(dim=-1))
+        self.moves[place], self.turns[place] = move, torch.nan_to_num(turn)
+        self.inverse[place] = torch.where(kept, 1 / product.clamp(min=1e-300), 0.0)
+        self.scale = torch.where(kept, product / turn.square().sum(-1).clamp(min=1e-300), self.scale)
+        self.number += 1
+
+    def ascent(self, slope: Tensor) -> Tensor:
+        """The direction (the recursion of two loops)."""
+        places = [place % MEMORY for place in range(max(0, self.number - MEMORY), self.number)]
+        direction, factors = slope, []
+        for place in reversed(places):
+            factor = self.inverse[place] * (self.moves[place] * direction).sum(-1)
+            direction = torch.addcmul(direction, factor[..., None], self.turns[place], value=-1)
+            factors.append(factor)
+        direction = self.scale[..., None] * direction
+        for place, factor in zip(places, reversed(factors), strict=True):
+            back = self.inverse[place] * (self.turns[place] * direction).sum(-1)
+            direction = torch.addcmul(direction, (factor - back)[..., None], self.moves[place])
+        return direction
 
 
 def curvature(gradient: Gradient, point: Tensor, unit: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def how_to_fit(num_latents: int) -> FewOrMany:
     """With few latents many starts find most modes; with many, a start is rarely near another mode."""
     if num_latents <= FEW_LATENTS:
         return FewOrMany(from_prior=16, from_guide=6, modes=12, within=0.02, steps=30)
-    return FewOrMany(from_prior=4, from_guide=0, modes=3, within=0.15, steps=30)
+    return FewOrMany(from_prior=3, from_guide=0, modes=3, within=0.15, steps=30)
 
 
 @dataclass(frozen=True)

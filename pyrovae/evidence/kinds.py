@@ -27,6 +27,7 @@ __all__ = [
     "Repaired",
     "data_have",
     "kind_of",
+    "rungs_in_words",
 ]
 
 # The fewest effective chains of an annealing; fewer cannot be said to agree.
@@ -207,9 +208,7 @@ class Repaired(ImportanceSampled):
         if scores.rung is None or scores.num_samples < FEWEST_SAMPLES:
             return super().findings(scores)
         bad = np.flatnonzero(~scores.reliable)
-        counts = [(int((scores.rung == place).sum()), words) for place, words in enumerate(_RUNG_WORDS)]
-        stands = ", ".join(f"{number:,} {words}" for number, words in counts if number)
-        words = f"Of {len(scores):,} data, {stands}; "
+        words = f"Of {len(scores):,} data, {rungs_in_words(scores.rung)}; "
         if not len(bad):
             return f"{words}all reliable. A mode that no draw came near would not show."
         return (
@@ -341,6 +340,14 @@ def data_have(bad: Array) -> str:
 # What a datum's estimate is from under proposal="auto", from the cheapest to the dearest, and in words.
 RUNGS = ("guide", "fitted", "adapted", "mixture", "annealed")
 _RUNG_WORDS = ("by the guide", "refined", "refined and adapted", "by the mixture of guide and prior", "annealed")
+
+
+def rungs_in_words(rung: Array) -> str:
+    """How many data's estimates are from each rung, such as "236 by the guide, 124 refined"."""
+    counts = [(int((rung == place).sum()), words) for place, words in enumerate(_RUNG_WORDS)]
+    return ", ".join(f"{number:,} {words}" for number, words in counts if number)
+
+
 # The kinds whose method is one fixed string, by the name of the proposal or of the exact method.
 KINDS: dict[str, EvidenceKind] = {
     "guide": ImportanceSampled("importance sampling"),

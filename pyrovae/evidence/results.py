@@ -13,7 +13,7 @@ import torch
 from .. import files
 from .curve import Curve
 from .draws import Draws
-from .kinds import Annealed, EvidenceKind, Exact, ImportanceSampled, data_have, kind_of
+from .kinds import Annealed, EvidenceKind, Exact, ImportanceSampled, data_have, kind_of, rungs_in_words
 from .measure import Measure
 from .psis import Array, _elpd, khat_limit
 
@@ -208,6 +208,11 @@ class Evidence:
     def effort(self) -> str:
         """How many samples there were, in words."""
         return self.kind.effort(self)
+
+    @property
+    def rungs(self) -> str:
+        """How many estimates are from each proposal of ``proposal="auto"``, in words; empty for other methods."""
+        return "" if self.rung is None else rungs_in_words(self.rung)
 
     @property
     def criterion(self) -> str:
