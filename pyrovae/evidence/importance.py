@@ -44,7 +44,7 @@ def log_marginal(
       do, and ascents from the guide, its mirror image and the prior whether the posterior has other modes. Else a Gaussian is
       matched to the gradients around each mode (Cai et al. 2024), tempered and given the tail by which the weights of a second
       pilot vary least, adapted to those weights if need be, and mixed with the prior, which has 4 % of the draws. If no
-      proposal is good enough, 64 chains are annealed from the best one, through 40 temperatures and then 200. What is then
+      proposal is good enough, 64 chains are annealed from the best one, through 60 temperatures. What is then
       still not reliable is flagged. ``rung`` says which it was, ``calls`` what it cost. Reported draws are fresh, so
       :math:`\hat p(x)` is unbiased but for data that their own draws turn back, which costs at most half a standard error. The
       ``elbo`` is the guide's. Discrete latents, pairs that are tied to one set of data and more than 400 latents have the

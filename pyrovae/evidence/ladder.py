@@ -41,8 +41,8 @@ MISSED = 0.005
 FIRST_POWER, FIRST_DF = 0.6, 30.0
 # Adaptations to the weights of all pilots so far.
 ADAPTATIONS = 2
-# The last rung: chains from the best proposal so far, and slower ones where these disagree.
-CHAINS = [AnnealingOptions(num_chains=64, num_temperatures=number, leapfrog_steps=4, step_size=0.2) for number in (40, 200)]
+# The last rung: chains from the best proposal so far.
+CHAINS = AnnealingOptions(num_chains=64, num_temperatures=60, leapfrog_steps=4, step_size=0.2)
 # The prior's fraction of the mixture with the guide, where nothing can be fitted.
 MIXTURE_SHARE = 0.25
 # Numbers that the covariances of data that are fitted together may have.
@@ -69,8 +69,7 @@ class Ladder:
     If the fresh draws then have a tail that their pilot did not show, the datum climbs on, and its estimate is made anew. That
     selects. With A the event that the first estimate is kept, :math:`E \hat p = p + E[(\hat p_1 - p) 1_A]`, and the relative
     bias is at most :math:`\sigma \sqrt{P(A) (1 - P(A))}`, where :math:`\sigma` is the relative standard error of the first
-    estimate: half a standard error at the most, and a tenth of one if the pilot errs once in a hundred times. The same
-    holds for chains that disagree, and are run again more slowly.
+    estimate: half a standard error at the most, and a tenth of one if the pilot errs once in a hundred times.
 
     Args:
         task: what the call fixes.
@@ -335,20 +334,18 @@ class Ladder:
     def _anneal(self, rows: Array) -> None:
         """Chains from the best proposals to the posterior, for what no proposal was good enough for."""
         terms = self.task.terms
-        for options in CHAINS:
-            if terms is None or not len(rows):
-                return
-            path, each = AnnealingPath(options, options.betas), max(1, terms.gradients // options.num_chains)
-            for part in torch.from_numpy(rows).split(each):
-                field = FittedField(terms, self.part(part), _stacked([self.proposals[row] for row in part.tolist()]))
-                with tqdm(disable=True) as bar:
-                    log_w = path.forward(field, path.tune(field, bar), bar)
-                moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)
-                moments.update(log_w)
-                self._put(part.numpy(), moments)
-            self.rung[rows] = ANNEALED
-            self.calls[rows] += CALLS_OF_A_GRADIENT * path.num_gradients
-            rows = rows[~(self.arrays["ess"][rows] >= options.num_chains / 2)]
+        if terms is None or not len(rows):
+            return
+        path, each = AnnealingPath(CHAINS, CHAINS.betas), max(1, terms.gradients // CHAINS.num_chains)
+        for part in torch.from_numpy(rows).split(each):
+            field = FittedField(terms, self.part(part), _stacked([self.proposals[row] for row in part.tolist()]))
+            with tqdm(disable=True) as bar:
+                log_w = path.forward(field, path.tune(field, bar), bar)
+            moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)
+            moments.update(log_w)
+            self._put(part.numpy(), moments)
+        self.rung[rows] = ANNEALED
+        self.calls[rows] += CALLS_OF_A_GRADIENT * path.num_gradients
 
     def _put(self, rows: Array, moments: LogMoments) -> None:
         for name, part in self.task.finish(moments).items():
