@@ -66,7 +66,8 @@ def climb(gradient: Gradient, start: Tensor, unit: Tensor, steps: int) -> Peaks:
         new, new_slope = _in_units(gradient, there, unit)
         better = new >= value + 1e-4 * (step * slope).sum(-1)  # False for NaN
         memory.add(step, slope - new_slope, better)
-        point, slope = (torch.where(better[..., None], *pair) for pair in ((there, point), (new_slope, slope)))
+        point = torch.where(better[..., None], there, point)
+        slope = torch.where(better[..., None], new_slope, slope)
         value = torch.where(better, new, value)
         shrink = torch.where(better, (2 * shrink).clamp(max=1.0), shrink / 4)
     left = (memory.ascent(slope) * slope).sum(-1).abs() / 2

@@ -204,7 +204,8 @@ def _gaussians(terms: PairTerms, args: Batch, at: Tensor, unit: Tensor, calls: T
         draws = loc + torch.cat([noise, -noise], 2).movedim(2, 0)
         slopes = gradient(draws.flatten(0, 1))[1].reshape(draws.shape)
         kept = [*kept, (draws, slopes)][-POOLED:]
-        loc, tril = match_gradients(loc, tril, *(torch.cat(columns) for columns in zip(*kept, strict=True)), TRUST)
+        draws, slopes = (torch.cat(columns) for columns in zip(*kept, strict=True))
+        loc, tril = match_gradients(loc, tril, draws, slopes, TRUST)
     loc, tril = loc.transpose(0, 1), tril.transpose(0, 1)
     shares = torch.full(loc.shape[:2], 1 / modes, dtype=loc.dtype, device=loc.device)
     return Fitted.of(loc, tril, shares, torch.full_like(shares[:, 0], 8.0))

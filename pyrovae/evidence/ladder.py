@@ -237,13 +237,11 @@ class Ladder:
 
     def _scored(self, rows: Tensor, fitted: Fitted) -> Scored:
         """A pilot from the proposals of some data."""
-        flat, log_prior, log_joint = [], [], []
+        kept: list[list[Tensor]] = []
         for _, blocks in self._fitted_blocks(rows, fitted, 2 * self.pilot):
-            parts = [torch.cat(columns) for columns in zip(*blocks, strict=True)]
-            for kept, part in zip((flat, log_prior, log_joint), parts, strict=True):
-                kept.append(part)
-        joined = (torch.cat(parts, 1) for parts in (flat, log_prior, log_joint))
-        return Scored(*joined, (fitted,), prior_draws(2 * self.pilot) / (2 * self.pilot))
+            kept.append([torch.cat(columns) for columns in zip(*blocks, strict=True)])
+        flat, log_prior, log_joint = (torch.cat(columns, 1) for columns in zip(*kept, strict=True))
+        return Scored(flat, log_prior, log_joint, (fitted,), prior_draws(2 * self.pilot) / (2 * self.pilot))
 
     def _blocks(self, rows: Tensor) -> Iterator[tuple[Tensor, Batch, Tensor]]:
         """Rows that draw together; their data and numbers, repeated to one width, since a graph serves one shape."""

@@ -49,7 +49,7 @@ class FieldGradient:
         self.staged = Staged(self._run, backend)
         self.field: Field | None = None
 
-    def __call__(self, field: AnyField, flat: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, field: Field, flat: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
         """Log f_0 and the log-ratio, log f at ``beta``, and its gradient, at ``flat`` (K, B, L)."""
         self.field = field
         return self.staged(flat, beta, *field.pair.args)
