@@ -16,7 +16,7 @@ from . import training as training
 from .compile.step import stage as stage
 from .diagnostics.decomposition import Decomposition as Decomposition
 from .diagnostics.decomposition import decompose as decompose
-from .diagnostics.gradients import EstimatorComparison as EstimatorComparison
+from .diagnostics.estimator_comparison import EstimatorComparison as EstimatorComparison
 from .diagnostics.gradients import compare_estimators as compare_estimators
 from .diagnostics.gradients import train_estimators as train_estimators
 from .diagnostics.posterior import posterior_draws as posterior_draws
@@ -40,7 +40,12 @@ from .models.hierarchical import make_hierarchical_vae as make_hierarchical_vae
 from .models.vae import VAE as VAE
 from .models.vae import make_vae as make_vae
 from .programs.log_weights import log_weights as log_weights
+from .programs.saving import load as load
+from .programs.saving import save as save
 from .programs.weights import LogWeights as LogWeights
+from .training.callbacks import Callback as Callback
+from .training.checkpoint import Checkpoint as Checkpoint
+from .training.checkpoint import load_checkpoint as load_checkpoint
 from .training.history import History as History
 from .training.loop import fit as fit
 

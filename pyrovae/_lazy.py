@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+__all__ = ["MOVED", "attach"]
+
 # Modules of version 0.1, and where their contents live now. They can be imported until version 0.3.
 MOVED: dict[str, tuple[str, ...]] = {
     "annealing": ("evidence.annealing", "evidence.bdmc"),
@@ -32,7 +34,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "rewrites": ("compile.rewrites", "compile.matmul", "compile.patterns"),
     "staging": ("compile.step", "compile.graph", "compile.inductor", "compile.optimizer"),
     "traces": ("programs.sites", "programs.tracing", "programs.checks", "programs.unconstrained"),
-    "vae": ("models.vae", "models.base"),
+    "vae": ("models.vae", "models.base", "models.parts"),
     "weights": ("programs.weights", "programs.log_weights", "programs.wake_sleep"),
 }
 

@@ -1,4 +1,4 @@
-"""Distributions and transforms that Pyro, torch and zuko lack, have without what a latent needs, or give up on in float32."""
+"""Distributions and transforms that torch, Pyro and zuko lack, or compute less exactly in float32."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import AffineTransform
 from torch.distributions.kl import register_kl
 
+from ._validation import unknown
+
 __all__ = [
     "Beta", "ContinuousBernoulli", "Dequantized", "DiagonalNormalMixture", "DiscretizedLogistic", "FlowDistribution",
     "HeterogeneousIndependent", "HypersphereUniform", "NormalMixture", "OneHot", "OrdinalCategorical", "PowerSpherical",
@@ -26,9 +28,9 @@ __all__ = [
 
 
 def centre(distribution: Any) -> Tensor:
-    """One point that stands for a distribution, of its batch and event shape.
+    """The ``centre`` of a distribution if it has one, else its mean; of its batch and event shape.
 
-    It is the mean; for distributions whose mean has no closed form or lies off their support, what they call their ``centre``.
+    Distributions have a ``centre`` if their mean has no closed form or lies outside their support.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -42,7 +44,7 @@ def centre(distribution: Any) -> Tensor:
 
 
 def same_support(first: Any, second: Any) -> bool:
-    """Whether two supports are the same set: of one class, with equal bounds and parts.
+    """Whether two supports are the same set: constraints of one class, with equal bounds and parts.
 
     Example:
         >>> from pyro.distributions import constraints
@@ -74,7 +76,7 @@ class HypersphereUniform(dist.TorchDistribution):
     Densities on the sphere are with respect to its surface measure.
 
     Args:
-        like: a tensor of shape ``[..., L]`` whose batch, type and device the distribution takes on.
+        like: a tensor of shape ``[..., L]``; the distribution has its batch shape, type and device.
 
     Raises:
         ValueError: L is below 2.
@@ -101,7 +103,7 @@ class HypersphereUniform(dist.TorchDistribution):
         return HypersphereUniform(self.like.expand(Size(batch_shape) + self.event_shape), validate_args=False)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws, shape ``sample_shape + batch_shape + (L,)``; no parameter moves them."""
+        """Draws, shape ``sample_shape + batch_shape + (L,)``; they depend on no parameter."""
         return _unit(self.like.new_empty(self._extended_shape(Size(sample_shape))).normal_())
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -111,20 +113,20 @@ class HypersphereUniform(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Zero, which is no point of the sphere."""
+        """Zero, which is not on the sphere."""
         return torch.zeros_like(self.like)
 
 
 class PowerSpherical(dist.TorchDistribution):
-    r"""The power spherical distribution on the unit sphere of R^L, in whose place a von Mises-Fisher needs rejection to sample.
+    r"""The power spherical distribution on the unit sphere of R^L: like von Mises-Fisher, but sampled without rejection.
 
     .. math:: q(z) = \frac{(1 + \mu^\top z)^\kappa}{N(\kappa)}, \quad
         N(\kappa) = 2^{\alpha + \beta} \pi^\beta \frac{\Gamma(\alpha)}{\Gamma(\alpha + \beta)}, \quad
         \alpha = \tfrac{L-1}2 + \kappa, \; \beta = \tfrac{L-1}2
 
     A draw is :math:`t \mu + \sqrt{1 - t^2}\, \xi` with :math:`(1 + t)/2 \sim Beta(\alpha, \beta)` and :math:`\xi` uniform among
-    the unit vectors at right angles to :math:`\mu`. Gradients reach both parameters. KL to :class:`HypersphereUniform` has a
-    closed form, which ``torch.distributions.kl_divergence`` knows.
+    the unit vectors orthogonal to :math:`\mu`. Draws have gradients for both parameters. The KL to :class:`HypersphereUniform`
+    has a closed form, which ``torch.distributions.kl_divergence`` uses.
 
     Args:
         loc: mu, unit vectors of shape ``[..., L]``.
@@ -169,10 +171,10 @@ class PowerSpherical(dist.TorchDistribution):
         """Draws, shape ``sample_shape + batch_shape + (L,)``."""
         shape = self._extended_shape(Size(sample_shape))
         eps = torch.finfo(self.loc.dtype).eps
-        # At 1 the square root below has no derivative, and float32 rounds a concentrated draw there.
+        # The square root below has no derivative at 0 and 1, and float32 rounds draws of a concentrated distribution to 1.
         b = torch.distributions.Beta(*self._beta, validate_args=False).rsample(Size(sample_shape)).clamp(eps, 1 - eps)
         noise = self.loc.new_empty(shape).normal_()
-        # Not the paper's Householder reflection, which has no direction where mu is the first axis.
+        # The paper's Householder reflection is undefined if mu is the first axis, so noise is projected instead.
         across = _unit(noise - (noise * self.loc).sum(-1, keepdim=True) * self.loc)
         b = b.unsqueeze(-1)
         return _unit((2 * b - 1) * self.loc + 2 * (b * (1 - b)).sqrt() * across)
@@ -185,7 +187,7 @@ class PowerSpherical(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density with respect to the surface measure, shape ``[...]``, in nats."""
-        # Rounding can take a scalar product of unit vectors below -1, where the logarithm ends.
+        # By rounding, a scalar product of unit vectors can be below -1, where the logarithm is undefined.
         along = (self.loc * value).sum(-1).clamp(min=-1 + torch.finfo(value.dtype).eps)
         return self.concentration * along.log1p() - self.log_normalizer
 
@@ -219,13 +221,13 @@ def log_area(dim: int) -> float:
 
 
 def check_sphere(dim: int) -> None:
-    """Refuse a sphere without a surface.
+    """Raise an error if a sphere has less than two dimensions.
 
     Raises:
         ValueError: ``dim`` is below 2.
     """
     if dim < 2:
-        raise ValueError(f"A sphere needs at least two dimensions, not {dim}: raise latent_dim.")
+        raise ValueError(f"latent_dim must be at least 2 for a sphere, got {dim}: raise it.")
 
 
 @register_kl(PowerSpherical, HypersphereUniform)
@@ -238,11 +240,12 @@ class DiagonalNormalMixture(dist.MixtureSameFamily):
 
     .. math:: q(z) = \sum_c \pi_c \prod_l N(z_l \mid \mu_{cl}, \sigma_{cl}^2)
 
-    A draw comes from one component, so the path of its parameters alone would leave out the others and the weights. Here a
-    draw z is the fixed point of the distributional transform :math:`F_l(z_l \mid z_{<l}; \phi) = u_l`, whose implicit
-    derivative is :math:`dz = -(\partial_z F)^{-1} \partial_\phi F \, d\phi`. The Jacobian is lower triangular, and has L^2
-    entries for each draw. (Pyro's ``MixtureOfDiagNormals`` divides by densities that float32 rounds to zero in 50 dimensions,
-    and by the distance of two equal means.)
+    A draw comes from one component. Differentiating it through the parameters of that component alone would miss the gradients
+    of the weights and of the other components. Instead, a draw z solves :math:`F_l(z_l \mid z_{<l}; \phi) = u_l` for fixed
+    uniform numbers u, where F are the conditional distribution functions, so that its derivative is
+    :math:`dz = -(\partial_z F)^{-1} \partial_\phi F \, d\phi`. The Jacobian is lower triangular and has L^2 entries for each
+    draw. (Pyro's ``MixtureOfDiagNormals`` divides by densities that float32 rounds to zero in 50 dimensions, and by the
+    distance between means, which may be zero.)
 
     Args:
         mixture_distribution: a Categorical over components, batch shape ``[...]``.
@@ -271,11 +274,11 @@ class DiagonalNormalMixture(dist.MixtureSameFamily):
         normal = self.component_distribution.base_dist
         away = (z.unsqueeze(-2) - normal.loc) / normal.scale  # [..., C, L]
         log_density = -0.5 * away**2 - normal.scale.log() - 0.5 * math.log(2 * math.pi)
-        # The weight of each component given the dimensions before: those of the whole draw have no part in it.
+        # The weight of each component given the preceding dimensions only.
         before = log_density.cumsum(-1) - log_density
         weight = torch.softmax(self.mixture_distribution.logits.unsqueeze(-1) + before, -2)
         below = torch.special.ndtr(away)
-        transform = (weight * below).sum(-2)  # [..., L], the same uniform numbers whatever the parameters
+        transform = (weight * below).sum(-2)  # [..., L], the uniform numbers u
         with torch.no_grad():
             slope = -away / normal.scale  # d log N / dz
             jacobian = torch.einsum("...cl,...cj->...lj", weight * below, slope) - torch.einsum(
@@ -288,7 +291,7 @@ class DiagonalNormalMixture(dist.MixtureSameFamily):
 
 
 def mixture(logits: Tensor, components: Any) -> dist.MixtureSameFamily:
-    """The mixture of C components, batch shape ``(C,)``, under weights ``softmax(logits)``; its draws have no gradients.
+    """The mixture of C components, batch shape ``(C,)``, with weights ``softmax(logits)``; its draws have no gradients.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -302,14 +305,14 @@ def mixture(logits: Tensor, components: Any) -> dist.MixtureSameFamily:
 
 
 class NormalMixture(dist.MixtureSameFamily):
-    r"""A mixture of diagonal normals, scored in C numbers for each draw, not in the C L of all distances.
+    r"""A mixture of diagonal normals whose log-density takes memory for C numbers per draw, not for C L.
 
     .. math:: \log N(z \mid \mu_c, \sigma_c^2) = \sum_l \Big( \frac{z_l \mu_{cl}}{\sigma_{cl}^2} - \frac{z_l^2}{2 \sigma_{cl}^2}
         \Big) - \sum_l \Big( \frac{\mu_{cl}^2}{2 \sigma_{cl}^2} + \log \sigma_{cl} + \tfrac12 \log 2 \pi \Big)
 
-    is a product of matrices, whose terms cancel: they are as large as :math:`(z / \sigma)^2`. So it is taken in float64, where
-    the result is nearer to the exact one than the sum of squared distances in float32 is. Where z itself is float64, or the
-    device has none, it is that sum.
+    is a product of matrices. Its terms are as large as :math:`(z / \sigma)^2` and cancel, so it is computed in float64, which
+    is more exact than the sum of squared distances in float32. If z is float64 already, or the device has no float64, the sum
+    of squared distances is used.
 
     Args:
         mixture_distribution: a Categorical over components, batch shape ``()``.
@@ -325,11 +328,11 @@ class NormalMixture(dist.MixtureSameFamily):
 
     def __init__(self, mixture_distribution: Any, component_distribution: Any, validate_args: bool | None = None):
         super().__init__(mixture_distribution, component_distribution, validate_args)
-        # As they are before a plate spreads them over data and particles.
+        # Kept as they are before a plate expands them over data and particles.
         self._logits, self._normal = mixture_distribution.logits, component_distribution.base_dist
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> NormalMixture:
-        """The same distribution for each of a batch."""
+        """The same distribution over a larger batch."""
         new = super().expand(batch_shape, type(self).__new__(type(self)) if _instance is None else _instance)
         new._logits, new._normal = self._logits, self._normal
         return new
@@ -351,7 +354,7 @@ class NormalMixture(dist.MixtureSameFamily):
 
 
 class OneHot(dist.OneHotCategorical):
-    r"""One category as a one-hot vector, drawn without a look at values, so that a graph can be captured around it.
+    r"""A categorical distribution over one-hot vectors, whose draws can be captured in a graph.
 
     .. math:: p(z) = \prod_l \pi_l^{z_l}
 
@@ -373,11 +376,11 @@ class OneHot(dist.OneHotCategorical):
 
 
 class RelaxedOneHot(dist.RelaxedOneHotCategorical):
-    r"""The concrete distribution on the simplex, a relaxed one-hot vector, kept off the edge where float32 rounds to zero.
+    r"""The concrete distribution on the simplex (a relaxed one-hot vector), whose draws float32 does not round to zero.
 
     .. math:: q(z) = \Gamma(L) \, \tau^{L-1} \Big( \sum_l \pi_l z_l^{-\tau} \Big)^{-L} \prod_l \pi_l z_l^{-\tau - 1}
 
-    with respect to Lebesgue measure on the first L - 1 coordinates.
+    This is the density with respect to Lebesgue measure on the first L - 1 coordinates.
 
     Args:
         temperature: tau, a scalar tensor.
@@ -415,10 +418,10 @@ class RelaxedOneHot(dist.RelaxedOneHotCategorical):
 
 
 class FlowDistribution(ZukoToPyro):
-    """A zuko flow as a Pyro distribution that also has ``sample``, ``rsample``, a support and gradients after both.
+    """A zuko flow as a Pyro distribution, with ``sample``, ``rsample`` and a support.
 
-    The density of a draw is remembered from when it was drawn, which spares an inverse flow its inversion. Another tensor of
-    the same numbers, such as a detached draw, is inverted.
+    The log-density of a draw is kept from sampling, so that an inverse flow need not be inverted. Any other tensor is inverted,
+    even a detached copy of a draw.
 
     Args:
         dist: a ``zuko.distributions.NormalizingFlow``.
@@ -442,7 +445,7 @@ class FlowDistribution(ZukoToPyro):
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, shape ``[...]``, in nats."""
         known = self.cache.get(value)
-        # What was drawn without gradients has a density without.
+        # The density of a draw that was made without gradients has none either.
         if known is not None and (known.requires_grad or not torch.is_grad_enabled()):
             return known
         return self.dist.log_prob(value)
@@ -462,7 +465,7 @@ class FlowDistribution(ZukoToPyro):
 
     @property
     def centre(self) -> Tensor:
-        """Where the flow takes its base's mean."""
+        """The base's centre, transformed by the flow."""
         return self.dist.transform.inv(centre(self.dist.base))
 
 
@@ -474,14 +477,14 @@ def flow_transform(family: str, dim: int, *, context: int = 0, depth: int = 3, h
 
     .. math:: y_l = \exp(a_l(x_{<l}, c)) \, x_l + b_l(x_{<l}, c) \quad \text{or a monotone rational-quadratic spline}
 
-    Every second layer has the order reversed. All layers go one way in one pass, and back in as many passes as an order has
-    groups: dim of them, or two for a coupling.
+    Every second layer reverses the order of the dimensions. A layer takes one pass of its network, and its inverse takes dim
+    passes, or two for a coupling.
 
     Args:
         family: ``"coupling"``, affine in two groups; ``"maf"``, affine one by one; ``"nsf"``, splines on [-5, 5] one by one.
         dim: the dimension.
-        context: features of the context c; ``module(c)`` returns the transform, ``module()`` if there are none.
-        depth: how many layers.
+        context: the number of features of the context c. ``module(c)`` returns the transform, ``module()`` if there are none.
+        depth: the number of layers.
         hidden: widths of each layer's masked network.
 
     Raises:
@@ -503,7 +506,7 @@ def flow_transform(family: str, dim: int, *, context: int = 0, depth: int = 3, h
     """
     zuko = _zuko()
     if family not in FLOWS:
-        raise ValueError(f"family is one of {', '.join(map(repr, FLOWS))}, not {family!r}.")
+        raise ValueError(unknown("family", family, FLOWS))
     options: dict[str, Any] = {}
     if family == "nsf":
         bins = 8
@@ -513,7 +516,7 @@ def flow_transform(family: str, dim: int, *, context: int = 0, depth: int = 3, h
         layer = zuko.flows.MaskedAutoregressiveTransform(
             dim,
             context,
-            # Not zuko's coupling, which finds its groups' indices anew in each pass: no graph can be compiled around that.
+            # zuko's own coupling computes the indices of its groups in each pass, which cannot be captured in a graph.
             passes=2 if family == "coupling" else dim,
             order=order,
             hidden_features=hidden,
@@ -527,12 +530,12 @@ def flow_transform(family: str, dim: int, *, context: int = 0, depth: int = 3, h
 
 
 def normalizing_flow(transform: Any, base: Any) -> Any:
-    """The distribution of x where ``transform(x)`` follows ``base``, as in zuko: the inverse samples, the transform scores."""
+    """The distribution of x if ``transform(x)`` follows ``base``: the transform gives densities, and its inverse samples."""
     return _zuko().distributions.NormalizingFlow(transform, base)
 
 
 def _prepare(layer: nn.Module) -> None:
-    """Make it the identity, with no state but its parameters."""
+    """Make a layer the identity, and leave only its parameters in its state."""
     for module in layer.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer, persistent=False)  # orders and masks follow from the arguments
@@ -543,7 +546,7 @@ def _prepare(layer: nn.Module) -> None:
 
 
 def _zuko() -> Any:
-    # zuko switches the validation of all distributions off as it is imported; whoever switched it on shall have it.
+    # Importing zuko switches off the validation of all distributions, so the setting is restored.
     validate = torch.distributions.Distribution._validate_args
     try:
         import zuko
@@ -557,7 +560,7 @@ def _unit(v: Tensor) -> Tensor:
 
 
 class ContinuousBernoulli(dist.ContinuousBernoulli):
-    r"""The continuous Bernoulli by its logits, to rounding at any logit.
+    r"""The continuous Bernoulli distribution from logits, accurate to rounding at any logit.
 
     .. math:: p(x) = \frac{\ell}{e^\ell - 1} e^{\ell x}, \qquad x \in [0, 1], \quad \ell \in \mathbb{R}
 
@@ -565,7 +568,7 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
     0.3, and its mean near a logit of 0 is wrong in the fourth digit.
 
     Args:
-        logits: :math:`\ell`, of any shape, which is the batch shape.
+        logits: :math:`\ell`, of the batch shape.
 
     References:
         Loaiza-Ganem and Cunningham, The Continuous Bernoulli: Fixing a Pervasive Error in Variational Autoencoders, 2019,
@@ -586,7 +589,7 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
         return ContinuousBernoulli(self.logits.expand(torch.Size(batch_shape)), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The density's logarithm, in nats."""
+        """The log-density, in nats."""
         if self._validate_args:
             self._validate_sample(value)
         # With t = |l|/2 the constant is 2 t coth t; its logarithm's gradient cancels near zero, where the series takes over.
@@ -616,11 +619,11 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile at ``value``."""
-        # At -|l| the exponential stays below one; the other sign is its mirror image. abs() has no gradient at zero.
+        # Computed at -|l|, where the exponential is below one; the other sign is its mirror image. abs() has no gradient at 0.
         size = torch.where(self.logits > 0, self.logits, -self.logits)
         safe = torch.where(size < 1e-4, 1.0, size)
         level = torch.where(self.logits > 0, 1 - value, value)
-        # A level of one is a quantile of one at any logit; where expm1 rounds to -1 its logarithm would be infinite.
+        # The quantile at level one is one for any logit. If expm1 rounds to -1, the logarithm would be infinite there.
         last = level == 1
         exact = torch.log1p(torch.where(last, 0.0, level) * torch.expm1(-safe)) / -safe
         low = torch.where(size < 1e-4, level - level * (1 - level) * size / 2, torch.where(last, 1.0, exact)).clamp(0.0, 1.0)
@@ -645,7 +648,7 @@ class _OpenUnitInterval(constraints.Constraint):
 class Beta(dist.Beta):
     """torch's beta distribution on the open interval (0, 1).
 
-    At 0 and 1 the density is zero or infinite, so a datum there is a mistake; torch counts both as support.
+    At 0 and 1 the density is zero or infinite, so data there are refused. torch's support includes both.
 
     Args:
         concentration1: alpha, of any shape.
@@ -665,7 +668,7 @@ class Beta(dist.Beta):
         return super().expand(torch.Size(batch_shape), self._get_checked_instance(Beta, _instance))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws with a gradient; what rounds to 0 or 1 stays just inside."""
+        """Draws with a gradient, clamped to the open interval."""
         value = super().rsample(torch.Size(sample_shape))
         limits = torch.finfo(value.dtype)
         return value.clamp(limits.tiny, 1 - limits.eps)
@@ -676,7 +679,7 @@ class OrdinalCategorical(dist.Categorical):
 
     .. math:: P(x = k) = \operatorname{softmax}(a)_k
 
-    Unlike torch's, its samples have the type of the logits, and it has the mean and variance of the levels.
+    Unlike those of torch's class, its samples have the type of the logits, and its mean and variance are those of the levels.
 
     Args:
         logits: shape ``(*batch_shape, n)``.
@@ -719,7 +722,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
 
     .. math:: P(x = k) = \sigma\Big(\frac{k + \frac12 - \mu}{s}\Big) - \sigma\Big(\frac{k - \frac12 - \mu}{s}\Big)
 
-    with the first term one at k = n-1 and the second zero at k = 0, so that the sum over the levels is one exactly.
+    The first term is one at k = n-1, and the second is zero at k = 0, so that the probabilities of all levels sum to one.
 
     Args:
         loc: mu, in levels.
@@ -755,7 +758,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
         return DiscretizedLogistic(self.loc.expand(shape), self.scale.expand(shape), self.num_levels, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The probability's logarithm, in nats."""
+        """The log-probability, in nats."""
         if self._validate_args:
             self._validate_sample(value)
         # sigma(b) - sigma(a) = sigma(b) sigma(-a) (1 - exp(a - b)) keeps its digits where both tails round to one.
@@ -792,12 +795,12 @@ class DiscretizedLogistic(dist.TorchDistribution):
 
 
 class ZeroInflatedNegativeBinomial(dist.ZeroInflatedNegativeBinomial):
-    r"""Pyro's zero-inflated negative binomial, by the logits of its gate throughout.
+    r"""Pyro's zero-inflated negative binomial, computed from the logits of its gate.
 
     .. math:: p(x) = \pi \, [x = 0] + (1 - \pi) \, \mathrm{NB}(x), \qquad \pi = \sigma(g)
 
-    Pyro's remembers the gate's probability once it has been asked for a mean or a draw; from then on it scores by that, which
-    loses digits, and cannot be expanded. It also refuses logits whose probability rounds to one.
+    Once a mean or a draw has been computed, Pyro's class keeps the probability of its gate and uses it in ``log_prob``, which
+    loses digits, and it can no longer be expanded. It also refuses logits whose probability rounds to one.
 
     Args:
         total_count: theta, the dispersion.
@@ -840,7 +843,7 @@ class _EachColumn(constraints.Constraint):
 
 
 def conditioned(distribution: Any, *given: str) -> Any:
-    """The same distribution, which says as ``conditional_on`` what of the datum it conditions on, also once it is expanded.
+    """The same distribution with an attribute ``conditional_on``, the names of what it conditions on, which ``expand`` keeps.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -851,7 +854,7 @@ def conditioned(distribution: Any, *given: str) -> Any:
     inner = distribution
     while isinstance(inner, torch.distributions.Independent):
         inner = inner.base_dist
-    # An attribute of the class, as expand makes another instance and knows nothing of those of this one.
+    # An attribute of the class, since expand makes another instance without the attributes of this one.
     family: Any = type(inner)
     inner.__class__ = _conditioned_class(family, given)
     return distribution
@@ -870,7 +873,7 @@ class HeterogeneousIndependent(dist.TorchDistribution):
     Args:
         distributions: one for each group, batch shape ``(..., n_g)`` and empty event shape.
         columns: for each group the positions of its columns among the D, shape ``(n_g,)``.
-        order: where each column stands when the groups are put side by side; worked out from ``columns`` if not given.
+        order: the position of each column when the groups are concatenated; computed from ``columns`` by default.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -896,19 +899,19 @@ class HeterogeneousIndependent(dist.TorchDistribution):
 
     @constraints.dependent_property(event_dim=0)
     def support(self) -> Any:
-        """Each column's own."""
+        """The support of each column."""
         supports = [distribution.support for distribution in self.distributions]
         discrete = all(support.is_discrete for support in supports)
         return _EachColumn(list(zip(supports, self.columns, strict=True)), self.order, discrete)
 
     @property
     def conditional_on(self) -> tuple[str, ...]:
-        """What of the datum the distributions of the groups condition on."""
+        """What the distributions of the groups condition on."""
         return tuple(what for distribution in self.distributions for what in getattr(distribution, "conditional_on", ()))
 
     @property
     def fraction_discrete(self) -> float:
-        """The fraction of columns that have a probability and no density."""
+        """The fraction of columns that are discrete."""
         return sum(
             distribution.batch_shape[-1] for distribution in self.distributions if distribution.support.is_discrete
         ) / len(self.order)
@@ -926,7 +929,7 @@ class HeterogeneousIndependent(dist.TorchDistribution):
         return torch.cat([part.expand(*leading, part.shape[-1]) for part in parts], -1)[..., self.order]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Each column's own, in nats."""
+        """The log-probability of each column, in nats."""
         return self._together(
             [
                 distribution.log_prob(value[..., columns])
@@ -940,17 +943,17 @@ class HeterogeneousIndependent(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Each column's own."""
+        """The mean of each column."""
         return self._together([distribution.mean for distribution in self.distributions])
 
     @property
     def variance(self) -> Tensor:
-        """Each column's own."""
+        """The variance of each column."""
         return self._together([distribution.variance for distribution in self.distributions])
 
 
 class _Noisy(constraints.Constraint):
-    """n times a value of the support, not all of them integers."""
+    """Values of a support times n that are not all integers."""
 
     event_dim = 0
     is_discrete = False
@@ -963,7 +966,7 @@ class _Noisy(constraints.Constraint):
 
 
 class Dequantized(dist.TransformedDistribution):
-    r"""A distribution y on the unit scale, read as a density of v = n y, an integer level plus uniform noise.
+    r"""The density of v = n y, an integer level plus uniform noise, for a distribution of y on the unit scale.
 
     .. math:: \log p(v) = \log p_y(v / n) - \log n
 
@@ -989,7 +992,7 @@ class Dequantized(dist.TransformedDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> Any:
-        """The base's, n times as wide; integers throughout are levels to which no noise was added."""
+        """The base's support times n, without values that are all integers: those are levels without noise."""
         return _Noisy(self.base_dist.support, self.num_levels)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Dequantized:
@@ -997,7 +1000,7 @@ class Dequantized(dist.TransformedDistribution):
         return Dequantized(self.base_dist.expand(torch.Size(batch_shape)), self.num_levels, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The density's logarithm, in nats; whether noise was added is for the caller to check."""
+        """The log-density, in nats. It is not checked that noise was added."""
         if self._validate_args and not bool(self.base_dist.support.check(value / self.num_levels).all()):
             raise ValueError(f"A value lies outside the support of {type(self.base_dist).__name__} times {self.num_levels}.")
         return self.base_dist.log_prob(value / self.num_levels) - math.log(self.num_levels)

@@ -15,7 +15,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from . import distributions
-from ._validation import positive_integer, positive_number
+from ._validation import positive_integer, positive_number, unknown
 from .distributions import FlowDistribution, check_sphere, flow_transform, normalizing_flow, same_support
 from .nn import as_shape, as_widths
 from .registry import build, find, register
@@ -32,14 +32,14 @@ class Encoder(nn.Module):
     Args:
         body: the network from a datum to features.
         latent_dim: L, the number of latent dimensions.
-        num_features: how many features the body gives; read off ``body.out_shape`` where the body says it.
-        in_scale: the data are multiplied by it on their way into the body; 1/16 for counts up to 16, say.
+        num_features: the number of features; by default that of ``body.out_shape``.
+        in_scale: the data are multiplied by it before the body; 1/16 for counts up to 16, say.
 
     Raises:
-        ValueError: neither says how many features there are, they disagree, or a number is not positive.
+        ValueError: the number of features is not known, ``num_features`` is not that of the body, or a number is not positive.
 
     Attributes:
-        support: where q(z|x) lives, which must be where its prior lives.
+        support: the set on which q(z|x) is a density, which must be that of the prior.
     """
 
     support: ClassVar[constraints.Constraint] = constraints.real_vector
@@ -49,20 +49,22 @@ class Encoder(nn.Module):
         shape: Any = getattr(body, "out_shape", num_features)
         if shape is None:
             raise ValueError(
-                f"{type(body).__name__} does not say its out_shape: pass num_features=... to {type(self).__name__}."
+                f"The body must have an attribute out_shape, got a {type(body).__name__} without: pass num_features=... to "
+                f"{type(self).__name__}."
             )
         self.feature_shape = as_shape(shape)
         self.num_features = math.prod(self.feature_shape)
         if num_features is not None and num_features != self.num_features:
             raise ValueError(
-                f"{type(body).__name__} gives {self.num_features} features, not {num_features}: leave num_features out."
+                f"num_features must be {self.num_features}, as out_shape of {type(body).__name__} says, got {num_features}: "
+                f"leave it out."
             )
         self.body, self.latent_dim = body, positive_integer(latent_dim, "latent_dim")
         self.in_scale: float = positive_number(in_scale, "in_scale")
 
     def features(self, x: Tensor) -> Tensor:
         """The body's output for data ``x``, shape ``[..., num_features]``."""
-        if self.in_scale != 1.0:  # a copy of the data is a hundredth of a small step
+        if self.in_scale != 1.0:  # otherwise a copy of the data would take a hundredth of the time of a small step
             x = x * self.in_scale
         return self.body(x).flatten(-len(self.feature_shape))
 
@@ -73,15 +75,18 @@ class Encoder(nn.Module):
 
 @register("encoder")
 class DiagonalNormal(Encoder):
-    r"""A Gaussian with independent dimensions (Kingma and Welling 2014).
+    r"""A Gaussian with independent dimensions.
 
     .. math:: q(z \mid x) = \prod_l N(z_l \mid \mu_l(x), \sigma_l(x)^2), \quad \sigma = \exp(s(x))
 
     Args:
         body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
         latent_dim: L.
-        num_features: the number of features, if the body does not say it.
-        in_scale: multiplies the data on their way into the body.
+        num_features: the number of features, if the body has no ``out_shape``.
+        in_scale: the data are multiplied by it before the body.
+
+    References:
+        Kingma and Welling, Auto-Encoding Variational Bayes, 2014, https://arxiv.org/abs/1312.6114.
 
     Example:
         >>> import torch
@@ -104,18 +109,21 @@ class DiagonalNormal(Encoder):
 
 @register("encoder")
 class FullCovarianceNormal(Encoder):
-    r"""A Gaussian with a full covariance, by its Cholesky factor.
+    r"""A Gaussian with a full covariance, given by its Cholesky factor.
 
     .. math:: q(z \mid x) = N(z \mid \mu(x), L(x) L(x)^\top), \quad L_{ii} = \exp(s_i(x)), \quad L_{ij} = c_{ij}(x), \; i > j
 
-    The posterior of a linear-Gaussian model is of this form, so there the bound can be exact
-    (Tipping and Bishop 1999; Lucas et al. 2019).
+    The posterior of a linear-Gaussian model has this form, so that its bound can be exact.
 
     Args:
         body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
         latent_dim: L.
-        num_features: the number of features, if the body does not say it.
-        in_scale: multiplies the data on their way into the body.
+        num_features: the number of features, if the body has no ``out_shape``.
+        in_scale: the data are multiplied by it before the body.
+
+    References:
+        Tipping and Bishop, Probabilistic Principal Component Analysis, 1999, https://doi.org/10.1111/1467-9868.00196.
+        Lucas, Tucker, Grosse and Norouzi, Don't Blame the ELBO!, 2019, https://arxiv.org/abs/1911.02469.
 
     Example:
         >>> import torch
@@ -149,17 +157,17 @@ class FullCovarianceNormal(Encoder):
 
 @register("encoder")
 class LowRankNormal(Encoder):
-    r"""A Gaussian whose covariance is a diagonal and a few directions.
+    r"""A Gaussian whose covariance is a low-rank matrix plus a diagonal.
 
     .. math:: q(z \mid x) = N(z \mid \mu(x), W(x) W(x)^\top + \operatorname{diag}(\sigma(x)^2)), \quad \sigma = \exp(s(x))
 
-    Each scale starts at one; W starts small, the same for every datum, and not at zero, which is a saddle.
+    Each scale starts at one. W starts small and equal for all data, but not at zero, which is a saddle point.
 
     Args:
         body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
         latent_dim: L.
-        num_features: the number of features, if the body does not say it.
-        in_scale: multiplies the data on their way into the body.
+        num_features: the number of features, if the body has no ``out_shape``.
+        in_scale: the data are multiplied by it before the body.
         rank: R, the columns of W.
 
     Raises:
@@ -194,18 +202,18 @@ class LowRankNormal(Encoder):
 
 @register("encoder")
 class Mixture(Encoder):
-    r"""A mixture of diagonal Gaussians, for posteriors of several modes.
+    r"""A mixture of diagonal Gaussians, for posteriors with several modes.
 
     .. math:: q(z \mid x) = \sum_{c=1}^{C} \pi_c(x) \prod_l N(z_l \mid \mu_{cl}(x), \sigma_{cl}(x)^2)
 
-    Draws have gradients for every parameter, the weights too, by implicit reparameterisation
-    (:class:`pyrovae.distributions.DiagonalNormalMixture`), so every estimator takes it.
+    Draws have gradients for all parameters, including the weights, by implicit reparameterisation
+    (:class:`pyrovae.distributions.DiagonalNormalMixture`), so every estimator can train it.
 
     Args:
         body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
         latent_dim: L.
-        num_features: the number of features, if the body does not say it.
-        in_scale: multiplies the data on their way into the body.
+        num_features: the number of features, if the body has no ``out_shape``.
+        in_scale: the data are multiplied by it before the body.
         components: C.
 
     Raises:
@@ -232,7 +240,7 @@ class Mixture(Encoder):
         self.logits = _flat_head(self.num_features, self.components)
         self.loc = _head(self.num_features, self.components * self.latent_dim)
         self.log_scale = _flat_head(self.num_features, self.components * self.latent_dim)
-        # Equal components would get equal gradients, and where the features are zero the weights tell none apart.
+        # Equal components would get equal gradients. Biases make them differ even if all features are zero.
         nn.init.normal_(self.loc.bias)
 
     def forward(self, x: Tensor) -> dist.Distribution:
@@ -245,27 +253,27 @@ class Mixture(Encoder):
 
 @register("encoder")
 class Flow(Encoder):
-    r"""A normalising flow on top of another guide: what an invertible g, given the features h, makes of a draw from it.
+    r"""A normalising flow on top of another encoder: an invertible g, given the features h, transforms its draws.
 
     .. math:: z = g(\epsilon; h(x)), \; \epsilon \sim q_0(\epsilon \mid x), \quad
         \log q(z \mid x) = \log q_0(\epsilon \mid x) - \log \left| \det \frac{\partial g}{\partial \epsilon} \right|
 
-    It starts as the base, g being the identity. A draw and its own density take one pass. At any other point, such as the
-    detached draws of ``stl``, ``dreg`` and the like, the density takes L passes, or two for a coupling.
+    g starts as the identity. A draw and its density take one pass of the networks. The density at any other point, such as a
+    detached draw of ``stl`` or ``dreg``, takes L passes, or two for a coupling.
 
     Args:
         body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
         latent_dim: L.
-        num_features: the number of features, if the body does not say it.
-        in_scale: multiplies the data on their way into the body.
-        base: the name of the encoder below, which shares the body.
+        num_features: the number of features, if the body has no ``out_shape``.
+        in_scale: the data are multiplied by it before the body.
+        base: the name of the encoder whose draws are transformed; it shares the body.
         family: ``"iaf"``, inverse autoregressive and affine; ``"coupling"``, affine in two halves; ``"nsf"``, inverse
             autoregressive rational-quadratic splines on [-5, 5].
-        depth: how many transforms are stacked.
-        hidden: widths of the network in each.
+        depth: the number of transforms.
+        hidden: widths of each transform's network.
 
     Raises:
-        ValueError: the family is none of these, the base does not live on all real vectors, or a number is not positive.
+        ValueError: the family is none of these, the base is not a density on all real vectors, or a number is not positive.
 
     References:
         Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow, 2016, https://arxiv.org/abs/1606.04934.
@@ -295,12 +303,12 @@ class Flow(Encoder):
         super().__init__(body, latent_dim, num_features, in_scale)
         families = {"iaf": "maf", "coupling": "coupling", "nsf": "nsf"}
         if family not in families:
-            raise ValueError(f"family is one of {', '.join(map(repr, families))}, not {family!r}.")
+            raise ValueError(unknown("family", family, families))
         below: type[Encoder] = find("encoder", base)
         if not same_support(below.support, constraints.real_vector):
-            raise ValueError(f"A flow moves all real vectors, and {base!r} does not live there: choose another base.")
+            raise ValueError(f"base must be an encoder on all real vectors, got {base!r}: choose 'diagonal_normal', say.")
         self.init_arguments = {"base": base}
-        # The base sees features for data, so that the body has one owner.
+        # The base takes features as its data, so that the body belongs to one module.
         self.base = build(
             "encoder", base, body=nn.Identity(), latent_dim=self.latent_dim, num_features=self.num_features, in_scale=1.0
         )
@@ -312,25 +320,25 @@ class Flow(Encoder):
     def forward(self, x: Tensor) -> dist.Distribution:
         """q(z|x): batch shape of ``x``, event shape ``(latent_dim,)``."""
         h = self.features(x)
-        # The inverse, because what is autoregressive goes one way in one pass, and a guide must draw.
+        # The inverse, since an autoregressive transform takes one pass in one direction only, and a guide draws.
         return FlowDistribution(normalizing_flow(self.transform(h).inv, self.base(h)))
 
 
 @register("encoder")
 class PowerSpherical(Encoder):
-    r"""A distribution about a direction on the unit sphere of R^L, for the prior ``hypersphere_uniform``.
+    r"""A distribution around a direction on the unit sphere of R^L, for the prior ``hypersphere_uniform``.
 
     .. math:: q(z \mid x) \propto (1 + \mu(x)^\top z)^{\kappa(x)}, \quad \|z\| = \|\mu\| = 1, \quad
         \kappa = (L - 1) \exp(s(x))
 
-    It starts at a concentration of L - 1, where a draw and mu have a scalar product of one half on average, in any dimension.
+    The concentration starts at L - 1, at which the scalar product of a draw and mu is one half on average, in any dimension.
     The KL to the uniform prior has a closed form; see :class:`pyrovae.distributions.PowerSpherical`.
 
     Args:
         body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
         latent_dim: L, the dimension of the space around the sphere.
-        num_features: the number of features, if the body does not say it.
-        in_scale: multiplies the data on their way into the body.
+        num_features: the number of features, if the body has no ``out_shape``.
+        in_scale: the data are multiplied by it before the body.
 
     Raises:
         ValueError: L is below 2.
@@ -354,7 +362,7 @@ class PowerSpherical(Encoder):
         check_sphere(self.latent_dim)
         self.loc = _head(self.num_features, self.latent_dim)
         self.log_concentration = _flat_head(self.num_features, 1)
-        # A datum without features, such as a black image, has a direction too.
+        # So that a datum whose features are all zero, such as a black image, has a direction.
         nn.init.normal_(self.loc.bias, std=0.1)
 
     def forward(self, x: Tensor) -> dist.Distribution:
@@ -371,14 +379,14 @@ class RelaxedOneHot(Encoder):
     .. math:: q(z \mid x) = \Gamma(L) \, \tau^{L-1} \Big( \sum_l \pi_l(x) z_l^{-\tau} \Big)^{-L}
         \prod_l \pi_l(x) z_l^{-\tau - 1}
 
-    The KL is that between two relaxed densities, by samples.
+    The KL to the prior is between two relaxed densities, and is estimated from samples.
 
     Args:
         body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
         latent_dim: L, the number of categories.
-        num_features: the number of features, if the body does not say it.
-        in_scale: multiplies the data on their way into the body.
-        temperature: tau; two thirds, as in the paper.
+        num_features: the number of features, if the body has no ``out_shape``.
+        in_scale: the data are multiplied by it before the body.
+        temperature: tau; the default is that of the paper.
 
     Raises:
         ValueError: ``temperature`` is not a positive number.
@@ -421,13 +429,13 @@ class Categorical(Encoder):
 
     .. math:: q(z \mid x) = \prod_l \pi_l(x)^{z_l}, \quad \pi = \operatorname{softmax}(a(x))
 
-    No gradient flows through its draws: train it with ``vimco``, ``score_elbo`` or ``rws``.
+    Draws have no gradient: train with ``vimco``, ``score_elbo`` or ``rws``.
 
     Args:
         body: maps ``[..., *data_shape]`` to features ``[..., num_features]``.
         latent_dim: L, the number of categories.
-        num_features: the number of features, if the body does not say it.
-        in_scale: multiplies the data on their way into the body.
+        num_features: the number of features, if the body has no ``out_shape``.
+        in_scale: the data are multiplied by it before the body.
 
     Example:
         >>> import torch
@@ -456,7 +464,7 @@ def _head(num_features: int, latent_dim: int) -> nn.Linear:
 
 
 def _flat_head(num_features: int, size: int) -> nn.Linear:
-    # Scales are exponentials: from random weights the first bound can be -1e16, so they start at one for every datum.
+    # Scales are exponentials: with random weights the first bound can be -1e16, so they start at one for every datum.
     head = nn.Linear(num_features, size)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

@@ -18,12 +18,26 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-__all__ = ["load_weights", "read_arrays", "read_json", "read_lines", "save_weights", "write_arrays", "write_text"]
+__all__ = [
+    "load_weights",
+    "read_arrays",
+    "read_json",
+    "read_lines",
+    "save_weights",
+    "write_arrays",
+    "write_bytes",
+    "write_text",
+]
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     _replace(Path(path), text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file atomically."""
+    _replace(Path(path), content)
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:

@@ -1,9 +1,9 @@
 """Likelihoods: ``likelihood(z)`` returns p(x|z), a distribution whose event is one datum.
 
-A likelihood owns its decoder: a network from ``[..., L]`` to the distribution's parameters. One that takes several
-parameters per dimension expects them in front: ``out_shape = (num_parameters, *event_shape)``. Everything is in nats, and a
-log-probability has no constant left out. Levels and counts are integers, in the data's own units, so that the nats of all
-discrete likelihoods of the same data can be compared.
+A likelihood contains its decoder, a network from ``[..., L]`` to the parameters of the distribution. If there are several
+parameters per dimension, they come first: ``out_shape = (num_parameters, *event_shape)``. All log-probabilities are in nats and
+include every constant. Levels and counts are integers in the units of the data, so that all discrete likelihoods of the same
+data can be compared.
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ __all__ = [
     "Laplace", "Likelihood", "Mixed", "NegativeBinomial", "Normal", "Poisson", "StudentT", "ZeroInflatedNegativeBinomial",
 ]  # fmt: skip
 
-# Where a likelihood reads the library size off its datum and there is none, as for draws from the prior: counts per ten
-# thousand, as single-cell data are commonly normalised.
+# The library size for draws without a datum: single-cell data are commonly normalised to counts per ten thousand.
 TYPICAL_LIBRARY = 1e4
 
 
 class Likelihood(nn.Module):
     """A module that returns p(x|z); concrete likelihoods implement ``forward``.
 
-    Ours return ``base.to_event(n)``, where every number of a datum is independent of the others given z, so that those which
-    are missing can be left out of the score.
+    Those of pyrovae return ``base.to_event(n)``: the dimensions of a datum are independent given z, so that missing ones can be
+    left out.
 
     Args:
         decoder: the network from the latent to the parameters.
-        event_shape: the shape of one datum; read off ``decoder.out_shape`` where the decoder says it.
-        num_parameters: how many parameters per dimension the decoder gives.
+        event_shape: the shape of one datum; by default from ``decoder.out_shape``.
+        num_parameters: the number of parameters per dimension.
 
     Raises:
-        ValueError: neither says the shape of a datum, or the decoder's output does not fit the parameters.
+        ValueError: the shape of a datum is not known, or the decoder's ``out_shape`` does not fit.
+
+    Attributes:
+        fill_value: a value in the support, put in place of missing values.
     """
 
-    fill_value: float | Tensor = 0.0  # a value inside the support, which stands where one is missing
+    fill_value: float | Tensor = 0.0
 
     def __init__(self, decoder: nn.Module, event_shape: Shape | None = None, num_parameters: int = 1):
         super().__init__()
@@ -62,48 +64,49 @@ class Likelihood(nn.Module):
             self.event_shape = out_shape[len(leading) :]
         else:
             raise ValueError(
-                f"{type(decoder).__name__} does not say its out_shape: pass event_shape=... to {type(self).__name__}."
+                f"The decoder must have an attribute out_shape, got a {type(decoder).__name__} without: pass event_shape=... "
+                f"to {type(self).__name__}."
             )
         if not self.event_shape or (out_shape is not None and out_shape != (*leading, *self.event_shape)):
             wanted = str((*leading, *(self.event_shape or ("...",)))).replace("'", "")
             raise ValueError(
-                f"{type(self).__name__} takes {self.num_parameters} parameter(s) per dimension, so its decoder's out_shape "
-                f"must be {wanted}, not {out_shape}."
+                f"out_shape of the decoder of {type(self).__name__} must be {wanted}, with {self.num_parameters} parameter(s) "
+                f"per dimension, got {out_shape}: build the decoder for that shape."
             )
 
     @classmethod
     def count_parameters(cls, options: Mapping[str, Any]) -> int:
-        """How many parameters per dimension the decoder must give, under these options of ``__init__``."""
+        """The number of parameters per dimension that the decoder must give, for these options of ``__init__``."""
         return 1
 
     @classmethod
     def decoder_shape(cls, event_shape: Shape, options: Mapping[str, Any]) -> tuple[int, ...]:
-        """The ``out_shape`` that the decoder must have for data of this shape, under these options of ``__init__``."""
+        """The ``out_shape`` that the decoder must have for data of this shape, for these options of ``__init__``."""
         num_parameters = cls.count_parameters(options)
         return (*((num_parameters,) if num_parameters > 1 else ()), *as_shape(event_shape))
 
     @property
     def in_scale(self) -> float:
-        """What brings the data to about unit size for an encoder."""
+        """The factor that brings the data to about unit size for an encoder."""
         return 1.0
 
     @property
     def event_dim(self) -> int:
-        """How many dimensions one datum has."""
+        """The number of dimensions of ``event_shape``."""
         return len(self.event_shape)
 
     def output(self, z: Tensor) -> Tensor:
         """The decoder's output, shape ``[..., *event_shape]``, with ``num_parameters`` in front of the event if several.
 
         Raises:
-            ValueError: the decoder gave another shape, as one that does not say its ``out_shape`` can.
+            ValueError: the output has another shape, which is possible if the decoder has no ``out_shape``.
         """
         out = self.decoder(z)
         wanted = (*((self.num_parameters,) if self.num_parameters > 1 else ()), *self.event_shape)
         if tuple(out.shape[-len(wanted) :]) != wanted:
             raise ValueError(
-                f"The decoder of {type(self).__name__} gave a tensor of shape {tuple(out.shape)}, which must end in {wanted}: "
-                f"reshape its output, or change event_shape."
+                f"The output of the decoder of {type(self).__name__} must end in shape {wanted}, got a tensor of shape "
+                f"{tuple(out.shape)}: reshape it, or change event_shape."
             )
         return out
 
@@ -117,30 +120,34 @@ class Likelihood(nn.Module):
         raise TypeError(f"{type(self).__name__} must implement forward(z) and return a distribution.")
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """What a VAE shows its encoder of data of shape ``[..., *event_shape]``: themselves, or log(1 + x) of unbounded counts.
+        """The encoder's input for data of shape ``[..., *event_shape]``: the data, or log(1 + x) for unbounded counts.
 
-        Raw counts in the thousands send an encoder's scales, which are exponentials, to infinity (Lopez et al. 2018).
+        Raw counts in the thousands would make the scales of an encoder, which are exponentials, infinite.
+
+        References:
+            Lopez et al., Deep Generative Modeling for Single-Cell Transcriptomics, 2018,
+            https://doi.org/10.1038/s41592-018-0229-2.
         """
         return x
 
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
-        """p(x|z) where it also depends on something read off the datum, such as its total; by default that of ``forward``.
+        """p(x|z) for likelihoods that also depend on a statistic of the datum, such as its total; by default ``self(z)``.
 
         Args:
             z: the latent, shape ``[..., L]``.
-            x: the data, shape ``[..., *event_shape]``, with ``filler`` where they are missing.
+            x: the data, shape ``[..., *event_shape]``, with ``fill_value`` in place of missing values.
             mask: whether each number was observed, of the shape of ``x``; by default all were.
         """
         return self(z)
 
     def observe(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> tuple[dist.Distribution, Tensor]:
-        r"""p(x|z) as a model scores it, and the values that it scores.
+        r"""p(x|z) of the observed values, and the values at which a model evaluates it.
 
         .. math:: \log p(x_{obs} \mid z) = \sum_{d \, \text{observed}} \log p(x_d \mid z)
 
         Args:
             z: the latent, shape ``[..., L]``.
-            x: the data, shape ``[..., *event_shape]``; what they hold where the mask is false does not matter.
+            x: the data, shape ``[..., *event_shape]``; values where the mask is false are ignored.
             mask: whether each number was observed, of the shape of ``x``; by default all were.
 
         Raises:
@@ -152,45 +159,45 @@ class Likelihood(nn.Module):
         distribution = self.given(z, x, mask)
         if not isinstance(distribution, torch.distributions.Independent) or distribution.base_dist.event_shape:
             raise ValueError(
-                f"{type(self).__name__} does not return independent dimensions (base.to_event(n)), so a part of a datum has "
-                f"no density of its own: choose another likelihood, or complete data."
+                f"A likelihood must return independent dimensions, base.to_event(n), if values are missing, got "
+                f"{type(distribution).__name__} from {type(self).__name__}: choose another likelihood, or complete data."
             )
         return distribution.base_dist.mask(mask).to_event(self.event_dim), x
 
 
 class _ScaleParameter(Likelihood):
-    """A likelihood with a positive quantity that is fixed, learned, or given by the decoder as its last parameter."""
+    """A likelihood with a positive parameter that is fixed, learned, or given by the decoder as its last output."""
 
-    quantity = "scale"
-    words: tuple[str, ...] = ("shared", "per_dimension", "decoder")
+    parameter_name = "scale"
+    choices: tuple[str, ...] = ("shared", "per_dimension", "decoder")
 
     def __init__(self, decoder: nn.Module, choice: float | str, event_shape: Shape | None, num_parameters: int):
-        if isinstance(choice, str) and choice not in self.words:
-            *most, last = (f'"{word}"' for word in self.words)
-            raise ValueError(f"{self.quantity} is a positive number, {', '.join(most)} or {last}, not {choice!r}.")
+        if isinstance(choice, str) and choice not in self.choices:
+            *most, last = (f'"{word}"' for word in self.choices)
+            raise ValueError(f"{self.parameter_name} must be a positive number, {', '.join(most)} or {last}, got {choice!r}.")
         if not isinstance(choice, str):
-            choice = positive_number(choice, f"A fixed {self.quantity}")
+            choice = positive_number(choice, f"A fixed {self.parameter_name}")
         super().__init__(decoder, event_shape, num_parameters)
-        setattr(self, self.quantity, choice)
+        setattr(self, self.parameter_name, choice)
         if choice in ("shared", "per_dimension"):
             shape = () if choice == "shared" else self.event_shape
-            setattr(self, f"log_{self.quantity}", nn.Parameter(torch.zeros(shape)))
+            setattr(self, f"log_{self.parameter_name}", nn.Parameter(torch.zeros(shape)))
 
     @classmethod
     def count_parameters(cls, options: Mapping[str, Any]) -> int:
-        """Two where the decoder gives the quantity, else one."""
-        return 2 if options.get(cls.quantity) == "decoder" else 1
+        """Two if the decoder gives the positive parameter, else one."""
+        return 2 if options.get(cls.parameter_name) == "decoder" else 1
 
-    def split(self, z: Tensor) -> tuple[Any, ...]:
-        """The decoder's other parameters, and then the positive quantity."""
-        parameters, choice = self.parameters_of(z), getattr(self, self.quantity)
+    def split_parameters(self, z: Tensor) -> tuple[Any, ...]:
+        """The decoder's other parameters, followed by the positive one."""
+        parameters, choice = self.parameters_of(z), getattr(self, self.parameter_name)
         if choice == "decoder":
             return (*parameters[:-1], parameters[-1].exp())
-        return (*parameters, getattr(self, f"log_{self.quantity}").exp() if isinstance(choice, str) else choice)
+        return (*parameters, getattr(self, f"log_{self.parameter_name}").exp() if isinstance(choice, str) else choice)
 
 
 class _PrecomputedOutput(Body):
-    """A decoder that has been run already: a slice of another one's output, in the shape that a likelihood wants."""
+    """Takes the place of a decoder that has been run already: reshapes a part of its output for one likelihood."""
 
     def __init__(self, out_shape: Shape):
         super().__init__()
@@ -203,7 +210,7 @@ class _PrecomputedOutput(Body):
 
 def _num_levels(value: Any) -> int:
     if not isinstance(value, Integral) or value < 2:
-        raise ValueError(f"num_levels is an integer from 2 on, not {value!r}.")
+        raise ValueError(f"num_levels must be an integer of at least 2, got {value!r}.")
     return int(value)
 
 
@@ -213,11 +220,11 @@ class Bernoulli(Likelihood):
 
     .. math:: \log p(x \mid z) = \sum_d x_d \log \sigma(\ell_d(z)) + (1 - x_d) \log \sigma(-\ell_d(z)), \quad x_d \in \{0, 1\}
 
-    Grey values between 0 and 1 are refused, because the formula is no density over them: binarise them.
+    Grey values between 0 and 1 are refused, since the formula is not a density over them: binarise them.
 
     Args:
         decoder: maps ``[..., L]`` to logits ``[..., *event_shape]``.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Example:
         >>> import torch
@@ -246,7 +253,7 @@ class Binomial(Likelihood):
     Args:
         decoder: maps ``[..., L]`` to logits ``[..., *event_shape]``.
         total_count: n, the largest count; 16 for scikit-learn's digits, 255 for 8-bit pixels.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
         ValueError: ``total_count`` is not a positive integer.
@@ -280,19 +287,19 @@ class Normal(_ScaleParameter):
 
     .. math:: \log p(x \mid z) = -\sum_d \tfrac12 \log 2\pi + \log \sigma_d + \tfrac{(x_d - \mu_d(z))^2}{2 \sigma_d^2}
 
-    With ``scale="optimal"`` one scale is set, not learned: in training to its maximum-likelihood value given the means of the
-    batch (over all particles), :math:`\sigma^2 = \operatorname{mean}_{k,b,d} (x_{bd} - \mu_d(z_{kb}))^2`, which makes the
-    training objective the largest over sigma and thus no bound. A running mean of it over batches (a tenth from the newest) is
-    kept in the state, as batch normalisation keeps its own; whatever scores in evaluation mode or without gradients, such as
-    ``log_marginal`` and the validation bound, uses that number, with which the density is one.
+    With ``scale="optimal"``, training sets one shared scale to its maximum-likelihood value given the means of the batch (over
+    all particles), :math:`\sigma^2 = \operatorname{mean}_{k,b,d} (x_{bd} - \mu_d(z_{kb}))^2`. The training objective is then
+    maximised over sigma, and is no longer a lower bound. A running mean of :math:`\sigma^2` over batches (a tenth from the
+    newest) is kept in the state, like the statistics of batch normalisation. In evaluation mode and without gradients, as in
+    ``log_marginal`` and the validation bound, the scale is that of the running mean, so that p(x|z) is a density.
 
     Args:
         decoder: maps ``[..., L]`` to the mean ``[..., *event_shape]``; with ``scale="decoder"`` to ``[..., 2, *event_shape]``,
             the mean and the logarithm of the scale.
-        scale: what sigma is. A number keeps it fixed (1.0 by default); ``"shared"`` learns one; ``"per_dimension"`` learns
-            one for each dimension; ``"decoder"`` has it given by the decoder for each datum (Kingma and Welling 2014);
-            ``"optimal"`` is that of sigma-VAE. The learned ones start at 1.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        scale: the scale sigma. A number is fixed; ``"shared"`` learns one; ``"per_dimension"`` learns one for each dimension;
+            ``"decoder"`` takes it from the decoder for each datum; ``"optimal"`` is that of sigma-VAE, as above. Learned scales
+            start at 1.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
         ValueError: ``scale`` is neither a positive number nor one of the words, or the decoder does not fit it.
@@ -309,7 +316,7 @@ class Normal(_ScaleParameter):
         torch.Size([5])
     """
 
-    words = ("shared", "per_dimension", "decoder", "optimal")
+    choices = ("shared", "per_dimension", "decoder", "optimal")
     variance: Tensor
 
     def __init__(self, decoder: nn.Module, scale: float | str = 1.0, event_shape: Shape | None = None):
@@ -323,18 +330,18 @@ class Normal(_ScaleParameter):
         if self.scale == "optimal":
             (loc,), scale = self.parameters_of(z), self.variance.sqrt()
         else:
-            loc, scale = self.split(z)
+            loc, scale = self.split_parameters(z)
         return dist.Normal(loc, scale).to_event(self.event_dim)
 
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
-        """p(x|z); with the optimal scale, and where gradients are taken in training mode, that of this batch."""
+        """p(x|z); the optimal scale is that of this batch in training mode with gradients."""
         if self.scale != "optimal" or not (self.training and torch.is_grad_enabled()):
             return self(z)
         (loc,) = self.parameters_of(z)
         with torch.no_grad():
             error = (x - loc).square()
             observed = torch.ones_like(error) if mask is None else mask.to(error.dtype).expand_as(error)
-            # A decoder that fits a batch exactly would have an infinite density there.
+            # If a decoder fits a batch exactly, the density would be infinite.
             variance = ((error * observed).sum() / observed.sum().clamp(min=1.0)).clamp(min=1e-12)
             self.variance.lerp_(variance, 0.1)
         return dist.Normal(loc, variance.sqrt()).to_event(self.event_dim)
@@ -342,15 +349,15 @@ class Normal(_ScaleParameter):
 
 @register("likelihood")
 class Laplace(_ScaleParameter):
-    r"""Real data with Laplace noise, which forgives outliers.
+    r"""Real data with Laplace noise, which is robust to outliers.
 
     .. math:: \log p(x \mid z) = -\sum_d \log 2 b_d + \tfrac{|x_d - \mu_d(z)|}{b_d}
 
     Args:
         decoder: maps ``[..., L]`` to the median ``[..., *event_shape]``; with ``scale="decoder"`` to
             ``[..., 2, *event_shape]``, the median and the logarithm of the scale.
-        scale: what b is: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``, as in :class:`Normal`.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        scale: the scale b: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``, as in :class:`Normal`.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
         ValueError: ``scale`` is neither a positive number nor one of the three words, or the decoder does not fit it.
@@ -369,7 +376,7 @@ class Laplace(_ScaleParameter):
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
-        loc, scale = self.split(z)
+        loc, scale = self.split_parameters(z)
         return dist.Laplace(loc, scale).to_event(self.event_dim)
 
 
@@ -383,10 +390,10 @@ class StudentT(_ScaleParameter):
     Args:
         decoder: maps ``[..., L]`` to the location ``[..., *event_shape]``; with ``scale="decoder"`` to
             ``[..., 2, *event_shape]``, the location and the logarithm of the scale.
-        df: nu, the degrees of freedom: a number above 1, so that a mean exists, or ``"shared"``, which learns one above 1 that
-            starts at 4.
-        scale: what sigma is: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``, as in :class:`Normal`.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        df: the degrees of freedom nu: a number above 1, so that a mean exists, or ``"shared"``, which learns one above 1,
+            starting at 4.
+        scale: the scale sigma: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``, as in :class:`Normal`.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
         ValueError: ``df`` or ``scale`` is none of these, or the decoder does not fit.
@@ -405,7 +412,7 @@ class StudentT(_ScaleParameter):
 
     def __init__(self, decoder: nn.Module, df: float | str = 4.0, scale: float | str = 1.0, event_shape: Shape | None = None):
         if df != "shared" and not (isinstance(df, Real) and 1 < float(df) < math.inf):
-            raise ValueError(f'df is a number above 1, where a mean exists, or "shared", not {df!r}.')
+            raise ValueError(f'df must be a number above 1, so that a mean exists, or "shared", got {df!r}.')
         super().__init__(decoder, scale, event_shape, self.count_parameters({"scale": scale}))
         self.scale: float | str
         self.df = df if isinstance(df, str) else float(df)
@@ -414,7 +421,7 @@ class StudentT(_ScaleParameter):
 
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
-        loc, scale = self.split(z)
+        loc, scale = self.split_parameters(z)
         df = 1 + 3 * self.log_excess.exp() if self.df == "shared" else self.df
         return dist.StudentT(df, loc, scale).to_event(self.event_dim)
 
@@ -425,11 +432,12 @@ class ContinuousBernoulli(Likelihood):
 
     .. math:: \log p(x \mid z) = \sum_d \ell_d(z) \, x_d + \log \frac{\ell_d(z)}{e^{\ell_d(z)} - 1}
 
-    The Bernoulli's formula with the constant that makes it a density; a density, so its nats depend on the pixels' units.
+    The Bernoulli's formula with the constant that makes it a density. As with every density, log p(x|z) depends on the units of
+    the pixels.
 
     Args:
         decoder: maps ``[..., L]`` to logits ``[..., *event_shape]``.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     References:
         Loaiza-Ganem and Cunningham, The Continuous Bernoulli: Fixing a Pervasive Error in Variational Autoencoders, 2019,
@@ -459,11 +467,12 @@ class Beta(Likelihood):
     .. math:: \log p(x \mid z) = \sum_d (\alpha_d(z) - 1) \log x_d + (\beta_d(z) - 1) \log (1 - x_d)
         - \log B(\alpha_d(z), \beta_d(z))
 
-    A decoder at zero gives the uniform density. Exact zeros and ones are refused: the density there is zero or infinite.
+    If the decoder's output is zero, the density is uniform. Data of exactly 0 or 1 are refused, since the density is zero or
+    infinite there.
 
     Args:
         decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, log alpha and log beta.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Example:
         >>> import torch
@@ -491,17 +500,17 @@ class Beta(Likelihood):
 
 @register("likelihood")
 class BetaBinomial(Likelihood):
-    r"""Counts out of a known total that vary more than a binomial's; the decoder gives two logarithms.
+    r"""Overdispersed counts out of a known total; the decoder gives the logarithms of both concentrations.
 
     .. math:: \log p(x \mid z) = \sum_d \log \binom{n}{x_d}
         + \log \frac{B(x_d + \alpha_d(z), n - x_d + \beta_d(z))}{B(\alpha_d(z), \beta_d(z))}
 
-    A binomial whose probability is drawn from a beta distribution. A decoder at zero gives the uniform one on 0, ..., n.
+    This is a binomial whose probability has a beta distribution. If the decoder's output is zero, it is uniform on 0, ..., n.
 
     Args:
         decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, log alpha and log beta.
         total_count: n, the largest count; 255 for 8-bit pixels.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
         ValueError: ``total_count`` is not a positive integer.
@@ -536,13 +545,13 @@ class BetaBinomial(Likelihood):
 
 @register("likelihood")
 class Poisson(Likelihood):
-    r"""Counts without a largest one; the decoder gives the logarithm of the rate.
+    r"""Unbounded counts; the decoder gives the logarithm of the rate.
 
     .. math:: \log p(x \mid z) = \sum_d x_d \log \lambda_d(z) - \lambda_d(z) - \log x_d!
 
     Args:
         decoder: maps ``[..., L]`` to log lambda, shape ``[..., *event_shape]``.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Example:
         >>> import torch
@@ -566,13 +575,13 @@ class Poisson(Likelihood):
 
 
 class _Counts(_ScaleParameter):
-    """Overdispersed counts with a mean that may be a share of a library size."""
+    """Overdispersed counts with a mean that may be a fraction of a library size."""
 
-    quantity = "dispersion"
+    parameter_name = "dispersion"
 
     def __init__(self, decoder: nn.Module, dispersion: float | str, library: float | str | None, event_shape: Shape | None):
         if isinstance(library, str) and library != "total":
-            raise ValueError(f'library is a positive number, "total" or None, not {library!r}.')
+            raise ValueError(f'library must be a positive number, "total" or None, got {library!r}.')
         if library is not None and not isinstance(library, str):
             library = positive_number(library, "A fixed library")
         super().__init__(decoder, dispersion, event_shape, self.count_parameters({"dispersion": dispersion}))
@@ -591,10 +600,11 @@ class _Counts(_ScaleParameter):
         if self.library != "total" or x is None:
             library = self.library if isinstance(self.library, float) else TYPICAL_LIBRARY
             return raw - torch.logsumexp(raw, dims, keepdim=True) + math.log(library)
-        # An empty datum has no logarithm, and gives none to learn from.
+        # The total of an empty datum is taken to be 1, since 0 has no logarithm.
         log_library = x.sum(dims, keepdim=True).clamp(min=1.0).log()
-        if mask is not None:  # the total is of what was observed, and so must the shares' total be
-            counted = mask | ~mask.flatten(-self.event_dim).any(-1)[(..., *[None] * self.event_dim)]  # all, where none was
+        if mask is not None:
+            # The total is that of the observed counts, so the fractions sum to one over those (over all if none is observed).
+            counted = mask | ~mask.flatten(-self.event_dim).any(-1)[(..., *[None] * self.event_dim)]
             return raw - torch.logsumexp(raw.masked_fill(~counted, -math.inf), dims, keepdim=True) + log_library
         return raw - torch.logsumexp(raw, dims, keepdim=True) + log_library
 
@@ -603,18 +613,18 @@ class _Counts(_ScaleParameter):
         return self.distribution(z)
 
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
-        """p(x|z), with the library size read off the datum where it is its total."""
+        """p(x|z); if the library size is the total, it is that of ``x``."""
         distribution = self.distribution(z, x, mask)
         return distributions.conditioned(distribution, "the total") if self.library == "total" else distribution
 
     def distribution(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
-        """The distribution, for a datum if there is one."""
+        """p(x|z); the library size ``"total"`` is that of ``x``, if given."""
         raise NotImplementedError
 
 
 @register("likelihood", aliases=["nb"])
 class NegativeBinomial(_Counts):
-    r"""Counts that vary more than a Poisson's; the decoder gives the logarithm of the mean.
+    r"""Overdispersed counts; the decoder gives the logarithm of the mean.
 
     .. math:: \log p(x \mid z) = \sum_d \log \frac{\Gamma(x_d + \theta_d)}{\Gamma(\theta_d) \, x_d!}
         + \theta_d \log \frac{\theta_d}{\theta_d + \mu_d(z)} + x_d \log \frac{\mu_d(z)}{\theta_d + \mu_d(z)}
@@ -622,12 +632,11 @@ class NegativeBinomial(_Counts):
     The variance is :math:`\mu + \mu^2 / \theta`.
 
     Args:
-        decoder: maps ``[..., L]`` to ``[..., *event_shape]``: log mu, or with a library the logits of the shares; with
+        decoder: maps ``[..., L]`` to ``[..., *event_shape]``: log mu, or with a library the logits of the fractions; with
             ``dispersion="decoder"`` to ``[..., 2, *event_shape]``, that and log theta.
-        dispersion: what theta is: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``. The learned ones
-            start at 1.
+        dispersion: theta: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``. Learned ones start at 1.
         library: ``None`` for mu = exp(.), or as in :class:`ZeroInflatedNegativeBinomial`.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
         ValueError: ``dispersion`` or ``library`` is none of these, or the decoder does not fit.
@@ -650,30 +659,29 @@ class NegativeBinomial(_Counts):
         super().__init__(decoder, dispersion, library, event_shape)
 
     def distribution(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
-        """The distribution, for a datum if there is one."""
-        raw, theta = self.split(z)
+        """p(x|z); the library size ``"total"`` is that of ``x``, if given."""
+        raw, theta = self.split_parameters(z)
         logits = self.log_mean(raw, x, mask) - _log(theta)
         return dist.NegativeBinomial(theta, logits=logits).to_event(self.event_dim)
 
 
 @register("likelihood", aliases=["zinb"])
 class ZeroInflatedNegativeBinomial(_Counts):
-    r"""Negative binomial counts with more zeros, and a library size, as in single-cell data (scVI).
+    r"""Negative binomial counts with additional zeros and a library size, as in single-cell data (scVI).
 
     .. math:: p(x_d \mid z) = \pi_d(z) \, [x_d = 0] + (1 - \pi_d(z)) \, \mathrm{NB}(x_d \mid \mu_d, \theta_d), \qquad
         \mu_d = l \operatorname{softmax}(\rho(z))_d
 
-    With ``library="total"`` l is the datum's own total (of what was observed, and then of the observed shares), a covariate as
-    in scVI: the distribution is over counts given l, so compare its nats only with those of models that are given l too. Draws
-    and means without a datum, as of ``vae.sample``, are for a total of 10,000.
+    With ``library="total"``, l is the total of the datum (of its observed counts; the fractions then sum to one over those). As
+    in scVI it is a covariate: p(x|z) is a distribution of counts given l, so compare it only with models that are also given l.
+    Without a datum, as in ``vae.sample``, l is 10,000.
 
     Args:
-        decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, the logits rho of the shares and the logits of pi; with
+        decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, the logits rho of the fractions and the logits of pi; with
             ``dispersion="decoder"`` to ``[..., 3, *event_shape]``, those and log theta.
-        dispersion: what theta is: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``. The learned ones
-            start at 1.
-        library: what l is: ``"total"``, a number for all data, or ``None`` for mu = exp(rho).
-        event_shape: the shape of one datum, if the decoder does not say it.
+        dispersion: theta: a positive number, ``"shared"``, ``"per_dimension"`` or ``"decoder"``. Learned ones start at 1.
+        library: the library size l: ``"total"``, a number for all data, or ``None`` for mu = exp(rho).
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
         ValueError: ``dispersion`` or ``library`` is none of these, or the decoder does not fit.
@@ -701,32 +709,32 @@ class ZeroInflatedNegativeBinomial(_Counts):
 
     @classmethod
     def count_parameters(cls, options: Mapping[str, Any]) -> int:
-        """Three where the decoder gives the dispersion, else two."""
+        """Three if the decoder gives the dispersion, else two."""
         return 3 if options.get("dispersion") == "decoder" else 2
 
     def distribution(self, z: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> dist.Distribution:
-        """The distribution, for a datum if there is one."""
-        raw, gate_logits, theta = self.split(z)
+        """p(x|z); the library size ``"total"`` is that of ``x``, if given."""
+        raw, gate_logits, theta = self.split_parameters(z)
         logits = self.log_mean(raw, x, mask) - _log(theta)
         return distributions.ZeroInflatedNegativeBinomial(theta, logits, gate_logits).to_event(self.event_dim)
 
 
 @register("likelihood")
 class Categorical(Likelihood):
-    r"""Integer levels 0, ..., n-1, such as 8-bit pixels, each with a probability of its own.
+    r"""Integer levels 0, ..., n-1, such as 8-bit pixels, each with its own probability.
 
     .. math:: \log p(x \mid z) = \sum_d \log \operatorname{softmax}(a_d(z))_{x_d}
 
-    Nothing is assumed about neighbouring levels, at the price of n outputs for each dimension. The data are the levels
-    themselves, as floats or integers, not scaled to [0, 1].
+    Probabilities of neighbouring levels are independent, so that the decoder has n outputs for each dimension. The data are the
+    levels, as floats or integers, not scaled to [0, 1].
 
     Args:
         decoder: maps ``[..., L]`` to logits ``[..., num_levels, *event_shape]``.
         num_levels: n, at least 2.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
-        ValueError: ``num_levels`` is no integer from 2 on, or the decoder does not fit.
+        ValueError: ``num_levels`` is not an integer of at least 2, or the decoder does not fit.
 
     References:
         Van den Oord, Kalchbrenner and Kavukcuoglu, Pixel Recurrent Neural Networks, 2016, https://arxiv.org/abs/1601.06759.
@@ -762,24 +770,24 @@ class Categorical(Likelihood):
 
 @register("likelihood")
 class DiscretizedLogistic(Likelihood):
-    r"""Integer levels 0, ..., n-1, such as 8-bit pixels, by a rounded logistic variable or a mixture of them (PixelCNN++).
+    r"""Integer levels 0, ..., n-1, such as 8-bit pixels, as a rounded logistic variable or a mixture of them (PixelCNN++).
 
     .. math:: P(x_d = k \mid z) = \sum_c \pi_{dc} \Big[ \sigma\Big(\tfrac{k + 1/2 - \mu_{dc}}{s_{dc}}\Big)
         - \sigma\Big(\tfrac{k - 1/2 - \mu_{dc}}{s_{dc}}\Big) \Big]
 
-    where the first and the last level take the tails. The data are the levels themselves, not scaled to [0, 1]; the decoder
-    works on the scale of the paper, on which they span [-1, 1], and log s is at least -7 there. Unlike the paper's, the mixture
-    is one for each number, and colours do not condition each other.
+    The first and the last level take the tails. The data are the levels, not scaled to [0, 1]. The decoder's mu and log s are
+    on the scale of the paper, on which the levels span [-1, 1]; log s is at least -7. Unlike in the paper, each number has its
+    own mixture, and colours are independent given z.
 
     Args:
         decoder: maps ``[..., L]`` to ``[..., 2, *event_shape]``, mu and log s; with several components to
             ``[..., 3 * components, *event_shape]``, their logits, then their means, then their log-scales.
         num_levels: n, at least 2.
-        components: how many logistics are mixed; 10 in the paper.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        components: the number of logistics in the mixture; 10 in the paper.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
-        ValueError: ``num_levels`` or ``components`` is no such integer, or the decoder does not fit.
+        ValueError: ``num_levels`` or ``components`` is not such an integer, or the decoder does not fit.
 
     References:
         Salimans, Karpathy, Chen and Kingma, PixelCNN++, 2017, https://arxiv.org/abs/1701.05517.
@@ -814,7 +822,7 @@ class DiscretizedLogistic(Likelihood):
             self.output(z).unflatten(-self.event_dim - 1, (-1, self.components)).unbind(-self.event_dim - 2)
         )
         half = (self.num_levels - 1) / 2
-        # Components go last, where a mixture wants them.
+        # A mixture takes its components in the last dimension.
         loc = ((loc + 1) * half).movedim(-self.event_dim - 1, -1)
         scale = (log_scale.clamp(min=-7.0).exp() * half).movedim(-self.event_dim - 1, -1)
         distribution = distributions.DiscretizedLogistic(loc, scale, self.num_levels)
@@ -827,24 +835,23 @@ class DiscretizedLogistic(Likelihood):
 
 @register("likelihood")
 class Dequantized(Likelihood):
-    r"""Integer levels 0, ..., n-1 with uniform noise added, under a continuous likelihood of the unit scale.
+    r"""Integer levels 0, ..., n-1 with uniform noise added, under a continuous likelihood on the unit scale.
 
     .. math:: \log p(v \mid z) = \log p_y(v / n \mid z) - D \log n, \qquad v = x + u, \quad u \sim U[0, 1)^D
 
-    The change of variables puts the density in units of the data's levels, so that minus its mean in bits per dimension is an
-    upper bound on those of the levels themselves, comparable with a discrete likelihood's:
-    :math:`\mathbb{E}_u \log p(x + u) \le \log \int p(x + u) \, du`. Add the noise with :func:`pyrovae.data.dequantize`:
-    ``vae.fit(x, transform=dequantize)`` draws it afresh at each step, ``vae.log_marginal(dequantize(x))`` once. Levels without
-    noise are refused, since a density can be as high as one likes on them.
+    The density is in units of the levels. Its mean over the noise is a lower bound on the log-probability of the levels,
+    :math:`\mathbb{E}_u \log p(x + u) \le \log \int p(x + u) \, du`, so that it can be compared with discrete likelihoods. Add
+    the noise with :func:`pyrovae.data.dequantize`: ``vae.fit(x, transform=dequantize)`` draws it anew in each step,
+    ``vae.log_marginal(dequantize(x))`` once. Levels without noise are refused, since a density can be arbitrarily high there.
 
     Args:
         decoder: the decoder of the continuous likelihood.
-        likelihood: its name or table, such as ``{"kind": "normal", "scale": "shared"}``; it sees v / n.
+        likelihood: the name or table of the continuous likelihood of v / n, such as ``{"kind": "normal", "scale": "shared"}``.
         num_levels: n, at least 2.
-        event_shape: the shape of one datum, if the decoder does not say it.
+        event_shape: the shape of one datum, if the decoder has no ``out_shape``.
 
     Raises:
-        ValueError: the likelihood is one of discrete data, or has no such name, or ``num_levels`` is no integer from 2 on.
+        ValueError: the likelihood is discrete or unknown, or ``num_levels`` is not an integer of at least 2.
 
     References:
         Theis, van den Oord and Bethge, A Note on the Evaluation of Generative Models, 2016, https://arxiv.org/abs/1511.01844.
@@ -862,24 +869,24 @@ class Dequantized(Likelihood):
         super().__init__(decoder, event_shape, self.count_parameters({"likelihood": likelihood}))
         self.likelihood, self.num_levels = likelihood, num_levels
         options = _as_table(likelihood)
-        given = _PrecomputedOutput(_family(options).decoder_shape(self.event_shape, options))
-        self.inner: Likelihood = build("likelihood", options, decoder=given)
-        support = self.inner(torch.zeros(given.in_shape)).support
+        precomputed = _PrecomputedOutput(_family(options).decoder_shape(self.event_shape, options))
+        self.inner: Likelihood = build("likelihood", options, decoder=precomputed)
+        support = self.inner(torch.zeros(precomputed.in_shape)).support
         if support.is_discrete:
             raise ValueError(
-                f"{type(self.inner).__name__} is a likelihood of discrete data, which need no noise: use it as it is, or "
-                f'dequantise for a continuous one such as "normal".'
+                f"The likelihood within Dequantized must be continuous, got {type(self.inner).__name__}: use that without "
+                f'Dequantized, or choose a continuous one such as "normal".'
             )
 
     @classmethod
     def count_parameters(cls, options: Mapping[str, Any]) -> int:
-        """As many as the continuous likelihood takes."""
+        """That of the continuous likelihood."""
         table = _as_table(options.get("likelihood", "normal"))
         return _family(table).count_parameters(table)
 
     @property
     def in_scale(self) -> float:
-        """That of the continuous likelihood, over the number of levels."""
+        """That of the continuous likelihood, divided by the number of levels."""
         return self.inner.in_scale / self.num_levels
 
     @property
@@ -892,7 +899,7 @@ class Dequantized(Likelihood):
         return self._in_levels(self.inner(self._flat(z)))
 
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
-        """p(x|z) as the continuous likelihood gives it for this datum."""
+        """p(x|z), with the statistics of ``x`` that the continuous likelihood depends on."""
         return self._in_levels(self.inner.given(self._flat(z), x / self.num_levels, mask))
 
     def _flat(self, z: Tensor) -> Tensor:
@@ -904,21 +911,21 @@ class Dequantized(Likelihood):
 
 @register("likelihood")
 class Mixed(Likelihood):
-    r"""A table whose columns differ in kind: each group of columns has a likelihood, and all share one decoder.
+    r"""A table whose columns differ in kind: each group of columns has its own likelihood, and all share one decoder.
 
     .. math:: \log p(x \mid z) = \sum_g \log p_g(x_g \mid z)
 
-    The encoder is shown each part's columns as that likelihood shows and scales them; bring wide real ones to about unit size.
+    Each likelihood transforms and scales its columns for the encoder. Standardise real-valued columns, which are not scaled.
 
     Args:
-        decoder: maps ``[..., L]`` to ``[..., P]``, the parameters of all groups one after the other, in the order of the parts;
-            P is the sum of what they take (:meth:`decoder_shape`).
+        decoder: maps ``[..., L]`` to ``[..., P]``, the concatenated parameters of all parts, in their order
+            (:meth:`decoder_shape`).
         parts: pairs of column positions and a likelihood's name or table, such as
-            ``[([0, 3], "normal"), ([1], {"kind": "binomial", "total_count": 5}), ([2], "bernoulli")]``. Every column from 0
-            on belongs to one part.
+            ``[([0, 3], "normal"), ([1], {"kind": "binomial", "total_count": 5}), ([2], "bernoulli")]``. Each column belongs to
+            exactly one part.
 
     Raises:
-        ValueError: the parts do not share out the columns, or the decoder does not give P numbers.
+        ValueError: a column belongs to no part or to several, or the decoder does not give P numbers.
 
     References:
         Nazabal, Olmos, Ghahramani and Valera, Handling Incomplete Heterogeneous Data Using VAEs, 2020,
@@ -943,8 +950,8 @@ class Mixed(Likelihood):
         said = getattr(decoder, "out_shape", None)
         if said is not None and as_shape(said) != (sum(sizes),):
             raise ValueError(
-                f"The parts of Mixed take {sum(sizes)} parameters together, so its decoder's out_shape must be "
-                f"({sum(sizes)},), not {as_shape(said)}."
+                f"out_shape of the decoder of Mixed must be ({sum(sizes)},), the parameters of all parts, got "
+                f"{as_shape(said)}: build the decoder for that shape."
             )
         super().__init__(decoder, sum(sizes))
         self.parts = [[columns, table] for columns, table in groups]
@@ -966,16 +973,19 @@ class Mixed(Likelihood):
 
     @property
     def fill_value(self) -> Tensor:  # type: ignore[override]
-        """That of each column."""
+        """The fill value of each column."""
         return self.fill
 
     @classmethod
     def decoder_shape(cls, event_shape: Shape, options: Mapping[str, Any]) -> tuple[int, ...]:
-        """The sum of what the parts take."""
+        """``(P,)``, the number of parameters of all parts."""
         groups = _as_parts(options.get("parts"))
         width = sum(len(columns) for columns, _ in groups)
         if as_shape(event_shape) != (width,):
-            raise ValueError(f"The parts of Mixed share out {width} columns, but a datum has shape {as_shape(event_shape)}.")
+            raise ValueError(
+                f"A datum of Mixed must have shape ({width},), as many columns as its parts, got {as_shape(event_shape)}: "
+                f"change the parts, or flatten the data."
+            )
         shapes = [_family(table).decoder_shape(len(columns), table) for columns, table in groups]
         return (sum(math.prod(shape) for shape in shapes),)
 
@@ -984,7 +994,7 @@ class Mixed(Likelihood):
         return self._together([part(h) for part, h in zip(self._each(), self._slices(z), strict=True)])
 
     def given(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> dist.Distribution:
-        """p(x|z) as each part gives it for its columns of this datum."""
+        """p(x|z), with the statistics of ``x`` that the parts depend on."""
         return self._together(
             [
                 part.given(h, x[..., columns], None if mask is None else mask[..., columns])
@@ -993,7 +1003,7 @@ class Mixed(Likelihood):
         )
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """Each part's own, brought to about unit size."""
+        """The encoder's input of each part, brought to about unit size."""
         groups = zip(self._each(), self._columns(), strict=True)
         return torch.cat([part.encoder_input(x[..., columns]) * part.in_scale for part, columns in groups], -1)[..., self.order]
 
@@ -1007,8 +1017,8 @@ class Mixed(Likelihood):
         out = self.decoder(z)
         if out.shape[-1] != self.out_size:
             raise ValueError(
-                f"The decoder of Mixed gave a tensor of shape {tuple(out.shape)}, which must end in ({self.out_size},): change "
-                f"its last layer, or the parts."
+                f"The output of the decoder of Mixed must end in shape ({self.out_size},), got a tensor of shape "
+                f"{tuple(out.shape)}: change its last layer, or the parts."
             )
         return out.split(self.sizes, -1)
 
@@ -1018,7 +1028,7 @@ class Mixed(Likelihood):
 
 
 def _log_counts(x: Tensor) -> Tensor:
-    # A negative count is refused where it is scored, with a sentence that an encoder's NaN would forestall.
+    # Negative counts are refused when they are scored. A NaN here would cause an earlier error that says less.
     return torch.log1p(x.clamp(min=0.0))
 
 
@@ -1033,9 +1043,7 @@ def _family(table: Mapping[str, Any]) -> type[Likelihood]:
 def _as_table(likelihood: Any) -> dict[str, Any]:
     table = {"kind": likelihood} if isinstance(likelihood, str) else likelihood
     if not isinstance(table, Mapping) or "kind" not in table:
-        raise ValueError(
-            f'A likelihood within another is a name or a table with its kind = "normal" or the like, not {table!r}.'
-        )
+        raise ValueError(f'A likelihood within another must be a name or a table such as {{"kind": "normal"}}, got {table!r}.')
     return dict(table)
 
 
@@ -1043,14 +1051,14 @@ def _as_parts(parts: Any) -> list[tuple[list[int], dict[str, Any]]]:
     how = 'write parts = [[[0, 2], "normal"], [[1], {"kind": "bernoulli"}]], for example.'
     pairs = list(parts) if isinstance(parts, Iterable) and not isinstance(parts, str | Mapping) else []
     if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f"The parts of Mixed are pairs of columns and a likelihood, not {parts!r}: {how}")
+        raise ValueError(f"The parts of Mixed must be pairs of columns and a likelihood, got {parts!r}: {how}")
     groups = []
     for columns, likelihood in pairs:
         found = list(columns) if isinstance(columns, Iterable) and not isinstance(columns, str) else []
         if not found or not all(isinstance(column, Integral) for column in found):
-            raise ValueError(f"The columns of a part of Mixed are a list of integers, not {columns!r}: {how}")
+            raise ValueError(f"The columns of a part of Mixed must be a list of integers, got {columns!r}: {how}")
         groups.append(([int(column) for column in found], _as_table(likelihood)))
-    held = sorted(column for columns, _ in groups for column in columns)
-    if held != list(range(len(held))):
-        raise ValueError(f"The parts of Mixed must share out the columns 0, 1, ... once each, but they hold {held}: {how}")
+    listed = sorted(column for columns, _ in groups for column in columns)
+    if listed != list(range(len(listed))):
+        raise ValueError(f"The parts of Mixed must contain each of the columns 0, 1, ... once, got {listed}: {how}")
     return groups

@@ -1,8 +1,15 @@
-"""Bodies: networks from tensor to tensor over ``[..., *shape]``, whatever leads.
+"""Bodies: networks that map tensors ``[..., *in_shape]`` to tensors ``[..., *out_shape]``.
 
-Particles, plates and batches all stand to the left of the event, so every body maps the event alone. A body says its
-``in_shape`` and ``out_shape``; a shape is an integer (a vector) or a tuple (an image). Weights start by Glorot and Bengio
-(2010), as in Burda et al. (2016), or by He et al. (2015) where layers are residual; biases start at zero.
+The dimensions of particles, plates and batches stand to the left of the event, and every body maps the event only. A body has
+attributes ``in_shape`` and ``out_shape``. A shape is an integer (a vector) or a tuple (an image). Weights are initialised as in
+Glorot and Bengio (2010), like those of Burda et al. (2016), or as in He et al. (2015) in residual networks. Biases start at
+zero.
+
+References:
+    Glorot and Bengio, Understanding the Difficulty of Training Deep Feedforward Neural Networks, 2010,
+    https://proceedings.mlr.press/v9/glorot10a.html.
+    Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
+    He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852.
 """
 
 from __future__ import annotations
@@ -52,7 +59,7 @@ def as_widths(widths: Sequence[int]) -> list[int]:
     """Widths or channels of hidden layers as plain integers.
 
     Raises:
-        ValueError: they are no list of positive integers.
+        ValueError: they are not a list of positive integers.
     """
     found = list(widths) if isinstance(widths, Iterable) else [0]
     if not all(isinstance(width, Integral) and width > 0 for width in found):
@@ -61,7 +68,7 @@ def as_widths(widths: Sequence[int]) -> list[int]:
 
 
 def activation_module(activation: Activation) -> nn.Module:
-    """The module behind a name such as ``"tanh"``, or what a zero-argument callable returns.
+    """The module with a name such as ``"tanh"``, or the result of a callable without arguments.
 
     Raises:
         ValueError: the name is unknown.
@@ -80,15 +87,15 @@ class Body(nn.Module):
     out_shape: tuple[int, ...]
 
     def check(self, x: Tensor) -> None:
-        """Refuse an event of another shape with one sentence.
+        """Raise an error if the event has another shape than ``in_shape``.
 
         Raises:
             ValueError: the trailing dimensions of ``x`` are not ``in_shape``.
         """
         if tuple(x.shape[-len(self.in_shape) :]) != self.in_shape:
             raise ValueError(
-                f"{type(self).__name__} takes events of shape {self.in_shape}, but got a tensor of shape {tuple(x.shape)}: "
-                f"reshape it, or build the network for that shape."
+                f"The input of {type(self).__name__} must end in shape {self.in_shape}, got a tensor of shape "
+                f"{tuple(x.shape)}: reshape it, or build the network for that shape."
             )
 
 
@@ -129,10 +136,9 @@ class MLP(_Perceptron):
     .. math:: h_0 = \operatorname{vec}(x), \quad h_i = a(W_i h_{i-1} + b_i), \quad y = W_{n+1} h_n + b_{n+1}
 
     Args:
-        in_shape: event shape of the input; more than one dimension is flattened.
+        in_shape: event shape of the input, which is flattened.
         hidden: widths of the hidden layers; ``[]`` makes an affine map.
-        out_shape: event shape of the output; ``None`` ends after the last hidden activation, which is what an encoder
-            wants from its body.
+        out_shape: event shape of the output; ``None`` leaves out the last affine map, as in the body of an encoder.
         activation: a name (``"relu"``, ``"tanh"``, ...) or a callable that makes a module.
 
     Raises:
@@ -165,7 +171,12 @@ class GatedMLP(_Perceptron):
         in_shape: event shape of the input.
         hidden: widths of the hidden layers.
         out_shape: event shape of the output, or ``None`` as in :class:`MLP`.
-        activation: applied to the ungated half; the identity, as in both papers, if ``None``.
+        activation: applied to the affine map before the gate multiplies it; by default the identity, as in both papers.
+
+    References:
+        Dauphin, Fan, Auli and Grangier, Language Modeling with Gated Convolutional Networks, 2017,
+        https://arxiv.org/abs/1612.08083.
+        Tomczak and Welling, VAE with a VampPrior, 2018, https://arxiv.org/abs/1705.07120.
 
     Example:
         >>> import torch
@@ -185,7 +196,7 @@ class GatedMLP(_Perceptron):
 
 
 class _ImageEncoder(Body):
-    """A stage for each number of channels, which halves height and width, then the flattened result."""
+    """Stages that halve height and width, one for each number of channels; the result is flattened."""
 
     def _assemble(self, in_shape: Shape, hidden: Sequence[int], activation: Activation) -> None:
         self.in_shape, self.hidden, self.activation = _image(in_shape), as_widths(hidden), activation
@@ -216,9 +227,9 @@ class _ImageDecoder(Body):
         self.in_shape, self.out_shape = as_shape(in_shape), as_shape(out_shape)
         self.hidden, self.activation = as_widths(hidden), activation
         if len(self.in_shape) != 1:
-            raise ValueError(f"{kind} takes a latent vector, not events of shape {self.in_shape}.")
+            raise ValueError(f"in_shape of {kind} must have one dimension, got {self.in_shape}: pass the length of the latent.")
         if not self.hidden:
-            raise ValueError(f"{kind} needs at least one hidden layer of channels: hidden=[32, 64], for example.")
+            raise ValueError(f"hidden of {kind} must have one number of channels or more, got []: pass hidden=[32, 64], say.")
         _image(self.out_shape[-3:])
         height, width = self.out_shape[-2:]
         sizes = _halvings(height, width, len(self.hidden))
@@ -228,7 +239,7 @@ class _ImageDecoder(Body):
         layers: list[nn.Module] = []
         widths = [channels, *self.hidden]
         for i in reversed(range(len(self.hidden))):
-            # A halving rounds down, so an odd size needs the lost row or column back.
+            # Halving rounds down, so that an odd size needs one more row or column.
             extra = (sizes[i][0] - 2 * sizes[i + 1][0], sizes[i][1] - 2 * sizes[i + 1][1])
             layers += self.stage(widths[i + 1])
             layers += [activation_module(activation)]
@@ -237,11 +248,11 @@ class _ImageDecoder(Body):
 
     @abstractmethod
     def stage(self, channels: int) -> list[nn.Module]:
-        """The modules before one doubling."""
+        """The modules that come before height and width are doubled."""
 
     @abstractmethod
     def initialize(self, layer: nn.Linear | nn.ConvTranspose2d) -> nn.Module:
-        """The layer with its first weights."""
+        """The layer, with its weights initialised."""
 
     def forward(self, z: Tensor) -> Tensor:
         """``[..., L]`` -> ``[..., *out_shape]``."""
@@ -254,8 +265,7 @@ class _ImageDecoder(Body):
 class ConvEncoder(_ImageEncoder):
     r"""Strided convolutions from an image to a feature vector.
 
-    Each layer halves height and width (kernel 4, stride 2, padding 1), so any image size works as long as it survives
-    the halvings; the result is flattened.
+    Each layer halves height and width (kernel 4, stride 2, padding 1), rounding down. The result is flattened.
 
     Args:
         in_shape: ``(channels, height, width)``.
@@ -263,7 +273,7 @@ class ConvEncoder(_ImageEncoder):
         activation: a name or a callable that makes a module.
 
     Raises:
-        ValueError: the input is not an image, or too small for that many halvings.
+        ValueError: ``in_shape`` is not that of an image, or the image is too small for so many layers.
 
     Example:
         >>> import torch
@@ -283,7 +293,7 @@ class ConvEncoder(_ImageEncoder):
 
 @register("body")
 class ConvDecoder(_ImageDecoder):
-    r"""The mirror of :class:`ConvEncoder`: a latent to an image by transposed convolutions.
+    r"""Transposed convolutions from a latent vector to an image, mirroring :class:`ConvEncoder`.
 
     Args:
         in_shape: the latent dimension.
@@ -293,7 +303,7 @@ class ConvDecoder(_ImageDecoder):
         activation: a name or a callable that makes a module.
 
     Raises:
-        ValueError: the output is not an image, or too small for that many doublings.
+        ValueError: ``out_shape`` is not that of an image, or the image is too small for so many layers.
 
     Example:
         >>> import torch
@@ -307,11 +317,11 @@ class ConvDecoder(_ImageDecoder):
         self._assemble(in_shape, out_shape, hidden, activation)
 
     def stage(self, channels: int) -> list[nn.Module]:
-        """Nothing before a doubling."""
+        """No modules."""
         return []
 
     def initialize(self, layer: nn.Linear | nn.ConvTranspose2d) -> nn.Module:
-        """Glorot and Bengio's."""
+        """Initialise as in Glorot and Bengio (2010)."""
         return _glorot(layer)
 
 
@@ -321,9 +331,9 @@ class ResNetEncoder(_ImageEncoder):
 
     .. math:: h \mapsto h + W_2 * a(W_1 * a(h))
 
-    A stage halves height and width as :class:`ConvEncoder` does; its blocks are two 3 x 3 convolutions, activated before each
-    (He et al. 2016), and have no normalisation, so that a datum's posterior does not depend on the others in its batch.
-    Weights start as :math:`N(0, 2 / n)` for n inputs of a unit (He et al. 2015).
+    A stage halves height and width as in :class:`ConvEncoder`. A block has two 3 x 3 convolutions with an activation before
+    each (He et al. 2016). There is no batch normalisation, so that the posterior of a datum does not depend on the rest of its
+    batch. Weights start as :math:`N(0, 2 / n)` for units of n inputs (He et al. 2015).
 
     Args:
         in_shape: ``(channels, height, width)``.
@@ -332,7 +342,7 @@ class ResNetEncoder(_ImageEncoder):
         activation: a name or a callable that makes a module.
 
     Raises:
-        ValueError: the input is not an image, or too small for that many halvings.
+        ValueError: ``in_shape`` is not that of an image, or the image is too small for so many layers.
 
     References:
         He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852.
@@ -358,7 +368,7 @@ class ResNetEncoder(_ImageEncoder):
 
 @register("body", "resnet_decoder")
 class ResNetDecoder(_ImageDecoder):
-    r"""The mirror of :class:`ResNetEncoder`: a latent to an image by residual blocks and transposed convolutions.
+    r"""Residual blocks and transposed convolutions from a latent vector to an image, mirroring :class:`ResNetEncoder`.
 
     Args:
         in_shape: the latent dimension.
@@ -368,7 +378,7 @@ class ResNetDecoder(_ImageDecoder):
         activation: a name or a callable that makes a module.
 
     Raises:
-        ValueError: the output is not an image, or too small for that many doublings.
+        ValueError: ``out_shape`` is not that of an image, or the image is too small for so many layers.
 
     References:
         He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015, https://arxiv.org/abs/1502.01852.
@@ -398,7 +408,7 @@ class ResNetDecoder(_ImageDecoder):
         return [_ResidualBlock(channels, self.activation) for _ in range(self.blocks)]
 
     def initialize(self, layer: nn.Linear | nn.ConvTranspose2d) -> nn.Module:
-        """He's."""
+        """Initialise as in He et al. (2015)."""
         return _he(layer)
 
 
@@ -432,7 +442,7 @@ def _glorot(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
 
 def _he(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
     if isinstance(layer, nn.ConvTranspose2d):
-        # A strided transposed convolution reaches each output through one tap in stride^2.
+        # With stride s, each output of a transposed convolution depends on one in s^2 of the kernel's weights.
         fan_in = layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride)
     else:
         fan_in = layer.weight[0].numel()
@@ -446,7 +456,7 @@ def _image(shape: Shape) -> tuple[int, ...]:
     found = as_shape(shape)
     if len(found) != 3:
         cure = f"write {(1, *found)} for images of one channel" if len(found) == 2 else "use an MLP"
-        raise ValueError(f"A convolutional body takes images (channels, height, width), not shape {found}: {cure}.")
+        raise ValueError(f"The shape of images must be (channels, height, width), got {found}: {cure}.")
     return found
 
 
@@ -456,5 +466,8 @@ def _halvings(height: int, width: int, times: int) -> list[tuple[int, int]]:
         height, width = height // 2, width // 2
         sizes.append((height, width))
     if min(height, width) < 1:
-        raise ValueError(f"An image of {sizes[0][0]} x {sizes[0][1]} cannot be halved {times} times: use fewer layers.")
+        raise ValueError(
+            f"An image must be at least {2**times} x {2**times} to be halved {times} times, got {sizes[0][0]} x {sizes[0][1]}: "
+            f"use fewer layers."
+        )
     return sizes

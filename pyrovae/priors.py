@@ -26,7 +26,8 @@ class Prior(nn.Module):
     """A module that returns p(z); concrete priors set ``latent_dim`` and implement ``forward``.
 
     Attributes:
-        support: where p(z) lives, which must be where its guide lives; ``None`` for wherever that is.
+        support: the set on which p(z) is a density, which must be that of the encoder; ``None`` for the encoder's own.
+        mixes_posteriors: whether p(z) is a mixture of the encoder's posteriors, and undefined before a VAE is built with it.
     """
 
     latent_dim: int
@@ -36,10 +37,10 @@ class Prior(nn.Module):
         super().__init__()
         self.latent_dim = positive_integer(latent_dim, "latent_dim")
 
-    mixes_posteriors: ClassVar[bool] = False  # whether it has no density before a VAE lends it its encoder
+    mixes_posteriors: ClassVar[bool] = False
 
     def bind(self, encoder: Any) -> None:
-        """Called by a VAE with its encoder; a prior made of posteriors keeps it, outside its own submodules."""
+        """Called by a VAE with its encoder; a prior that mixes posteriors keeps it, but not as a submodule."""
 
     def forward(self) -> dist.Distribution:
         """p(z): batch shape ``()``, event shape ``(latent_dim,)``."""
@@ -147,25 +148,25 @@ class Mixture(Prior):
 
 @register("prior")
 class Vamp(Prior):
-    r"""The VampPrior: a mixture of the guide's own posteriors at pseudo-inputs.
+    r"""The VampPrior: a mixture of the encoder's posteriors at learned pseudo-inputs.
 
     .. math:: p(z) = \sum_{c=1}^{C} \pi_c \, q_\phi(z \mid u_c)
 
-    The pseudo-inputs u are learned with everything else, and the gradient of log p(z) reaches the encoder too. With the data
-    themselves as pseudo-inputs (:meth:`from_data`) it is the aggregate posterior. A VAE lends it its encoder; by itself it has
-    no density. For every bound the encoder runs on all C pseudo-inputs.
+    The pseudo-inputs u are trained with the other parameters, and the gradient of log p(z) also reaches the encoder. If the
+    pseudo-inputs are the data (:meth:`from_data`), p(z) is the aggregate posterior. The encoder is that of the VAE, so the
+    prior has no density before a VAE is built with it. Each evaluation of p(z) runs the encoder on all C pseudo-inputs.
 
     Args:
         latent_dim: L.
-        data_shape: the shape of one datum; :func:`pyrovae.make_vae` knows it.
+        data_shape: the shape of one datum; :func:`pyrovae.make_vae` fills it in.
         components: C, the number of pseudo-inputs; 500 in the paper.
-        squash: keep pseudo-inputs between 0 and 1, in the units in which the encoder takes its data (data times
-            ``in_scale``), as is right for pixels and for counts; ``False`` for data without such a range.
-        learn_inputs: train the pseudo-inputs; ``False`` keeps what :meth:`from_data` set.
-        learn_weights: train the weights pi; else they are 1/C.
+        squash: clamp pseudo-inputs to [0, 1], in the units of the encoder's input (data times ``in_scale``); ``False`` for data
+            without such a range.
+        learn_inputs: train the pseudo-inputs; ``False`` keeps those that :meth:`from_data` set.
+        learn_weights: train the weights pi; otherwise they are 1/C.
 
     Raises:
-        ValueError: a number is not a positive integer, or a shape not one.
+        ValueError: a number is not a positive integer, or ``data_shape`` is not a shape.
 
     References:
         Tomczak and Welling, VAE with a VampPrior, 2018, https://arxiv.org/abs/1705.07120.
@@ -181,7 +182,7 @@ class Vamp(Prior):
         True
     """
 
-    support = None  # its encoder's, whichever that is
+    support = None  # that of the encoder
     mixes_posteriors = True
     inputs: Tensor
     logits: Tensor
@@ -198,29 +199,29 @@ class Vamp(Prior):
         super().__init__(latent_dim)
         self.data_shape, self.components = as_shape(data_shape), positive_integer(components, "components")
         self.squash, self.learn_inputs, self.learn_weights = squash, learn_inputs, learn_weights
-        # In the encoder's units. The paper's start, a dark image with little noise.
+        # In the encoder's units. As in the paper, they start as dark images with a little noise.
         inputs, logits = 0.05 + 0.01 * torch.randn(self.components, *self.data_shape), torch.zeros(self.components)
         for name, value, learned in [("inputs", inputs, learn_inputs), ("logits", logits, learn_weights)]:
             if learned:
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value, persistent=name == "inputs")
-        # In a tuple, where no module looks for submodules: the encoder has one owner, the VAE.
+        # In a tuple, so that the encoder is not a submodule of the prior: it belongs to the VAE.
         self._lent: tuple[Any, ...] = ()
 
     def bind(self, encoder: Any) -> None:
-        """Take the encoder whose posteriors are mixed.
+        """Set the encoder whose posteriors are mixed.
 
         Raises:
-            ValueError: another encoder was taken before, or this one takes data of another shape.
+            ValueError: another encoder was set before, or this one takes data of another shape.
         """
         if self._lent and self._lent[0] is not encoder:
-            raise ValueError("This Vamp prior has the encoder of another VAE, which sharing would change: build a new one.")
+            raise ValueError("A Vamp prior must belong to one VAE, got the encoder of a second one: build another prior.")
         takes = getattr(encoder.body, "in_shape", None)
         if takes is not None and as_shape(takes) != self.data_shape:
             raise ValueError(
-                f"The pseudo-inputs have shape {self.data_shape}, but the encoder takes {as_shape(takes)}: build the prior "
-                f"with data_shape={as_shape(takes)}."
+                f"data_shape of the Vamp prior must be that of the encoder, {as_shape(takes)}, got {self.data_shape}: build "
+                f"the prior with data_shape={as_shape(takes)}."
             )
         self._lent = (encoder,)
 
@@ -229,10 +230,10 @@ class Vamp(Prior):
         """The pseudo-inputs as data, shape ``(components, *data_shape)``.
 
         Raises:
-            ValueError: no VAE has lent its encoder yet.
+            ValueError: the prior has no encoder yet.
         """
-        # Not a hardtanh, nor from torch 2.15 on a clamp, which have no gradient at 0 and 1 themselves: binary data set as
-        # pseudo-inputs would never move.
+        # hardtanh has no gradient at exactly 0 and 1, nor has clamp from torch 2.15 on: binary data that are set as
+        # pseudo-inputs would never be trained.
         inputs = self.inputs
         if self.squash:
             inputs = torch.where(inputs < 0.0, 0.0, torch.where(inputs > 1.0, 1.0, inputs))
@@ -243,27 +244,27 @@ class Vamp(Prior):
         """Set the pseudo-inputs to data, and the weights to 1/C.
 
         Args:
-            x: data of shape ``(N, *data_shape)``, N at least ``components``; from more, that many are drawn without
-                replacement.
+            x: data of shape ``(N, *data_shape)``, N at least ``components``. If there are more, ``components`` of them are
+                drawn without replacement.
 
         Returns:
-            Itself.
+            The prior itself.
 
         Raises:
-            ValueError: there are too few data, they have another shape, or squashing would change them.
+            ValueError: there are too few data, they have another shape, or clamping to [0, 1] would change them.
         """
         if tuple(x.shape[1:]) != self.data_shape or len(x) < self.components:
             raise ValueError(
-                f"The {self.components} pseudo-inputs cannot be drawn from data of shape {tuple(x.shape)}: give at least "
-                f"{self.components} of shape {self.data_shape}, or build the prior with fewer components."
+                f"x must hold at least {self.components} data of shape {self.data_shape}, got a tensor of shape "
+                f"{tuple(x.shape)}: pass more data, or build the prior with fewer components."
             )
         if len(x) > self.components:
             x = x[torch.randperm(len(x), device=x.device)[: self.components]]
         inputs = x.to(self.inputs) * self._encoder.in_scale
         if self.squash and bool(((inputs < 0) | (inputs > 1)).any()):
             raise ValueError(
-                f"Pseudo-inputs stay between 0 and {1 / self._encoder.in_scale:g}, but the data range from {x.min().item():g} "
-                f"to {x.max().item():g}: build the Vamp prior with squash=False."
+                f"x must lie between 0 and {1 / self._encoder.in_scale:g}, got values from {x.min().item():g} to "
+                f"{x.max().item():g}: build the Vamp prior with squash=False."
             )
         self.inputs.copy_(inputs)
         self.logits.zero_()
@@ -273,7 +274,7 @@ class Vamp(Prior):
         """p(z): batch shape ``()``, event shape ``(latent_dim,)``.
 
         Raises:
-            ValueError: no VAE has lent its encoder yet.
+            ValueError: the prior has no encoder yet.
         """
         posteriors = self._encoder(self.pseudo_inputs)  # batch (C,), event (L,)
         return mixture(self.logits, posteriors)
@@ -281,25 +282,25 @@ class Vamp(Prior):
     @property
     def _encoder(self) -> Any:
         if not self._lent:
-            raise ValueError("A Vamp prior mixes an encoder's posteriors: build a VAE with it, or call its bind(encoder).")
+            raise ValueError("A Vamp prior must have an encoder, got none: build a VAE with it, or call bind(encoder).")
         return self._lent[0]
 
 
 @register("prior")
 class Flow(Prior):
-    r"""A normalising flow: what a learned invertible f takes to the standard normal.
+    r"""A normalising flow: the distribution that a learned invertible f maps to the standard normal.
 
     .. math:: \log p(z) = \log N(f(z) \mid 0, I) + \log \left| \det \frac{\partial f(z)}{\partial z} \right|
 
-    It starts as the standard normal, f being the identity. It scores in one pass; to sample takes L passes, or two for a
-    coupling.
+    f starts as the identity, so that p(z) starts as the standard normal. A density takes one pass of the networks; a sample
+    takes L passes, or two for a coupling.
 
     Args:
         latent_dim: L.
         family: ``"maf"``, masked autoregressive and affine; ``"coupling"``, affine in two halves, as RealNVP; ``"nsf"``,
             autoregressive rational-quadratic splines on [-5, 5].
-        depth: how many transforms are stacked.
-        hidden: widths of the network in each.
+        depth: the number of transforms.
+        hidden: widths of each transform's network.
 
     Raises:
         ValueError: the family is none of these, or a number is not positive.
@@ -337,7 +338,7 @@ class Flow(Prior):
 
 
 class _FixedScale(Prior):
-    """A distribution of independent dimensions about zero, of one fixed scale."""
+    """Independent dimensions with location zero and one fixed scale."""
 
     loc: Tensor
 
@@ -349,7 +350,7 @@ class _FixedScale(Prior):
 
 @register("prior")
 class Laplace(_FixedScale):
-    r"""Independent Laplace dimensions, which many small and few large coordinates suit.
+    r"""Independent Laplace dimensions, for sparse latents: many small coordinates and few large ones.
 
     .. math:: p(z) = \prod_l \frac{1}{2b} \exp(-|z_l| / b)
 
@@ -380,7 +381,7 @@ class Laplace(_FixedScale):
 
 @register("prior")
 class StudentT(_FixedScale):
-    r"""Independent Student-t dimensions, whose tails let outliers lie far out.
+    r"""Independent Student-t dimensions, whose heavy tails allow outliers.
 
     .. math:: p(z) = \prod_l \frac{\Gamma((\nu + 1)/2)}{\Gamma(\nu/2) \sqrt{\nu \pi}\, s}
         \Big( 1 + \frac{z_l^2}{\nu s^2} \Big)^{-(\nu + 1)/2}
@@ -414,7 +415,7 @@ class StudentT(_FixedScale):
 
 @register("prior")
 class HypersphereUniform(Prior):
-    r"""The uniform distribution on the unit sphere of R^L, for the guide ``power_spherical``.
+    r"""The uniform distribution on the unit sphere of R^L, for the encoder ``power_spherical``.
 
     .. math:: p(z) = \frac{\Gamma(L/2)}{2 \pi^{L/2}}, \quad \|z\| = 1
 
@@ -464,15 +465,15 @@ class _Probabilities(Prior):
 
 @register("prior")
 class Categorical(_Probabilities):
-    r"""One of L categories, as a one-hot vector, for the guide ``categorical``.
+    r"""One of L categories, as a one-hot vector, for the encoder ``categorical``.
 
     .. math:: p(z) = \prod_l \pi_l^{z_l}, \quad z_l \in \{0, 1\}, \; \textstyle\sum_l z_l = 1
 
-    No gradient flows through such a latent: train it with ``vimco``, ``score_elbo`` or ``rws``.
+    Draws have no gradient: train with ``vimco``, ``score_elbo`` or ``rws``.
 
     Args:
         latent_dim: L, the number of categories.
-        learned: train the probabilities; else they are 1/L.
+        learned: train the probabilities; otherwise they are 1/L.
 
     Example:
         >>> from pyrovae.priors import Categorical
@@ -492,16 +493,16 @@ class Categorical(_Probabilities):
 
 @register("prior")
 class RelaxedOneHot(_Probabilities):
-    r"""A relaxed one-hot vector on the simplex, for the guide ``relaxed_one_hot``.
+    r"""A relaxed one-hot vector on the simplex, for the encoder ``relaxed_one_hot``.
 
     .. math:: p(z) = \Gamma(L) \, \tau^{L-1} \Big( \sum_l \pi_l z_l^{-\tau} \Big)^{-L} \prod_l \pi_l z_l^{-\tau - 1}
 
-    The KL is that between two relaxed densities, so the bound is one on the relaxed model's log p(x).
+    Bounds and estimates are of log p(x) of the relaxed model, not of the discrete one.
 
     Args:
         latent_dim: L, the number of categories.
-        temperature: tau; the lower, the closer draws are to the corners. Half, as in the paper.
-        learned: train the probabilities; else they are 1/L.
+        temperature: tau; the lower it is, the closer draws are to the corners. The default is that of the paper.
+        learned: train the probabilities; otherwise they are 1/L.
 
     Raises:
         ValueError: ``temperature`` is not a positive number.

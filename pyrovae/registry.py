@@ -2,11 +2,11 @@
 
 A component keeps each argument of its ``__init__`` in an attribute of the same name, as scikit-learn's
 estimators do. That is all it takes to describe it as plain data (:func:`describe`), to build it from a name
-(:func:`build`), and so to save and load it without pickle. Where the attribute says more than the argument did, as a shape
-that was worked out from ``None``, the argument itself is kept in a dictionary ``init_arguments``.
+(:func:`build`), and so to save and load it without pickle. If the attribute differs from the argument, as a shape that was
+computed from ``None``, the argument is kept in a dictionary ``init_arguments``.
 
-Another distribution adds a class without being imported first by an entry point: the group is ``pyrovae.`` and the kind, the
-entry's name is the class's, as in ``[project.entry-points."pyrovae.prior"]`` with ``gumbel = "acme:Gumbel"``.
+Other packages add classes by entry points, without being imported first. The group is ``pyrovae.`` followed by the kind, and
+the entry's name is that of the component: ``[project.entry-points."pyrovae.prior"]`` with ``gumbel = "acme:Gumbel"``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def register(kind: str, name: str | None = None, *, aliases: Sequence[str] = ())
     The class is also found by its class name and by its aliases, and all of them in any case: ``"dreg"``, ``"DReG"``.
 
     Args:
-        kind: one of :data:`KINDS`, such as ``"prior"`` or ``"estimator"``.
+        kind: one of ``KINDS``, such as ``"prior"`` or ``"estimator"``.
         name: the name; by default the class name in snake case.
         aliases: abbreviations, in lower case.
 
@@ -86,7 +86,7 @@ def names(kind: str) -> list[str]:
 
 
 def canonical(kind: str, name: Any) -> Any:
-    """The registered name that a name of a class, an alias, or either in another case stands for; other things as they are.
+    """The registered name for a class name or an alias, in any case; anything else is returned unchanged.
 
     Example:
         >>> from pyrovae.registry import canonical
@@ -104,7 +104,7 @@ def canonical(kind: str, name: Any) -> Any:
 
 
 def find(kind: str, name: str) -> type:
-    """The class behind a name: the registered one, the class's own, or an alias, in any case.
+    """The class with a registered name, a class name or an alias, in any case.
 
     Raises:
         ValueError: the name is unknown (the message has the nearest real one), or its entry point does not load.
@@ -112,7 +112,7 @@ def find(kind: str, name: str) -> type:
     key = canonical(kind, name)
     classes = _classes[kind]
     if isinstance(key, str) and key not in classes and key in _refused[kind]:
-        # Once more, since what failed when the kind was first used may have been a module half imported.
+        # Try again, since the first attempt may have failed because a module was half imported.
         _load_entry(kind, _refused[kind][key])
     if isinstance(key, str) and key in classes:
         return classes[key]
@@ -120,7 +120,7 @@ def find(kind: str, name: str) -> type:
 
 
 def build(kind: str, spec: Any, **defaults: Any) -> Any:
-    """Build a component from a name, a table with ``kind``, or pass an instance through.
+    """Build a component from a name or a table with ``kind``; an instance is returned as it is.
 
     Args:
         kind: the registry kind.
@@ -136,7 +136,7 @@ def build(kind: str, spec: Any, **defaults: Any) -> Any:
         return spec
     options = {key: _rebuilt(value) for key, value in spec.items() if key != "component"}
     if "kind" not in options:
-        raise ValueError(f'A {kind} table needs its name: kind = "{names(kind)[0]}", for example.')
+        raise ValueError(f'A {kind} table must have the key kind, got {options!r}: add kind = "{names(kind)[0]}", for example.')
     name = options.pop("kind")
     cls = find(kind, name)
     takes = inspect.signature(cls).parameters
@@ -186,7 +186,7 @@ def snake_case(name: str) -> str:
 
 
 def _refuse_taken(kind: str, name: str, cls: type) -> None:
-    """Refuse a name of another class; a class that is defined again, as by a notebook's cell, keeps its own."""
+    """Raise an error if another class has the name; a class that is defined again, as in a notebook, may keep it."""
     owner = _classes[kind].get(_aliases[kind].get(name, name))
     if owner is not None and (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(
@@ -202,16 +202,16 @@ def _of_kind(kind: str) -> dict[str, type]:
 
 def _loaded(kind: str) -> dict[str, type]:
     known = _of_kind(kind)
-    # By name and on demand: a module imports this one to register its classes, and a caller may not have imported that module.
+    # On demand, since the modules of components import this one, and a caller may not have imported them.
     import_module(f".{_MODULES[kind]}", __package__)
     if kind not in _read:
-        _read.add(kind)  # at once, since what an entry point imports may ask for names itself
+        _read.add(kind)  # before loading, since the import of an entry point may ask for names itself
         _load_entries(kind)
     return known
 
 
 def _load_entries(kind: str) -> None:
-    """Register the classes that other distributions name as entry points; say of those that cannot be why, and go on."""
+    """Register the classes of other packages' entry points; warn of those that fail."""
     from importlib.metadata import entry_points
 
     reasons = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pyro
@@ -20,6 +21,8 @@ def _fresh_state() -> Iterator[None]:
     pyro.set_rng_seed(0)
     pyro.enable_validation(True)  # importing zuko turns torch's off
     yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
     pyro.clear_param_store()
     torch.set_default_dtype(torch.float32)
     assert torch.distributions.Distribution._validate_args, "the test, or what it calls, leaves validation off"

@@ -127,6 +127,7 @@ class Case:
     mask: Tensor | None
     truth: np.ndarray
     covers: bool
+    observes: str = "data"  # or "residual", what is left of them; or "stretched", which lacks a Jacobian and must be refused
 
     @property
     def data(self) -> Any:
@@ -140,6 +141,7 @@ class Case:
         extras += ["masked"] if self.mask is not None else []
         extras += [f"factor {self.bonus}"] if self.bonus else []
         extras += ["factor in the guide"] if self.guide_factor else []
+        extras += [self.observes] if self.observes != "data" else []
         return f"seed {self.seed}: {sites}; {', '.join(extras)}"
 
     def model(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -148,8 +150,10 @@ class Case:
             total = x.new_zeros(x.shape[0])
             for site in self.sites:
                 total = total + self._draw(site, site.family.make(site.offset + site.slope * total))
-            distribution = LIKELIHOODS[self.likelihood](total[..., None].expand(*total.shape, self.num_dims))
-            pyro.sample("x", (distribution if mask is None else distribution.mask(mask)).to_event(1), obs=x)
+            each = total[..., None].expand(*total.shape, self.num_dims)
+            distribution = LIKELIHOODS[self.likelihood](each if self.observes == "data" else 0 * each)
+            value = {"data": x, "residual": x - each, "stretched": x * (1 + each.square())}[self.observes]
+            pyro.sample("x", (distribution if mask is None else distribution.mask(mask)).to_event(1), obs=value)
             if self.bonus is not None:
                 pyro.factor("bonus", self.bonus[0] + self.bonus[1] * torch.tanh(total))
 
@@ -289,6 +293,9 @@ def integrate(case: Case, number: int) -> tuple[Tensor, list[tuple[Site, int, Te
     like = torch.zeros_like(log_joint)
     for column in range(case.num_dims):
         term = LIKELIHOODS[case.likelihood](total).log_prob(x[column])
+        if case.observes == "stretched":
+            stretch = 1 + total.square()
+            term = LIKELIHOODS[case.likelihood](0 * total).log_prob(x[column] * stretch) + stretch.log()
         like = like + (term if case.mask is None else torch.where(case.mask[:, column], term, 0.0))
     if case.bonus is not None:
         like = like + case.bonus[0] + case.bonus[1] * torch.tanh(total)
@@ -386,6 +393,9 @@ def make_case(seed: int, num_data: int = 4) -> Case:
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(num_data, num_dims, generator=generator) < 0.7 if masked else None
     covers = not broken and guide_factor is None
+    chance = (
+        random.Random(seed + 3).random() if likelihood == "normal" else 1.0
+    )  # apart, so that other seeds stay the same pairs
     case = Case(
         seed, sites, likelihood, num_dims, bonus, guide_factor, dtype, torch.zeros(num_data, num_dims, dtype=dtype), mask,
         np.zeros(num_data), covers,
@@ -399,6 +409,9 @@ def make_case(seed: int, num_data: int = 4) -> Case:
             .reshape(num_data, num_dims)
             .to(dtype)
         )
+    if chance < 0.3:
+        case.observes = "residual" if chance < 0.2 else "stretched"
+        case.covers = covers and case.observes == "residual"
     coarse, fine = {1: (401, 801), 2: (241, 401), 3: (81, 121)}[sum(site.copies for site in sites)]
     with pyro.validation_enabled(False):  # a grid may reach the edge of a support
         before, _ = integrate(case, coarse)

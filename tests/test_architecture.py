@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import statistics
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +34,9 @@ FLOORS: list[set[str]] = [
 TAKE_CALLABLES = {"programs", "compile", "estimators", "evidence", "training", "diagnostics"}
 COMPONENTS = {"nn", "distributions", "priors", "encoders", "likelihoods", "models"}
 ONLY_IN = {
-    "torchvision": ("data.datasets",),
+    "torchvision": ("data.vision",),
+    "h5py": ("data.hdf5",),
+    "PIL": ("data.images", "data.vision"),
     "arviz": ("evidence.psis",),
     "pyro.poutine": ("programs",),
     "torch.fx": ("compile",),
@@ -118,6 +123,86 @@ def test_special_libraries_have_one_door(module: str) -> None:
             # arviz_stats and arviz_base are arviz.
             inside = name == library or name.startswith((f"{library}.", f"{library}_"))
             assert not inside or module.startswith(doors), f"{module} imports {name}, which belongs in {doors}"
+
+
+def _is_registered(node: ast.ClassDef | ast.FunctionDef) -> bool:
+    """Whether the registry or the command line has it, which find it by its name: a new component edits no list."""
+    decorators = [each.func if isinstance(each, ast.Call) else each for each in node.decorator_list]
+    return any(ast.unparse(each) in ("register", "app.command") for each in decorators)
+
+
+def _names(path: Path) -> tuple[list[str] | None, set[str], set[str]]:
+    """``__all__`` of a module, the names that it binds, and its own public classes and functions."""
+    listed, bound, public = None, set(), set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+            if not node.name.startswith("_") and not _is_registered(node):
+                public.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+            bound |= found
+            if "__all__" in found:
+                listed = ast.literal_eval(node.value)
+    return listed, bound, public
+
+
+# The index of the package itself is `__init__.pyi`.
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_every_module_lists_its_public_names(module: str) -> None:
+    listed, bound, public = _names(MODULES[module])
+    assert listed is not None, f"{module} has no __all__"
+    assert len(set(listed)) == len(listed), f"{module} lists a name twice"
+    assert not set(listed) - bound, f"{module} lists names that it does not have"
+    assert not public - set(listed), f"{module} has public names that are not in __all__: add them, or begin them with _"
+
+
+CATALOGUES = {"nn", "distributions", "priors", "encoders", "likelihoods"}
+MOST_LINES, MEDIAN_LINES, MOST_CODE_IN_A_FUNCTION = 400, 250, 60
+
+
+def _lines(module: str) -> int:
+    return len(MODULES[module].read_text(encoding="utf-8").splitlines())
+
+
+def _code_lines(source: str) -> set[int]:
+    """The numbers of the lines with code: without blank lines, comments and docstrings."""
+    no_code = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in no_code:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return lines
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in CATALOGUES])
+def test_files_are_short(module: str) -> None:
+    assert _lines(module) <= MOST_LINES, f"{module} has {_lines(module)} lines: move one of its subjects to a file of its own"
+
+
+def test_most_files_are_shorter() -> None:
+    assert statistics.median(_lines(module) for module in MODULES) < MEDIAN_LINES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_are_short(module: str) -> None:
+    source = MODULES[module].read_text(encoding="utf-8")
+    code = _code_lines(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            length = len(code & set(range(node.lineno, (node.end_lineno or node.lineno) + 1)))
+            assert length <= MOST_CODE_IN_A_FUNCTION, f"{module}.{node.name} has {length} lines of code: split it"
+
+
+def test_the_reader_counts_code_alone() -> None:
+    source = 'def f():\n    """One.\n\n    Two.\n    """\n    # three\n\n    return (\n        1\n    )\n'
+    assert _code_lines(source) == {1, 8, 9, 10}
 
 
 def test_the_reader_sees_imports_of_every_form() -> None:

@@ -18,11 +18,12 @@ from pyro.infer import autoguide
 from pyro.infer.autoguide.effect import AutoHierarchicalNormalMessenger, AutoNormalMessenger
 from scipy import stats
 from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 import pyrovae as pv
 from pyrovae.estimators.base import make_estimator
 from pyrovae.programs.inspect import inspect_pair
+from pyrovae.programs.support import free_numbers
 from pyrovae.programs.wake_sleep import simulated_log_guide
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -110,6 +111,18 @@ def _delta_beside_a_fed_one() -> tuple[Program, Program]:
     return _in_data(two), _in_data(fed)
 
 
+def _one_number_for_two() -> tuple[Program, Program]:
+    def two(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def fed(x: Tensor) -> None:
+        u = pyro.sample("u", dist.Normal(x / 3, 0.5), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(torch.stack([u, u], -1), event_dim=1))  # on a line, which has no area
+
+    return _in_data(two), _in_data(fed)
+
+
 def _auxiliary_without_a_place() -> tuple[Program, Program]:
     def mixture(x: Tensor) -> None:
         side = pyro.sample("side", dist.Bernoulli(0.5), infer={"is_auxiliary": True})
@@ -132,10 +145,11 @@ def _auxiliary_that_feeds_nothing() -> tuple[Program, Program]:
         (model, _in_data(lambda x: pyro.sample("z", dist.Delta(x / 2)))),
         _delta_in_an_event(),
         _delta_beside_a_fed_one(),
+        _one_number_for_two(),
         _auxiliary_without_a_place(),
         _auxiliary_that_feeds_nothing(),
     ],
-    ids=["delta", "event", "fed once", "auxiliary", "idle"],
+    ids=["delta", "event", "fed once", "one for two", "auxiliary", "idle"],
 )
 def test_a_guide_without_a_density_does_not_weigh(pair: tuple[Program, Program]) -> None:
     _assert_refused(*pair, r"no density q\(z\|x\).*MAP.*pyrovae\.exact")
@@ -189,6 +203,24 @@ def test_a_simplex_is_fed_by_one_number_less() -> None:
     grid = np.linspace(0, 1, 2001)
     exact = [np.log(np.trapezoid(2 * (1 - grid) * stats.norm(grid, 1).pdf(x), grid)) for x in _x().numpy()]
     assert_allclose(torch.logsumexp(found, 0) - math.log(20_000), exact, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("support", "shape", "number"),
+    [
+        (constraints.real, (3,), 3),
+        (constraints.unit_interval, (2, 3), 6),
+        (constraints.independent(constraints.positive, 1), (2, 3), 6),
+        (constraints.simplex, (4,), 3),
+        (constraints.simplex, (5, 4), 15),
+        (constraints.corr_cholesky, (3, 3), 3),
+        (dist.constraints.sphere, (3,), 2),
+        (dist.constraints.sphere, (5, 3), 10),
+        (constraints.multinomial, (4,), None),
+    ],
+)
+def test_the_dimension_of_a_support(support: Any, shape: tuple[int, ...], number: int | None) -> None:
+    assert free_numbers(support, torch.Size(shape)) == number
 
 
 def test_a_point_in_both_programs_is_a_deterministic_place() -> None:
@@ -1092,3 +1124,136 @@ def test_booleans_are_cast_for_a_network_that_takes_floats() -> None:
     with pytest.warns(UserWarning, match="torch.bool, is cast to"):
         evidence = pv.log_marginal(model, guide, x, num_samples=500, seed=0)
     assert evidence.log_px == pytest.approx(pv.log_marginal(model, guide, x.float(), num_samples=500, seed=0).log_px)
+
+
+# -- what is observed ------------------------------------------------------------------------------------------------------
+
+
+def _computed(value: Callable[[Tensor, Tensor], Tensor], prior: Any = None) -> Program:
+    def body(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0) if prior is None else prior)
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=value(x, z))
+
+    return _in_data(body)
+
+
+@pytest.mark.parametrize("value", [lambda x, z: x - z, lambda x, z: z - x, lambda x, z: (x - z).clone()])
+def test_a_residual_is_a_density_of_the_data(value: Any) -> None:
+    for proposal in ("guide", "mixture"):
+        evidence = _score(_computed(value), guide, _x(), proposal=proposal)
+        assert (np.abs(evidence.log_px - _exact(_x())) <= 5 * evidence.se + 1e-9).all()
+    assert_allclose(pv.exact(_computed(value), guide, _x()).log_px, _exact(_x()), atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [lambda x, z: x / z, lambda x, z: x * (-z).exp(), lambda x, z: torch.asinh(x + z)])
+def test_a_value_that_a_latent_stretches_lacks_its_jacobian(value: Any) -> None:
+    program, drawn = _computed(value, dist.LogNormal(0.0, 1.0)), _drawn(lambda x: dist.LogNormal(0 * x, 1.0))
+    match = "observed at site 'x' depends on a latent by more than a shift"
+    _assert_refused(program, drawn, match)
+    for score in (pv.exact, pv.ais):
+        with pytest.raises(ValueError, match=match):
+            score(program, drawn, _x())
+
+
+def test_missing_values_drawn_as_latents_are_observed_with_the_others() -> None:
+    """Pyro's idiom of imputation: the latent takes the place of what is missing, so the rest is observed as it is."""
+
+    def program(x: Tensor, seen: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            m = pyro.sample("m", dist.Normal(0.0, 3.0))
+            pyro.sample("x", dist.Normal(a, 1.0), obs=torch.where(seen, x, m))
+
+    def drawn(x: Tensor, seen: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(torch.where(seen, x / 2, 0.0), 0.8))
+            pyro.sample("m", dist.Normal(0 * x, 1.5))
+
+    seen = torch.arange(B) % 3 > 0
+    # Where x is missing, m has the density N(m; a, 1) N(m; 0, 9) beside it: the integral over both is N(0; 0, 11).
+    wanted = np.where(seen, _exact(_x()), stats.norm(0, 11**0.5).logpdf(0.0))
+    evidence = _score(program, drawn, _x(), seen, num_samples=20_000)
+    assert (np.abs(evidence.log_px - wanted) < 5 * evidence.se + 1e-3).all()
+
+
+def test_values_of_a_latent_alone_are_a_soft_constraint() -> None:
+    def program(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("soft", dist.Normal(0.0, 1.0), obs=2 * z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    # exp(-2 z^2) tilts the prior to N(0, 1/5), with the factor (2 pi 5)^(-1/2).
+    wanted = stats.norm(0, 1.2**0.5).logpdf(_x()) - 0.5 * math.log(10 * math.pi)
+    assert_allclose(pv.exact(program, guide, _x()).log_px, wanted, atol=1e-6)
+
+
+def test_an_improper_prior_trains_and_is_not_scored() -> None:
+    def flat(x: Tensor) -> None:
+        z = pyro.sample("z", dist.ImproperUniform(torch.distributions.constraints.real, (), ()))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    learnt = _drawn(lambda x: dist.Normal(pyro.param("gain", torch.tensor(0.3)) * x, 0.8))
+    match = "prior of the latent site 'z' is improper"
+    _assert_refused(_in_data(flat), guide, match, proposals=("guide", "prior", "mixture", "refined"))
+    for score in (pv.exact, pv.ais):
+        with pytest.raises(ValueError, match=match):
+            score(_in_data(flat), guide, _x())
+    pv.fit(_in_data(flat), learnt, _x(), epochs=300, batch_size=B, lr=0.02, progress=False, seed=0)
+    assert pyro.param("gain").item() == pytest.approx(1.0, abs=0.1)  # where the likelihood is largest
+
+
+def test_draws_that_are_no_one_hot_vectors_weigh_nothing() -> None:
+    program = _one_hot(lambda: dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
+    wanted = np.log((np.array([0.2, 0.3, 0.5]) * stats.norm(np.arange(3.0), 1).pdf(_x().numpy()[:, None])).sum(-1))
+    for drawn in (
+        _drawn(lambda x: dist.Bernoulli(torch.full((len(x), 3), 0.4)).to_event(1)),
+        _drawn(lambda x: dist.Multinomial(1, torch.ones(len(x), 3))),
+        _drawn(lambda x: dist.Poisson(torch.full((len(x), 3), 0.4)).to_event(1)),
+    ):
+        for proposal in ("guide", "mixture"):
+            evidence = _score(program, drawn, _x(), num_samples=20_000, proposal=proposal)
+            assert (np.abs(evidence.log_px - wanted) < 5 * evidence.se + 1e-6).all()
+            assert evidence.reliable.all()
+
+
+def test_causes_are_named_by_what_the_user_wrote() -> None:
+    def broken(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", (x - 10).log())
+
+    _assert_refused(_in_data(broken), guide, "pyro.factor of the programs is NaN", proposals=("guide",))
+    attention, embed = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(1, 12)
+
+    def attends(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        tokens = embed(z).reshape(*z.shape[:-1], 3, 4)
+        pyro.sample("x", dist.Normal(attention(tokens, tokens, tokens)[0].mean((-1, -2)), 1.0), obs=x)
+
+    pair = _in_data(attends), _drawn(lambda x: dist.Normal(0 * x[:, None], 1.0).to_event(1))
+    with pytest.raises(ValueError, match=r"with one particle but not with 2 .*vectorize_particles=False"):  # torch asserts
+        _score(*pair, _x())
+    assert np.isfinite(_score(*pair, _x(), vectorize_particles=False).log_px).all()
+
+    def singular(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        covariance = (z > 0.5)[..., None, None] * torch.eye(2)
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), covariance), obs=x)
+
+    with pytest.raises(ValueError, match="matrix of the programs has no factorization at some values of the latents"):
+        _score(_in_data(singular), _drawn(lambda x: dist.Normal(2.0 + 0 * x[:, 0], 1.0)), torch.zeros(3, 2))
+
+    def classes(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.OrderedLogistic(z, torch.tensor([-1.0, 1.0])), obs=x)
+
+    with pytest.raises(ValueError, match="number the classes from 0 to 2 in them"):
+        _score(_in_data(classes), _drawn(lambda x: dist.Normal(0.0 * x, 1.0)), torch.tensor([0, 1, 3]))
+
+    def counts(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Poisson(2.0)), 1.0), obs=x)
+
+    pair = _in_data(counts), _drawn(lambda x: dist.Poisson(torch.full_like(x, 2.0)))
+    for method in ("auto", "enumerate"):  # neither sends to a method that refuses it too
+        with pytest.raises(ValueError, match=r"log_marginal( with draws of the guide)?\.$"):
+            pv.exact(*pair, _x(), method=method)

@@ -197,6 +197,7 @@ def test_a_run_of_a_file_names_the_file_alone(tmp_path: Path):
         "root": "data",
         "download": False,
         "test_fraction": 0.2,
+        "missing": False,
     }
     assert read_run(path) == run
     assert tomllib.loads(write_run(Run()))["data"]["name"] == "digits"

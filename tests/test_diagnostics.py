@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pairs import LinearGaussian, nested_plates_pair, two_latents_pair
 from scipy.special import logsumexp
 from scipy.stats import norm
@@ -200,8 +201,22 @@ def test_shared_parameters_belong_to_both_and_the_pair_is_left_as_it_was():
     assert max(map(len, str(result).splitlines())) <= 80
     dataset = result.to_dataset()
     assert dataset["snr"].sel(estimator="stl", parameters="guide").item() == result.snr[1, 1]
-    figure = result.plot()
-    assert len(figure.axes) == 3
+    axes = result.plot()
+    labels = [ax.get_xlabel() for ax in axes]
+    assert [any(word in label for label in labels) for word in ("bound", "bias", "one gradient", "second")] == [True] * 4
+    assert len(axes[0].figure.axes) == 4
+    given = Figure().subplots(2, 2)
+    assert list(result.plot(given)) == list(given.ravel())
+    with pytest.raises(ValueError, match="ax must be 4 axes, got 1"):
+        result.plot(Figure().subplots())
+
+
+def test_each_estimator_has_a_name_of_its_own():
+    pair, table = Scalar(), {"kind": "iwae", "num_particles": 2}
+    specs = ["elbo", table, pv.estimators.IWAE(3), "elbo"]
+    result = compare_estimators(pair.model, pair.guide, torch.tensor([1.0]), specs, num_draws=10, reference="elbo")
+    assert result.names == ["elbo", "iwae", "IWAE", "elbo'"]
+    assert result.num_particles.tolist() == [1, 2, 3, 1]
 
 
 def test_what_does_not_fit_is_refused():

@@ -16,7 +16,7 @@ import pytest
 import pyrovae
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "pyrovae").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "pyrovae").rglob("*.md")])
 # Where CONTRIBUTING.md says that each example belongs, and how many lines the example may have.
 EXAMPLES = {
     "prior": ("priors.py", "Logistic", 15),

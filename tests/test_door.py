@@ -639,3 +639,29 @@ def test_a_map_dataset_is_read_in_order_and_labels_are_left_out() -> None:
 
     scored = pv.log_marginal(model, guide, Images(), num_samples=5)
     np.testing.assert_allclose(scored.log_px, truth(X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("data", [3.0, np.float64(2.0), DataLoader(ROWS, batch_size=None)], ids=["float", "numpy", "loader"])
+def test_a_single_number_is_no_data(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"one entry per datum along their first dimension, got a single number"):
+        pv.log_marginal(model, guide, data, num_samples=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_data_take_the_type_of_a_network_in_float64(dtype: torch.dtype) -> None:
+    net = nn.Linear(1, 1).double()
+
+    def encoder(x: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(x / 2 + 0 * net(x[:, None])[:, 0], math.sqrt(0.5)))
+
+    scored = pv.log_marginal(model, encoder, X.to(dtype), num_samples=5)
+    np.testing.assert_allclose(scored.log_px, truth(X.to(dtype).double()), rtol=1e-12)
+    pv.fit(model, encoder, X.to(dtype), epochs=1, progress=False)
+
+
+def test_booleans_under_a_density_are_numbers() -> None:
+    with pytest.warns(UserWarning, match="torch.bool, is cast to"):
+        scored = pv.log_marginal(model, guide, X > 0, num_samples=5)
+    np.testing.assert_allclose(scored.log_px, truth((X > 0).double()), rtol=1e-5)

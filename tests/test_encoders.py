@@ -235,21 +235,24 @@ def test_any_module_encodes_when_the_features_are_counted() -> None:
     [
         (
             lambda: DiagonalNormal(nn.Linear(3, 6), 2),
-            "Linear does not say its out_shape: pass num_features=... to DiagonalNormal.",
+            "The body must have an attribute out_shape, got a Linear without: pass num_features=... to DiagonalNormal.",
         ),
         (lambda: DiagonalNormal(MLP(3, [6]), 0), "latent_dim must be a positive integer, got 0."),
         (lambda: FullCovarianceNormal(MLP(3, [6]), 1.5), "latent_dim must be a positive integer, got 1.5."),
-        (lambda: Flow(MLP(3, [6]), 2, family="maf"), "family is one of 'iaf', 'coupling', 'nsf', not 'maf'."),
+        (lambda: Flow(MLP(3, [6]), 2, family="maf"), "There is no family 'maf'; choose one of coupling, iaf, nsf."),
         (
             lambda: Flow(MLP(3, [6]), 2, base="power_spherical"),
-            "A flow moves all real vectors, and 'power_spherical' does not live there: choose another base.",
+            "base must be an encoder on all real vectors, got 'power_spherical': choose 'diagonal_normal', say.",
         ),
         (lambda: Flow(MLP(3, [6]), 2, base="diagonal"), "There is no encoder 'diagonal'; did you mean 'diagonal_normal'?"),
         (lambda: LowRankNormal(MLP(3, [6]), 2, rank=0), "rank must be a positive integer, got 0."),
         (lambda: Mixture(MLP(3, [6]), 2, components=0), "components must be a positive integer, got 0."),
         (lambda: RelaxedOneHot(MLP(3, [6]), 2, temperature=0), "temperature must be a positive number, got 0."),
-        (lambda: PowerSpherical(MLP(3, [6]), 1), "A sphere needs at least two dimensions, not 1: raise latent_dim."),
-        (lambda: DiagonalNormal(MLP(3, [6]), 2, num_features=5), "MLP gives 6 features, not 5: leave num_features out."),
+        (lambda: PowerSpherical(MLP(3, [6]), 1), "latent_dim must be at least 2 for a sphere, got 1: raise it."),
+        (
+            lambda: DiagonalNormal(MLP(3, [6]), 2, num_features=5),
+            "num_features must be 6, as out_shape of MLP says, got 5: leave it out.",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(make: Callable[[], object], message: str) -> None:

@@ -1207,6 +1207,24 @@ def test_the_analytic_kl_leaves_the_bound_and_its_gradient_where_they_are(order:
         assert abs(ours[name].mean() - plain[name].mean()) < 4 * error, name
 
 
+def test_the_gradient_of_an_analytic_kl_has_no_noise() -> None:
+    # The likelihood does not depend on z, so that the KL is all that the parameters change.
+    loc, scale = (torch.tensor(values, requires_grad=True) for values in ([0.3, -1.2, 2.0], [0.5, 2.0, 1.0]))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale))
+
+    est.ELBO(2, kl="analytic").differentiable_loss(model, guide, torch.zeros(3)).backward()
+    torch.testing.assert_close(loc.grad, loc.detach())
+    torch.testing.assert_close(scale.grad, (scale - 1 / scale).detach())
+
+
 # --- Under Pyro: its own gradient tests in our words ---------------------------------------------------------------------
 
 

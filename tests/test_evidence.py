@@ -194,6 +194,8 @@ def test_reliability_threshold_is_the_papers():
     khat = np.array([0.69, 0.71, -math.inf, math.inf, math.nan])
     assert made(-np.ones(5), khat=khat).reliable.tolist() == [True, False, True, False, False]
     assert not made(-np.ones(5), khat=khat * math.nan, num_samples=10).reliable.any()
+    assert [made([-1.0], num_samples=size).khat_threshold for size in (1, 24)] == [-math.inf] * 2
+    assert made([-1.0], num_samples=25).khat_threshold == pytest.approx(1 - 1 / math.log10(25))
 
 
 def test_numbers_over_data():
@@ -503,6 +505,8 @@ ITSELF = {
     "masked": lambda z, x: (dist.Gamma(z.exp(), 1.0).mask(torch.ones(len(x), dtype=torch.bool)), x),
     "double": lambda z, x: (dist.Normal(z.double(), 1.0), x.double()),
     "turned": lambda z, x: (dist.Normal(-z, 1.0), -x),
+    "shifted": lambda z, x: (dist.Normal(z, 1.0), x - 2),
+    "residual": lambda z, x: (dist.Normal(0.0, 1.0), x - z),
 }
 
 
@@ -513,6 +517,7 @@ ITSELF = {
         lambda z, x: (dist.Normal(z, 1.0), x / 255),
         lambda z, x: (dist.Gamma(z.exp(), 1.0), (x - 0.4) * 2),
         lambda z, x: (dist.Normal(z, 1.0), (x - 1.75) / 0.9),
+        lambda z, x: (dist.Normal(z, 1.0), x.round()),
     ],
 )
 def test_a_density_of_other_values_is_not_ranked(change):

@@ -396,13 +396,13 @@ def _parts() -> SimpleNamespace:
         (lambda p: _small(latent_dims=[3, 0]), "Each of latent_dims must be a positive integer, got 0."),
         (
             lambda p: _small(guide="ladder", encoder="full_covariance_normal"),
-            "A ladder multiplies diagonal normals, and the guide has a FullCovarianceNormal: choose 'diagonal_normal' there, "
-            "or a 'structured' guide.",
+            "The encoders of the guide must be diagonal normals for a ladder, got a FullCovarianceNormal: choose "
+            "'diagonal_normal' there, or a 'structured' guide.",
         ),
         (
             lambda p: _small(guide="ladder", layer="full_covariance_normal"),
-            "A ladder multiplies diagonal normals, and the model has a FullCovarianceNormal: choose 'diagonal_normal' there, "
-            "or a 'structured' guide.",
+            "The encoders of the model must be diagonal normals for a ladder, got a FullCovarianceNormal: choose "
+            "'diagonal_normal' there, or a 'structured' guide.",
         ),
         (
             lambda p: _small(prior=StandardNormal(5)),

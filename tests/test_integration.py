@@ -10,10 +10,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pairs import LinearGaussian, counts_pair, curved_pair, nested_plates_pair, switches_pair
+from pyrovae.evidence.rounding import log_joint_rounding
 from scipy import integrate, stats
 from scipy.special import logsumexp
 
 import pyrovae as pv
+from pyrovae.programs.unconstrained import UnconstrainedPair
 
 
 @pytest.mark.usefixtures("float64")
@@ -25,6 +27,25 @@ def test_linear_gaussian_pairs_have_a_closed_form():
     np.testing.assert_allclose(evidence.log_px, pair.log_px(x), atol=1e-10)
     assert evidence.se.max() < 1e-11, "rounding alone"
     assert evidence.reliable.all()
+
+
+@pytest.mark.usefixtures("float64")
+def test_programs_that_take_no_particles_are_linear_gaussian_one_by_one():
+    pair = LinearGaussian(latent_dim=2, data_dim=3)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = (z @ pair.weight.T + pair.bias).reshape(len(x), 3)
+            pyro.sample("x", dist.Normal(loc, pair.noise).to_event(1), obs=x)
+
+    x = pair.sample(5)
+    evidence, together = pv.exact(model, pair.guide, x, vectorize_particles=False), pv.exact(pair.model, pair.guide, x)
+    assert evidence.method == "exact, linear-Gaussian"
+    np.testing.assert_allclose(evidence.log_px, pair.log_px(x), atol=1e-10)
+    np.testing.assert_allclose(evidence.se, together.se, rtol=0.5)
+    with pytest.raises(ValueError, match="vectorize_particles=False"):
+        pv.exact(model, pair.guide, x)
 
 
 @pytest.mark.usefixtures("float64")
@@ -123,6 +144,51 @@ def test_discrete_latents_in_plates_are_summed():
         evidence = pv.exact(pair.model, pair.guide, x, vectorize_particles=vectorize)
         assert (evidence.method, evidence.num_samples) == ("exact, by enumeration", 3 * 2 * 2)
         np.testing.assert_allclose(evidence.log_px, pair.log_px(x), atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_discrete_latents_of_programs_that_take_no_particles_are_summed_one_by_one():
+    means = torch.tensor([-1.0, 0.5, 2.0])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.2, 0.5, 0.3])))
+            pyro.sample("x", dist.Normal(means[c].reshape(len(x)), 0.8), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Categorical(torch.ones(len(x), 3)))
+
+    x = torch.randn(5)
+    evidence = pv.exact(model, guide, x, vectorize_particles=False)
+    each = stats.norm(means.numpy(), 0.8).logpdf(x.numpy()[:, None])
+    np.testing.assert_allclose(evidence.log_px, logsumexp(each, axis=1, b=[0.2, 0.5, 0.3]), rtol=1e-12)
+    with pytest.raises(ValueError, match="vectorize_particles=False"):
+        pv.exact(model, guide, x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_rounding_of_a_log_joint_is_its_formula():
+    scale, shift = 0.4, torch.tensor([1.0, -20.0, 3.0])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None] * shift, scale).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+
+    x, z = torch.randn(4, 3), torch.randn(1, 4)
+    inner = UnconstrainedPair(model, guide, (x,))
+    found = log_joint_rounding(inner.model_trace(z[..., None])[0], inner.data, 1, inner.nesting)
+    expected = torch.zeros(1, 4)
+    for value, loc, spread in ((z[..., None], torch.zeros(1), 1.0), (x, z[..., None] * shift, scale)):
+        log_prob = torch.distributions.Normal(loc, spread).log_prob(value)
+        terms = log_prob.abs() + ((value - loc) / spread**2 * value).abs()
+        expected += log_prob.sum(-1).abs() + 2 * terms.square().sum(-1).sqrt()
+    torch.testing.assert_close(found, torch.finfo(torch.float64).eps * expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.usefixtures("float64")

@@ -324,7 +324,7 @@ def test_extreme_logits_stay_finite() -> None:
     [
         (
             lambda: Normal(_decoder(), scale="learned"),
-            'scale is a positive number, "shared", "per_dimension", "decoder" or "optimal", not \'learned\'.',
+            'scale must be a positive number, "shared", "per_dimension", "decoder" or "optimal", got \'learned\'.',
         ),
         (lambda: Normal(_decoder(), scale=0.0), "A fixed scale must be a positive number, got 0.0."),
         (lambda: Normal(_decoder(), scale=-1), "A fixed scale must be a positive number, got -1."),
@@ -337,28 +337,31 @@ def test_extreme_logits_stay_finite() -> None:
         (lambda: Binomial(_decoder(), "16"), "total_count must be a positive integer, got '16'."),
         (
             lambda: Bernoulli(nn.Linear(4, 6)),
-            "Linear does not say its out_shape: pass event_shape=... to Bernoulli.",
+            "The decoder must have an attribute out_shape, got a Linear without: pass event_shape=... to Bernoulli.",
         ),
         (
             lambda: Bernoulli(MLP(4, [], 6), event_shape=(2, 3)),
-            "Bernoulli takes 1 parameter(s) per dimension, so its decoder's out_shape must be (2, 3), not (6,).",
+            "out_shape of the decoder of Bernoulli must be (2, 3), with 1 parameter(s) per dimension, got (6,): build the "
+            "decoder for that shape.",
         ),
         (
             lambda: Normal(MLP(4, [], (3, 6)), scale="decoder"),
-            "Normal takes 2 parameter(s) per dimension, so its decoder's out_shape must be (2, 6), not (3, 6).",
+            "out_shape of the decoder of Normal must be (2, 6), with 2 parameter(s) per dimension, got (3, 6): build the "
+            "decoder for that shape.",
         ),
         (
             lambda: Normal(MLP(4, [], 2), scale="decoder"),
-            "Normal takes 2 parameter(s) per dimension, so its decoder's out_shape must be (2, ...), not (2,).",
+            "out_shape of the decoder of Normal must be (2, ...), with 2 parameter(s) per dimension, got (2,): build the "
+            "decoder for that shape.",
         ),
         (
             lambda: Bernoulli(nn.Linear(4, 6), event_shape=(2, 3))(torch.zeros(5, 4)),
-            "The decoder of Bernoulli gave a tensor of shape (5, 6), which must end in (2, 3): reshape its output, or change "
-            "event_shape.",
+            "The output of the decoder of Bernoulli must end in shape (2, 3), got a tensor of shape (5, 6): reshape it, or "
+            "change event_shape.",
         ),
         (
             lambda: Normal(nn.Linear(4, 6), event_shape=6, scale="decoder")(torch.zeros(5, 4)),
-            "The decoder of Normal gave a tensor of shape (5, 6), which must end in (2, 6): reshape its output, or change "
+            "The output of the decoder of Normal must end in shape (2, 6), got a tensor of shape (5, 6): reshape it, or change "
             "event_shape.",
         ),
     ],
@@ -677,75 +680,83 @@ def test_dequantised_levels_lie_inside_their_bin(dtype: torch.dtype) -> None:
     [
         (
             lambda: Laplace(_decoder(), scale="optimal"),
-            'scale is a positive number, "shared", "per_dimension" or "decoder", not \'optimal\'.',
+            'scale must be a positive number, "shared", "per_dimension" or "decoder", got \'optimal\'.',
         ),
-        (lambda: StudentT(_decoder(), df=1), 'df is a number above 1, where a mean exists, or "shared", not 1.'),
+        (lambda: StudentT(_decoder(), df=1), 'df must be a number above 1, so that a mean exists, or "shared", got 1.'),
         (
             lambda: StudentT(_decoder(), df="decoder"),
-            "df is a number above 1, where a mean exists, or \"shared\", not 'decoder'.",
+            "df must be a number above 1, so that a mean exists, or \"shared\", got 'decoder'.",
         ),
         (lambda: BetaBinomial(_decoder(2), 0), "total_count must be a positive integer, got 0."),
         (
             lambda: Beta(MLP(4, [], (3, 6))),
-            "Beta takes 2 parameter(s) per dimension, so its decoder's out_shape must be (2, 6), not (3, 6).",
+            "out_shape of the decoder of Beta must be (2, 6), with 2 parameter(s) per dimension, got (3, 6): build the "
+            "decoder for that shape.",
         ),
-        (lambda: Categorical(_decoder(5), num_levels=1), "num_levels is an integer from 2 on, not 1."),
+        (lambda: Categorical(_decoder(5), num_levels=1), "num_levels must be an integer of at least 2, got 1."),
         (
             lambda: Categorical(_decoder(5)),
-            "Categorical takes 256 parameter(s) per dimension, so its decoder's out_shape must be (256, 2, 3), not (5, 2, 3).",
+            "out_shape of the decoder of Categorical must be (256, 2, 3), with 256 parameter(s) per dimension, got (5, 2, 3): "
+            "build the decoder for that shape.",
         ),
         (lambda: DiscretizedLogistic(_decoder(2), components=0), "components must be a positive integer, got 0."),
         (
             lambda: DiscretizedLogistic(_decoder(2), components=2),
-            "DiscretizedLogistic takes 6 parameter(s) per dimension, so its decoder's out_shape must be (6, 2, 3), not "
-            "(2, 2, 3).",
+            "out_shape of the decoder of DiscretizedLogistic must be (6, 2, 3), with 6 parameter(s) per dimension, got "
+            "(2, 2, 3): build the decoder for that shape.",
         ),
         (
             lambda: NegativeBinomial(_decoder(), dispersion="optimal"),
-            'dispersion is a positive number, "shared", "per_dimension" or "decoder", not \'optimal\'.',
+            'dispersion must be a positive number, "shared", "per_dimension" or "decoder", got \'optimal\'.',
         ),
         (lambda: NegativeBinomial(_decoder(), dispersion=0), "A fixed dispersion must be a positive number, got 0."),
-        (lambda: NegativeBinomial(_decoder(), library="sum"), "library is a positive number, \"total\" or None, not 'sum'."),
+        (
+            lambda: NegativeBinomial(_decoder(), library="sum"),
+            "library must be a positive number, \"total\" or None, got 'sum'.",
+        ),
         (
             lambda: ZeroInflatedNegativeBinomial(_decoder(2), library=-3.0),
             "A fixed library must be a positive number, got -3.0.",
         ),
         (
             lambda: Dequantized(_decoder(), "bernoulli"),
-            "Bernoulli is a likelihood of discrete data, which need no noise: use it as it is, or dequantise for a continuous "
-            'one such as "normal".',
+            "The likelihood within Dequantized must be continuous, got Bernoulli: use that without Dequantized, or choose a "
+            'continuous one such as "normal".',
         ),
         (lambda: Dequantized(_decoder(), "nomal"), "There is no likelihood 'nomal'; did you mean 'normal'?"),
         (
             lambda: Dequantized(_decoder(), {"scale": 1}),
-            "A likelihood within another is a name or a table with its kind = \"normal\" or the like, not {'scale': 1}.",
+            'A likelihood within another must be a name or a table such as {"kind": "normal"}, got {\'scale\': 1}.',
         ),
         (
             lambda: Mixed(MLP(4, [], 3), [([0, 1], "normal"), ([2], "beta")]),
-            "The parts of Mixed take 4 parameters together, so its decoder's out_shape must be (4,), not (3,).",
+            "out_shape of the decoder of Mixed must be (4,), the parameters of all parts, got (3,): build the decoder for that "
+            "shape.",
         ),
         (
             lambda: Mixed(nn.Linear(4, 3), [([0, 1], "normal"), ([2], "beta")])(torch.zeros(2, 4)),
-            "The decoder of Mixed gave a tensor of shape (2, 3), which must end in (4,): change its last layer, or the parts.",
+            "The output of the decoder of Mixed must end in shape (4,), got a tensor of shape (2, 3): change its last layer, "
+            "or the parts.",
         ),
         (
             lambda: Mixed(MLP(4, [], 3), [([0, 1], "normal"), ([1], "normal")]),
-            "The parts of Mixed must share out the columns 0, 1, ... once each, but they hold [0, 1, 1]: write parts = "
+            "The parts of Mixed must contain each of the columns 0, 1, ... once, got [0, 1, 1]: write parts = "
             '[[[0, 2], "normal"], [[1], {"kind": "bernoulli"}]], for example.',
         ),
         (
             lambda: Mixed(MLP(4, [], 3), "normal"),
-            "The parts of Mixed are pairs of columns and a likelihood, not 'normal': write parts = "
+            "The parts of Mixed must be pairs of columns and a likelihood, got 'normal': write parts = "
             '[[[0, 2], "normal"], [[1], {"kind": "bernoulli"}]], for example.',
         ),
         (
             lambda: Mixed(MLP(4, [], 3), [(0, "normal")]),
-            "The columns of a part of Mixed are a list of integers, not 0: write parts = "
+            "The columns of a part of Mixed must be a list of integers, got 0: write parts = "
             '[[[0, 2], "normal"], [[1], {"kind": "bernoulli"}]], for example.',
         ),
         (
             lambda: make_vae(4, latent_dim=2, likelihood={"kind": "mixed", "parts": [[[0, 1], "normal"]]}),
-            "The parts of Mixed share out 2 columns, but a datum has shape (4,).",
+            "A datum of Mixed must have shape (2,), as many columns as its parts, got (4,): change the parts, or flatten the "
+            "data.",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
@@ -293,6 +294,29 @@ def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, threads: int, m
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_value_that_a_graph_froze_is_found_at_the_second_group(monkeypatch: pytest.MonkeyPatch):
+    # In the first group all data are equal, so that nothing but other data shows that the graph has theirs as constants.
+    monkeypatch.setattr(graph, "_inductor", lambda module, *args: module)
+    monkeypatch.setattr(planning, "GROUP", 4)
+    monkeypatch.setattr(sampler, "CHUNKS_TO_RECHECK", 1)
+
+    def model(x: torch.Tensor) -> None:
+        frozen = torch.tensor(list((ctypes.c_double * len(x)).from_address(x.data_ptr())))  # past torch
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + frozen / 2, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 4, math.sqrt(0.5)))
+
+    x = torch.tensor([1.0, 3.0]).repeat_interleave(4)
+    with pytest.warns(RuntimeWarning, match="from datum 4 on"):
+        scored = log_marginal(model, guide, x, num_samples=50, compile=True, seed=0)
+    np.testing.assert_allclose(scored.log_px, stats.norm(x.numpy() / 2, math.sqrt(2)).logpdf(x.numpy()), rtol=1e-12)
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_chunks_grow_as_wide_values_go(loaded: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(graph, "_inductor", lambda module, inputs, rounded, apart: module)
@@ -499,6 +523,15 @@ def test_a_target_error_resumes_and_compiles_to_the_same_numbers(tmp_path: Path,
     _equal(whole, compiled, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("proposal", ["guide", "prior"])
+def test_only_a_mixture_stops_at_whole_shares(proposal: str):
+    # 5003 is a prime: a mixture of it has whole shares at the end alone.
+    pair = LinearGaussian(spread=1.0)
+    scored = log_marginal(pair.model, pair.guide, pair.sample(3), num_samples=5003, target_se=10.0, proposal=proposal, seed=0)
+    assert scored.samples_drawn.tolist() == [250] * 3
+
+
 def test_the_shapes_of_a_target_are_few():
     looks = planning.stopping_checks(100_000, 0.01, 1)
     assert looks == [250, 500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 100000]
@@ -687,6 +720,26 @@ def test_a_guide_that_covers_the_posterior_is_not_said_to_miss_anything(latent_d
     assert scored.missed is not None
     assert not scored._blind.any()
     assert scored.missed.mean() < 0.002
+
+
+@pytest.mark.usefixtures("float64")
+def test_what_shows_what_was_missed_is_drawn_independently_of_the_estimate():
+    # The guide is the prior: from one random stream the draws that check the estimate would be those that made it.
+    values: dict[int, list[torch.Tensor]] = {}
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            values.setdefault(z.numel(), []).append(z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    log_marginal(model, guide, torch.linspace(-2, 2, 20), num_samples=640, seed=0, compile=False)
+    made, checking = values[640 * 20][-1], values[20 * 20][-1]
+    assert not torch.isin(checking, made).any()
 
 
 def test_a_guide_without_a_density_at_other_draws_is_said_not_to_be_checked():
@@ -913,3 +966,25 @@ def test_constant_weights_of_the_prior_are_no_proof():
         for parameter in vae.likelihood.parameters():
             parameter.zero_()
     assert vae.log_marginal(torch.zeros(4, 6), num_samples=2000, proposal="prior", seed=0).reliable.all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_term_that_rounds_well_by_chance_is_seen_at_its_neighbours(seed: int):
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 3.0))
+            pyro.sample("x", dist.Poisson((z + 10).exp()), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + 1).log() - 10, 1.5 * (x + 1) ** -0.5))
+
+    x = torch.tensor([20.0, 1e6])  # of a million counts, the log-density near -10 is a difference of numbers near 1e7
+    torch.manual_seed(seed)
+    scored = log_marginal(model, guide, x, num_samples=1000, seed=seed)
+    assert scored.reliable.tolist() == [True, False]
+    assert "score in float64" in scored.summary()
+    wide = log_marginal(model, guide, x.double(), num_samples=1000, seed=seed)
+    truth = pv.exact(model, guide, x.double()).log_px
+    assert wide.reliable.all()
+    assert (np.abs(wide.log_px - truth) < 5 * wide.se).all()

@@ -175,10 +175,9 @@ def test_every_activation_is_elementwise_and_named_as_in_torch(name: str) -> Non
 
 
 ONE_CHANNEL = (
-    "A convolutional body takes images (channels, height, width), not shape (28, 20): "
-    "write (1, 28, 20) for images of one channel."
+    "The shape of images must be (channels, height, width), got (28, 20): write (1, 28, 20) for images of one channel."
 )
-NO_IMAGE = "A convolutional body takes images (channels, height, width), not shape (784,): use an MLP."
+NO_IMAGE = "The shape of images must be (channels, height, width), got (784,): use an MLP."
 
 
 @pytest.mark.parametrize(
@@ -196,22 +195,31 @@ NO_IMAGE = "A convolutional body takes images (channels, height, width), not sha
         (lambda: ConvEncoder(784), NO_IMAGE),
         (lambda: ConvDecoder(2, 784), NO_IMAGE),
         (lambda: ConvDecoder(2, (28, 20)), ONE_CHANNEL),
-        (lambda: ConvEncoder((1, 8, 8), [2] * 4), "An image of 8 x 8 cannot be halved 4 times: use fewer layers."),
+        (
+            lambda: ConvEncoder((1, 8, 8), [2] * 4),
+            "An image must be at least 16 x 16 to be halved 4 times, got 8 x 8: use fewer layers.",
+        ),
         (
             lambda: ConvDecoder(2, (1, 8, 8), []),
-            "ConvDecoder needs at least one hidden layer of channels: hidden=[32, 64], for example.",
+            "hidden of ConvDecoder must have one number of channels or more, got []: pass hidden=[32, 64], say.",
         ),
-        (lambda: ConvDecoder((2, 2), (1, 8, 8)), "ConvDecoder takes a latent vector, not events of shape (2, 2)."),
+        (
+            lambda: ConvDecoder((2, 2), (1, 8, 8)),
+            "in_shape of ConvDecoder must have one dimension, got (2, 2): pass the length of the latent.",
+        ),
         (lambda: ResNetEncoder((1, 8, 8), [2], blocks=0), "blocks must be a positive integer, got 0."),
-        (lambda: ResNetDecoder((2, 2), (1, 8, 8)), "ResNetDecoder takes a latent vector, not events of shape (2, 2)."),
+        (
+            lambda: ResNetDecoder((2, 2), (1, 8, 8)),
+            "in_shape of ResNetDecoder must have one dimension, got (2, 2): pass the length of the latent.",
+        ),
         (
             lambda: MLP(3, [4])(torch.zeros(5, 4)),
-            "MLP takes events of shape (3,), but got a tensor of shape (5, 4): reshape it, or build the network for "
-            "that shape.",
+            "The input of MLP must end in shape (3,), got a tensor of shape (5, 4): reshape it, or build the network for that "
+            "shape.",
         ),
         (
             lambda: ConvEncoder((1, 8, 8))(torch.zeros(5, 8, 8)),
-            "ConvEncoder takes events of shape (1, 8, 8), but got a tensor of shape (5, 8, 8): reshape it, or build the "
+            "The input of ConvEncoder must end in shape (1, 8, 8), got a tensor of shape (5, 8, 8): reshape it, or build the "
             "network for that shape.",
         ),
     ],

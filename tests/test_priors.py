@@ -346,7 +346,7 @@ def test_particles_stand_on_the_left(kind: str, name: str) -> None:
     [(prior, encoder) for prior in names("prior") for encoder in names("encoder") if (prior, encoder) not in COMBINATIONS],
 )
 def test_laws_on_different_sets_are_refused(prior: str, encoder: str) -> None:
-    with pytest.raises(ValueError, match=r"^The prior \w+ is a distribution on .*so their densities do not compare") as caught:
+    with pytest.raises(ValueError, match=r"^The prior \w+ is a distribution on .*densities cannot be compared") as caught:
         make_vae(6, latent_dim=3, hidden=[8], prior=spec("prior", prior), encoder=spec("encoder", encoder))
     assert "\n" not in str(caught.value)
     assert encoder_for(prior) in str(caught.value)
@@ -355,28 +355,31 @@ def test_laws_on_different_sets_are_refused(prior: str, encoder: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Vamp(2, 3, components=2)(), "A Vamp prior mixes an encoder's posteriors: build a VAE with it, or call its "),
+        (lambda: Vamp(2, 3, components=2)(), "A Vamp prior must have an encoder, got none: build a VAE with it, or call bind"),
         (lambda: Vamp(2, 3, components=0), "components must be a positive integer, got 0."),
         (lambda: Mixture(2, components=-1), "components must be a positive integer, got -1."),
-        (lambda: Vamp(2, 7).bind(_encoder()), "The pseudo-inputs have shape (7,), but the encoder takes (3,): build the prior"),
-        (lambda: _vamp_vae().prior.bind(_encoder()), "This Vamp prior has the encoder of another VAE"),
+        (
+            lambda: Vamp(2, 7).bind(_encoder()),
+            "data_shape of the Vamp prior must be that of the encoder, (3,), got (7,): build the prior with data_shape=(3,).",
+        ),
+        (lambda: _vamp_vae().prior.bind(_encoder()), "A Vamp prior must belong to one VAE, got the encoder of a second one: "),
         (
             lambda: _vamp_vae().prior.from_data(torch.zeros(5, 5)),
-            "The 6 pseudo-inputs cannot be drawn from data of shape (5, 5)",
+            "x must hold at least 6 data of shape (5,), got a tensor of shape (5, 5): pass more data",
         ),
         (
             lambda: _vamp_vae().prior.from_data(torch.zeros(9, 4)),
-            "The 6 pseudo-inputs cannot be drawn from data of shape (9, 4)",
+            "x must hold at least 6 data of shape (5,), got a tensor of shape (9, 4): pass more data",
         ),
         (
             lambda: _vamp_vae().prior.from_data(torch.full((6, 5), 1.5)),
-            "Pseudo-inputs stay between 0 and 1, but the data range from 1.5 to 1.5: build the Vamp prior with squash=False.",
+            "x must lie between 0 and 1, got values from 1.5 to 1.5: build the Vamp prior with squash=False.",
         ),
-        (lambda: Flow(2, "glow"), "family is one of 'coupling', 'maf', 'nsf', not 'glow'."),
+        (lambda: Flow(2, "glow"), "There is no family 'glow'; choose one of coupling, maf, nsf."),
         (lambda: Flow(2, depth=0), "depth must be a positive integer, got 0."),
         (lambda: Laplace(2, scale=0.0), "scale must be a positive number, got 0.0."),
         (lambda: StudentT(2, df=-1), "df must be a positive number, got -1."),
-        (lambda: find("prior", "hypersphere_uniform")(1), "A sphere needs at least two dimensions, not 1: raise latent_dim."),
+        (lambda: find("prior", "hypersphere_uniform")(1), "latent_dim must be at least 2 for a sphere, got 1: raise it."),
     ],
 )
 def test_mistakes_get_one_sentence(make: Callable[[], object], message: str) -> None:

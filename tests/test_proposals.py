@@ -14,7 +14,7 @@ from scipy import optimize
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae.evidence.proposals import mixture_draws, prior_count
+from pyrovae.evidence.proposals import Probe, missed_nats, mixture_draws, prior_count
 from pyrovae.programs.log_weights import log_weights, prior_weights
 from pyrovae.programs.unconstrained import UnconstrainedPair
 
@@ -368,3 +368,21 @@ def test_the_iwae_objective_is_maximised_where_its_bound_is():
     refinement = pv.refine(model, guide, torch.ones(800), steps=600, objective="iwae", num_particles=2, lr=0.05, seed=0)
     found = np.array([refinement.loc[:, 0, 0].mean(), np.log(refinement.scale_tril[:, 0, 0, 0]).mean()])
     np.testing.assert_allclose(found, best, atol=0.02)
+
+
+@pytest.mark.usefixtures("float64")
+def test_what_was_missed_is_its_formula():
+    # Nothing beyond; one beyond, which is left out; three beyond and a NaN; one that the proposal never draws.
+    largest, log_px, margin = torch.tensor([5.0, 1.0, -1.0, 2.0]), torch.tensor([0.3, -2.0, 1.5, -0.7]), 0.1
+    log_likelihood = torch.randn(6, 4)
+    log_weights = largest - 3 + torch.rand(6, 4)
+    log_weights[0, 0] = 5.05  # equal to the largest within the margin
+    log_weights[2, 1] = 1.2
+    log_weights[[0, 3, 5], 2], log_weights[4, 2] = torch.tensor([0.0, 7.0, -0.8]), math.nan
+    log_weights[1, 3] = math.inf
+    kept = [[], [], sorted(log_likelihood[[0, 3, 4, 5], 2].tolist())[:-1], [float(log_likelihood[1, 3])]]
+    expected = [
+        math.log1p(sum(map(math.exp, terms)) / 6 / math.exp(mean)) for terms, mean in zip(kept, log_px.tolist(), strict=True)
+    ]
+    found = missed_nats(Probe(log_likelihood, log_weights), largest, log_px, margin)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

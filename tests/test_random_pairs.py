@@ -1,4 +1,4 @@
-"""Ten of the random pairs that `python tests/random_pairs.py` judges by the thousand, and a check of their truth."""
+"""Twelve of the random pairs that `python tests/random_pairs.py` judges by the thousand, and a check of their truth."""
 
 import math
 
@@ -9,13 +9,13 @@ import torch
 
 
 # Each was wrong, refused or crashed in a way of its own before the checks at the door.
-@pytest.mark.parametrize("seed", [15, 21, 22, 36, 56, 106, 180, 1384, 1515, 2434])
+@pytest.mark.parametrize("seed", [15, 21, 22, 36, 46, 48, 56, 106, 180, 1384, 1515, 2434])
 def test_no_wrong_number_is_called_reliable_and_no_sound_pair_is_refused(seed):
     wrong = [record for record in random_pairs.judge(seed) if "violation" in record]
     assert not wrong, f"python tests/random_pairs.py --first {seed} --pairs 1: {wrong}"
 
 
-@pytest.mark.parametrize("seed", [1, 3, 5])
+@pytest.mark.parametrize("seed", [2, 3, 5])
 def test_the_truth_is_what_a_million_draws_of_the_prior_say(seed):
     case = random_pairs.make_case(seed, num_data=2)
     torch.manual_seed(0)
@@ -45,4 +45,4 @@ def test_a_reliable_wrong_number_would_be_seen(monkeypatch):
         return case
 
     monkeypatch.setattr(random_pairs, "make_case", off_by_one)
-    assert any(record.get("violation") == "reliable and wrong" for record in random_pairs.judge(1))
+    assert any(record.get("violation") == "reliable and wrong" for record in random_pairs.judge(3))

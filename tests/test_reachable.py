@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae.programs.reachable import changed, changed_numbers, outermost_modules, python_state, reachable
+from pyrovae.programs.reachable import changed, changed_numbers, outermost_modules, parameters_of, python_state, reachable
 
 LEVEL = 1.0
 
@@ -99,3 +99,28 @@ def test_a_walk_ends() -> None:
     loop: list[Any] = list(range(10))
     loop.append(loop)
     assert len(list(reachable(lambda: loop))) == 12
+
+
+def test_a_tensor_of_inference_mode_has_no_version_and_is_known_by_itself() -> None:
+    with torch.inference_mode():
+        held = {"weight": torch.ones(2)}
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return held["weight"] * x
+
+    before = python_state(program)
+    assert not changed(before, python_state(program))
+    with torch.inference_mode():
+        held["weight"] = torch.ones(2)
+    assert changed(before, python_state(program)) == ["held.weight"]
+
+
+def test_what_an_optimizer_holds_is_not_the_programs() -> None:
+    net, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        assert optimizer is not None
+        return net(x)
+
+    assert set(parameters_of(program)) == {id(net.weight), id(net.bias)}

@@ -109,7 +109,7 @@ def test_name_like_no_other_lists_them_all() -> None:
     [
         ({"kind": ["normal"]}, "There is no likelihood"),
         ({"kind": "normal", "scal": 2}, "There is no normal option 'scal'; did you mean 'scale'"),
-        ({"total_count": 2}, "A likelihood table needs its name: kind = "),
+        ({"total_count": 2}, r"A likelihood table must have the key kind, got \{'total_count': 2\}: add kind = "),
         ({"kind": "binomial"}, "The likelihood 'binomial' needs total_count: write { kind = 'binomial', total_count = ... }"),
     ],
 )

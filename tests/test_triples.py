@@ -43,5 +43,5 @@ def test_a_refusal_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def talkative(*_: object) -> None:
         raise ValueError("One. Two.")
 
-    monkeypatch.setattr("pyrovae.models.vae._check_supports", talkative)
+    monkeypatch.setattr("pyrovae.models.vae.check_supports", talkative)
     assert script.outcome(wrong, 0).startswith("RuntimeError: This is not one sentence")

@@ -497,7 +497,7 @@ def test_imputation_needs_a_mask_and_a_law_in_parts() -> None:
     vae = _small(likelihood=Joint(MLP(2, [], 6)))
     vae.model(torch.zeros(4, 6))
     with pytest.raises(
-        ValueError, match=r"^Joint does not return independent dimensions .*choose another likelihood, or complete"
+        ValueError, match=r"^A likelihood must return independent dimensions, .* got MultivariateNormal from Joint: choose"
     ):
         vae.model(torch.zeros(4, 6), torch.ones(4, 6, dtype=torch.bool))
 
@@ -634,15 +634,15 @@ def test_make_vae_takes_tables_and_ready_parts() -> None:
         (lambda: _small(latent_dim=0), "latent_dim must be a positive integer, got 0."),
         (
             lambda: _small(body="conv"),
-            "A convolutional body takes images (channels, height, width), not shape (6,): use an MLP.",
+            "The shape of images must be (channels, height, width), got (6,): use an MLP.",
         ),
         (
             lambda: _small(likelihood={"scale": 1.0}),
-            'The likelihood is a name, a table with its kind = "bernoulli" or the like, or a Likelihood.',
+            'The likelihood must be a name, a table such as {"kind": "bernoulli"} or a Likelihood, got {\'scale\': 1.0}.',
         ),
         (
             lambda: _small(likelihood=5),
-            'The likelihood is a name, a table with its kind = "bernoulli" or the like, or a Likelihood.',
+            'The likelihood must be a name, a table such as {"kind": "bernoulli"} or a Likelihood, got 5.',
         ),
         (
             lambda: _small(likelihood="binomial"),
@@ -674,12 +674,12 @@ def test_make_vae_takes_tables_and_ready_parts() -> None:
         ),
         (
             lambda: _small().interpolate(torch.zeros(6), torch.zeros(2, 6)),
-            "The ends must have one shape, got (6,) and (2, 6).",
+            "a and b must have the same shape, got (6,) and (2, 6).",
         ),
         (
             lambda: _small().decode(torch.zeros(4, 3)),
-            "MLP takes events of shape (2,), but got a tensor of shape (4, 3): reshape it, or build the network for "
-            "that shape.",
+            "The input of MLP must end in shape (2,), got a tensor of shape (4, 3): reshape it, or build the network for that "
+            "shape.",
         ),
     ],
 )

@@ -1,25 +1,26 @@
-"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``.
+"""The command line: ``pyrovae train | evaluate | compare | estimators | list | doctor``; the rest is in :mod:`.uses`.
 
 Only cyclopts is imported at once; torch, Pyro and ArviZ take seconds, so each command imports what it needs.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from .arguments import collect, given
 from .config import Run
 
+if TYPE_CHECKING:
+    from .folders import RunFolder
+
 __all__ = ["app", "main"]
 
-RUNS = Path("runs")
 app = App(
     name="pyrovae",
     help="Variational autoencoders as honest probabilistic programs.",
@@ -37,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as of `pyrovae list | head`: the rest, and what is flushed at exit, go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as of a process that SIGPIPE ends
-    except KeyboardInterrupt:
-        print("pyrovae: interrupted.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:  # fit's own says which signal it was, and how to go on
+        print(f"pyrovae: {(str(error) or 'interrupted').rstrip('.')}.", file=sys.stderr)
+        return 128 + getattr(error, "signal", 2)
     except Exception as error:  # the one place where a user's terminal begins: never a traceback there
         if os.environ.get("PYROVAE_DEBUG"):
             raise
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_BUG = " (this is no fault of yours that we foresaw; PYROVAE_DEBUG=1 shows where)"
+_BUG = " (pyrovae did not foresee this error; PYROVAE_DEBUG=1 shows where it comes from)"
 
 
 @app.command(sort_key=0)
@@ -59,21 +60,43 @@ def train(
     /,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    resume: Path | None = None,
     settings: Annotated[Run | None, Parameter(name="*")] = None,
 ) -> None:
     """Train a model, score it on held-out data, and write a report.
 
-    With no argument: scikit-learn's handwritten digits, in under two minutes.
+    With no argument: scikit-learn's handwritten digits, in under two minutes. A run that was ended goes on with --resume.
 
     Args:
-        run: A TOML file that describes the run; options below win over it.
+        run: A TOML file that describes the run, or the data: a file or a folder of images. Options below win over it.
         device: Short for --train.device.
+        resume: The folder of a run that was ended: go on from its last checkpoint, to the same numbers.
         settings: The run's settings.
     """
     del device, settings  # Declared for the help page and the spelling of options; what was given is in arguments.given.
-    from .config import build_model, load_split, read_run, run_device, run_name, with_data
+    from .config import read_run, run_device, run_name
+    from .folders import RunFolder, new_folder
 
+    if resume is not None:
+        if run is not None:
+            raise ValueError(f"A run is resumed from its own settings, so give {run} or --resume {resume}, and not both.")
+        described = _described(resume, given)
+        _train(RunFolder(resume, described, resumed=True))
+        return
     described = read_run(run, given)
+    run_device(described)
+    with new_folder(run_name(described), chosen=described.name is not None) as path:
+        _train(RunFolder(path, described, resumed=False))
+
+
+def _train(folder: RunFolder) -> None:
+    """Train the model of a run's folder, and score it."""
+    from .config import build_model, load_split, run_device, with_data
+
+    where = run_device(folder.run)
+    split = load_split(folder.run)
+    described = with_data(folder.run, split)
+    folder.start(described)
     import torch
 
     from ..estimators.base import make_estimator
@@ -81,73 +104,45 @@ def train(
     from .printing import print_start
     from .scoring import score
 
-    where = run_device(described)
-    split = load_split(described)
-    described = with_data(described, split)
     torch.manual_seed(described.seed)
     vae = build_model(described, split).to(where)
     estimator = make_estimator(described.estimator)
-    inputs = vae.train_inputs(split.train, split.train_labels)
-    log = _Log(_new_folder(run_name(described), described.name is not None), described)
     options = described.train
     print_start(described, split, where)
-    fit(
-        vae.model,
-        vae.guide,
-        inputs,
-        estimator=estimator,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        optimizer=options.optimizer,
-        schedule=options.schedule,
-        clip_norm=options.clip_norm,
-        validation=options.validation or None,
-        patience=options.patience,
-        compile=options.compile,
-        precision=options.precision,
-        transform=split.transform,
-        seed=described.seed,
-        on_epoch=log,
-    )
-    log.close()
-    vae.save_pretrained(log.folder)
-    score(log.folder, described, split, vae, log.records)
-
-
-class _Log:
-    """Writes each epoch's record into a run's folder, which it makes at the first, so that a refused run leaves none behind.
-
-    Args:
-        folder: where to write.
-        run: what is written there as ``run.toml``.
-    """
-
-    def __init__(self, folder: Path, run: Run):
-        self.folder, self.run = folder, run
-        self.records: list[dict[str, Any]] = []
-        self.make_board = _tensorboard() if run.train.tensorboard else None
-        self.board: Any = None
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        from .. import files
-        from .config import write_run
-
-        if not self.records:
-            files.write_text(self.folder / "run.toml", write_run(self.run))
-            self.board = None if self.make_board is None else self.make_board(str(self.folder / "tensorboard"))
-        self.records.append(record)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
-        if self.board is not None:
-            for name in ("bound", "validation", "lr"):
-                if record[name] is not None:
-                    self.board.add_scalar(name, record[name], record["step"])
-
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self.board is not None:
-            self.board.close()
+    callbacks = folder.loggers()
+    with folder.training(vae):
+        history = fit(
+            vae.model,
+            vae.guide,
+            vae.train_inputs(split.train, split.train_labels, **split.beside("train")),
+            estimator=estimator,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            lr=options.lr,
+            optimizer=options.optimizer,
+            schedule=options.schedule,
+            clip_norm=options.clip_norm,
+            accumulate=options.accumulate,
+            ema=options.ema,
+            validation=options.validation or None,
+            validation_samples=options.validation_samples,
+            validate_every=options.validate_every,
+            patience=options.patience,
+            max_seconds=options.max_seconds,
+            max_steps=options.max_steps,
+            max_skips=options.max_skips,
+            compile=options.compile,
+            precision=options.precision,
+            transform=split.transform,
+            seed=described.seed,
+            on_epoch=folder,
+            callbacks=callbacks,
+            checkpoint=folder.checkpoint if options.checkpoint else None,
+            every=options.every,
+            resume="auto" if folder.resumed and options.checkpoint else None,
+        )
+    folder.finish(vae, history.records)
+    score(folder.path, described, split, vae, history.records)
 
 
 @app.command(sort_key=1)
@@ -190,19 +185,34 @@ def evaluate(
 
 @app.command(sort_key=2)
 def compare(*runs: Path) -> None:
-    """Rank trained runs by held-out log p(x), with paired differences.
+    """Rank trained runs by held-out log p(x), with paired differences, and write a page beside them: comparison.html.
+
+    Runs that differ in nothing but their seed are one model, whose error from training is then known too.
 
     Args:
         runs: Two or more run folders, scored on the same test data.
     """
+    from .. import files
     from ..evidence.comparison import compare as compare_evidence
     from ..evidence.results import Evidence
+    from .comparison_page import grouped, write_comparison
 
     if len(set(runs)) < 2:
         raise ValueError("A comparison takes two or more run folders: pyrovae compare runs/one runs/other.")
-    if len({repr(_described(run).data) for run in runs}) > 1:
+    described = {str(run): _described(run) for run in runs}
+    if len({repr(each.data) for each in described.values()}) > 1:
         raise ValueError("The runs were scored on different data, so their log p(x) cannot be compared.")
-    print(compare_evidence({str(run): Evidence.load(run / "evidence.safetensors") for run in runs}))
+    models = grouped(described)
+    evidence = {
+        model: [Evidence.load(Path(name) / "evidence.safetensors") for name in names] for model, names in models.items()
+    }
+    comparison = compare_evidence(evidence)
+    page = runs[0].parent / "comparison.html"
+    records = {model: files.read_lines(Path(names[0]) / "metrics.jsonl") for model, names in models.items()}
+    settings = {model: described[names[0]] for model, names in models.items()}
+    write_comparison(page, comparison, evidence, runs=settings, records=records)
+    print(comparison)
+    print(f"Page: {page}")
 
 
 @app.command(sort_key=3)
@@ -229,6 +239,7 @@ def estimators(
         train_seconds: Also train each from one fresh start for so long, and score the test data.
     """
     import torch
+    from matplotlib.figure import Figure
 
     from .. import files
     from ..diagnostics.gradients import compare_estimators, train_estimators
@@ -239,7 +250,7 @@ def estimators(
     split, device = load_split(described), run_device(described)
     vae = load_model(run).to(device)
     torch.manual_seed(described.seed)
-    train = vae.train_inputs(split.train, split.train_labels)
+    train = vae.train_inputs(split.train, split.train_labels, **split.beside("train"))
     rows = torch.randperm(len(split.train))[:batch_size]
     x, *labels = (each[rows] for each in train)
     x = x if split.transform is None else split.transform(x)
@@ -248,14 +259,16 @@ def estimators(
     reference = {"kind": "dreg", "num_particles": reference_particles}
     options: dict[str, Any] = {"num_draws": num_draws, "reference": reference, "seed": described.seed}
     result = compare_estimators(vae.model, vae.guide, batch, chosen, progress=sys.stderr.isatty(), **options)
-    result.plot().savefig(run / "estimators.png", dpi=150)
+    figure = Figure(figsize=(13, 1.6 + 0.42 * len(result.names)), layout="constrained")
+    result.plot(figure.subplots(1, 4, sharey=True))
+    figure.savefig(run / "estimators.png", dpi=150)
     files.write_text(run / "estimators.json", json_text(result.to_dataset().to_dict()) + "\n")
     print(result)
     print(f"Figure: {run / 'estimators.png'}")
     if train_seconds is not None:
         torch.manual_seed(described.seed)
         fresh = build_model(described, split).to(device)
-        held_out = fresh.score_inputs(split.test, split.test_labels)
+        held_out = fresh.score_inputs(split.test, split.test_labels, **split.beside("test"))
         ranking = train_estimators(
             fresh.model,
             fresh.guide,
@@ -303,15 +316,6 @@ def doctor() -> None:
         print(textwrap.fill(f"{subject:<{width}}  {said}", 120, subsequent_indent=" " * (width + 2), break_on_hyphens=False))
 
 
-def _tensorboard() -> Any:
-    """TensorBoard's writer, an optional extra."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError('TensorBoard is not installed: pip install "pyrovae[tensorboard]".') from error
-    return SummaryWriter
-
-
 def _described(folder: Path, overrides: dict[str, Any] | None = None) -> Run:
     """The run behind a folder that ``train`` wrote."""
     from .config import read_run
@@ -325,20 +329,6 @@ def _version() -> str:
     from .. import __version__
 
     return __version__
-
-
-def _new_folder(name: str, chosen: bool) -> Path:
-    """A run folder that does not exist yet; a name that the user chose is refused if it is taken."""
-    if Path(name).name != name:
-        raise ValueError(f"A run's name is one folder name, not {name!r}: leave out slashes.")
-    folder = RUNS / name
-    if folder.exists() and chosen:
-        raise ValueError(f"{folder} exists already: choose another --name, or remove it first.")
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = RUNS / f"{name}-{number}"
-    return folder
 
 
 app.config = (collect,)

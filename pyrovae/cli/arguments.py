@@ -9,6 +9,9 @@ from cyclopts import App
 
 __all__ = ["collect", "given"]
 
+# What is said without its section.
+SHORT = {"--device": "--train.device", "--data": "--data.path"}
+
 # cyclopts would fill in defaults, and only what was given may win over the run's file.
 given: dict[str, Any] = {}
 
@@ -17,10 +20,11 @@ def collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
     """Keep the settings given to ``train`` in :data:`given`, for one validation together with the file's."""
     given.clear()
     for argument in arguments if commands[-1:] == ("train",) else ():
-        if not argument.name.startswith("--"):
+        if not argument.name.startswith("--") or argument.name == "--resume":
             continue
         for token in argument.tokens:
-            name = {"--device": "--train.device"}.get(argument.name, argument.name)
+            name = SHORT.get(argument.name, argument.name)
+            name = argument.name if token.keys or token.value[:1] == "{" else name
             path: list[str] = [*name.removeprefix("--").replace("-", "_").split("."), *token.keys]
             table, last = given, path[-1]
             for parent in path[:-1]:

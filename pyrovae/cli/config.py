@@ -28,7 +28,7 @@ __all__ = [
     "read_run", "run_device", "run_name", "with_data", "write_run",
 ]  # fmt: skip
 
-COMPONENTS = ("prior", "likelihood", "encoder", "layer", "estimator")
+COMPONENTS = ("prior", "likelihood", "encoder", "layer", "estimator", "optimizer", "schedule")
 SECTIONS = {"data": DataSection, "model": ModelSection, "train": TrainSection, "evaluate": EvaluateSection}
 
 
@@ -36,7 +36,7 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
     """A run from a TOML file and overrides, checked.
 
     Args:
-        path: a TOML file, or ``None`` for the defaults.
+        path: a TOML file, or ``None`` for the defaults. A path with another ending is that of the data.
         overrides: nested tables that win over the file's.
 
     Raises:
@@ -49,6 +49,10 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
         3
     """
     tables: dict[str, Any] = {}
+    overrides = overrides or {}
+    if path is not None and Path(path).suffix != ".toml":
+        overrides = _with_data_path(Path(path), overrides)
+        path = None
     if path is not None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no run file {path}: give a TOML file, or no argument for the default run.")
@@ -57,7 +61,6 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}.") from error
     _drop_idle_binarize(tables.get("data"))
-    overrides = overrides or {}
     where = str(path) if path is not None else "The run"
     # Options without a name are meant for the component that would run without them.
     tables = {"estimator": Run().estimator} | tables
@@ -118,6 +121,7 @@ def load_split(run: Run) -> Split:
         binarize=data.binarize,
         download=data.download,
         test_fraction=data.test_fraction,
+        **data.reading(),
     )
     return split if data.labelled is None else split.with_labels_of(data.labelled)
 
@@ -224,6 +228,21 @@ def _check_keys(model: ModelSection, where: str) -> None:
             described = re.search(rf"^ +{name}: (.*?)\.$", ModelSection.__doc__ or "", re.MULTILINE)
             what = "" if described is None else f", {described[1][0].lower()}{described[1][1:]}"
             raise ValueError(f'{where}: a model of kind "{model.kind}" needs model.{name}{what}: set it.')
+
+
+def _with_data_path(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the data that stand in the place of a run file."""
+    if (path / "run.toml").is_file():
+        raise ValueError(f"{path} is the folder of a run: give its run.toml, as pyrovae train {path / 'run.toml'}.")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no run file or data {path}: give a TOML file, data, or no argument for the default run."
+        )
+    data = overrides.get("data", {})
+    given = data.get("path", data.get("name"))
+    if given is not None:
+        raise ValueError(f"The data are {path} by the argument, and {given!r} by an option: drop one.")
+    return overrides | {"data": data | {"path": str(path)}}
 
 
 def _drop_idle_binarize(data: Any) -> None:

@@ -1,8 +1,7 @@
-"""The report's pictures."""
+"""The report's figures, as SVG that stands in the page and follows its colours."""
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import re
@@ -11,30 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from cycler import cycler
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
-from matplotlib.ticker import MaxNLocator
 
-from ..plots import BLUE, INK, LINE, MUTED, ORANGE, RED, SURFACE, _count, _number
+from ..plots import BLUE, INK, LINE, MUTED, ORANGE, RED, SURFACE, _bare, _plain_ticks, log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["image_grid"]
+__all__ = ["aggregate", "columns_of", "kl_bars", "latent_plane", "profiles", "svg"]
 
+# Ten colours told apart with any colour vision, dark enough for white; the page lightens them in dark mode. Each class also has
+# a marker of its own, so that the figure can be read in grey.
+_CATEGORIES = (
+    "#0072b2", "#c24a00", "#00805e", "#7b4fb5", "#a87400", "#b0457f", "#3a86b8", "#8c2d04", "#5f6368", "#2b2b2c",
+)  # fmt: skip
+_MARKERS = "os^DvPX*<>"
 # Matplotlib draws in these; in the page each becomes a CSS variable, so that figures follow dark mode and print in light.
 _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", SURFACE: "surface", BLUE: "blue", ORANGE: "orange", RED: "red"}
-# Ten colours told apart with any colour vision: Petroff (2021), "Accessible color sequences for data visualization".
-_CATEGORIES = (
-    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
-)  # fmt: skip
+_VARIABLES |= {colour: f"c{place}" for place, colour in enumerate(_CATEGORIES)}
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it takes the font of the page, can be selected, and is small
     "svg.hashsalt": "pyrovae",  # the same run gives the same bytes
     "font.family": "DejaVu Sans",
-    "font.size": 11,
+    "font.size": 13,  # of a figure of 446 units: 9 px or more on a phone of 390 px
+    "axes.labelsize": 13,
+    "legend.fontsize": 13,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
     "text.color": INK,
     "axes.edgecolor": LINE,
     "axes.prop_cycle": cycler(color=(BLUE, ORANGE, RED)),
@@ -48,60 +52,40 @@ _STYLE = {
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
     "legend.frameon": False,
+    "legend.labelcolor": INK,
 }
 _MAX_POINTS = 2000  # of a scatter: more would make the page heavy and show no more
 _MAX_PROFILES = 12
 
 
-def _pareto(khat: np.ndarray, thresholds: np.ndarray, ax: Axes) -> None:
-    """Pareto k of every datum in ascending order; infinite ones stand at the edges as triangles."""
-    # NaN means that no tail could be fitted, which is as hopeless as +inf.
-    khat = np.where(np.isnan(khat), np.inf, khat)
-    order = np.argsort(khat)
-    ordered, below, threshold = khat[order], (khat < thresholds)[order], float(thresholds.max())
-    percent = (np.arange(len(ordered)) + 0.5) / len(ordered) * 100
-    finite = ordered[np.isfinite(ordered)]
-    low, high = min([0.0, *finite.tolist()]), max([1.0, threshold, *finite.tolist()])
-    margin = 0.08 * (high - low)
-    height = np.clip(ordered, low - margin, high + margin)
-    thin = np.unique(np.linspace(0, len(ordered) - 1, _MAX_POINTS).astype(int))
-    for chosen, colour in ((below, BLUE), (~below, RED)):
-        for among, marker in ((np.isfinite(ordered), "o"), (ordered == np.inf, "^"), (ordered == -np.inf, "v")):
-            at = thin[(chosen & among)[thin]]
-            ax.plot(percent[at], height[at], marker, color=colour, markersize=3 if marker == "o" else 4, markeredgewidth=0)
-    ax.axhline(threshold, color=RED, linewidth=1.1, linestyle=(0, (4, 3)))
-    ax.text(1, threshold + 0.02 * (high - low), f"threshold {threshold:.2f}", color=RED, fontsize="small", va="bottom")
-    for edge, word in ((-np.inf, "k = −∞: constant weights, exact"), (np.inf, "k = ∞: no tail fitted")):
-        if (number := int(np.sum(ordered == edge))) > 0:
-            y, side = (low - margin, "bottom") if edge < 0 else (high + margin, "top")
-            ax.text(50, y + math.copysign(0.6 * margin, -edge), f"{_count(number)} with {word}", color=MUTED, fontsize="small",
-                    va=side, ha="center")  # fmt: skip
-    ax.set_xlim(-1, 101)
-    ax.set_ylim(low - 1.5 * margin, high + 1.5 * margin)
-    ax.set_xlabel("data, from the easiest to the hardest (%)")
-    ax.set_ylabel("Pareto k")
-    ax.grid(axis="y", color=LINE, linewidth=0.6)
+def svg(name: str, draw: Callable[[Axes], Any], height: float, title: str) -> Markup:
+    """Draw on fresh axes and return the figure as SVG to stand inside HTML, which scales with the page.
+
+    Args:
+        name: what the names inside the figure start with, different for each figure of a page.
+        draw: draws on the axes that it is given.
+        height: in inches; the width is 6.2.
+        title: what the figure shows, for readers who do not see it.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.2, height), layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        # Without metadata, as that would name outside addresses.
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    # HTML knows the namespaces by itself; without a size of its own the figure takes the width it is given.
+    start, rest = text[: text.index(">")], text[text.index(">") :]
+    start = re.sub(r' (xmlns(:xlink)?|width|height|version)="[^"]*"', "", start)
+    text = f'{start} role="img" aria-label="{escape(title)}"{rest}'
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)  # two figures in one page must not share names
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return Markup(text)
 
 
-def _gap_histogram(gap: np.ndarray, ax: Axes) -> None:
-    gap = gap[np.isfinite(gap)]
-    if len(gap):
-        low, high = float(gap.min()), float(gap.max())
-        if high - low < 1e-6:  # an exact guide: one bar, not forty bins of rounding errors
-            low, high = low - 0.5, high + 0.5
-        counts, edges = np.histogram(gap, bins=min(40, max(9, round(2 * len(gap) ** 0.5))), range=(low, high))
-        ax.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE, edgecolor=SURFACE, linewidth=0.8)
-        mean = float(gap.mean())
-        ax.axvline(mean, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
-        left = mean < (low + high) / 2
-        ax.annotate(f"mean {_number(mean)}", (mean, 1), (4 if left else -4, 0), xycoords=("data", "axes fraction"),
-                    textcoords="offset points", ha="left" if left else "right", va="top", fontsize="small")  # fmt: skip
-    ax.set_xlabel("estimate − bound (nats)")
-    ax.set_ylabel("data")
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-
-
-def _latent(latents: np.ndarray | None, labels: np.ndarray | None) -> dict[str, Any] | None:
+def latent_plane(latents: np.ndarray | None, labels: np.ndarray | None) -> dict[str, Any] | None:
     """The figure of the posterior means, and the words for its caption."""
     if latents is None or len(latents) < 3:
         return None
@@ -111,7 +95,7 @@ def _latent(latents: np.ndarray | None, labels: np.ndarray | None) -> dict[str, 
     if len(points) < 3 or np.ptp(points, axis=0).max() == 0:
         return None
     latent_dim, explained = points.shape[1], None
-    axes = ("$z_1$", "$z_2$") if latent_dim <= 2 else ("first principal component", "second principal component")
+    axes = ("z[0]", "z[1]") if latent_dim <= 2 else ("first principal component", "second principal component")
     if latent_dim > 2:
         from sklearn.decomposition import PCA  # here, because it takes longer to import than most reports need
 
@@ -119,11 +103,12 @@ def _latent(latents: np.ndarray | None, labels: np.ndarray | None) -> dict[str, 
         points, explained = analysis.transform(points), analysis.explained_variance_ratio_.tolist()
     elif latent_dim == 1:
         # One coordinate has no second axis: spread the points evenly so that they do not hide each other.
-        points, axes = np.column_stack([points[:, 0], np.arange(len(points)) * 0.618034 % 1]), ("$z_1$", "")
+        points, axes = np.column_stack([points[:, 0], np.arange(len(points)) * 0.618034 % 1]), ("z[0]", "")
     num_data = len(points)
     drawn = np.unique(np.linspace(0, num_data - 1, _MAX_POINTS).astype(int))
     points, classes = points[drawn], None if classes is None else classes[drawn]
-    figure = _svg("latent", lambda ax: _scatter(points, classes, axes, ax), 4.4)
+    title = "Posterior means of the data in two dimensions" + ("" if classes is None else ", coloured by label")
+    figure = svg("latent", lambda ax: _scatter(points, classes, axes, ax), 5.4, title)
     return {"figure": figure, "latent_dim": latent_dim, "explained": explained, "labelled": classes is not None,
             "num_data": num_data, "num_drawn": len(drawn)}  # fmt: skip
 
@@ -131,20 +116,22 @@ def _latent(latents: np.ndarray | None, labels: np.ndarray | None) -> dict[str, 
 def _scatter(points: np.ndarray, labels: np.ndarray | None, axes: tuple[str, str], ax: Axes) -> None:
     kinds = [] if labels is None else np.unique(labels).tolist()
     if labels is None:
-        ax.plot(*points.T, "o", color=BLUE, markersize=3.4, alpha=0.6, markeredgewidth=0)
+        ax.plot(*points.T, "o", color=BLUE, markersize=4, alpha=0.6, markeredgewidth=0)
     elif len(kinds) <= len(_CATEGORIES):
-        for kind, colour in zip(kinds, _CATEGORIES, strict=False):
-            ax.plot(*points[labels == kind].T, "o", color=colour, markersize=4, alpha=0.75, markeredgewidth=0)
-        for kind in kinds:  # after all points, so that no name is covered
-            x, y = np.median(points[labels == kind], axis=0)
+        for kind, colour, marker in zip(kinds, _CATEGORIES, _MARKERS, strict=False):
             name = f"{kind:g}" if isinstance(kind, float) else str(kind)
-            ax.text(x, y, name.replace("$", r"\$"), ha="center", va="center", fontsize=12, fontweight="bold",
-                    bbox={"boxstyle": "round,pad=0.22", "facecolor": SURFACE, "edgecolor": LINE, "alpha": 0.85})  # fmt: skip
+            ax.plot(*points[labels == kind].T, marker, color=colour, markersize=5, alpha=0.8, markeredgewidth=0,
+                    label=name.replace("$", r"\$"))  # fmt: skip
+        ax.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=5, handletextpad=0.1, columnspacing=1.4, markerscale=1.5
+        )
     else:  # too many to name: colour by order, which for numbers is the number's rank
         order = np.searchsorted(np.asarray(kinds), labels) / (len(kinds) - 1)
-        ax.scatter(points[:, 0], points[:, 1], c=order, cmap="viridis", s=12, alpha=0.8, linewidths=0)
+        ax.scatter(points[:, 0], points[:, 1], c=order, cmap="viridis", s=16, alpha=0.8, linewidths=0)
     ax.set_xlabel(axes[0])
     ax.set_ylabel(axes[1])
+    _plain_ticks(ax.xaxis)
+    _plain_ticks(ax.yaxis)
     if axes[1]:
         ax.set_aspect("equal", adjustable="datalim")
     else:
@@ -152,120 +139,85 @@ def _scatter(points: np.ndarray, labels: np.ndarray | None, axes: tuple[str, str
     ax.grid(color=LINE, linewidth=0.5)
 
 
-def _profiles(groups: Sequence[np.ndarray], ax: Axes) -> None:
-    """Data that are no images: a small panel per datum, one line per group of shape (n, D), all on one scale."""
-    figure, number = ax.figure, len(groups[0])
+def profiles(groups: Sequence[np.ndarray], ax: Axes) -> None:
+    """Data that are no images: a small panel for each datum, one line for each group of shape (n, D), all on one scale."""
+    groups = [group.reshape(len(group), -1)[:_MAX_PROFILES].astype(float) for group in groups]
+    panels = _panels(ax, len(groups[0]), 3, sharex=True, sharey=True)
+    for index, panel in enumerate(panels):
+        for values, colour, style in zip(groups, (BLUE, ORANGE), ("-", (0, (4, 1.5))), strict=False):
+            marker = "o" if values.shape[1] <= 16 else ""
+            panel.plot(
+                values[index], color=colour, linewidth=1.3, linestyle=style, marker=marker, markersize=3, markeredgewidth=0
+            )
+        _plain_ticks(panel.xaxis, 2, integer=True)
+        _plain_ticks(panel.yaxis, 3)
+        _bare(panel, "y")
+
+
+def _panels(ax: Axes, number: int, columns: int, **options: Any) -> list[Axes]:
+    """Small panels in place of the axes."""
+    figure = ax.figure
     ax.remove()
-    columns = min(4, number)
-    panels = figure.subplots(math.ceil(number / columns), columns, sharex=True, sharey=True, squeeze=False).ravel()
+    columns = min(columns, number)
+    panels = figure.subplots(math.ceil(number / columns), columns, squeeze=False, **options).ravel()
     for panel in panels[number:]:
         panel.set_axis_off()
-    for index, panel in enumerate(panels[:number]):
-        for values, colour in zip(groups, (BLUE, ORANGE), strict=False):
-            marker = "o" if values.shape[1] <= 16 else ""
-            panel.plot(values[index], color=colour, linewidth=1.3, marker=marker, markersize=3, markeredgewidth=0)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
-        panel.yaxis.set_major_locator(MaxNLocator(nbins=3))
-        panel.grid(axis="y", color=LINE, linewidth=0.5)
+    return list(panels[:number])
 
 
-def _svg(name: str, draw: Callable[[Axes], Any], height: float, width: float = 6.2) -> Markup:
-    """Draw on fresh axes and return the figure as SVG to stand inside HTML, which scales with the page."""
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure.subplots())
-        file = io.StringIO()
-        # Without metadata, as that would name outside addresses.
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # HTML knows the namespaces by itself; without a size of its own the figure takes the width it is given.
-    svg = re.sub(r' (xmlns(:xlink)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # two figures in one page must not share names
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable})")
-    return Markup(svg)
+def aggregate(prior: np.ndarray, posterior: np.ndarray, chosen: Sequence[int], ax: Axes) -> None:
+    """Histograms of some latents: drawn from the prior as a line, and given the data as bars; shapes (P, L) and (Q, L)."""
+    panels = _panels(ax, len(chosen), 2)
+    for place, panel in zip(chosen, panels, strict=True):
+        ours, theirs = (each[:, place][np.isfinite(each[:, place])] for each in (posterior, prior))
+        low, high = np.quantile(np.concatenate([ours, theirs]), [0.002, 0.998])
+        edges = np.linspace(low, high if high > low else low + 1, 32).tolist()
+        panel.hist(ours, edges, density=True, color=BLUE, alpha=0.75)
+        panel.hist(theirs, edges, density=True, histtype="step", color=INK, linewidth=1.5)
+        panel.set_title(f"z[{place}]", fontsize=13, color=INK, loc="left", pad=2)
+        panel.set_yticks([])
+        panel.spines["left"].set_visible(False)
+        _plain_ticks(panel.xaxis, 4)
 
 
-def image_grid(images: np.ndarray, columns: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """Set images side by side, with transparent gaps between them.
-
-    Args:
-        images: shape (n, H, W) for grey or (n, H, W, 3) for colour.
-        columns: how many stand in a row.
-        low: the value drawn black.
-        high: the value drawn white.
-
-    Returns:
-        RGBA bytes, shape (height, width, 4); small images are enlarged by a whole factor, so that pixels stay sharp.
-    """
-    scaled = np.clip((np.nan_to_num(images.astype(float), nan=low) - low) / ((high - low) or 1.0), 0, 1)
-    bytes_ = np.round(255 * scaled).astype(np.uint8)
-    if bytes_.ndim == 3:
-        bytes_ = np.repeat(bytes_[..., None], 3, axis=-1)
-    factor = max(1, 96 // max(bytes_.shape[1:3]))
-    bytes_ = bytes_.repeat(factor, axis=1).repeat(factor, axis=2)
-    number, height, width, _ = bytes_.shape
-    gap = max(2, width // 14)
-    rows = math.ceil(number / columns)
-    grid = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), dtype=np.uint8)
-    for index, image in enumerate(bytes_):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
-        grid[top : top + height, left : left + width, :3] = image
-        grid[top : top + height, left : left + width, 3] = 255
-    return grid
+def kl_bars(values: np.ndarray, ax: Axes) -> None:
+    """A bar for each latent, in descending order; at most 20 have a name."""
+    order = np.argsort(-values)
+    ax.bar(np.arange(len(values)), values[order], color=BLUE, edgecolor=SURFACE, linewidth=0.6)
+    if len(values) <= 20:
+        size = 13 if len(values) <= 10 else 12
+        turn = 0 if len(values) <= 8 else 90
+        ax.set_xticks(np.arange(len(values)), [f"z[{place}]" for place in order], rotation=turn, fontsize=size)
+    else:
+        ax.set_xlabel("latents, in descending order")
+        _plain_ticks(ax.xaxis, integer=True)
+    ax.set_ylabel("KL (nats)")
+    _plain_ticks(ax.yaxis)
+    _bare(ax, "y")
 
 
-def _as_images(data: np.ndarray) -> np.ndarray | None:
-    """(n, *data_shape) as (n, H, W) or (n, H, W, 3), or None where the data are no images."""
-    shape = data.shape[1:]
-    if len(shape) == 3 and shape[0] == 1:
-        data, shape = data[:, 0], shape[1:]
-    if len(shape) == 3 and shape[0] == 3:
-        return np.moveaxis(data, 1, -1)
-    if len(shape) == 2 and min(shape) > 1:
-        return data
-    side = math.isqrt(math.prod(shape))
-    # A flat datum of 4 or 9 numbers is a row of a table rather than a picture.
-    if len(shape) == 1 and side >= 4 and side * side == shape[0]:
-        return data.reshape(-1, side, side)
-    return None
-
-
-def _pairs(
-    originals: np.ndarray | None, reconstructions: np.ndarray | None, bounds: tuple[float, float]
-) -> dict[str, Any] | None:
-    if originals is None or reconstructions is None or not len(originals):
-        return None
-    images, others = _as_images(originals), _as_images(reconstructions)
-    if images is None or others is None:
-        groups = [array.reshape(len(array), -1)[:_MAX_PROFILES].astype(float) for array in (originals, reconstructions)]
-        return {"rows": [], "figure": _svg("pairs", lambda ax: _profiles(groups, ax), 3.6)}
-    columns = min(len(images), 10)
-    rows = [
-        {"label": label, "image": _png(image_grid(chosen[start : start + columns], columns, *bounds))}
-        for start in range(0, len(images), columns)
-        for label, chosen in (("original", images), ("reconstruction", others))
-    ]
-    return {"rows": rows, "figure": None}
-
-
-def _samples(samples: np.ndarray | None, bounds: tuple[float, float]) -> dict[str, Any] | None:
-    if samples is None or not len(samples):
-        return None
-    images = _as_images(samples)
-    if images is None:
-        profiles = samples.reshape(len(samples), -1)[:_MAX_PROFILES].astype(float)
-        return {"image": None, "figure": _svg("samples", lambda ax: _profiles([profiles], ax), 3.6)}
-    return {"image": _png(image_grid(images, min(len(images), 16), *bounds)), "figure": None}
-
-
-def _range(data: np.ndarray | None) -> tuple[float, float]:
-    finite = np.asarray([]) if data is None else data[np.isfinite(data)]
-    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-
-
-def _png(image: np.ndarray) -> str:
-    file = io.BytesIO()
-    imsave(file, image, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+def columns_of(observed: np.ndarray, fitted: np.ndarray, words: tuple[str, str], logarithmic: bool, ax: Axes) -> None:
+    """A point for each column of a table: observed against fitted, shapes (D,), with the diagonal."""
+    known = np.isfinite(observed) & np.isfinite(fitted)
+    if logarithmic:
+        known &= (observed > 0) & (fitted > 0)
+    observed, fitted = observed[known], fitted[known]
+    if len(observed):
+        low, high = min(observed.min(), fitted.min()), max(observed.max(), fitted.max())
+        margin = 0.04 * (high - low) or 0.5
+        ends = (low / 1.2, high * 1.2) if logarithmic else (low - margin, high + margin)
+        ax.plot(ends, ends, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        ax.plot(observed, fitted, "o", color=BLUE, markersize=4, alpha=0.7, markeredgewidth=0)
+        ax.set_xlim(ends)
+        ax.set_ylim(ends)
+        if logarithmic:
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            log_ticks(ax.xaxis, *ends)
+            log_ticks(ax.yaxis, *ends)
+        else:
+            _plain_ticks(ax.xaxis)
+            _plain_ticks(ax.yaxis)
+    ax.set_xlabel(words[0])
+    ax.set_ylabel(words[1])
+    ax.grid(color=LINE, linewidth=0.5)

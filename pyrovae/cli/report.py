@@ -1,4 +1,4 @@
-"""Plots, and the self-contained HTML page of a run.
+"""The self-contained HTML page of a run.
 
 The page holds every figure and image inside itself, asks the network for nothing and runs no script. Figures are drawn
 with the object API of matplotlib, so no backend is chosen and no global state is left behind.
@@ -6,7 +6,11 @@ with the object API of matplotlib, so no backend is chosen and no global state i
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +19,22 @@ import numpy as np
 from markupsafe import Markup
 
 from ..files import write_text
-from ..plots import _best, _count, _finite_epochs, _number, learning_curve
-from .figures import _gap_histogram, _latent, _pairs, _pareto, _range, _samples, _svg
+from ..plots import _best, _count, _finite_epochs, _number, gap_histogram, learning_curve, pareto_k
+from .figures import aggregate, kl_bars, latent_plane, svg
+from .images import data_range
+from .rows import by_class, columns_section, image_rows, least_reliable_rows, pairs, samples, traversal
+from .shown import Shown
 
 if TYPE_CHECKING:
     from ..diagnostics.decomposition import Decomposition
     from ..evidence.results import Evidence
 
-__all__ = ["write_report"]
+__all__ = ["csv_link", "render", "verdict", "write_report"]
+
+MOST_CSV_ROWS = 20_000
+_CSV_COLUMNS = (
+    "log_px", "se", "ess", "khat", "elbo", "log_px_psis", "drawn", "pilot", "missed", "covered", "rung", "reliable",
+)  # fmt: skip
 
 
 def write_report(
@@ -33,12 +45,10 @@ def write_report(
     quantity: str = "log p(x)",
     records: list[dict[str, Any]],
     settings: str,
-    facts: dict[str, str],
-    originals: np.ndarray | None = None,
-    reconstructions: np.ndarray | None = None,
-    samples: np.ndarray | None = None,
-    latents: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
+    facts: Mapping[str, str],
+    trained: Mapping[str, str] | None = None,
+    bound: str = "bound",
+    shown: Shown | None = None,
     decomposition: Decomposition | None = None,
 ) -> None:
     """Write the HTML page of a run: one file, nothing external, written atomically.
@@ -51,14 +61,58 @@ def write_report(
         records: one per epoch, with ``epoch``, and ``bound`` and ``validation`` (may be None) in nats per datum.
         settings: the run's TOML.
         facts: versions, seed and machine, by name.
-        originals: data, shape (n, *data_shape).
-        reconstructions: their means under the model, shape (n, *data_shape).
-        samples: draws from the model, shape (m, *data_shape).
-        latents: posterior means, shape (M, L).
-        labels: classes or numbers that colour the latents, shape (M,).
+        trained: what was trained, by name: data, likelihood, prior, guide, estimator and the like.
+        bound: the bound of the learning curve, such as ``"IWAE, K = 10"``.
+        shown: what the model makes of the data, as :func:`pyrovae.cli.shown.gather` finds it.
         decomposition: what :func:`pyrovae.decompose` found, of these data or some of them.
     """
-    bounds = _range(originals if originals is not None else samples)
+    shown = Shown() if shown is None else shown
+    data = shown.originals if shown.originals is not None else shown.samples
+    bounds, is_table = data_range(data), shown.columns is not None
+    references = (
+        {quantity: evidence.mean} if evidence.is_exact else {quantity: evidence.mean, "ELBO": float(evidence.elbo.mean())}
+    )
+    columns = columns_section(shown)
+    # Lines over columns in no order tell nothing: the columns have figures of their own.
+    profiled = columns is None or not (is_table or columns["counts"])
+    words = f"Training and validation bound ({bound}) against the epoch"
+    page = render(
+        "report.html.j2",
+        title=title,
+        evidence=evidence,
+        quantity=quantity,
+        trained=dict(trained or {}),
+        bound=bound,
+        numbers=_numbers(evidence, shown),
+        verdict=verdict(evidence),
+        curve=svg("curve", lambda ax: learning_curve(records, ax, bound=bound, references=references), 3.9, words)
+        if _finite_epochs(records)
+        else None,
+        last=records[-1] if records else None,
+        best=_best(records),
+        gaps=None if evidence.is_exact else svg("gaps", lambda ax: gap_histogram(_gaps(evidence), ax), 3.2, _GAP_WORDS),
+        pareto=_tails(evidence),
+        worst=least_reliable_rows(evidence, shown, bounds),
+        pairs=pairs(shown.originals, shown.reconstructions, bounds, is_table) if profiled else None,
+        samples=samples(shown.samples, bounds, is_table) if profiled else None,
+        traversal=traversal(shown, bounds),
+        interpolation=None if is_table else image_rows(shown.interpolation, bounds),
+        latent=latent_plane(shown.latents, shown.labels),
+        aggregate=_aggregate(shown),
+        latent_kl=_latent_kl(shown),
+        classes=by_class(evidence, shown.labels, quantity),
+        columns=columns,
+        convergence=_convergence(evidence),
+        decomposition=_decomposition(decomposition, len(evidence)),
+        settings=settings,
+        facts=facts,
+        files=_files(evidence, records),
+    )
+    write_text(path, page)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in one of the templates beside this file."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pyrovae.cli"),
         autoescape=True,
@@ -67,29 +121,10 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters.update(number=_number, error=_error, count=_count, percent=_percent)
-    page = environment.get_template("report.html.j2").render(
-        title=title,
-        evidence=evidence,
-        quantity=quantity,
-        numbers=_numbers(evidence),
-        verdict=_verdict(evidence),
-        curve=_svg("curve", lambda ax: learning_curve(records, ax), 3.3) if _finite_epochs(records) else None,
-        last=records[-1] if records else None,
-        best=_best(records),
-        gaps=None if evidence.is_exact else _svg("gaps", lambda ax: _gap_histogram(_gaps(evidence), ax), 2.7, 13.0),
-        pareto=_tails(evidence),
-        pairs=_pairs(originals, reconstructions, bounds),
-        samples=_samples(samples, bounds),
-        latent=_latent(latents, labels),
-        convergence=_convergence(evidence),
-        decomposition=_decomposition(decomposition),
-        settings=settings,
-        facts=facts,
-    )
-    write_text(path, page)
+    return environment.get_template(template).render(**values)
 
 
-def _numbers(evidence: Evidence) -> dict[str, Any]:
+def _numbers(evidence: Evidence, shown: Shown) -> dict[str, Any]:
     """What the page says beyond the fields of the evidence: means with their standard errors over data, quantiles."""
     gap = _gaps(evidence)
     spread = np.isfinite(evidence.ess)
@@ -106,6 +141,7 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
         "bits_se": evidence.data_se / nats,
         "bits_mean_se": evidence.mean_se / nats,
         "smoothed": _smoothed(evidence),
+        "baseline": shown.baseline,
         "ess": np.quantile(evidence.ess[spread], [0.05, 0.5, 0.95]).tolist() if spread.any() else [math.nan] * 3,
         "unreliable": int(np.sum(~evidence.reliable)),
     }
@@ -118,11 +154,15 @@ def _smoothed(evidence: Evidence) -> float | None:
     return float(evidence.log_px_psis.mean())
 
 
+_GAP_WORDS = "Histogram of the gap between estimate and bound over the data"
+
+
 def _tails(evidence: Evidence) -> Markup | None:
     """The figure of Pareto k, where it is what the estimates are judged by."""
     if evidence.is_exact or (evidence.is_annealed and np.isnan(evidence.khat).all()):
         return None
-    return _svg("pareto", lambda ax: _pareto(evidence.khat, evidence.khat_thresholds, ax), 2.7)
+    words = "Pareto k of every datum in ascending order, with the threshold"
+    return svg("pareto", lambda ax: pareto_k(evidence.khat, evidence.khat_thresholds, ax), 3.6, words)
 
 
 def _convergence(evidence: Evidence) -> dict[str, Any] | None:
@@ -132,13 +172,34 @@ def _convergence(evidence: Evidence) -> dict[str, Any] | None:
         return None
     rise = float(curve.mean[-1] - curve.mean[-2])
     return {
-        "figure": _svg("convergence", curve.plot, 2.9),
+        "figure": svg("convergence", curve.plot, 3.5, "The mean estimate against the number of samples per datum"),
         "rise": rise if math.isfinite(rise) else None,
         "since": int(curve.num_samples[-2]),
     }
 
 
-def _decomposition(decomposition: Decomposition | None) -> dict[str, Any] | None:
+def _aggregate(shown: Shown) -> dict[str, Any] | None:
+    """Histograms of the most active latents, drawn from the prior and given the data."""
+    prior, posterior = shown.prior, shown.posterior
+    if prior is None or posterior is None or prior.shape[1] != posterior.shape[1]:
+        return None
+    chosen = list(shown.traversed) or list(np.argsort(-posterior.std(0))[:6])
+    chosen = sorted(place for place in chosen if place < prior.shape[1])
+    height = 0.5 + 1.35 * math.ceil(len(chosen) / 2)
+    words = "Histograms of latents: the prior as a line, the aggregate posterior as bars"
+    figure = svg("aggregate", lambda ax: aggregate(prior, posterior, chosen, ax), height, words)
+    return {"figure": figure, "shown": len(chosen), "all": prior.shape[1]}
+
+
+def _latent_kl(shown: Shown) -> dict[str, Any] | None:
+    kl = shown.latent_kl
+    if kl is None or len(kl) < 2 or not np.isfinite(kl).all():
+        return None
+    figure = svg("kl", lambda ax: kl_bars(kl, ax), 3.2, "KL of each latent from its prior, in descending order")
+    return {"figure": figure, "active": int((kl > 0.01).sum()), "all": len(kl)}
+
+
+def _decomposition(decomposition: Decomposition | None, num_data: int) -> dict[str, Any] | None:
     if decomposition is None:
         return None
     active = decomposition.active_units
@@ -149,7 +210,9 @@ def _decomposition(decomposition: Decomposition | None) -> dict[str, Any] | None
     units = ", ".join(
         f"{active[name]} of {variances.size} in {name}" for name, variances in decomposition.mean_variances.items()
     )
-    return {"rows": rows, "units": units, "num_data": len(decomposition), "num_draws": decomposition.num_draws}
+    size = len(decomposition)
+    return {"rows": rows, "units": units, "num_data": size, "num_draws": decomposition.num_draws,
+            "of": f"all {num_data:,}" if size == num_data else f"the first {size:,} of {num_data:,}"}  # fmt: skip
 
 
 def _gaps(evidence: Evidence) -> np.ndarray:
@@ -158,24 +221,49 @@ def _gaps(evidence: Evidence) -> np.ndarray:
         return evidence.log_px - evidence.elbo
 
 
-def _verdict(evidence: Evidence) -> dict[str, str]:
+def verdict(evidence: Evidence) -> dict[str, str]:
+    """Whether the estimates can be believed: a level, a word, a sentence, and what to do."""
     num_data, unreliable = len(evidence.log_px), int(np.sum(~evidence.reliable))
+    advice = evidence.summary().partition("What to do: ")[2]
+    advice = advice[:1].upper() + advice[1:]
     if not math.isfinite(evidence.mean):
         broken = int(np.sum(~np.isfinite(evidence.log_px)))
-        return {"level": "bad", "word": "Not usable", "text": f"log p(x) is not finite for {_count(broken)} of them."}
+        text = f"log p(x) is not finite for {_count(broken)} of them."
+        return {"level": "bad", "word": "Not usable", "text": text, "advice": advice}
     if not unreliable:
         word = "Exact" if evidence.is_exact else "Reliable"
-        return {"level": "good", "word": word, "text": f"every one has {evidence.criterion}."}
+        return {"level": "good", "word": word, "text": f"every one has {evidence.criterion}.", "advice": ""}
     fraction = unreliable / num_data
     text = (
         f"{_count(unreliable)} of them ({_percent(fraction)}) do not have {evidence.criterion}, "
         f"and their estimates are probably too low."
     )
-    if fraction <= 0.05:
-        return {"level": "fair", "word": "Mostly reliable", "text": text}
-    if fraction <= 0.5:
-        return {"level": "fair", "word": "Partly reliable", "text": text}
-    return {"level": "bad", "word": "Not reliable", "text": text}
+    level, word = ("bad", "Not reliable") if fraction > 0.5 else ("fair", "Partly reliable")
+    return {"level": level, "word": "Mostly reliable" if fraction <= 0.05 else word, "text": text, "advice": advice}
+
+
+def _files(evidence: Evidence, records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The numbers behind the figures as CSV files that stand in the page: of each datum, and of each epoch."""
+    found = []
+    if len(evidence) <= MOST_CSV_ROWS:
+        known = evidence._per_datum() | {"reliable": evidence.reliable}
+        columns = {name: known[name] for name in _CSV_COLUMNS if name in known}
+        rows = zip(range(len(evidence)), *(array.tolist() for array in columns.values()), strict=True)
+        found.append({"name": "evidence.csv", "what": "every datum", "href": csv_link(["datum", *columns], rows)})
+    if records:
+        keys = list(records[0])
+        lines = ([record.get(key) for key in keys] for record in records)
+        found.append({"name": "training.csv", "what": "every epoch", "href": csv_link(keys, lines)})
+    return found
+
+
+def csv_link(header: list[str], rows: Any) -> str:
+    """A CSV file as an address that stands in the page itself."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([f"{cell:.7g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    return "data:text/csv;base64," + base64.b64encode(file.getvalue().encode()).decode("ascii")
 
 
 def _standard_error(values: np.ndarray) -> float:

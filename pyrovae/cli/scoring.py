@@ -21,16 +21,19 @@ if TYPE_CHECKING:
     from ..evidence.results import Evidence
     from ..models.base import PairModule
 
-__all__ = ["decomposed", "json_text", "package_version", "score"]
+__all__ = ["bound_name", "decomposed", "json_text", "package_version", "score"]
 
 
 def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]]) -> None:
     """Score the test data, write evidence, summary and report, and print what was found."""
+    import torch
+
     from .. import files
     from .report import write_report
+    from .shown import gather
 
     scoring, labels = run.evaluate, split.test_labels
-    inputs = vae.score_inputs(split.test, labels)
+    inputs = vae.score_inputs(split.test, labels, **split.beside("test"))
     inputs = tuple(each[: scoring.limit] for each in inputs)
     began = time.perf_counter()
     evidence = vae.log_marginal(
@@ -44,12 +47,13 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
     seconds = time.perf_counter() - began
     labels = None if labels is None else labels[: len(evidence)]
     findings = vae.label_findings(inputs[0], labels)
-    facts = _facts(run, split, records, f"{vae.quantity}, in {seconds:.1f} s") | findings
+    facts = _facts(run, split, records, f"{vae.quantity}, in {seconds:.1f} s") | _hash(evidence) | findings
     evidence.save(folder / "evidence.safetensors")
     first = tuple(each[: scoring.decompose] for each in inputs)
     parts = decomposed(vae, first, evidence, run.seed) if scoring.decompose else None
-    files.write_text(folder / "summary.json", json_text(_summary(run, vae.quantity, evidence, parts, facts)) + "\n")
-    few = tuple(each[:10] for each in inputs)
+    summary = _summary(run, vae.quantity, evidence, parts, facts) | _known(split, evidence) | {"names": split.names()}
+    files.write_text(folder / "summary.json", json_text(summary) + "\n")
+    bound = bound_name(run)
     write_report(
         folder / "report.html",
         title=folder.name,
@@ -58,14 +62,26 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
         records=records,
         settings=write_run(run),
         facts=facts,
-        originals=few[0].cpu().numpy(),
-        reconstructions=vae.reconstruct(*few).cpu().numpy(),
-        samples=_examples(vae, 40, run.seed).cpu().numpy(),
-        latents=vae.embed(*inputs).detach().cpu().numpy(),
-        labels=None if labels is None else labels.numpy(),
+        trained=_trained(run, split, vae, bound, records),
+        bound=bound,
+        shown=gather(
+            vae,
+            inputs,
+            evidence,
+            labels=labels,
+            train=split.train if isinstance(split.train, torch.Tensor) else None,
+            columns=getattr(split, "columns", ()) or None,
+            classes=getattr(split, "classes", ()),
+            seed=run.seed,
+        ),
         decomposition=parts,
     )
     print_evidence(folder, split, vae.quantity, evidence, parts, findings)
+
+
+def _known(split: Split, evidence: Evidence) -> dict[str, float]:
+    """The true log p(x) of the data that were scored, if their distribution is known."""
+    return {} if split.test_log_px is None else {"true_log_px": float(split.test_log_px[: len(evidence)].mean())}
 
 
 def decomposed(vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, seed: int) -> Decomposition | None:
@@ -90,12 +106,40 @@ def decomposed(vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, 
         return None
 
 
-def _examples(vae: PairModule, num_samples: int, seed: int) -> Any:
-    import torch
+def bound_name(run: Run) -> str:
+    """The bound that a run trains on, such as ``"IWAE, K = 10"``."""
+    from ..estimators.base import make_estimator
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return vae.examples(num_samples)
+    estimator = make_estimator(run.estimator)
+    name, particles = type(estimator).__name__, getattr(estimator, "num_particles", 1)
+    return name if particles == 1 else f"{name}, K = {particles}"
+
+
+def _trained(run: Run, split: Split, vae: PairModule, bound: str, records: list[dict[str, Any]]) -> dict[str, str]:
+    """What was trained, in words, by name."""
+    names = {part: type(getattr(vae, part)).__name__ for part in ("likelihood", "prior", "encoder") if hasattr(vae, part)}
+    sizes = " x ".join(map(str, vae.data_shape)) or "1"
+    latents = run.model.latent_dims or run.model.latent_dim
+    epochs, train = records[-1]["epoch"] if records else 0, len(split.train)
+    hidden = getattr(getattr(getattr(vae, "encoder", None), "body", None), "hidden", None) or run.model.hidden or []
+    networks = [str(run.model.body or "mlp"), "-".join(map(str, hidden)), run.model.activation or ""]
+    options = run.train
+    return {
+        "Data": f"{split.name}: {train:,} to train, {len(split.test):,} to score, each {sizes}",
+        "Likelihood": f"{names.get('likelihood', '')}{_options(run.model.likelihood or split.likelihood)}",
+        "Prior": f"{names.get('prior', '')}{_options(run.model.prior)}, {latents} latents",
+        "Guide": f"{names.get('encoder') or run.model.guide or type(vae).__name__}{_options(run.model.encoder)}",
+        "Networks": " ".join(word for word in networks if word),
+        "Estimator": bound,
+        "Training": f"{epochs} epochs, {options.optimizer} at {options.lr:g}, batches of {options.batch_size}, seed {run.seed}",
+        "Parameters": f"{sum(each.numel() for each in vae.parameters()):,}",
+    }
+
+
+def _options(component: Any) -> str:
+    """The options of a component beside its name, as in ``(total_count = 16)``."""
+    options = {key: value for key, value in component.items() if key != "kind"} if isinstance(component, dict) else {}
+    return f" ({', '.join(f'{key} = {value}' for key, value in options.items())})" if options else ""
 
 
 def _summary(run: Run, quantity: str, evidence: Evidence, parts: Decomposition | None, facts: dict[str, str]) -> dict[str, Any]:
@@ -159,6 +203,15 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: str) -
         "python": platform.python_version(),
         "torch": torch.__version__,
     } | {package: version for package in packages if (version := package_version(package))}
+
+
+def _hash(evidence: Evidence) -> dict[str, str]:
+    """A hash of the scored data, which tells whether two runs were scored on the same."""
+    import hashlib
+
+    if evidence.fingerprint is None:
+        return {}
+    return {"hash of the scored data": hashlib.sha256(evidence.fingerprint.tobytes()).hexdigest()[:16]}
 
 
 def package_version(package: str) -> str:

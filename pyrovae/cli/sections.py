@@ -31,13 +31,22 @@ class DataSection:
     """What to train on.
 
     Attributes:
-        name: "digits" (ships with scikit-learn) or "mnist".
-        path: A .npy array of shape (N, ...) instead.
-        root: The folder that holds MNIST/raw.
+        name: "digits" (ships with scikit-learn); torchvision's "mnist", "fashion_mnist", "kmnist", "emnist", "omniglot",
+            "cifar10" or "svhn"; or "linear_gaussian", "ring", "bernoulli_mixture" or "poisson_mixture", of known log p(x).
+        path: A file (.npy .npz .csv .tsv .parquet .h5 .h5ad .pt .safetensors) or a folder of images instead.
+        root: The folder that holds MNIST/raw and the like.
         binarize: "dynamic" (MNIST's default), "static", "none" (grey in [0, 1]), "levels" (0..255), "dequantized" (with noise).
-        download: Let torchvision fetch MNIST.
-        test_fraction: The held-out part of a .npy file.
+        download: Let torchvision fetch its data set.
+        test_fraction: The held-out part of a file.
         labelled: The part of the training data whose labels are kept, for semi-supervised models; by default all.
+        key: The array of a file that holds several, or the layer of an .h5ad file.
+        labels: The column (or the array) of classes.
+        covariates: Columns that are given and not modelled, for models of kind "conditional".
+        ignore: Columns that are left out.
+        missing: Take NaN in arrays as missing values; in tables they and empty cells always are.
+        size: Height and width of images, or one number for both.
+        colour: "rgb" or "grey", of images.
+        memory: Data of more GB than this are read from disk in batches; by default than half of what is free.
     """
 
     name: str = "digits"
@@ -47,6 +56,21 @@ class DataSection:
     download: bool = False
     test_fraction: Fraction = 0.2
     labelled: Annotated[float, Field(gt=0, le=1)] | None = None
+    key: str | None = None
+    labels: str | None = None
+    covariates: list[str] | None = None
+    ignore: list[str] | None = None
+    missing: bool = False
+    size: list[Positive] | None = None
+    colour: Literal["rgb", "grey"] | None = None
+    memory: PositiveFloat | None = None
+
+    def reading(self) -> dict[str, Any]:
+        """The options of :func:`pyrovae.data.read` that are set."""
+        options = {name: getattr(self, name) for name in ("key", "labels", "covariates", "ignore", "missing", "size", "colour")}
+        return {name: value for name, value in options.items() if value} | (
+            {} if self.memory is None else {"memory": self.memory * 1e9}
+        )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -104,29 +128,51 @@ class TrainSection:
         epochs: Passes over the data.
         batch_size: Data per step.
         lr: Learning rate.
-        optimizer: "adam", "adamw", "sgd", ...
-        schedule: "constant" or "cosine".
+        optimizer: "adam", "adamw", "sgd", ..., or a table such as {kind = "sgd", momentum = 0.9}.
+        schedule: "constant", "cosine", "step" or "plateau", or a table such as {kind = "cosine", warm_up = 500}.
         clip_norm: Largest norm of the gradient.
+        accumulate: Parts of a batch that are computed one after the other, to save memory.
+        ema: Decay of a moving average of the parameters, such as 0.999, which becomes the model.
         validation: Fraction of the training data held out for the validation curve; 0 for none.
+        validation_samples: Score it by importance sampling with so many draws in place of the bound.
+        validate_every: Epochs between two scores of it.
         patience: Stop after this many epochs without a better validation bound.
+        max_seconds: Stop after the step that crosses this time.
+        max_steps: Stop after so many steps.
+        max_skips: End the run after so many steps in a row whose loss or gradient is not finite; they are skipped.
         compile: Capture and compile the training step: true, false, or "auto" for runs long enough to repay it.
         precision: Of matrix products: "float32", "tf32" on a GPU, or "bfloat16".
         device: "cpu", "cuda", or "auto": a GPU if there is one. Scoring takes the same.
         tensorboard: Also log the curves for TensorBoard, in the run's folder.
+        wandb: Also log the curves with Weights & Biases.
+        mlflow: Also log the curves with MLflow.
+        checkpoint: Keep the run's last and best state in its folder, from which --resume goes on.
+        every: Steps between checkpoints, "epoch", or "auto": at the ends of epochs, in less than 1 % of the time.
     """
 
     epochs: Positive = 60
     batch_size: Positive = 64
     lr: PositiveFloat = 2e-3
-    optimizer: str = "adam"
-    schedule: Literal["constant", "cosine"] = "cosine"
+    optimizer: Component = "adam"
+    schedule: Component = "cosine"
     clip_norm: PositiveFloat | None = None
+    accumulate: Positive = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    validation_samples: Positive | None = None
+    validate_every: Positive = 1
     patience: Positive | None = None
+    max_seconds: PositiveFloat | None = None
+    max_steps: Positive | None = None
+    max_skips: Positive = 10
     compile: bool | Literal["auto"] = "auto"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = False
+    wandb: bool = False
+    mlflow: bool = False
+    checkpoint: bool = True
+    every: Positive | Literal["auto", "epoch"] = "auto"
 
 
 @dataclass(frozen=True, config=_STRICT)

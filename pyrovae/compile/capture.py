@@ -11,6 +11,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot, make_fx
 from torch.overrides import TorchFunctionMode
 
+from ..programs.tracing import ReadError
+
 __all__ = ["trace"]
 
 Tensors = tuple[Tensor, ...]
@@ -58,7 +60,7 @@ class _RefuseReads(TorchFunctionMode):
         if name in READS and args and isinstance(args[0], Tensor):
             mode, tensor = get_proxy_mode(), args[0]
             if tensor.requires_grad or (mode is not None and has_proxy_slot(tensor, mode.tracer)):
-                raise RuntimeError(f"it reads a tensor's values into Python, by {name}")
+                raise ReadError(f"it reads a tensor's values into Python, by {name}")
         return func(*args, **(kwargs or {}))
 
 

@@ -19,7 +19,7 @@ from .settings import cxx_flags, limit_backend, native_level
 __all__ = ["TESTED_TORCH", "report"]
 
 # The versions of torch that the tests of this folder have passed on.
-TESTED_TORCH = ("2.13",)
+TESTED_TORCH = ("2.8", "2.13")
 
 
 def report() -> list[tuple[str, str]]:

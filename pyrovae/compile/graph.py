@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..programs.reachable import changed_numbers, python_state
+from ..programs.tracing import same_random_stream
 from .capture import trace
 from .inductor import Tensors, _inductor, computed_values
 from .kernels import SeededNormals, seeded
 from .rewrites import draws_as_inputs, join_decoders
 from .settings import limit_backend
 
-__all__ = ["MOST_GRAPHS", "USES_BEFORE_CAPTURE", "Staged", "largest_value"]
+__all__ = ["MOST_GRAPHS", "USES_BEFORE_CAPTURE", "Staged", "largest_value", "rolled"]
 
 # At most this many input shapes get a graph each; further shapes run uncaptured, since each graph takes seconds to compile.
 MOST_GRAPHS = 4
@@ -147,12 +148,11 @@ class Staged:
         graph = self._graphs.get(key)
         if graph is None or graph.due:
             # Capture and compile without moving the random stream, so that no number depends on what was computed before.
-            random = _random_state(inputs)
-            if graph is None:
-                self._first(key, inputs)
-            else:  # on the inputs of its capture, a graph that froze a value of theirs still agrees
-                self(*(rolled(inputs) if graph.captured_on is not None else inputs))
-            _set_random_state(random)
+            with same_random_stream(inputs):
+                if graph is None:
+                    self._first(key, inputs)
+                else:  # on the inputs of its capture, a graph that froze a value of theirs still agrees
+                    self(*(rolled(inputs) if graph.captured_on is not None else inputs))
             return self.submit(*inputs)
         inputs = tuple([tensor.detach().contiguous() for tensor in inputs])
         if not graph.draws:
@@ -293,13 +293,11 @@ def _capture(function: Callable[..., Tensors], inputs: Tensors) -> tuple[_Graph,
 
 def largest_value(function: Callable[..., Tensors], *inputs: Tensor) -> int | None:
     """The number of elements of a compiled graph's largest value; ``None`` for a function that cannot be captured."""
-    random = _random_state(inputs)
     try:
-        graph, _ = _capture(function, _distinct(inputs))
+        with same_random_stream(inputs):
+            graph, _ = _capture(function, _distinct(inputs))
     except Exception:  # whatever stops the tracer: the caller's own call warns with the reason
         return None
-    finally:
-        _set_random_state(random)
     return max((value.numel() for value in computed_values(join_decoders(graph.module))), default=0)
 
 

@@ -15,7 +15,7 @@ from .matmul import round_products, select_matmul_backend
 from .notes import note
 from .rewrites import join_decoders, rewrite
 
-__all__ = ["MOST_POOLED", "Tensors", "computed_values", "scalars_on"]
+__all__ = ["MOST_POOLED", "Tensors", "computed_values", "scalars_on", "without_wrappers"]
 
 Tensors = tuple[Tensor, ...]
 # The values of a graph share one allocation if the largest has at most this many bytes.

@@ -1,4 +1,4 @@
-"""Batches of tensors from arrays, masked arrays, data sets and data loaders."""
+"""Batches of tensors from arrays, tables, files, data sets and data loaders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from .._validation import positive_integer
-from .matching import MASK, Batch, match
+from .containers import Lazy, opened
+from .matching import Batch, match
+from .rows import Rows, number_array
 from .streams import Stream, in_order, is_one_pass
 
 __all__ = ["Batch", "Batches", "arguments", "as_arrays", "content_hash", "fingerprints"]
@@ -25,12 +27,15 @@ _OF_IMAGES = ("discretized_logistic", "continuous_bernoulli", "dequantized")
 class Batches:
     """Minibatches of any data, each a tuple of tensors for the arguments of model and guide.
 
-    Arrays are whole tensors on the device, so a batch is one gather. A ``Dataset`` is read by a ``DataLoader``; a
-    ``DataLoader`` keeps its own batch size and order. A masked array becomes two arrays: its values, with zeros for the masked
-    ones, and a mask that is true for the others.
+    Arrays are whole tensors on the device, so a batch is one gather. Memory maps, sparse matrices and large files are read, and
+    made dense, a batch at a time. A ``Dataset`` is read by a ``DataLoader``; a ``DataLoader`` keeps its own batch size and
+    order. A masked array becomes two arrays: its values, with zeros for the masked ones, and a mask that is true for the
+    others; so does a data frame with empty cells.
 
     Args:
-        data: an array, a tensor, a masked array, a tuple of them (one for each argument), a ``Dataset`` or a ``DataLoader``.
+        data: an array, a tensor, a masked array, a data frame, a sparse matrix, a :class:`pyrovae.data.Table`, a path that
+            :func:`pyrovae.data.read` reads, or a tuple of them, one for each argument; a dictionary of them by the names of the
+            arguments; a ``Dataset`` or a ``DataLoader``.
         batch_size: data per batch; the last one may be smaller.
         shuffle: use a new random order on each pass, from torch's random stream.
         dtype: the type of floating-point arrays; integers stay, since they may be labels or indices.
@@ -69,6 +74,7 @@ class Batches:
         self.arrays: Batch = ()
         self._found_any = False
         self._stream: Stream | None = None
+        self.rows: Lazy | None = None
         if isinstance(data, DataLoader):
             self.source = in_order(data) if ordered else data
             # Worker processes have their own copy of a data set in each pass.
@@ -76,12 +82,18 @@ class Batches:
                 self._stream = Stream(self.source)
         elif isinstance(data, IterableDataset):
             self.source = self._stream = Stream(data)
+        elif isinstance(data, Lazy):
+            self.source = self.rows = data
         elif isinstance(data, Dataset) and not isinstance(data, TensorDataset):
             self.source = data
         else:
             labelled = isinstance(data, TensorDataset)
-            self.arrays = self._taken(data.tensors if labelled else data, strict=not labelled)
-            self.arrays = tuple(array.contiguous() for array in self.arrays)
+            items, names = opened(data.tensors if labelled else data, program)
+            if any(isinstance(item, Rows) for item in items):
+                self.source = self.rows = Lazy(items, names)
+            else:
+                arrays = self._moved(_checked(items, names, dtype, device, program=program, strict=not labelled))
+                self.arrays = tuple(array.contiguous() for array in arrays)
 
     @property
     def loader(self) -> DataLoader[Any] | None:
@@ -96,6 +108,11 @@ class Batches:
         self.dtype, self.device, self.floating = dtype, device, floating
         if self.arrays:
             self.arrays = self._moved(self.arrays)
+
+    @property
+    def changes(self) -> bool:
+        """Whether each pass may give other data, as a loader may that draws or augments them."""
+        return self.source is not None and self.rows is None
 
     @property
     def num_data(self) -> int | None:
@@ -143,8 +160,19 @@ class Batches:
             self._refuse_empty()
         return self.load(*self._taken(default_collate(found) if by_rows else found[0]))
 
+    def forget_peeked(self) -> None:
+        """Let the next pass over a stream begin anew."""
+        if self._stream is not None:
+            self._stream.forget()
+
     def inputs(self) -> Iterator[Batch]:
         """One pass, as the inputs of :meth:`load`: row indices and the whole arrays, or the arrays of a batch."""
+        if self.rows is not None:
+            # As arrays are, so that data give the same batches from disk as from memory.
+            numbers = torch.randperm(len(self.rows), device="cpu") if self.shuffle else torch.arange(len(self.rows))
+            for start in range(0, len(numbers), self.batch_size):
+                yield self._read(numbers[start : start + self.batch_size])
+            return
         loader = self.loader
         if loader is not None:
             empty = True
@@ -163,6 +191,20 @@ class Batches:
             for start in range(0, size, step):
                 yield tuple(array[start : start + step] for array in self.arrays)
 
+    def in_order(self, size: int) -> Iterator[Batch]:
+        """All data that are in memory or can be read by rows, ``size`` at a time, in their order and without the transform."""
+        for start in range(0, self.num_data or 0, size):
+            if self.rows is not None:
+                yield self._read(torch.arange(start, min(start + size, len(self.rows))))
+            else:
+                yield tuple(array[start : start + size] for array in self.arrays)
+
+    def part(self, rows: Tensor, *, unread: bool = True) -> Any:
+        """Some of the data, as data for other batches; without ``unread``, in memory."""
+        if self.rows is None:
+            return tuple(array[rows] for array in self.arrays)
+        return self.rows.part(rows) if unread else self._read(rows)
+
     def load(self, *inputs: Tensor) -> Batch:
         """A batch, gathered and transformed by tensor operations only, so that a compiled step can include it."""
         batch = inputs
@@ -171,10 +213,16 @@ class Batches:
             batch = tuple(array.index_select(0, rows) for array in arrays)
         return batch if self.transform is None else (self.transform(batch[0]), *batch[1:])
 
-    def _taken(self, item: Any, *, strict: bool = False) -> Batch:
-        """The arrays of the data, or of one batch, that the program takes."""
+    def _taken(self, item: Any) -> Batch:
+        """The arrays of one batch that the program takes."""
         item = tuple(item) if self.source is not None and isinstance(item, list) else item
-        return self._moved(as_arrays(item, self.dtype, self.device, program=self.program, strict=strict))
+        return self._moved(as_arrays(item, self.dtype, self.device, program=self.program, strict=False))
+
+    def _read(self, numbers: Tensor) -> Batch:
+        """The rows with these numbers, read from disk or made dense."""
+        assert self.rows is not None
+        items, names = self.rows.take(numbers), self.rows.names
+        return self._moved(_checked(items, names, self.dtype, self.device, program=self.program, strict=True, numbers=numbers))
 
     def _moved(self, arrays: Batch) -> Batch:
         moved = [_as_tensor(array, self.dtype, self.device) for array in arrays]
@@ -199,10 +247,10 @@ def as_arrays(
     program: Callable[..., Any] | None = None,
     strict: bool = True,
 ) -> Batch:
-    """Arrays or tensors as a tuple of checked tensors. A masked array gives its values and, at the end, its inverted mask.
+    """Data as a tuple of checked tensors. A masked array gives its values and, at the end, its inverted mask.
 
     Args:
-        data: an array, a tensor, a masked array, or a tuple of them.
+        data: as for :class:`Batches`, but no ``Dataset`` or ``DataLoader``. All is read into memory.
         dtype: the type of floating-point arrays.
         device: the device of the tensors.
         program: keep only the arrays that this program takes, in its order.
@@ -218,19 +266,41 @@ def as_arrays(
         >>> as_arrays(np.ma.masked_array([1.0, 1e3], mask=[False, True]))
         (tensor([1., 0.], dtype=torch.float64), tensor([ True, False]))
     """
-    items, names = _unmasked(data if isinstance(data, tuple) else (data,))
+    items, names = opened(data, program)
+    items = tuple(item[:] if isinstance(item, Rows) else item for item in items)
+    return _checked(items, names, dtype, device, program=program, strict=strict)
+
+
+def _checked(
+    items: tuple[Any, ...],
+    names: list[str | None],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    *,
+    program: Callable[..., Any] | None,
+    strict: bool,
+    numbers: Tensor | None = None,
+) -> Batch:
+    """Arrays as checked tensors; ``numbers`` are those of their rows, if they are some of the data."""
     arrays = tuple(_as_tensor(item, dtype, device) for item in items)
-    if not arrays or any(array.dim() == 0 or array.numel() == 0 for array in arrays):
+    if any(array.dim() == 0 for array in arrays):
+        raise ValueError(
+            "The data must have one entry per datum along their first dimension, got a single number: pass an array, or a "
+            "DataLoader with a batch_size."
+        )
+    if not arrays or any(array.numel() == 0 for array in arrays):
         raise ValueError("The data are empty: give at least one datum, with data along the first dimension.")
     lengths = [len(array) for array in arrays]
     if len(set(lengths)) > 1:
         raise ValueError(f"The arrays have different lengths {lengths}: give each argument one entry per datum.")
-    for array in arrays:
+    for array in (array for array in arrays if array.is_floating_point()):
         bad = ~torch.isfinite(array).flatten(1).all(1) if array.dim() > 1 else ~torch.isfinite(array)
         if bool(bad.any()):
+            first = int(bad.nonzero()[0])
             raise ValueError(
                 f"The data hold NaN or infinite values in {int(bad.sum())} of {len(bad)} rows, first row "
-                f"{int(bad.nonzero()[0])}: drop or repair them; where values are missing, pass a mask beside zeros."
+                f"{first if numbers is None else int(numbers[first])}: drop or repair them; where "
+                f"values are missing, pass a mask beside zeros."
             )
     return arrays if program is None else match(program, arrays, names, strict=strict)
 
@@ -292,27 +362,8 @@ def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str 
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
-def _unmasked(items: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str | None]]:
-    """Arrays without masks: a masked array's values with zeros, and at the end its inverted mask; and the names of all."""
-    items = tuple(_stacked(item) for item in items)
-    masked = [item for item in items if isinstance(item, np.ma.MaskedArray)]
-    if len(masked) > 1:
-        raise ValueError(
-            f"The data hold {len(masked)} masked arrays, and a mask beside the data belongs to one: pass the others filled, "
-            f"with their masks as arrays."
-        )
-    plain = tuple(item.filled(0) if isinstance(item, np.ma.MaskedArray) else item for item in items)
-    observed = tuple(~np.ma.getmaskarray(item) for item in masked)
-    return (*plain, *observed), [*[None] * len(plain), *[MASK] * len(observed)]
-
-
-def _stacked(item: Any) -> Any:
-    """A list of masked rows as one masked array, since a plain array of them would show what they hide."""
-    masked = isinstance(item, list) and any(isinstance(row, np.ma.MaskedArray) for row in item)
-    return np.ma.stack([np.ma.asarray(row) for row in item]) if masked else item
-
-
 def _plain(array: np.ndarray) -> np.ndarray:
     """The same numbers as a writable array with native byte order and non-negative strides, as torch needs."""
+    array = number_array(array)
     native = array.dtype.isnative and array.flags.writeable and all(stride >= 0 for stride in array.strides)
     return array if native else np.array(array, dtype=array.dtype.newbyteorder("="), order="C")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._validation import unknown
-from .batches import _OF_IMAGES, as_arrays
-from .support import choose_likelihood, is_whole
+from .batches import _OF_IMAGES
+from .readers import ReadKeywords, read
+from .rows import Rows, SparseRows
+from .support import Values, choose_likelihood, summarize
+from .synthetic import SIZES, SYNTHETIC, synthetic
+from .vision import VISION, download, read_vision
 
 __all__ = ["WAYS", "Split", "binarize", "dequantize", "load"]
 
@@ -79,18 +81,26 @@ class Split:
 
     Attributes:
         name: the name of the data set.
-        train: training data, shape (N, *data_shape).
-        test: held-out data, shape (M, *data_shape); if they are binarised, then once.
+        train: training data, shape ``(N, *data_shape)``, in memory or read from disk in batches.
+        test: held-out data, shape ``(M, *data_shape)``; if they are binarised, then once.
         test_labels: classes of the held-out data, shape (M,), or ``None``.
         train_labels: classes of the training data, shape (N,), with -1 for unlabelled data, or ``None``.
         likelihood: a likelihood for these numbers, as a registry table.
         transform: a function that is applied to every training batch, or ``None``.
         note: one sentence on the source of the data and their treatment.
         reason: the reason for the likelihood.
+        train_mask: true where a training value was observed, shape of ``train``; ``None`` if all were.
+        test_mask: the same of the held-out data.
+        train_covariates: numbers that belong to the training data without being modelled, shape (N, C), or ``None``.
+        test_covariates: the same of the held-out data.
+        columns: names of the columns, if they have names.
+        classes: names of the classes, if they have names.
+        covariate_names: names of the columns of the covariates.
+        test_log_px: the true log p(x) of the held-out data in nats, shape (M,), if the distribution is known.
     """
 
     name: str
-    train: Tensor
+    train: Tensor | Rows
     test: Tensor
     test_labels: Tensor | None
     likelihood: dict[str, Any]
@@ -98,6 +108,14 @@ class Split:
     note: str
     reason: str = ""
     train_labels: Tensor | None = None
+    train_mask: Tensor | Rows | None = None
+    test_mask: Tensor | None = None
+    train_covariates: Tensor | None = None
+    test_covariates: Tensor | None = None
+    columns: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    covariate_names: tuple[str, ...] = ()
+    test_log_px: Tensor | None = None
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -106,8 +124,22 @@ class Split:
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes the labels have, or ``None`` without labels."""
-        return None if self.train_labels is None else int(self.train_labels.max()) + 1
+        """The size of what a datum is given: a number for each class and each covariate; ``None`` if there are neither."""
+        if self.train_labels is None and self.train_covariates is None:
+            return None
+        known = [labels for labels in (self.train_labels, self.test_labels) if labels is not None]
+        named = max(len(self.classes), *(int(labels.max()) + 1 for labels in known)) if known else 0
+        return named + len(self.covariate_names)
+
+    def beside(self, part: str) -> dict[str, Any]:
+        """The mask and the covariates of a part, ``"train"`` or ``"test"``, that has them."""
+        found = {name: getattr(self, f"{part}_{name}") for name in ("mask", "covariates")}
+        return {name: each for name, each in found.items() if each is not None}
+
+    def names(self) -> dict[str, list[str]]:
+        """The names that the data came with: of columns, classes and covariates."""
+        found = {"columns": self.columns, "classes": self.classes, "covariates": self.covariate_names}
+        return {name: list(each) for name, each in found.items() if each}
 
     def with_labels_of(self, fraction: float) -> Split:
         """The split with the labels of a random part of each class of the training data; -1 for the others.
@@ -134,28 +166,35 @@ class Split:
 def load(
     name: str = "digits",
     *,
-    path: str | None = None,
+    path: str | Path | None = None,
     root: str = "data",
     binarize: str | None = None,
     download: bool = False,
     test_fraction: float = 0.2,
+    **options: Unpack[ReadKeywords],
 ) -> Split:
-    """A data set by name, or an array file.
+    """A data set by name, or of a file or a folder, split into training and test data.
+
+    By name there are ``"digits"`` (scikit-learn's 1,797 images of 8 x 8 counts 0..16, which ship with it), torchvision's
+    ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"``, ``"emnist"``, ``"omniglot"``, ``"cifar10"`` and ``"svhn"``, and sets whose
+    log p(x) is known: ``"linear_gaussian"``, ``"ring"``, ``"bernoulli_mixture"`` and ``"poisson_mixture"``.
 
     Args:
-        name: ``"digits"`` (scikit-learn's 1,797 images of 8 x 8 counts 0..16, which ship with it) or ``"mnist"``.
-        path: a ``.npy`` file of shape (N, ...), in place of a name. A fixed permutation splits its rows, and
-            :func:`pyrovae.data.support.choose_likelihood` chooses a likelihood whose support contains its values.
-        root: torchvision's folder for MNIST.
-        binarize: for MNIST, and for files of 8-bit levels or of grey values in [0, 1]: ``"dynamic"`` draws training pixels
-            anew at each batch, ``"static"`` draws them once, ``"none"`` keeps grey values in [0, 1], ``"levels"`` keeps the
-            levels 0..255, and ``"dequantized"`` adds uniform noise to the levels, anew at each batch. The test set is always
-            drawn once, from a fixed seed. The default is ``"dynamic"`` for MNIST, and no change for a file.
-        download: let torchvision download MNIST if it is missing.
-        test_fraction: the held-out part of a ``.npy`` file.
+        name: the data set.
+        path: a file or a folder that :func:`pyrovae.data.read` reads, in place of a name. A fixed permutation splits its rows,
+            and :func:`pyrovae.data.support.choose_likelihood` chooses a likelihood whose support contains its values.
+        root: torchvision's folder.
+        binarize: for grey images by name, and for files of 8-bit levels or of grey values in [0, 1]: ``"dynamic"`` draws
+            training pixels anew at each batch, ``"static"`` draws them once, ``"none"`` keeps grey values in [0, 1],
+            ``"levels"`` keeps the levels 0..255, and ``"dequantized"`` adds uniform noise to the levels, anew at each batch.
+            The test set is always drawn once, from a fixed seed. The default is ``"dynamic"`` for grey images by name,
+            ``"levels"`` for those in colour, and no change for a file.
+        download: let torchvision fetch its data set if it is missing.
+        test_fraction: the held-out part of a file.
+        **options: of a file, those of :func:`pyrovae.data.read`.
 
     Raises:
-        ValueError: an unknown name or option, or a file that is not an array of numbers.
+        ValueError: an unknown name or option, or a file that does not hold numbers.
         FileNotFoundError: the files do not exist.
 
     Example:
@@ -167,13 +206,17 @@ def load(
     if binarize is not None and binarize not in WAYS:
         raise ValueError(unknown("binarisation", binarize, WAYS))
     if path is not None:
-        return _from_file(Path(path), test_fraction, binarize)
-    loaders = {"digits": _digits, "mnist": lambda: _mnist(root, binarize or "dynamic", download)}
-    if name not in loaders:
-        raise ValueError(unknown("data set", name, loaders))
-    if name == "digits" and binarize is not None:
-        raise ValueError(f"binarize={binarize!r} is for MNIST and for files, and the digits are counts 0..16: leave it out.")
-    return loaders[name]()
+        return _from_table(Path(path), test_fraction, binarize, options)
+    if options:
+        raise ValueError(f"{next(iter(options))!r} is for data of a file, and {name!r} is a data set by name: leave it out.")
+    if name in VISION:
+        return _vision(name, root, binarize, download)
+    if name not in ("digits", *SYNTHETIC):
+        raise ValueError(unknown("data set", name, ["digits", *VISION, *SYNTHETIC]))
+    if binarize is not None:
+        what = "the digits are counts 0..16" if name == "digits" else f"{name!r} has no grey values"
+        raise ValueError(f"binarize={binarize!r} is for grey images and files, and {what}: leave it out.")
+    return _digits() if name == "digits" else _synthetic(name)
 
 
 def _digits() -> Split:
@@ -196,6 +239,23 @@ def _digits() -> Split:
     )
 
 
+def _synthetic(name: str) -> Split:
+    (train, _), (test, log_px) = (synthetic(name, size, seed) for seed, size in enumerate(SIZES))
+    likelihood, reason = choose_likelihood(train.numpy())
+    return Split(
+        name=name,
+        train=train.to(torch.get_default_dtype()),
+        test=test.to(torch.get_default_dtype()),
+        test_labels=None,
+        likelihood=likelihood,
+        transform=None,
+        note=f"{len(train):,} train and {len(test):,} test draws of the known distribution {name!r}, whose log p(x) is "
+        f"{log_px.mean():.2f} nats on average on the test draws",
+        reason=reason,
+        test_log_px=log_px,
+    )
+
+
 WAYS = {
     "dynamic": "training pixels binarised afresh at each batch, test pixels once",
     "static": "all pixels binarised once",
@@ -210,35 +270,39 @@ _FITTING: dict[str, dict[str, Any]] = {
 }
 
 
-def _mnist(root: str, how: str, download: bool) -> Split:
-    datasets = _torchvision_datasets()
-    try:
-        parts = [datasets.MNIST(root, train=train, download=download) for train in (True, False)]
-    except RuntimeError as error:
-        raise FileNotFoundError(
-            f"MNIST is not under {root!r}: point --data.root at the folder that holds MNIST/raw, or pass --data.download."
-        ) from error
+def _vision(name: str, root: str, how: str | None, fetch: bool) -> Split:
+    if fetch:
+        download(name, root)
+    (train, train_labels), (test, test_labels) = read_vision(name, root)
+    title, what = VISION[name]
     split = Split(
-        name="mnist",
-        train=parts[0].data[:, None],
-        test=parts[1].data[:, None],
-        test_labels=parts[1].targets,
-        train_labels=parts[0].targets,
+        name=name,
+        train=torch.as_tensor(np.array(train)),
+        test=torch.as_tensor(np.array(test)),
+        test_labels=torch.as_tensor(test_labels),
+        train_labels=torch.as_tensor(train_labels),
         likelihood={},
         transform=None,
-        note="MNIST, 60,000 train and 10,000 test images of 28 x 28",
+        note=f"{title}, {what}, {len(train):,} train and {len(test):,} test images",
     )
-    return _treated(split, how, 255)
+    return _treated(split, how or ("dynamic" if train.shape[1] == 1 else "levels"), 255)
 
 
 def _treated(split: Split, how: str, largest: int) -> Split:
     """A split of grey values from zero to ``largest``, treated as ``how`` says, with its likelihood and transform."""
     unit = 1 if how in ("levels", "dequantized") else largest
-    train, test = ((part / unit).to(torch.get_default_dtype()) for part in (split.train, split.test))
+    test = (split.test / unit).to(torch.get_default_dtype())
+    train = split.train
+    train = train.map(lambda x: x / np.float32(unit)) if isinstance(train, Rows) else (train / unit).to(test.dtype)
     generator = torch.Generator().manual_seed(0)
     if how in ("dynamic", "static"):
         test = torch.bernoulli(test, generator=generator)
-    if how == "static":
+    if how == "static" and isinstance(train, Rows):
+        raise ValueError(
+            f'binarize="static" draws all pixels once, and the data of {split.name!r} are read from disk in batches: set '
+            f'"dynamic".'
+        )
+    if how == "static" and not isinstance(train, Rows):
         train = torch.bernoulli(train, generator=generator)
     if how == "dequantized":
         with torch.random.fork_rng(devices=[]):
@@ -255,41 +319,64 @@ def _treated(split: Split, how: str, largest: int) -> Split:
     )
 
 
-def _from_file(path: Path, test_fraction: float, how: str | None) -> Split:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no data file {path}: give the path of a .npy array.")
+def _from_table(path: Path, test_fraction: float, how: str | None, options: ReadKeywords) -> Split:
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction!r}.")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a .npy array of numbers ({error}): write it with numpy.save.") from error
-    if not isinstance(array, np.ndarray) or array.ndim < 2:
-        raise ValueError(f"{path} must contain one array of shape (N, ...), with one datum per row.")
-    (data,) = as_arrays(array, torch.get_default_dtype())
-    data = data.to(torch.get_default_dtype())
-    order = torch.as_tensor(np.random.default_rng(0).permutation(len(data)))
-    held_out = round(len(data) * test_fraction)
-    if not 0 < held_out < len(data):
-        raise ValueError(f"{len(data)} data cannot be split with test_fraction {test_fraction}: give more data.")
-    likelihood, reason = choose_likelihood(array)
+    table = read(path, **options)
+    if table.size_factors is not None:
+        raise ValueError(
+            f'{path}: no model by name takes size factors; set likelihood = {{kind = "negative_binomial", library = "total"}}, '
+            f"or pass them to a program of your own in Python."
+        )
+    held_out = round(len(table) * test_fraction)
+    if not 0 < held_out < len(table):
+        raise ValueError(f"{len(table)} data cannot be split with test_fraction {test_fraction}: give more data.")
+    values = summarize(table.x, table.mask)
+    likelihood, reason = values.likelihood()
+    order = np.random.default_rng(0).permutation(len(table))
+    parts = {"train": order[:-held_out], "test": order[-held_out:]}
+    fields: dict[str, Any] = {}
+    for part, rows in parts.items():
+        fields[part] = _rows_of(table.x, rows, part == "test")
+        for name in ("mask", "labels", "covariates"):
+            beside = getattr(table, name)
+            if beside is not None:
+                fields[f"{part}_{name}"] = _rows_of(beside, rows, part == "test", cast=name == "covariates")
+    missing = f"{values.num_missing:,} of {values.size:,} values missing" if values.num_missing else ""
+    note = [f"{path}, {len(parts['train']):,} train and {held_out:,} test rows, by a fixed permutation", table.note, missing]
+    note += [f"{len(table.classes)} classes ({_listed(table.classes)})"] if table.classes else []
+    note += [f"columns {_listed(table.columns)}"] if table.columns else []
+    note += ["read from disk in batches"] if isinstance(table.x, Rows) and not isinstance(table.x, SparseRows) else []
     split = Split(
-        name=path.stem,
-        train=data[order[:-held_out]],
-        test=data[order[-held_out:]],
-        test_labels=None,
+        name=path.name.split(".")[0] or path.name,
         likelihood=likelihood,
         transform=None,
-        note=f"{path}, {len(data) - held_out:,} train and {held_out:,} test rows, by a fixed permutation",
+        note="; ".join(part for part in note if part),
         reason=reason,
+        columns=table.columns,
+        classes=table.classes,
+        covariate_names=table.covariate_names,
+        **{"test_labels": None} | fields,
     )
-    return split if how is None else _treated(split, how, _largest(path, array, how))
+    return split if how is None else _treated(split, how, _largest(path, values, how))
 
 
-def _largest(path: Path, array: np.ndarray, how: str) -> int:
+def _rows_of(array: Any, rows: np.ndarray, now: bool, *, cast: bool = True) -> Tensor | Rows:
+    """Some rows of an array; numbers as floats, and those that are unread stay so unless they are needed now."""
+    if isinstance(array, Rows) and not now:
+        return array.select(rows).map(lambda x: x if x.dtype == bool else x.astype(np.float32))
+    part = array[rows] if isinstance(array, Rows) else torch.as_tensor(array[rows])
+    return part.to(torch.get_default_dtype()) if part.is_floating_point() or (cast and part.dtype != torch.bool) else part
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, ... {names[-1]}"
+
+
+def _largest(path: Path, values: Values, how: str) -> int:
     """The largest grey value of a file: 255 for 8-bit levels, else 1."""
-    low, high = array.min(), array.max()
-    if low >= 0 and high <= 255 and is_whole(array) and (high > 1 or how in ("levels", "dequantized")):
+    low, high = values.low, values.high
+    if low >= 0 and high <= 255 and values.whole and (high > 1 or how in ("levels", "dequantized")):
         return 255
     if low >= 0 and high <= 1 and how not in ("levels", "dequantized"):
         return 1
@@ -298,29 +385,3 @@ def _largest(path: Path, array: np.ndarray, how: str) -> int:
         f"binarize={how!r} must be given 8-bit levels 0..255{wanted}, and {path} holds values from {low:g} to {high:g}: leave "
         f"binarize out."
     )
-
-
-def _torchvision_datasets() -> Any:
-    """Import torchvision's datasets, also beside a torch without CUDA.
-
-    PyPI's torchvision is built for CUDA, and its extension does not load beside a CPU-only torch. The operators that its Python
-    code names at import then have no schema. Reading MNIST needs none of them, so it is enough to declare the schemas. Trying
-    to load the extension first is not possible: loading it twice aborts the process.
-    """
-    global _schemas
-    try:
-        return importlib.import_module("torchvision.datasets")
-    except ModuleNotFoundError as error:
-        raise ValueError("MNIST is read through torchvision, which is not installed: pip install torchvision.") from error
-    except RuntimeError as error:
-        if "torchvision::" not in str(error) or _schemas is not None:
-            raise
-    for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[module]  # half imported
-    _schemas = torch.library.Library("torchvision", "FRAGMENT")  # kept alive: schemas die with it
-    for operator in ("nms", "qnms"):
-        _schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module("torchvision.datasets")
-
-
-_schemas: torch.library.Library | None = None

@@ -28,7 +28,8 @@ def match(program: Callable[..., Any], batch: Batch, names: Sequence[str | None]
     Args:
         program: the model.
         batch: the arrays, each with one entry per datum.
-        names: :data:`MASK` for an array that is a mask, ``None`` for one that is matched by its position, the default.
+        names: :data:`MASK` for an array that is a mask, a parameter's name for one that goes there, ``None`` for one that is
+            matched by its position, the default.
         strict: refuse arrays other than labels that no parameter takes.
 
     Raises:
@@ -39,8 +40,9 @@ def match(program: Callable[..., Any], batch: Batch, names: Sequence[str | None]
     parameters = list(inspect.signature(called).parameters.values())
     names = [*names, *[None] * (len(batch) - len(names))]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return _without_a_mask(batch, names)
+        return _without_names(batch, names)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    _check_names(positional, parameters, names)
     places = _places(positional, batch, names)
     needed = [p.name for p in positional if p.default is p.empty]
     if not set(needed) <= set(places):
@@ -77,6 +79,10 @@ def _places(positional: Parameters, batch: Batch, names: Sequence[str | None]) -
 
     required = [p for p in positional if p.default is p.empty]
     optional = [p for p in positional if p.default is None and not _is_setting(p)]
+    for index, name in enumerate(names):
+        if name is not None and name in [p.name for p in positional] and name not in places:
+            places[name] = index
+            left.remove(index)
     for parameter in (p for p in [*required, *optional] if MASK in p.name):
         place(parameter, lambda index: names[index] == MASK)
     for parameter in required:
@@ -88,8 +94,26 @@ def _places(positional: Parameters, batch: Batch, names: Sequence[str | None]) -
     return places
 
 
-def _without_a_mask(batch: Batch, names: Sequence[str | None]) -> Batch:
+def _check_names(positional: Parameters, parameters: Parameters, names: Sequence[str | None]) -> None:
+    """Refuse names that no parameter has, and those of parameters that are not given by position."""
+    known = [p.name for p in positional]
+    for name in (name for name in names if name not in (None, MASK, *known)):
+        if any(p.name == name and p.kind is p.KEYWORD_ONLY for p in parameters):
+            raise ValueError(f"The model takes {name!r} by keyword only: let it be given by position too, without the '*'.")
+        raise ValueError(
+            f"The model takes {_signature(positional)}, but no parameter {name!r}, which the data name: rename the array, "
+            f"leave it out, or give the model and the guide a parameter for it."
+        )
+
+
+def _without_names(batch: Batch, names: Sequence[str | None]) -> Batch:
     """The arrays for a program with ``*args``, whose parameters have no names."""
+    named = next((name for name in names if name not in (None, MASK)), None)
+    if named is not None:
+        raise ValueError(
+            f"The model takes any number of arrays (*args), so the array {named!r} of the data has no place there: pass a "
+            f"tuple, or name the model's parameters."
+        )
     for array, name in zip(batch, names, strict=True):
         if name == MASK and not bool(array.all()):
             raise ValueError(

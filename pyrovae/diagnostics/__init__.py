@@ -1,7 +1,8 @@
 """Comparison of estimators, decomposition of the evidence, and draws from the posterior."""
 
 from .decomposition import Decomposition, decompose
-from .gradients import EstimatorComparison, compare_estimators, train_estimators
+from .estimator_comparison import EstimatorComparison
+from .gradients import compare_estimators, train_estimators
 from .posterior import posterior_draws
 
 __all__ = [

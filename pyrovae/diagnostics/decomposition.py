@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,14 +15,18 @@ from ..evidence.importance import log_marginal
 from ..evidence.results import Evidence
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
-from ..tables import text_table
+from ..tables import Table, Tabular
 from .posterior import Array, PairOnData
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
 
 __all__ = ["Decomposition", "decompose"]
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class Decomposition(Tabular):
     r"""The parts of the gap between the ELBO and log p(x), and of the rate of the latents.
 
     .. math::
@@ -129,19 +133,69 @@ class Decomposition:
         ]
         return rows
 
+    def __repr__(self) -> str:
+        """One line: the means of the parts."""
+        parts = ", ".join(f"{name.strip()}={mean:.4g}" for name, mean, _, _ in self.rows() if not name.startswith(" "))
+        return f"Decomposition({parts} nats, {len(self)} data)"
+
     def __str__(self) -> str:
         """A table of 80 columns."""
+        return self.table().text()
+
+    def table(self) -> Table:
+        """The parts as a table, with their standard errors from sampling."""
         rows = [
             [name, f"{mean:.3f}", "-" if math.isnan(error) else f"{error:.3f}", what] for name, mean, error, what in self.rows()
         ]
-        lines = [text_table(["nats per datum", "mean", "se", ""], rows, left=(0, 3))]
+        notes = []
         for name, active in self.active_units.items():
             line = f"active units: {active} of {self.mean_variances[name].size} in {name}"
-            lines.append(line if len(line) <= 80 else line[:79] + "…")
+            notes.append(line if len(line) <= 80 else line[:79] + "…")
         bad = int((~self.evidence.reliable).sum())
         if bad:
-            lines.append(f"{bad} of {len(self)} estimates of log p(x) are unreliable, so the gap is too small there")
-        return "\n".join(lines)
+            notes.append(f"{bad} of {len(self)} estimates of log p(x) are unreliable, so the gap is too small there")
+        return Table(["nats per datum", "mean", "se", ""], rows, left=(0, 3), notes=notes)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the parts that add up to minus log p(x) as one bar: distortion, rate, and the gap taken off again.
+
+        Args:
+            ax: the axes to draw on; by default new ones, which Jupyter shows.
+        """
+        from ..plots import BLUE, ORANGE, _bare, _number, _plain_ticks, new_axes
+
+        ax = new_axes(ax, (7, 2.6))
+        distortion, rate, gap = (float(np.mean(part)) for part in (self.distortion, self.rate, self.gap))
+        total = -self.evidence.mean
+        bars = [
+            ("distortion", 0.0, distortion, BLUE, ""),
+            ("+ rate", distortion, rate, BLUE, "//"),
+            ("− gap", total, gap, ORANGE, ".."),
+            ("− log p(x)", 0.0, total, "0.55", ""),
+        ]
+        for row, (_, start, width, colour, hatch) in enumerate(bars):
+            ax.barh(row, width, left=start, color=colour, hatch=hatch, edgecolor="white", height=0.62)
+            ax.annotate(_number(width), (start + max(width, 0.0), row), (4, 0), textcoords="offset points", va="center")
+        ax.set_yticks(range(len(bars)), [bar[0] for bar in bars])
+        ax.invert_yaxis()
+        ax.set_xlim(right=1.12 * (distortion + rate))
+        ax.set_xlabel("nats per datum")
+        _plain_ticks(ax.xaxis)
+        _bare(ax, "x")
+        return ax
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row for each datum: log p(x), the bound, the gap and its parts, the rate and the distortion, in nats."""
+        import pandas
+
+        columns = {
+            "log_px": self.evidence.log_px, "elbo": self.elbo, "gap": self.gap, "approximation": self.approximation,
+            "amortisation": self.amortisation, "rate": self.rate, "information": self.information,
+            "distortion": self.distortion, "reliable": self.evidence.reliable,
+        }  # fmt: skip
+        frame = pandas.DataFrame({name: column for name, column in columns.items() if column is not None})
+        frame.index.name = "datum"
+        return frame
 
 
 # Burda's threshold: a unit is active if the variance of its posterior mean over data exceeds it.

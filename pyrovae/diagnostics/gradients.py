@@ -6,8 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import pyro.infer
@@ -23,111 +22,12 @@ from ..programs.inspect import FIRST_ROWS, FirstBatch, prepare
 from ..programs.log_weights import log_weights
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
-from ..tables import text_table
 from ..training.loop import fit
 from ..training.options import FitKeywords, TrainKeywords
+from .estimator_comparison import GROUPS, EstimatorComparison
 from .posterior import Array
 
-if TYPE_CHECKING:
-    import xarray
-    from matplotlib.figure import Figure
-
-__all__ = ["EstimatorComparison", "compare_estimators", "train_estimators"]
-
-GROUPS = ("model", "guide")
-PER_GROUP = ("norm", "bias", "bias_p", "variance", "snr", "snr_per_second")
-
-
-@dataclass(frozen=True)
-class EstimatorComparison:
-    r"""Estimators side by side, at one set of parameters and on one batch.
-
-    Arrays are over E estimators, those of gradients over (E, 2), for the parameters of the model and of the guide.
-
-    Attributes:
-        names: the estimators.
-        num_particles: K of each.
-        bound: the mean bound, in nats per datum.
-        bound_se: its standard error over draws, in nats per datum.
-        norm: the Euclidean norm of the mean gradient per datum, corrected for sampling noise.
-        bias: the norm of the mean difference from the reference's gradient, relative to the reference's norm, corrected for
-            sampling noise.
-        bias_p: the p-value of a sign-flip test of no difference, on the paired draws.
-        variance: the summed variance of the gradient's coordinates.
-        snr: the signal-to-noise ratio, norm over the root of the variance.
-        seconds: the median time of one step's loss and gradients.
-        snr_per_second: the signal-to-noise ratio of the mean gradient of one second, snr / sqrt(seconds).
-        reference: the estimator that the bias is relative to.
-        num_draws: the number of draws of each gradient.
-    """
-
-    names: list[str]
-    num_particles: Array
-    bound: Array
-    bound_se: Array
-    norm: Array
-    bias: Array
-    bias_p: Array
-    variance: Array
-    snr: Array
-    seconds: Array
-    snr_per_second: Array
-    reference: str
-    num_draws: int
-
-    def __str__(self) -> str:
-        """A table of 80 columns, two lines for each estimator."""
-        rows = []
-        for e, name in enumerate(self.names):
-            left = [name, str(self.num_particles[e]), f"{self.bound[e]:.3f}", f"{self.bound_se[e]:.3f}"]
-            left.append(f"{1e3 * self.seconds[e]:.2f}")
-            for g, group in enumerate(GROUPS):
-                bias = "-" if math.isnan(self.bias[e, g]) else f"{self.bias[e, g]:.0%}"
-                p = "-" if math.isnan(self.bias_p[e, g]) else f"{self.bias_p[e, g]:.2f}"
-                right = [group, bias, p, f"{self.snr[e, g]:.3g}", f"{self.snr_per_second[e, g]:.3g}"]
-                rows.append([*(left if g == 0 else [""] * len(left)), *right])
-        header = ["estimator", "K", "bound", "se", "ms", "of", "bias", "p", "SNR", "SNR 1s"]
-        lines = [text_table(header, rows, left=(0, 5))]
-        lines.append(f"bound in nats per datum; gradient bias against {self.reference}, paired test's p")
-        lines.append(f"SNR = |mean| / sd over {self.num_draws} gradients; SNR 1s: of a second's mean gradient")
-        return "\n".join(lines)
-
-    def to_dataset(self) -> xarray.Dataset:
-        """The numbers as an xarray ``Dataset`` with dimensions ``estimator`` and ``parameters``."""
-        import xarray
-
-        per_estimator = {name: ("estimator", getattr(self, name)) for name in ("num_particles", "bound", "bound_se", "seconds")}
-        per_group = {name: (("estimator", "parameters"), getattr(self, name)) for name in PER_GROUP}
-        return xarray.Dataset(
-            per_estimator | per_group,
-            coords={"estimator": self.names, "parameters": list(GROUPS)},
-            attrs={"reference": self.reference, "num_draws": self.num_draws, "units": "nats per datum, seconds"},
-        )
-
-    def plot(self) -> Figure:
-        """Bounds, signal-to-noise ratios and their worth per second, side by side."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 0.9 + 0.42 * len(self.names)), layout="constrained")
-        bounds, ratios, worth = figure.subplots(1, 3, sharey=True)
-        rows = np.arange(len(self.names))
-        bounds.errorbar(self.bound, rows, xerr=1.96 * self.bound_se, fmt="o", color="#333333", capsize=3)
-        bounds.set_xlabel("bound (nats per datum)")
-        bounds.set_yticks(rows, [f"{name}, K = {k}" for name, k in zip(self.names, self.num_particles, strict=True)])
-        bounds.invert_yaxis()
-        for ax, values, label in (
-            (ratios, self.snr, "signal-to-noise ratio of one gradient"),
-            (worth, self.snr_per_second, "of a second's mean gradient"),
-        ):
-            for g, (group, marker, color) in enumerate(zip(GROUPS, "os", ("#0072B2", "#D55E00"), strict=True)):
-                ax.plot(values[:, g], rows, marker, color=color, label=f"{group}'s parameters")
-            ax.set_xscale("log")
-            ax.set_xlabel(label)
-        ratios.legend(frameon=False, fontsize="small")
-        for ax in (bounds, ratios, worth):
-            ax.grid(axis="y", alpha=0.3)
-            ax.spines[["top", "right"]].set_visible(False)
-        return figure
+__all__ = ["compare_estimators", "train_estimators"]
 
 
 @in_own_scope()

@@ -27,7 +27,7 @@ from ..programs.tracing import Substitute, scoring_context, trace_pair, trace_pr
 from ..programs.wake_sleep import unconditioned, was_observed
 from ..programs.wrappers import is_factor
 
-__all__ = ["posterior_draws"]
+__all__ = ["Expectations", "PairOnData", "WeightedDraws", "posterior_draws"]
 
 Array = np.ndarray
 

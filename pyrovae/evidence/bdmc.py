@@ -18,6 +18,7 @@ from ..programs.sites import Program
 from ..programs.state import in_own_scope
 from ..programs.unconstrained import UnconstrainedPair
 from ..programs.wake_sleep import simulated_args
+from ..tables import Table, Tabular
 from .annealing_options import AnnealingOptions, Schedule, Start
 from .paths import AnnealingPath, Field, FieldGradient, annealing, prepare_annealing
 from .psis import Array
@@ -27,7 +28,7 @@ __all__ = ["Sandwich", "bdmc"]
 
 
 @dataclass(frozen=True)
-class Sandwich:
+class Sandwich(Tabular):
     """Bounds on log p(x) from both sides, for data simulated from the model, in nats.
 
     Attributes:
@@ -55,6 +56,42 @@ class Sandwich:
     def __len__(self) -> int:
         """N, the number of simulated data."""
         return len(self.lower)
+
+    def __repr__(self) -> str:
+        """One line: the mean bounds and their gap."""
+        return (
+            f"Sandwich({np.mean(self.lower):.4g} <= log p(x) <= {np.mean(self.upper):.4g} nats, {len(self)} simulated data, "
+            f"{self.num_chains} chains, {self.num_temperatures} temperatures)"
+        )
+
+    def table(self) -> Table:
+        """The mean bounds and their gap."""
+        rows = [
+            [name, f"{np.mean(values):.3f}", f"{error:.3f}"]
+            for name, values, error in (
+                ("upper bound", self.upper, np.sqrt(np.sum(self.upper_se**2)) / len(self)),
+                ("lower bound", self.lower, np.sqrt(np.sum(self.lower_se**2)) / len(self)),
+                ("gap", self.upper - self.lower, self.gap_se),
+            )
+        ]
+        return Table(["nats per datum", "mean", "se"], rows, caption="BDMC on simulated data", notes=[self.summary()])
+
+    def to_pandas(self) -> Any:
+        """One row for each simulated datum, as a DataFrame: both bounds with their standard errors, in nats."""
+        import pandas
+
+        names = ("lower", "lower_se", "upper", "upper_se")
+        frame = pandas.DataFrame({name: getattr(self, name) for name in names})
+        frame.index.name = "datum"
+        return frame
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the upper minus the lower bound of each simulated datum: a histogram."""
+        from ..plots import gap_histogram
+
+        ax = gap_histogram(self.upper - self.lower, ax)
+        ax.set_xlabel("upper − lower bound (nats)")
+        return ax
 
     @property
     def gap(self) -> float:

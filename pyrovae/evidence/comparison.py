@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..plots import _axes
-from ..tables import text_table
+from ..plots import intervals
+from ..tables import Table, Tabular
 from .psis import Array, _comparison, _elpd
 from .results import Evidence
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.axes import Axes
 
 __all__ = ["Comparison", "compare"]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabular):
     """Several models' evidence over the same data, best first.
 
     Attributes:
         names: the models, by falling mean log p(x).
-        mean: mean log p(x) of each, in nats per datum.
+        mean: mean log p(x) of each, in nats per datum; of a model with several runs the mean over its runs.
         difference: each mean minus the best one's, in nats per datum.
         difference_se: its standard error from the data, of paired differences.
         monte_carlo_se: its standard error from sampling.
-        unreliable: how many data of each are not reliable; see :attr:`pyrovae.Evidence.reliable`.
+        unreliable: how many data of each are not reliable in one of its runs; see :attr:`pyrovae.Evidence.reliable`.
         stacking: the weight of each in the mixture of models that predicts these data best (Yao et al. 2018), by ArviZ;
             ``nan`` if an estimate is not finite.
+        training_se: the standard error of the difference from training, over runs with different seeds; ``nan`` if the model
+            or the best one has a single run, and ``None`` if all have.
+        num_runs: how many runs each model has; ``None`` if all have one.
     """
 
     names: list[str]
@@ -43,56 +47,81 @@ class Comparison:
     monte_carlo_se: Array
     unreliable: Array
     stacking: Array
+    training_se: Array | None = None
+    num_runs: Array | None = None
+
+    def __repr__(self) -> str:
+        """One line: the ranking."""
+        return f"Comparison({', '.join(f'{name}: {mean:.4g}' for name, mean in zip(self.names, self.mean, strict=True))})"
 
     def __str__(self) -> str:
         """A table with one line for each model."""
-        columns = zip(self.mean, self.difference, self.difference_se, self.monte_carlo_se, strict=True)
+        return self.table().text()
+
+    def table(self) -> Table:
+        """The ranking as a table; errors are of the difference to the best, in nats per datum."""
+        header = ["model", "log p(x)", "diff.", "se data", "se MC", "unrel.", "weight"]
+        numbers = [self.mean, self.difference, self.difference_se, self.monte_carlo_se]
+        if self.training_se is not None:
+            header.insert(5, "se train")
+            numbers.append(self.training_se)
         rows = [
-            [name, *(f"{number:.3f}" for number in numbers), str(bad), f"{weight:.2f}"]
-            for name, numbers, bad, weight in zip(self.names, columns, self.unreliable, self.stacking, strict=True)
+            [name, *("-" if math.isnan(number) else f"{number:.3f}" for number in row), str(bad), f"{weight:.2f}"]
+            for name, *row, bad, weight in zip(self.names, *numbers, self.unreliable, self.stacking, strict=True)
         ]
-        return text_table(["model", "log p(x)", "diff.", "se data", "se MC", "unrel.", "weight"], rows)
+        if self.num_runs is not None:
+            header.insert(1, "runs")
+            for row, number in zip(rows, self.num_runs, strict=True):
+                row.insert(1, str(number))
+        return Table(header, rows, caption="Held-out log p(x), nats per datum")
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw each model's difference to the best, with 95 % intervals of the data (thin) and of sampling (thick)."""
-        ax = _axes(ax, (7, 1.1 + 0.4 * len(self.names)))
-        rows = np.arange(len(self.names))
-        finite = np.isfinite(self.difference)
+        """Draw each model's difference to the best, with 95 % intervals for each kind of error.
 
-        def bars(errors: Array, **style: Any) -> None:
-            ax.errorbar(self.difference[finite], rows[finite], xerr=1.96 * errors[finite], fmt="none", ecolor="C0", **style)
-
-        bars(self.difference_se, elinewidth=1.2, capsize=4, label="from the choice of data")
-        bars(self.monte_carlo_se, elinewidth=5, alpha=0.35, label="from sampling")
-        # Hollow markers: some estimates are not reliable.
-        for chosen, face in ((self.unreliable == 0, "C0"), (self.unreliable > 0, "white")):
-            ax.plot(
-                self.difference[chosen & finite], rows[chosen & finite], "o", color="C0", markerfacecolor=face, markersize=7
-            )
-        for row, (difference, bad) in enumerate(zip(self.difference, self.unreliable, strict=True)):
-            if bad and finite[row]:
-                text = f"{bad} unreliable"
-                ax.annotate(text, (difference, row), (0, 7), textcoords="offset points", ha="center", fontsize="small")
+        Args:
+            ax: the axes to draw on; by default new ones, which Jupyter shows. A hollow point has unreliable estimates.
+        """
+        errors = [("from sampling", self.monte_carlo_se), ("from the choice of data", self.difference_se)]
+        if self.training_se is not None:
+            errors.insert(1, ("from training", self.training_se))
+        bad = self.unreliable > 0
+        notes = [f"{number:,} unreliable" if number else "" for number in self.unreliable]
+        ax = intervals(self.names, self.difference, errors, ax, hollow=bad, notes=notes if bad.any() else None)
         ax.axvline(0, color="0.6", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        ax.set_yticks(rows, self.names)
-        ax.set_ylim(len(self.names) - 0.4, -0.6)
-        ax.set_xlabel("log p(x), difference to the best (nats per datum; 95 % intervals)")
-        ax.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="x", alpha=0.3)
+        ax.set_xlabel("log p(x) less the best (nats per datum)")
         return ax
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row for each model, best first; in nats per datum."""
+        import pandas
 
-def compare(evidence: Mapping[str, Evidence]) -> Comparison:
+        columns = {
+            "log_px": self.mean, "difference": self.difference, "difference_se": self.difference_se,
+            "monte_carlo_se": self.monte_carlo_se, "training_se": self.training_se, "num_runs": self.num_runs,
+            "unreliable": self.unreliable, "weight": self.stacking,
+        }  # fmt: skip
+        known = {name: column for name, column in columns.items() if column is not None}
+        return pandas.DataFrame(known, index=pandas.Index(self.names, name="model"))
+
+
+def compare(evidence: Mapping[str, Evidence | Sequence[Evidence]]) -> Comparison:
     r"""Compare models by their evidence over the same data.
 
     .. math:: \Delta = \frac1N \sum_n d_n, \quad \operatorname{se}(\Delta) = \sqrt{\operatorname{var}(d) / N}, \qquad
         d_n = \log \hat p_a(x_n) - \log \hat p_b(x_n)
 
-    The error from sampling is separate: more samples reduce it, and more data reduce the other one.
+    The error from sampling is separate: more samples reduce it, and more data reduce the other one. A model may have several
+    runs, trained with different seeds; :math:`\log \hat p` is then the mean over its runs, and the error from training is
+    separate too:
+
+    .. math:: \operatorname{se}_\text{train}(\Delta) = \sqrt{\sigma_a^2 / R_a + \sigma_b^2 / R_b}, \qquad
+        \sigma^2 = \max\Bigl(0, \operatorname{var}_r(\bar\ell_r) - \frac1R \sum_r s_r^2\Bigr)
+
+    with the mean :math:`\bar\ell_r` of run r over the data and its Monte Carlo standard error :math:`s_r`.
 
     Args:
-        evidence: the models' evidence by name; at least two, over the same data in the same order.
+        evidence: the models' evidence by name; at least two, over the same data in the same order. A list for a model has the
+            evidence of its runs.
 
     Raises:
         TypeError: ``evidence`` is not a mapping of names to evidence.
@@ -111,30 +140,58 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
         ...     return pv.Evidence(level * one, 0.1 * one, 50 * one, 0.3 * one, level * one, num_samples=5000, num_dims=4)
         >>> pv.compare({"small": made(-9.0), "large": made(-8.0)}).names
         ['large', 'small']
+        >>> pv.compare({"small": [made(-9.0), made(-9.4)], "large": [made(-8.0), made(-8.2)]}).training_se.round(3).tolist()
+        [0.0, 0.218]
     """
-    if not isinstance(evidence, Mapping) or not all(isinstance(result, Evidence) for result in evidence.values()):
-        raise TypeError('evidence must be a mapping of names to evidence: pass {"one": evidence, "other": evidence}.')
-    if len(evidence) < 2:
+    runs = _runs_by_name(evidence)
+    if len(runs) < 2:
         raise ValueError("evidence must have at least two models: pass {'name': evidence, ...}.")
-    sizes = {name: len(result) for name, result in evidence.items()}
+    several = any(len(each) > 1 for each in runs.values())
+    flat = {f"{name}[{r}]" if several else name: run for name, each in runs.items() for r, run in enumerate(each)}
+    sizes = {name: len(result) for name, result in flat.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The models must be scored on the same data, got different numbers of data {sizes}.")
     if min(sizes.values()) < 2:
         raise ValueError("The models must be scored on at least two data, so that differences have an error.")
-    _check_same_data(evidence)
-    _check_same_measure(evidence)
-    ranked = sorted(evidence, key=lambda name: -np.nan_to_num(evidence[name].mean, nan=-np.inf))
-    best = evidence[ranked[0]]
-    paired = [evidence[name].log_px - best.log_px for name in ranked]
+    _check_same_data(flat)
+    _check_same_measure(flat)
+    log_px = {name: np.mean([run.log_px for run in each], 0) for name, each in runs.items()}
+    sampling = {name: math.sqrt(sum(run.mean_se**2 for run in each)) / len(each) for name, each in runs.items()}
+    ranked = sorted(runs, key=lambda name: -np.nan_to_num(float(np.mean(log_px[name])), nan=-np.inf))
+    best, others = ranked[0], ranked[1:]
+    paired = [log_px[name] - log_px[best] for name in ranked]
+    training = {name: _training_error(each) for name, each in runs.items()}
     return Comparison(
         names=ranked,
-        mean=np.array([evidence[name].mean for name in ranked]),
+        mean=np.array([float(np.mean(log_px[name])) for name in ranked]),
         difference=np.array([np.mean(d) for d in paired]),
         difference_se=np.array([np.std(d, ddof=1) / math.sqrt(len(d)) for d in paired]),
-        monte_carlo_se=np.array([0.0] + [math.hypot(evidence[name].mean_se, best.mean_se) for name in ranked[1:]]),
-        unreliable=np.array([int((~evidence[name].reliable).sum()) for name in ranked]),
-        stacking=_stacking([evidence[name].log_px for name in ranked]),
+        monte_carlo_se=np.array([0.0] + [math.hypot(sampling[name], sampling[best]) for name in others]),
+        unreliable=np.array([int(np.any([~run.reliable for run in runs[name]], 0).sum()) for name in ranked]),
+        stacking=_stacking([log_px[name] for name in ranked]),
+        training_se=np.array([0.0] + [math.hypot(training[name], training[best]) for name in others]) if several else None,
+        num_runs=np.array([len(runs[name]) for name in ranked]) if several else None,
     )
+
+
+def _runs_by_name(evidence: Mapping[str, Evidence | Sequence[Evidence]]) -> dict[str, list[Evidence]]:
+    """Each model's runs."""
+    runs: dict[str, list[Evidence]] = {}
+    for name, given in evidence.items() if isinstance(evidence, Mapping) else [("", evidence)]:
+        runs[name] = [given] if isinstance(given, Evidence) else list(given) if isinstance(given, list | tuple) else []
+    if not isinstance(evidence, Mapping) or not all(
+        each and all(isinstance(run, Evidence) for run in each) for each in runs.values()
+    ):
+        raise TypeError('evidence must be a mapping of names to evidence: pass {"one": evidence, "other": evidence}.')
+    return runs
+
+
+def _training_error(runs: list[Evidence]) -> float:
+    """The standard error from training of the mean over runs, without what their sampling adds; NaN for one run."""
+    if len(runs) < 2:
+        return math.nan
+    between = float(np.var([run.mean for run in runs], ddof=1)) - float(np.mean([run.mean_se**2 for run in runs]))
+    return math.sqrt(max(0.0, between) / len(runs))
 
 
 def _check_same_data(evidence: Mapping[str, Evidence]) -> None:

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..plots import _axes
+from ..plots import BLUE, _bare, _plain_ticks, log_ticks, new_axes
+from ..tables import Table, Tabular
 from .psis import Array
 from .streaming import curve_sizes, standard_error
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.axes import Axes
 
 __all__ = ["Curve", "curve_of"]
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Tabular):
     """How the estimate of log p(x) rises with the number of samples: from the first K of each datum's S, for several K.
 
     Attributes:
@@ -33,6 +35,10 @@ class Curve:
     log_px: Array
     se: Array
 
+    def __repr__(self) -> str:
+        """One line: the numbers of samples, and the last estimate."""
+        return f"Curve({len(self.num_samples)} sizes up to {self.num_samples[-1]:,} samples, mean={self.mean[-1]:.4g} nats)"
+
     @property
     def mean(self) -> Array:
         """The mean estimate over data for each K, in nats per datum, shape (C,)."""
@@ -45,17 +51,35 @@ class Curve:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the mean estimate against K, with two Monte Carlo standard errors on either side."""
-        ax = _axes(ax, (6.2, 3.3))
+        ax = new_axes(ax, (6.2, 3.3))
         finite = np.isfinite(self.mean)
         error = np.where(np.isfinite(self.mean_se), 2 * self.mean_se, 0.0)
-        style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.6, "capsize": 3}
+        style: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.6, "capsize": 3, "color": BLUE}
         ax.errorbar(self.num_samples[finite], self.mean[finite], error[finite], **style)
         ax.set_xscale("log")
         ax.set_xlabel("samples per datum, K")
         ax.set_ylabel("log p(x), estimate (nats per datum)")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", alpha=0.3)
+        log_ticks(ax.xaxis, self.num_samples.min(), self.num_samples.max(), self.num_samples)
+        _plain_ticks(ax.yaxis)
+        _bare(ax, "y")
         return ax
+
+    def table(self) -> Table:
+        """The mean estimate for each number of samples."""
+        rows = [
+            [f"{k:,}", f"{mean:.3f}", f"{se:.3f}"]
+            for k, mean, se in zip(self.num_samples, self.mean, self.mean_se, strict=True)
+        ]
+        return Table(
+            ["samples", "log p(x)", "se MC"], rows, caption="The mean estimate from each datum's first K samples, in nats"
+        )
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row for each number of samples: the mean estimate and its Monte Carlo standard error, in nats per datum."""
+        import pandas
+
+        index = pandas.Index(self.num_samples, name="num_samples")
+        return pandas.DataFrame({"log_px": self.mean, "se": self.mean_se}, index=index)
 
 
 def curve_of(log_sums: Array, log_squares: Array, elbo: Array, num_samples: int, drawn: Array | None = None) -> Curve:

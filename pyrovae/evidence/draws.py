@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .psis import Array
+from ..tables import Table, Tabular
+from .psis import Array, to_inference_data
 
 if TYPE_CHECKING:
+    import pandas
     import xarray
+    from matplotlib.axes import Axes
 
 __all__ = ["Draws"]
 
 
 @dataclass(frozen=True)
-class Draws:
+class Draws(Tabular):
     r"""Draws from p(z|x) by importance resampling, with the other groups that ArviZ uses.
 
     Arrays are over M draws and N data, under the names of the pair's sites.
@@ -45,11 +48,65 @@ class Draws:
         """N, the number of data."""
         return len(self.ess)
 
+    def __repr__(self) -> str:
+        """One line: the latents, the number of draws and data, and the smallest effective sample size."""
+        shapes = ", ".join(f"{name}: {array.shape}" for name, array in self.posterior.items())
+        return f"Draws({shapes}; {len(self)} data, smallest ess {self.ess.min():.0f} of {self.num_samples:,})"
+
+    def table(self) -> Table:
+        """The groups and their sites, with their shapes."""
+        rows = [
+            [group, site, " x ".join(map(str, array.shape))]
+            for group in _GROUPS
+            for site, array in getattr(self, group).items()
+        ]
+        few = int((self.ess < len(next(iter(self.posterior.values())))).sum())
+        note = (
+            f"Effective sample size of weights: {self.ess.min():.0f} to {self.ess.max():.0f} of {self.num_samples:,}; below "
+            f"the number of draws for {few:,} of {len(self):,} data, whose draws repeat."
+        )
+        return Table(["group", "site", "draws x data x ..."], rows, left=(0, 1), caption="Draws from p(z|x)", notes=[note])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the effective sample size of every datum in ascending order, against the number of draws."""
+        from ..plots import BLUE, RED, _bare, _plain_ticks, log_ticks, new_axes
+
+        ax = new_axes(ax, (6, 3.3))
+        drawn = len(next(iter(self.posterior.values())))
+        ess = np.sort(self.ess)
+        ax.plot((np.arange(len(ess)) + 0.5) / len(ess) * 100, ess, "o", color=BLUE, markersize=4, markeredgewidth=0)
+        ax.axhline(drawn, color=RED, linewidth=1.1, linestyle=(0, (4, 3)), label=f"{drawn:,} draws: below, draws repeat")
+        ax.set_yscale("log")
+        log_ticks(ax.yaxis, min(ess[0], drawn), max(ess[-1], drawn))
+        ax.set_xlabel("data, from the smallest (%)")
+        ax.set_ylabel(f"effective samples of {self.num_samples:,}")
+        ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        _plain_ticks(ax.xaxis)
+        _bare(ax, "y")
+        return ax
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The posterior: one row for each draw and datum, one column for each dimension of each latent."""
+        import pandas
+
+        columns: dict[str, Array] = {}
+        for site, array in self.posterior.items():
+            flat = array.reshape(array.shape[0] * array.shape[1], -1)
+            named = array.ndim > 2
+            columns |= {f"{site}[{place}]" if named else site: flat[:, place] for place in range(flat.shape[1])}
+        sizes = next(iter(self.posterior.values())).shape[:2]
+        index = pandas.MultiIndex.from_product([range(sizes[0]), range(sizes[1])], names=["draw", "datum"])
+        return pandas.DataFrame(columns, index=index)
+
+    def to_arviz(self) -> Any:
+        """What the installed ArviZ works with: its ``InferenceData`` in 0.23, an xarray ``DataTree`` from 1.0 on."""
+        return to_inference_data(self.to_datatree())
+
     def to_datatree(self) -> xarray.DataTree:
         """As an xarray ``DataTree`` with ArviZ's groups, for both lines of ArviZ.
 
-        Draws are independent. They are divided into four chains if their number allows, since ArviZ compares chains. In ArviZ
-        0.23 call ``az.InferenceData.from_datatree``. ``az.loo`` would take the harmonic mean of the likelihood for log p(x),
+        Draws are independent. They are divided into four chains if their number allows, since ArviZ compares chains. For
+        ArviZ itself call :meth:`to_arviz`. ``az.loo`` would take the harmonic mean of the likelihood for log p(x),
         since a datum's latents know nothing of it but through that datum: rank models by :func:`compare`.
         """
         import xarray

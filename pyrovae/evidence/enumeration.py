@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..data.matching import Batch
 from ..programs.checks import refuse_masked
+from ..programs.rounding import log_joint_rounding
 from ..programs.sites import Layout, Program, data_plate, log_prob_of, per_datum, plate_nesting, plate_sizes, sites_of
+from ..programs.support import support_of
 from ..programs.tracing import Substitute, Trace, explained, trace_from_prior, trace_program
 from ..programs.wrappers import base_distribution
-from .rounding import Answer, log_joint_rounding
+from .answer import Answer
 
 __all__ = ["MOST_ASSIGNMENTS", "enumerate_latents"]
 
@@ -74,9 +76,10 @@ def enumerate_latents(model: Program, batch: Batch, nesting: int, most: int, vec
 def _support(site: dict) -> Tensor:
     """The values of one site's support, shape (C, *event)."""
     if not site["fn"].has_enumerate_support:
+        cure = "" if _is_discrete(site) else 'choose method="quadrature", or '
         raise ValueError(
             f"The latent site {site['name']!r} ({type(base_distribution(site)).__name__}) has no finite support to sum over: "
-            f'choose method="quadrature", or use log_marginal.'
+            f"{cure}use log_marginal."
         )
     try:
         values = site["fn"].enumerate_support(expand=False)
@@ -85,6 +88,13 @@ def _support(site: dict) -> Tensor:
             f"The support of the latent site {site['name']!r} cannot be listed ({error}): use log_marginal."
         ) from error
     return values.reshape(len(values), *site["fn"].event_shape)
+
+
+def _is_discrete(site: dict) -> bool:
+    try:
+        return bool(support_of(site["fn"]).is_discrete)
+    except NotImplementedError:  # raised by a distribution without a support
+        return False
 
 
 def _chunks(codes: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:

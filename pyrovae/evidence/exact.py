@@ -17,13 +17,13 @@ from ..programs.sites import Program, sites_of
 from ..programs.state import in_own_scope
 from ..programs.tracing import trace_from_prior
 from ..programs.unconstrained import UnconstrainedPair
+from .answer import Answer
 from .enumeration import enumerate_latents
 from .kinds import EXACT_METHODS, KINDS
 from .latent_quadrature import integrate_by_quadrature
 from .linear_gaussian import integrate_linear_gaussian, why_not_linear_gaussian
 from .measure import evidence_fields, scored_data
 from .results import Evidence
-from .rounding import Answer
 from .scope import seeded_evaluation
 
 __all__ = ["exact"]

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..programs.rounding import log_joint_rounding
 from ..programs.unconstrained import UnconstrainedPair
+from .answer import Answer
 from .quadrature import integrate
-from .rounding import Answer, log_joint_rounding
 
 __all__ = ["integrate_by_quadrature"]
 

@@ -13,7 +13,7 @@ from ..programs.sites import Layout, plate_sizes, sites_of
 from ..programs.unconstrained import UnconstrainedPair
 from ..programs.wrappers import base_distribution, is_factor
 from .affine import AffineOnly, NotAffineError
-from .rounding import Answer
+from .answer import Answer
 
 __all__ = ["integrate_linear_gaussian", "why_not_linear_gaussian"]
 

@@ -16,6 +16,7 @@ from ..data.matching import Batch
 from ..programs.log_weights import log_weights, prior_weights
 from ..programs.sites import Program
 from ..programs.unconstrained import UnconstrainedPair
+from ..tables import Table, Tabular
 
 __all__ = [
     "Covariance",
@@ -41,7 +42,7 @@ Covariance = Literal["diagonal", "full"]
 
 
 @dataclass(frozen=True)
-class Refinement:
+class Refinement(Tabular):
     r"""A mixture of Gaussians for each datum in the unconstrained latent space, each fitted to a mode of its posterior.
 
     .. math:: u = \mu_{nm} + C_{nm} \epsilon, \quad m \sim \alpha_n, \quad \epsilon \sim N(0, I) \text{ or } t_\nu
@@ -78,6 +79,43 @@ class Refinement:
     def __len__(self) -> int:
         """N, the number of data."""
         return len(self.loc)
+
+    def __repr__(self) -> str:
+        """One line: what was fitted, and the mean bounds before and after."""
+        data, modes, latents = self.loc.shape
+        return (
+            f"Refinement({data} data, {modes} {self.covariance} Gaussian{'s' if modes > 1 else ''} of {latents} dimensions, "
+            f"elbo={np.mean(self.elbo):.4g}, guide_elbo={np.mean(self.guide_elbo):.4g} nats)"
+        )
+
+    def table(self) -> Table:
+        """The mean bounds of the guide and of the fitted Gaussian, and their difference."""
+        rows = [
+            [name, f"{np.mean(values):.3f}", f"{np.sqrt(np.sum(np.square(errors))) / len(self):.3f}"]
+            for name, values, errors in (
+                ("ELBO of the guide", self.guide_elbo, self.guide_elbo_se),
+                ("ELBO fitted to each datum", self.elbo, self.elbo_se),
+                ("amortisation gap", self.amortization_gap, np.hypot(self.elbo_se, self.guide_elbo_se)),
+            )
+        ]
+        return Table(["nats per datum", "mean", "se MC"], rows, caption=repr(self))
+
+    def to_pandas(self) -> Any:
+        """One row for each datum, as a DataFrame: both bounds and their difference, in nats."""
+        import pandas
+
+        names = ("elbo", "elbo_se", "guide_elbo", "guide_elbo_se", "amortization_gap")
+        frame = pandas.DataFrame({name: getattr(self, name) for name in names})
+        frame.index.name = "datum"
+        return frame
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw how much each datum's bound gained by the fit: a histogram."""
+        from ..plots import gap_histogram
+
+        ax = gap_histogram(self.amortization_gap, ax)
+        ax.set_xlabel("fitted bound − guide's bound (nats)")
+        return ax
 
     @property
     def amortization_gap(self) -> Array:

@@ -24,6 +24,7 @@ __all__ = [
     "pareto_smooth",
     "pareto_smooth_together",
     "tail_size",
+    "to_inference_data",
 ]
 
 Array = np.ndarray
@@ -272,6 +273,30 @@ def _elpd(log_px: Array, khat: Array, num_samples: int, threshold: float) -> Any
     return _comparison()[1](float(np.sum(log_px)), pointwise, fields)
 
 
+def to_inference_data(tree: Any) -> Any:
+    """A DataTree as what the installed ArviZ works with: its ``InferenceData`` in 0.23, the tree itself from 1.0 on."""
+    if not version("arviz").startswith("0."):
+        return tree
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that our groups beside the posterior are none of ArviZ's own
+        return _arviz_023().InferenceData.from_datatree(tree)
+
+
+@cache
+def _held_out(base: type, total: str) -> type:
+    """ArviZ's ELPDData, which prints itself as the held-out log p(x) that it holds, and not as leave-one-out."""
+
+    def text(self: Any) -> str:
+        bad = int(np.sum(~(np.asarray(self["pareto_k"]) < self["good_k"])))
+        return (
+            f"Held-out log p(x) of {self['n_data_points']:,} data by importance sampling: {self[total]:.2f} nats in sum, "
+            f"standard error {self['se']:.2f} from the data.\n"
+            f"Pareto k of a datum's own importance weights is {self['good_k']:.2f} or more for {bad:,} of them."
+        )
+
+    return type("HeldOutELPD", (base,), {"__str__": text, "__repr__": text, "__doc__": base.__doc__})
+
+
 @cache
 def _comparison() -> tuple[Any, Any]:
     """ArviZ's comparison by stacking, and what makes its ELPDData."""
@@ -284,8 +309,8 @@ def _comparison_of_1() -> tuple[Any, Any]:
     def make(total: float, pointwise: Any, fields: dict[str, Any]) -> Any:
         # 1.3 has a class for each kind; before there was one for all.
         if hasattr(utils, "ELPDDataLOO"):
-            return utils.ELPDDataLOO(elpd=total, p=math.nan, elpd_i=pointwise, **fields)
-        return utils.ELPDData(kind="loo", elpd=total, p=math.nan, elpd_i=pointwise, **fields)
+            return _held_out(utils.ELPDDataLOO, "elpd")(elpd=total, p=math.nan, elpd_i=pointwise, **fields)
+        return _held_out(utils.ELPDData, "elpd")(kind="loo", elpd=total, p=math.nan, elpd_i=pointwise, **fields)
 
     def compare_elpds(elpds: dict[str, Any]) -> Any:
         return compare(elpds, method="stacking", round_to="none")
@@ -299,7 +324,7 @@ def _comparison_of_023() -> tuple[Any, Any]:
     def make(total: float, pointwise: Any, fields: dict[str, Any]) -> Any:
         elpd = {"elpd_loo": total, "se": fields["se"], "p_loo": math.nan} | fields | {"loo_i": pointwise}
         order = ("elpd_loo", "se", "p_loo", "n_samples", "n_data_points", "warning", "loo_i", "pareto_k", "scale", "good_k")
-        return arviz.stats.ELPDData([elpd[name] for name in order], index=order)
+        return _held_out(arviz.stats.ELPDData, "elpd_loo")([elpd[name] for name in order], index=order)
 
     def compare_elpds(elpds: dict[str, Any]) -> Any:
         return arviz.compare(elpds, method="stacking")

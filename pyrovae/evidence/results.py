@@ -12,6 +12,7 @@ import torch
 
 from .. import files
 from .curve import Curve
+from .display import EvidenceDisplay
 from .draws import Draws
 from .kinds import Annealed, EvidenceKind, Exact, ImportanceSampled, data_have, kind_of, rungs_in_words
 from .measure import Measure
@@ -27,7 +28,7 @@ NEGLIGIBLE = 0.05
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(EvidenceDisplay):
     r"""Estimates of log p(x) over data, in nats, on the CPU.
 
     Attributes:

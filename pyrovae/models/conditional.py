@@ -1,191 +1,32 @@
-"""Models of data with labels, which are known for all data, or for some of them and summed out for the rest."""
+"""Models of labelled data: labels are known for all data, or for some data and summed out for the rest."""
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from .._validation import positive_integer
-from ..distributions import centre
 from ..encoders import Encoder
 from ..likelihoods import Likelihood
-from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
-from ..registry import build, register
-from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_shape_of, in_size_of
+from ..registry import register
+from .labelled import LabelledVAE
 
 __all__ = ["ConditionalVAE", "SemiSupervisedVAE", "make_conditional_vae", "make_semi_supervised_vae"]
 
 
-class _LabelledVAE(PairModule):
-    """A model of data with labels, which are further inputs of encoder and decoder."""
-
-    parts: ClassVar[dict[str, str | None]] = {
-        "prior": "prior",
-        "likelihood": "likelihood",
-        "encoder": "encoder",
-        "num_classes": None,
-    }
-    run_defaults: ClassVar[dict[str, Any]] = {"latent_dim": 4, "encoder": "full_covariance_normal"}
-
-    def __init__(self, prior: Prior, likelihood: Likelihood, encoder: Encoder, num_classes: int, name: str | None = None):
-        super().__init__(name)
-        check_parts((prior, Prior), (likelihood, Likelihood), (encoder, Encoder))
-        self.num_classes = positive_integer(num_classes, "num_classes")
-        check_sizes("on the latent dimension", prior=prior.latent_dim, encoder=encoder.latent_dim)
-        check_sizes(
-            "on what the decoder takes",
-            **{"latent and label": prior.latent_dim + self.num_classes, "decoder": in_size_of(likelihood.decoder)},
-        )
-        if prior.mixes_posteriors:
-            raise ValueError(
-                f"The prior {type(prior).__name__} mixes posteriors of data alone, and this encoder takes labels too: choose "
-                f"another prior."
-            )
-        shape = likelihood.event_shape
-        beside = (math.prod(shape) + self.num_classes,)
-        planes = (shape[0] + self.num_classes, *shape[1:])
-        takes = in_shape_of(encoder.body)
-        self._as_planes = takes == planes and len(shape) == 3
-        if not self._as_planes:
-            check_sizes("on what the encoder takes", **{"data and label": beside, "encoder": takes})
-        self.prior, self.likelihood, self.encoder = prior, likelihood, encoder
-
-    @classmethod
-    def from_names(
-        cls,
-        data_shape: Shape,
-        *,
-        num_classes: int,
-        latent_dim: int,
-        prior: Any = "standard_normal",
-        likelihood: Any = "bernoulli",
-        encoder: Any = "diagonal_normal",
-        body: str = "mlp",
-        hidden: Sequence[int] | None = None,
-        activation: Activation | None = None,
-        name: str | None = None,
-    ) -> Self:
-        """A model of this class from names of its parts; ``pyrovae.make_conditional_vae`` and the like are this.
-
-        Args:
-            data_shape: the shape of one datum.
-            num_classes: C, how many labels there are, or how many numbers a condition has.
-            latent_dim: L.
-            prior: p(z): a name, a table or a ready object, as in :func:`pyrovae.make_vae`; so too the rest.
-            likelihood: p(x|z,y).
-            encoder: the family of q(z|x,y).
-            body: of ``"conv"`` and the like the labels enter as planes.
-            hidden: widths of the encoder's hidden layers, mirrored in the decoder.
-            activation: a name; by default the body's own.
-            name: see :class:`pyrovae.VAE`.
-
-        Raises:
-            ValueError: an unknown name (the message has the nearest), or parts that do not fit.
-
-        Example:
-            >>> import pyrovae as pv
-            >>> pv.make_conditional_vae((1, 28, 28), num_classes=10, latent_dim=5, body="conv").encoder.body.in_shape
-            (11, 28, 28)
-            >>> pv.make_semi_supervised_vae((1, 28, 28), num_classes=10, latent_dim=5).encoder.body.in_shape
-            (794,)
-        """
-        shape, latent_dim = as_shape(data_shape), positive_integer(latent_dim, "latent_dim")
-        num_classes = positive_integer(num_classes, "num_classes")
-        inward, outward, networks, mirrored = body_pair(body, hidden, activation)
-        likelihood = build_likelihood(
-            likelihood, shape, lambda out: build("body", outward, in_shape=latent_dim + num_classes, out_shape=out, **mirrored)
-        )
-        image = inward != outward and len(shape) == 3
-        in_shape = (shape[0] + num_classes, *shape[1:]) if image else (math.prod(shape) + num_classes,)
-        encoder_body = build("body", inward, in_shape=in_shape, **networks)
-        encoder = build("encoder", encoder, body=encoder_body, latent_dim=latent_dim, in_scale=likelihood.in_scale)
-        return cls(build("prior", prior, latent_dim=latent_dim), likelihood, encoder, num_classes, name)
-
-    @property
-    def latent_dim(self) -> int:
-        """L, the number of latent dimensions."""
-        return self.prior.latent_dim
-
-    def encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
-        """q(z|x,y), batch shape ``(B,)`` and event shape ``(L,)``."""
-        x = self._as_data(x)
-        return self._encode(x, self._as_labels(y, x))
-
-    def embed(self, x: Tensor, y: Tensor) -> Tensor:
-        """One point for each datum, shape ``(B, L)``: the mean of q(z|x,y), or its centre if it has no mean."""
-        return centre(self.encode(x, y))
-
-    def train_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """The data and their labels."""
-        if y is None:
-            raise ValueError(
-                f"The data of a {type(self).__name__} must have labels, got data without: choose others, or another model.kind."
-            )
-        return x, y
-
-    def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
-        """The data and the labels that they are scored with."""
-        return self.train_inputs(x, y)
-
-    def _encode(self, x: Tensor, y: Tensor) -> dist.Distribution:
-        # The encoder scales all that it takes, and a label has unit size already.
-        x, y = self.likelihood.encoder_input(x), y / self.encoder.in_scale
-        if self._as_planes:
-            return self.encoder(torch.cat([x, y[..., None, None].expand(*y.shape, *x.shape[-2:])], -3))
-        return self.encoder(torch.cat([x.flatten(-self.likelihood.event_dim), y], -1))
-
-    def _decode(self, z: Tensor, y: Tensor, x: Tensor | None = None) -> dist.Distribution:
-        """p(x|z,y); a likelihood that reads something off the datum, such as its total, does where ``x`` is given."""
-        batch = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
-        both = torch.cat([part.expand(*batch, part.shape[-1]) for part in (z, y)], -1)
-        return self.likelihood(both) if x is None else self.likelihood.given(both, x)
-
-    def _as_labels(self, y: Tensor, like: Tensor) -> Tensor:
-        """Labels as numbers (B, C)."""
-        if not isinstance(y, Tensor):
-            raise TypeError(f"Labels must be a tensor, got {type(y).__name__}: write torch.as_tensor(y).")
-        shapes = {1: (len(like),), 2: (len(like), self.num_classes)}
-        if tuple(y.shape) != shapes.get(y.dim()) or (y.dim() == 1 and y.is_floating_point()):
-            raise ValueError(
-                f"Labels must be integers of shape ({len(like)},) or one-hot of shape ({len(like)}, {self.num_classes}), got "
-                f"{y.dtype} of shape {tuple(y.shape)}."
-            )
-        # As distributions check their values: not within a captured step, whose data have been checked.
-        if dist.is_validation_enabled():
-            self._check_labels(y)
-        if y.dim() == 1:
-            y = y[:, None] == torch.arange(self.num_classes, device=y.device)
-        return y.to(like)
-
-    @abstractmethod
-    def _check_labels(self, y: Tensor) -> None:
-        """Refuse labels that mean nothing."""
-
-    def _check_range(self, y: Tensor, lowest: int) -> None:
-        if y.dim() == 1 and len(y) and not lowest <= int(y.min()) <= int(y.max()) < self.num_classes:
-            raise ValueError(
-                f"Labels must lie between {lowest} and {self.num_classes - 1}, got {int(y.min())} to {int(y.max())}: renumber "
-                f"them, or set num_classes."
-            )
-
-
 @register("model", "conditional")
-class ConditionalVAE(_LabelledVAE):
+class ConditionalVAE(LabelledVAE):
     r"""A variational autoencoder of data given a label.
 
     .. math:: p_\theta(x, z \mid y) = p(z) \, p_\theta(x \mid z, y), \qquad q_\phi(z \mid x, y) \approx p_\theta(z \mid x, y)
 
-    ``model`` and ``guide`` take ``(x, y)``; ``fit((x, y))`` and ``log_marginal((x, y))`` too, and the latter estimates
-    log p(x|y). Labels are integers ``(B,)`` or numbers ``(B, C)``, one-hot or any condition. They follow the latent in the
-    decoder's input, and the flattened data in the encoder's, or stand behind an image's channels as C constant planes.
+    ``model`` and ``guide`` take ``(x, y)``, as do ``fit((x, y))`` and ``log_marginal((x, y))``, which estimates log p(x|y).
+    Labels are integers ``(B,)`` or numbers ``(B, C)``, one-hot or any condition. They are appended to the latent for the
+    decoder. For the encoder they are appended to the flattened data, or to the channels of an image as C constant planes.
 
     Args:
         prior: p(z).
@@ -195,7 +36,7 @@ class ConditionalVAE(_LabelledVAE):
         name: as in :class:`pyrovae.VAE`.
 
     Raises:
-        ValueError: a part is not of its family, or they disagree on a size.
+        ValueError: a part has the wrong class, or two parts disagree on a size.
 
     References:
         Kingma et al., Semi-supervised Learning with Deep Generative Models, 2014, https://arxiv.org/abs/1406.5298.
@@ -222,14 +63,6 @@ class ConditionalVAE(_LabelledVAE):
             z = pyro.sample("z", self.prior())  # batch (B,), event (L,)
             pyro.sample("x", self._decode(z, y, x), obs=x)  # batch (B,), event data_shape
 
-    def guide(self, x: Tensor, y: Tensor) -> None:
-        """q(z|x,y) as a Pyro program; takes what ``model`` takes."""
-        x = self._as_data(x)
-        y = self._as_labels(y, x)
-        self._register()
-        with pyro.plate("data", x.shape[0]):
-            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
-
     def decode(self, z: Tensor, y: Tensor) -> dist.Distribution:
         """p(x|z,y), batch shape ``(B,)`` and event shape ``data_shape``."""
         return self._decode(z, self._as_labels(y, z))
@@ -244,9 +77,8 @@ class ConditionalVAE(_LabelledVAE):
         """Means of p(x|z,y) at draws of z, for each class in turn; shape ``(num_samples, *data_shape)``."""
         return self.sample(torch.arange(num_samples, device=self._device) % self.num_classes, mean=True)
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean of p(x|z,y) at the mean of q(z|x,y), shape of ``x``."""
+    def _reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean of p(x|z,y) at the mean of q(z|x,y)."""
         return self.decode(self.encode(x, y).mean, y).mean
 
     def _check_labels(self, y: Tensor) -> None:
@@ -254,30 +86,30 @@ class ConditionalVAE(_LabelledVAE):
 
 
 @register("model", "semi_supervised")
-class SemiSupervisedVAE(_LabelledVAE):
-    r"""A variational autoencoder of data whose labels are known for some and summed out, exactly, for the rest.
+class SemiSupervisedVAE(LabelledVAE):
+    r"""A variational autoencoder of partly labelled data; unknown labels are summed out exactly.
 
     .. math:: p_\theta(x, y, z) = p_\theta(y) \, p(z) \, p_\theta(x \mid z, y), \qquad
         p_\theta(x, z) = p(z) \sum_y p_\theta(y) \, p_\theta(x \mid z, y)
 
-    A datum with a label is weighed by p(x, y, z), one without by p(x, z), whose sum is the density of the site ``"x"``. So no
-    latent is discrete, every estimator applies, and ``log_marginal`` gives log p(x, y) or log p(x). It is the model of Kingma
-    et al. (their M2); their bound weighs the classes by a network q(y|x), which makes it looser, and
-    :meth:`classify` is Bayes' rule here. Each step decodes every latent C times.
+    A datum with a label is scored by p(x, y, z), and one without by p(x, z): the sum over y is part of the density of site
+    ``"x"``. No latent is discrete, so every estimator applies, and ``log_marginal`` estimates log p(x, y) or log p(x). The
+    model is M2 of Kingma et al. Their bound has a network q(y|x), which makes it looser; here :meth:`classify` applies Bayes'
+    rule. Each step decodes every latent C times.
 
-    Labels are integers ``(B,)``, -1 where there is none, or one-hot ``(B, C)``, zeros where there is none. The sites are
-    ``"z"``, ``"y"`` (scored where it is known) and ``"x"``. A known label is no dimension of x, so ``num_dims`` leaves it out;
-    its probability is a part of log p(x, y), so ``measure`` counts it. For bits per dimension of x, score without labels.
+    Labels are integers ``(B,)``, -1 if unknown, or one-hot ``(B, C)``, zeros if unknown. The sites are ``"z"``, ``"y"`` (scored
+    if known) and ``"x"``. A known label is not a dimension of x, so ``num_dims`` does not count it; its probability is a part
+    of log p(x, y), so ``measure`` counts it. For bits per dimension of x, score without labels.
 
     Args:
         prior: p(z).
         likelihood: p(x|z,y), whose decoder takes ``L + C`` numbers.
-        encoder: q(z|x,y), whose body takes ``D + C`` numbers, or images of C more channels; zeros stand for no label.
+        encoder: q(z|x,y), whose body takes ``D + C`` numbers, or images of C more channels; an unknown label is zeros.
         num_classes: C; p(y) is learned, and starts uniform.
         name: as in :class:`pyrovae.VAE`.
 
     Raises:
-        ValueError: a part is not of its family, or they disagree on a size.
+        ValueError: a part has the wrong class, or two parts disagree on a size.
 
     References:
         Kingma, Rezende, Mohamed and Welling, Semi-supervised Learning with Deep Generative Models, 2014,
@@ -298,7 +130,7 @@ class SemiSupervisedVAE(_LabelledVAE):
         self.label_logits = nn.Parameter(torch.zeros(self.num_classes))
 
     def model(self, x: Tensor, y: Tensor) -> None:
-        """p(x, y, z), or p(x, z) where there is no label, as a Pyro program; shapes as for :class:`ConditionalVAE`."""
+        """p(x, y, z), or p(x, z) if the label is unknown, as a Pyro program; shapes as for :class:`ConditionalVAE`."""
         x = self._as_data(x)
         y = self._as_labels(y, x)
         known = y.sum(-1) > 0  # (B,)
@@ -308,14 +140,6 @@ class SemiSupervisedVAE(_LabelledVAE):
             distribution = dist.Categorical(logits=self.label_logits.expand(*y.shape)).mask(known)
             pyro.sample("y", distribution, obs=y.argmax(-1), infer={"num_dims": 0})  # bits per dimension are those of the data
             pyro.sample("x", self._mixture(z, y), obs=x)  # batch (B,), event data_shape
-
-    def guide(self, x: Tensor, y: Tensor) -> None:
-        """q(z|x,y), or q(z|x) without a label, as a Pyro program; takes what ``model`` takes."""
-        x = self._as_data(x)
-        y = self._as_labels(y, x)
-        self._register()
-        with pyro.plate("data", x.shape[0]):
-            pyro.sample("z", self._encode(x, y))  # batch (B,), event (L,)
 
     def decode(self, z: Tensor, y: Tensor) -> dist.Distribution:
         """p(x|z,y), or p(x|z) without a label; batch shape ``(B,)`` and event shape ``data_shape``."""
@@ -349,20 +173,22 @@ class SemiSupervisedVAE(_LabelledVAE):
         """Means of p(x|z,y) at draws of z, for each class in turn; shape ``(num_samples, *data_shape)``."""
         return self.sample(num_samples, torch.arange(num_samples, device=self._device) % self.num_classes, mean=True)
 
-    def score_inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+    def score_inputs(
+        self, x: Tensor, y: Tensor | None, *, mask: Tensor | None = None, covariates: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """The data with -1 in place of labels, so that all of them are scored by p(x)."""
+        self.train_inputs(x, y, mask=mask, covariates=covariates)
         return x, torch.full((len(x),), -1, device=x.device)
 
     def label_findings(self, x: Tensor, y: Tensor | None) -> dict[str, str]:
-        """How many labels Bayes' rule gets right."""
+        """The number of labels that Bayes' rule gets right."""
         if y is None:
             return {}
         right = int((self.classify(x).argmax(-1) == y.to(x.device)).sum())
-        return {"classified": f"{right:,} of {len(x):,} ({right / len(x):.1%}) rightly, by the largest p(y|x)"}
+        return {"classified": f"{right:,} of {len(x):,} ({right / len(x):.1%}) correctly, by the largest p(y|x)"}
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean of p(x|z,y) at the mean of q(z|x,y), averaged over p(y|x,z) without a label; shape of ``x``."""
+    def _reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean of p(x|z,y) at the mean of q(z|x,y), averaged over p(y|x,z) without a label."""
         x = self._as_data(x)
         y = self._as_labels(y, x)
         z = self._encode(x, y).mean
@@ -381,11 +207,16 @@ class SemiSupervisedVAE(_LabelledVAE):
         )
 
     def _mixture(self, z: Tensor, y: Tensor) -> dist.Distribution:
-        """p(x|z,y) where y says a label, the sum over p(y) elsewhere."""
+        """p(x|z,y) if the label is known, else the sum over p(y)."""
         unknown = y.sum(-1, keepdim=True) == 0
         logits = torch.where(unknown, self.label_logits, torch.where(y > 0, 0.0, -torch.inf))  # (B, C)
         components = self._components(z)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits.expand(components.batch_shape)), components)
+
+    def _condition(self, y: Tensor | None, covariates: Tensor) -> Tensor:
+        raise ValueError(
+            'A SemiSupervisedVAE takes no covariates beside its labels: leave them out, or choose model.kind = "conditional".'
+        )
 
     def _check_labels(self, y: Tensor) -> None:
         self._check_range(y, lowest=-1)

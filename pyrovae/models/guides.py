@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..encoders import DiagonalNormal, Encoder
 from ..nn import MLP, Shape, as_shape
 from ..registry import build, register
-from .base import check_parts, check_sizes, in_shape_of, in_size_of
+from .parts import check_parts, check_sizes, in_shape_of, in_size_of
 
 __all__ = ["BottomUp", "Draw", "Guide", "Ladder", "Sizes", "Structured", "TopEncoder", "merge"]
 
@@ -21,7 +21,7 @@ Draw = Callable[[int, dist.Distribution], Tensor]
 
 
 class Sizes(NamedTuple):
-    """What a guide is built for by name: ``network(i, in_shape)`` makes the deterministic layers below ``z{i + 1}``."""
+    """Sizes to build a guide for; ``network(i, in_shape)`` makes the deterministic layers below ``z{i + 1}``."""
 
     data_shape: tuple[int, ...]
     latent_dims: tuple[int, ...]
@@ -35,7 +35,7 @@ class Guide(nn.Module):
 
     Attributes:
         latent_dims: the size of each layer, nearest to the data first.
-        data_shape: the shape of one datum, if the network that sees the data says it.
+        data_shape: the shape of one datum, if it is known.
     """
 
     latent_dims: tuple[int, ...]
@@ -43,15 +43,15 @@ class Guide(nn.Module):
     @property
     @abstractmethod
     def data_shape(self) -> tuple[int, ...] | None:
-        """The shape of one datum, if the network that sees the data says it."""
+        """The shape of one datum, if it is known."""
 
     @classmethod
     @abstractmethod
     def of_sizes(cls, sizes: Sizes) -> Guide:
-        """The guide that :func:`make_hierarchical_vae` builds by name."""
+        """The guide that :func:`pyrovae.make_hierarchical_vae` builds by name."""
 
     def check_layers(self, layers: Sequence[Encoder]) -> None:
-        """Refuse conditionals p(z_i|z_{i+1}) that this guide cannot use.
+        """Raise an error if this guide cannot use the conditionals p(z_i|z_{i+1}).
 
         Raises:
             ValueError: it needs others.
@@ -69,15 +69,15 @@ class Guide(nn.Module):
         Args:
             x: data ``(B, *data_shape)``.
             layers: the model's p(z_i|z_{i+1}), nearest to the data first, for guides that share them.
-            draw: from a layer's index and its distribution to a value: a sample, or the mean.
+            draw: a function of a layer's index and distribution that returns a value, such as a sample or the mean.
         """
 
 
 class TopEncoder:
-    """q(z_n|x) of a guide that goes down from the top: bodies, one after the other, and an encoder over them.
+    """q(z_n|x) of a top-down guide: a chain of bodies, then an encoder.
 
     Args:
-        bodies: networks, the first over the data.
+        bodies: networks, applied to the data in this order.
         encoder: from their features to q(z_n|x).
         in_scale: multiplies the data on their way into the first body.
     """
@@ -95,7 +95,7 @@ class TopEncoder:
 
 @register("guide")
 class BottomUp(Guide):
-    r"""A guide that climbs from the data.
+    r"""A bottom-up guide: each layer given the one below.
 
     .. math:: q(z \mid x) = q(z_1 \mid x) \prod_{i=2}^{n} q(z_i \mid z_{i-1})
 
@@ -103,7 +103,7 @@ class BottomUp(Guide):
         encoders: q(z1|x), q(z2|z1), ...
 
     Raises:
-        ValueError: the encoders do not chain.
+        ValueError: the sizes of successive encoders do not fit.
 
     References:
         Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016,
@@ -128,7 +128,7 @@ class BottomUp(Guide):
 
     @classmethod
     def of_sizes(cls, sizes: Sizes) -> BottomUp:
-        """Each encoder has its layer's deterministic layers."""
+        """The body of each encoder is the network of its layer."""
         ins: list[Shape] = [sizes.data_shape, *sizes.latent_dims[:-1]]
         return cls(
             [
@@ -145,7 +145,7 @@ class BottomUp(Guide):
 
     @property
     def data_shape(self) -> tuple[int, ...] | None:
-        """What its first network takes."""
+        """The input shape of its first network."""
         return in_shape_of(_encoder(self.encoders[0]).body)
 
     def forward(self, x: Tensor, layers: Sequence[Encoder], draw: Draw) -> list[Tensor]:
@@ -158,16 +158,16 @@ class BottomUp(Guide):
 
 @register("guide")
 class Structured(Guide):
-    r"""A guide that factorises as the posterior does: each layer given its parents in the model, and the data.
+    r"""A guide with the factorisation of the posterior: each layer given the one above, and the data.
 
     .. math:: q(z \mid x) = q(z_n \mid x) \prod_{i=1}^{n-1} q(z_i \mid z_{i+1}, x)
 
-    The exact posterior of a chain has this form. All factors see the data through one body; its features stand before the
-    parent in the input of the lower encoders.
+    The exact posterior of a chain has this form. One body computes features h of the data for all factors; the lower encoders
+    take these features, followed by the layer above.
 
     Args:
         body: maps ``[..., *data_shape]`` to features ``[..., H]``.
-        encoders: q(z1|h, z2), ..., q(zn|h): bodies of ``H + L_2``, ..., ``H`` inputs.
+        encoders: q(z1|h, z2), ..., q(zn|h), whose bodies take ``H + L_2``, ..., ``H`` numbers.
         in_scale: multiplies the data on their way into the body.
 
     Raises:
@@ -197,7 +197,7 @@ class Structured(Guide):
 
     @classmethod
     def of_sizes(cls, sizes: Sizes) -> Structured:
-        """The first deterministic layers see the data; each encoder has the second's or its own above them."""
+        """Network 0 is the body of all factors; encoder i has network i, but encoder 0 has network 1."""
         body = sizes.network(0, sizes.data_shape)
         width, top = _features(body), len(sizes.latent_dims) - 1
         ins = [width + above for above in sizes.latent_dims[1:]] + [width]
@@ -209,7 +209,7 @@ class Structured(Guide):
 
     @property
     def data_shape(self) -> tuple[int, ...] | None:
-        """What its first network takes."""
+        """The input shape of its first network."""
         return in_shape_of(self.body)
 
     def top(self) -> TopEncoder:
@@ -230,13 +230,13 @@ class Structured(Guide):
 
 @register("guide")
 class Ladder(Guide):
-    r"""A guide that goes down the model's layers, and multiplies each with a factor that a bottom-up network gives.
+    r"""A top-down guide: each of the model's conditionals times a Gaussian factor from a bottom-up network.
 
     .. math:: d_1 = f_1(x), \quad d_i = f_i(d_{i-1}), \quad q(z_n \mid x) = N(\hat\mu_n(d_n), \hat\sigma_n(d_n)^2), \quad
         q(z_i \mid z_{i+1}, x) = N\!\left(\frac{\hat\mu_i \hat\sigma_i^{-2} + \mu_i \sigma_i^{-2}}
         {\hat\sigma_i^{-2} + \sigma_i^{-2}}, \frac{1}{\hat\sigma_i^{-2} + \sigma_i^{-2}}\right)
 
-    with :math:`\mu_i, \sigma_i` those of the model's :math:`p(z_i \mid z_{i+1})`, whose networks it shares.
+    Here :math:`\mu_i, \sigma_i` are those of the model's :math:`p(z_i \mid z_{i+1})`, whose networks the guide shares.
 
     Args:
         bodies: f_1, f_2, ...
@@ -244,7 +244,7 @@ class Ladder(Guide):
         in_scale: multiplies the data on their way into the first body.
 
     Raises:
-        ValueError: a factor of guide or model is no diagonal normal, or the sizes do not fit.
+        ValueError: a factor of guide or model is not a diagonal normal, or the sizes do not fit.
 
     References:
         Sonderby et al., Ladder Variational Autoencoders, 2016, https://arxiv.org/abs/1602.02282.
@@ -275,7 +275,7 @@ class Ladder(Guide):
 
     @classmethod
     def of_sizes(cls, sizes: Sizes) -> Ladder:
-        """One after the other, the deterministic layers are the bodies."""
+        """The bodies are the networks of the layers, in a chain."""
         bodies: list[Any] = []
         for i in range(len(sizes.latent_dims)):
             bodies.append(sizes.network(i, _features(bodies[-1]) if bodies else sizes.data_shape))
@@ -287,7 +287,7 @@ class Ladder(Guide):
 
     @property
     def data_shape(self) -> tuple[int, ...] | None:
-        """What its first network takes."""
+        """The input shape of its first network."""
         return in_shape_of(self.bodies[0])
 
     def check_layers(self, layers: Sequence[Encoder]) -> None:
@@ -354,6 +354,6 @@ def _check_diagonal(where: str, encoders: Sequence[Encoder]) -> None:
     for encoder in encoders:
         if not isinstance(encoder, DiagonalNormal):
             raise ValueError(
-                f"A ladder multiplies diagonal normals, and the {where} has a {type(encoder).__name__}: choose "
+                f"The encoders of the {where} must be diagonal normals for a ladder, got a {type(encoder).__name__}: choose "
                 f"'diagonal_normal' there, or a 'structured' guide."
             )

@@ -1,7 +1,8 @@
-"""Hierarchies: several stochastic layers, and guides that infer them from the data up or from the top down.
+"""Hierarchies: models of several stochastic layers.
 
-Layers are numbered from the data: ``z1`` is nearest to them, the last one has the prior. A conditional p(z_i|z_{i+1}) maps a
-vector to a distribution over a vector, so it is an :class:`pyrovae.encoders.Encoder`, and so is every factor of a guide.
+Layers are numbered from the data up: ``z1`` is next to the data, and the last layer has the prior. A conditional
+p(z_i|z_{i+1}) maps a vector to a distribution over vectors, so it is an :class:`pyrovae.encoders.Encoder`, and so is every
+factor of a guide.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from ..likelihoods import Likelihood
 from ..nn import Activation, Shape, as_shape
 from ..priors import Prior
 from ..registry import build, find, register
-from .base import PairModule, body_pair, build_likelihood, check_parts, check_sizes, in_size_of
+from .base import PairModule
 from .guides import Draw, Guide, Sizes, _encoder, _in
+from .inputs import BATCH_SIZE
+from .parts import body_pair, build_likelihood, check_parts, check_sizes, in_size_of
 
 __all__ = ["HierarchicalVAE", "make_hierarchical_vae"]
 
@@ -40,11 +43,12 @@ class HierarchicalVAE(PairModule):
         prior: p(z_n), any prior.
         layers: p(z1|z2), p(z2|z3), ...: encoders from the layer above.
         likelihood: p(x|z1), with its decoder.
-        inference: q(z|x): a :class:`BottomUp`, :class:`Ladder` or :class:`Structured` guide.
+        inference: q(z|x): a :class:`~pyrovae.models.guides.BottomUp`, :class:`~pyrovae.models.guides.Ladder` or
+            :class:`~pyrovae.models.guides.Structured` guide.
         name: as in :class:`pyrovae.VAE`.
 
     Raises:
-        ValueError: a part is not of its family, they disagree on a size, or the guide cannot use the model's layers.
+        ValueError: a part has the wrong class, two parts disagree on a size, or the guide cannot use the model's layers.
 
     References:
         Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
@@ -109,7 +113,7 @@ class HierarchicalVAE(PairModule):
         activation: Activation | None = "tanh",
         name: str | None = None,
     ) -> Self:
-        """A :class:`HierarchicalVAE` from names of its parts; ``pyrovae.make_hierarchical_vae`` is this.
+        """A :class:`HierarchicalVAE` from names of its parts, as ``pyrovae.make_hierarchical_vae``.
 
         By default the networks are those of Burda et al. (2016). ``latent_dims=[100, 50]`` is their model of two layers:
         784-200-200-100 and 100-100-100-50 up, the mirror image down.
@@ -124,9 +128,8 @@ class HierarchicalVAE(PairModule):
             likelihood: p(x|z1), likewise.
             layer: the family of p(z_i|z_{i+1}): an encoder's name or table.
             encoder: the family of the guide's factors: an encoder's name or table.
-            body: as in :func:`pyrovae.make_vae`; a pair such as ``"conv"`` makes the layers next to the data, and MLPs are
-                above.
-            activation: a name; ``None`` for the body's own.
+            body: as in :func:`pyrovae.make_vae`; a pair such as ``"conv"`` is used next to the data only, with MLPs above.
+            activation: a name; ``None`` for that of the body.
             name: see :class:`pyrovae.VAE`.
 
         Raises:
@@ -147,7 +150,7 @@ class HierarchicalVAE(PairModule):
             raise ValueError(
                 f"hidden must have a list of widths for each of {len(dims)} layers, as [[200, 200], [100, 100]], got {hidden}."
             )
-        # A pair of image networks suits the data alone.
+        # Networks of images fit only next to the data.
         inward, outward, _, _ = body_pair(body, widths[0])
         bodies = [body_pair(body if i == 0 or inward == outward else "mlp", each, activation) for i, each in enumerate(widths)]
 
@@ -170,7 +173,7 @@ class HierarchicalVAE(PairModule):
         return self.inference.latent_dims
 
     def model(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """p(x, z) as a Pyro program; ``x`` has shape ``(B, *data_shape)``, and so has a ``mask`` of what was observed."""
+        """p(x, z) as a Pyro program; ``x`` and ``mask`` (true for observed values) have shape ``(B, *data_shape)``."""
         x, mask = self._as_data(x), self._as_mask(x, mask)
         self._register()
         with pyro.plate("data", x.shape[0]):
@@ -189,8 +192,17 @@ class HierarchicalVAE(PairModule):
         """p(x|z1), batch shape ``z.shape[:-1]`` and event shape ``data_shape``."""
         return self.likelihood(z)
 
-    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One point for each datum, shape ``(B, L_1)``: where ``z1`` is if each layer of the guide is at its centre."""
+    def embed(self, x: Any, mask: Any = None, *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """One point for each datum, shape ``(N, L_1)``: ``z1`` if every layer of the guide is at its centre.
+
+        Args:
+            x: data as :meth:`fit` takes them: an array, a data frame, a path, a data loader, ...
+            mask: true where a value was observed, if ``x`` does not say it itself.
+            batch_size: data that are encoded at once.
+        """
+        return self._in_batches(self._embed, x, mask, batch_size=batch_size)
+
+    def _embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.inference(self._encoder_input(x, mask), self._layers, lambda i, distribution: centre(distribution))[0]
 
     @torch.no_grad()
@@ -206,10 +218,13 @@ class HierarchicalVAE(PairModule):
         """Means of p(x|z) at draws of z; shape ``(num_samples, *data_shape)``."""
         return self.sample(num_samples, mean=True)
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z1) where :meth:`embed` puts x, shape of ``x``."""
-        return self.decode(self.embed(x)).mean
+    def reconstruct(self, x: Any, mask: Any = None, *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """The mean of p(x|z1) at ``z1 = embed(x)``, shape of ``x``; takes what :meth:`embed` takes."""
+        return self._in_batches(self._reconstruct, x, mask, batch_size=batch_size)
+
+    def _reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        distribution, _ = self.likelihood.observe(self._embed(x, mask), self._as_data(x), self._as_mask(x, mask))
+        return distribution.mean
 
     @property
     def _layers(self) -> list[Encoder]:

@@ -14,8 +14,8 @@ from .tracing import Traces, inspection, trace_pair
 from .wrappers import base_distribution, is_factor, is_masked_anywhere, is_point, mask_of, same_mask
 
 __all__ = [
-    "check_finite", "check_same_latents", "check_scores", "check_sites", "check_support", "look_at", "refuse_masked",
-    "refuse_no_weights", "why_no_weights",
+    "check_finite", "check_same_latents", "check_scores", "check_sites", "check_support", "improper_latents", "look_at",
+    "refuse_improper", "refuse_masked", "refuse_no_weights", "why_no_weights",
 ]  # fmt: skip
 
 
@@ -79,6 +79,8 @@ def check_support(site: dict) -> None:
     name = type(distribution).__name__
     low, high = site["value"].min().item(), site["value"].max().item()
     usual = "binarise" if isinstance(distribution, torch.distributions.Bernoulli) else "rescale"
+    if isinstance(distribution, torch.distributions.Categorical):
+        usual = f"number the classes from 0 to {distribution.probs.shape[-1] - 1} in"
     cure = getattr(distribution, "support_cure", usual)
     if hasattr(distribution, "columns"):  # a table: say which columns
         wrong = (~distribution.support.check(site["value"])).flatten(0, -2).any(0).nonzero().flatten().tolist()
@@ -99,6 +101,21 @@ def refuse_masked(sites: list[dict]) -> None:
             )
 
 
+def improper_latents(model: Trace) -> tuple[str, ...]:
+    """The latent sites whose prior does not integrate to one."""
+    latents = [site for site in sites_of(model) if not site["is_observed"]]
+    return tuple(site["name"] for site in latents if isinstance(base_distribution(site), pyro.distributions.ImproperUniform))
+
+
+def refuse_improper(names: tuple[str, ...]) -> None:
+    """Refuse to score a pair with improper priors."""
+    if names:
+        raise ValueError(
+            f"The prior of the latent site {names[0]!r} is improper (ImproperUniform), so p(x) is no density: give the site a "
+            f"prior that integrates to one before scoring; training takes it as it is."
+        )
+
+
 def look_at(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
     """Check a pair that is to be weighed, by runs without side effects, and return its number of plate dimensions.
 
@@ -108,6 +125,7 @@ def look_at(model: Program, guide: Program, args: tuple, kwargs: dict) -> int:
     with inspection(model, guide, args):
         traces = trace_pair(model, guide, args, kwargs, 1, None)
         check_sites(traces)
+        refuse_improper(improper_latents(traces.model))
         refuse_no_weights(why_no_weights(model, guide, args, kwargs, traces))
     return plate_nesting(traces.model, traces.guide)
 

@@ -122,14 +122,15 @@ def check_independence(
         if site is not None and each:
             raise ProbeError(
                 f"The programs give other numbers for the same latents at site {site!r}, so a dropout layer is in training "
-                f"mode, or they draw random numbers outside pyro.sample: call eval() on their modules before scoring."
+                f"mode, or they draw random numbers outside pyro.sample: call eval() on their modules before scoring, and draw "
+                f"random numbers by pyro.sample only."
             )
         mixed = _moved_by_others(rows, lambda changed: (_replaced(args, neighbours, changed), rows.mixed(changed)), once)
         if mixed is not None and each:
             raise ProbeError(
                 f"The numbers of a datum depend on the other data of its batch at site {mixed!r}, so log p(x) is not "
                 f"defined for one datum: a layer mixes data, such as batch norm in training mode (call eval() on it), "
-                f"roll, or attention over the batch."
+                f"roll, attention over the batch, or a sum over it."
             )
         if site is not None or mixed is not None:
             return False

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ..data.batches import Batches
 from ..data.matching import Batch
-from .checks import check_finite, check_sites, check_support, why_no_weights
+from .checks import check_finite, check_sites, check_support, improper_latents, refuse_improper, why_no_weights
 from .independence import PROBED_ROWS, check_independence
 from .log_weights import read_weights
+from .observed import outside_by_a_latent, squares_of_shifted
 from .parameters import all_parameters, own_parameters, refuse_uninitialized
-from .rounding import rounding_of
+from .rounding import log_weight_rounding
 from .sites import Program, data_plate, num_known_of, num_observed_of, observed_squares, plate_nesting, sites_of
 from .state import own_scope
-from .support import bare, bounds_of, inside_of, support_of
+from .support import support_of
 from .tracing import evaluation_mode, inspection, trace_pair
 from .wrappers import base_distribution, is_one_hot
 
@@ -44,6 +45,7 @@ class PairInfo:
         no_weights: why p(x, z) / q(z|x) is not an importance weight, or ``None``; see
             :func:`pyrovae.programs.checks.why_no_weights`.
         num_observed: numbers observed in this batch; with a mask fewer than ``num_dims * num_data``.
+        improper: latent sites with an improper prior.
         tied_to_data: whether the pair runs on all its data in their order only, as with a parameter for each datum.
         plate: the name of the data plate.
         latents: names of the latent sites.
@@ -53,7 +55,7 @@ class PairInfo:
         num_densities: those of the numbers observed that have a density.
         num_probabilities: those that have a probability; a one-hot vector is one.
         given: the parts of a datum that the likelihood conditions on, from its distribution's ``conditional_on``.
-        squares: the sum of squares of each datum's observed values, shape (B,).
+        squares: the sum of squares of each datum's observed values, shape (B,), or of the data if they are observed shifted.
         rounding: the rounding error of each datum's log-weight, shape (B,), in nats.
     """
 
@@ -73,6 +75,7 @@ class PairInfo:
     given: tuple[str, ...] = ()
     squares: Tensor | None = None
     rounding: Tensor | None = None
+    improper: tuple[str, ...] = ()
     tied_to_data: bool = False
     plate: str = "data"
 
@@ -91,14 +94,14 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     """Run a pair once, without moving the random stream, and return its structure.
 
     Raises:
-        ValueError: as :func:`log_weights`; or an observed value lies outside its distribution's support.
+        ValueError: as :func:`pyrovae.log_weights`; or an observed value lies outside its distribution's support.
     """
     check_finite((*args, *kwargs.values()))
     with inspection(model, guide, args):
         traces = trace_pair(model, guide, args, kwargs, 1, None)
         model_trace, guide_trace = traces.model, traces.guide
         for site in sites_of(model_trace):
-            if site["is_observed"] and not _outside_by_a_latent(site, model, guide, args, kwargs):
+            if site["is_observed"] and not outside_by_a_latent(site, model, guide, args, kwargs):
                 check_support(site)
         enumerated = tuple(
             site["name"]
@@ -110,7 +113,8 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         check_sites(traces)
         weights = read_weights(traces, 1)
         no_weights = why_no_weights(model, guide, args, kwargs, traces)
-        rounding = rounding_of(traces)
+        rounding = log_weight_rounding(traces)
+        shifted = squares_of_shifted(model, guide, args, kwargs, traces)
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
@@ -118,6 +122,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     counted = [site | {"infer": {}} for site in observed]
     numbers = [(num_known_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
     nesting = plate_nesting(model_trace, guide_trace)
+    squares = [shifted[s["name"]] if s["name"] in shifted else observed_squares(s, data, nesting) for s in observed]
     return PairInfo(
         max_plate_nesting=nesting,
         num_data=weights.num_data,
@@ -134,29 +139,10 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         num_densities=sum(number * (1 - discrete) for number, discrete in numbers),
         num_probabilities=sum(number * discrete for number, discrete in numbers),
         given=tuple(sorted({what for site in observed for what in _conditions(site)})),
-        squares=torch.stack([observed_squares(site, data, nesting) for site in observed]).sum(0) if observed else None,
+        squares=torch.stack(squares).sum(0) if squares else None,
         rounding=rounding,
+        improper=improper_latents(model_trace),
     )
-
-
-def _outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple, kwargs: dict) -> bool:
-    """Whether observed values lie outside a support that depends on latents: their weight is zero, and the data are valid."""
-    try:
-        support = support_of(site["fn"])
-    except NotImplementedError:  # raised by a distribution without a support
-        return False
-    bounds = [bound for bound in bounds_of(bare(support)) if isinstance(bound, Tensor)]
-    if not bounds or bool(support.check(site["value"]).all()):
-        return False
-    other = trace_pair(model, guide, args, kwargs, 1, None).model.nodes[site["name"]]
-    others = [bound for bound in bounds_of(bare(support_of(other["fn"]))) if isinstance(bound, Tensor)]
-    moves = any(one.shape != two.shape or bool((one != two).any()) for one, two in zip(bounds, others, strict=True))
-    safe = inside_of(support, site["value"])
-    if not moves or safe is None:
-        return False
-    site["outside"] = ~support.check(site["value"])
-    site["value"] = torch.where(site["outside"][(..., *[None] * support.event_dim)], safe, site["value"])
-    return True
 
 
 def _is_discrete(site: dict) -> bool:
@@ -240,8 +226,8 @@ def prepare(
         each: whether each datum is scored separately. In training, layers such as batch norm may mix data.
 
     Raises:
-        ValueError: as :func:`inspect_pair`; or data or particles depend on each other; or the pair needs all data at once and a
-            loader gives them in parts.
+        ValueError: as :func:`inspect_pair`; or data or particles depend on each other; or a prior is improper; or a layer has
+            no size yet; or the pair needs all data at once and a loader gives them in parts.
         RuntimeError: the pair does not run; the message is torch's.
     """
     refuse_uninitialized(model, guide)
@@ -249,6 +235,8 @@ def prepare(
     batch = batches.peek()
     first, whole = _inspect_first(model, guide, batch, batches) if each else (inspect_first_batch(model, guide, *batch), None)
     info, rows = first.info, len(first.args[0])
+    if each:
+        refuse_improper(info.improper)
     if info.num_data != rows or info.scale != 1.0 or info.enumerated:
         return first
     in_place, particles = False, particles and vectorize_particles
@@ -350,8 +338,8 @@ def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstB
     """Find a pair's parameters, structure, floating type and device from one batch.
 
     NumPy's arrays are float64 on the CPU, but most networks are float32, and some are on a GPU. The type that a program needs
-    is known only when it runs, so a batch that fails runs again in torch's default type, then with integers converted too
-    (first those of the first argument), then on the GPU.
+    is known only when it runs, so a batch that fails runs again in the type of the pair's parameters, in torch's default type,
+    with integers converted too (first those of the first argument), and on the GPU.
 
     Raises:
         ValueError: as :func:`inspect_pair`.
@@ -362,24 +350,34 @@ def inspect_first_batch(model: Program, guide: Program, *args: Tensor) -> FirstB
     devices = [None, torch.device("cuda")] if torch.cuda.is_available() else [None]
     first = () if args[0].is_floating_point() else (0,)  # black and white images may come as booleans, and masks stay such
     casts = dict.fromkeys([(), first, integers, tuple({*first, *integers})])
-    attempts = [(args, ()), *((_moved(args, default, device, cast), cast) for device in devices for cast in casts)]
-    for attempt, cast in attempts:
+    own = {each.dtype for each in all_parameters(model, guide) if each.is_floating_point()}
+    types = [*sorted(own - {default}, key=str), default]
+    attempts = [(None, None, ()), *((dtype, device, cast) for device in devices for dtype in types for cast in casts)]
+    for dtype, device, cast in attempts:
+        attempt = args if dtype is None else _moved(args, dtype, device, cast)
         try:
             with own_scope(model, guide, keep=True, undo=(Exception,)):
-                parameters, floating = own_parameters(model, guide, attempt), cast
+                first_batch = _first_batch(own_parameters(model, guide, attempt), model, guide, args, attempt, cast)
             break
         except RuntimeError:
-            if attempt is attempts[-1][0]:
+            if (dtype, device, cast) == attempts[-1]:
                 raise
-    argument = next((arg for arg in attempt if arg.is_floating_point()), None)
-    like = next((parameter for parameter in parameters if parameter.is_floating_point()), argument)
-    dtype, device = (default, attempt[0].device) if like is None else (like.dtype, like.device)
-    for index in floating:
+    for index in first_batch.floating:
         warnings.warn(
             f"The pair takes floating-point numbers, so array {index + 1} of the data, of {args[index].dtype}, is cast to "
-            f"{dtype}: pass floats to say so yourself.",
+            f"{first_batch.dtype}: pass floats to say so yourself.",
             stacklevel=3,
         )
+    return first_batch
+
+
+def _first_batch(
+    parameters: list[Tensor], model: Program, guide: Program, args: Batch, attempt: Batch, floating: tuple[int, ...]
+) -> FirstBatch:
+    """What a batch shows, in the type and on the device in which it ran."""
+    argument = next((arg for arg in attempt if arg.is_floating_point()), None)
+    like = next((parameter for parameter in parameters if parameter.is_floating_point()), argument)
+    dtype, device = (torch.get_default_dtype(), attempt[0].device) if like is None else (like.dtype, like.device)
     moved = _moved(args, dtype, device, floating)
     return FirstBatch(parameters, inspect_pair(model, guide, *moved), dtype, device, floating, moved)
 

@@ -201,7 +201,7 @@ _MIXTURES = (MixtureSameFamilyConstraint, _Union)
 
 def free_numbers(support: Any, event_shape: torch.Size) -> int | None:
     """The dimension of the manifold that a support is; ``None`` where torch knows no bijection to it."""
-    constraint = bare(support)
+    constraint, event_shape = bare(support), torch.Size(event_shape)  # an ImproperUniform may have a plain tuple
     if constraint.event_dim == 0:
         return event_shape.numel()
     cut = len(event_shape) - constraint.event_dim
@@ -223,11 +223,13 @@ def bounds_of(constraint: Any) -> tuple[Any, Any]:
 def reaches_beyond(inner: Any, outer: Any) -> bool:
     """Whether values of one support may lie outside another one, as far as their constraints tell.
 
-    It is false for constraints on vectors and matrices, which hold up to rounding. :func:`measure_of` compares their
+    It is false for constraints on real vectors and matrices, which hold up to rounding. :func:`measure_of` compares their
     dimensions.
     """
     inner, outer = bare(inner), bare(outer)
-    if isinstance(outer, type(constraints.real)) or outer.event_dim > 0:
+    if outer.event_dim > 0:  # discrete vectors hold exactly
+        return outer.is_discrete and type(inner) is not type(outer)
+    if isinstance(outer, type(constraints.real)):
         return False
     (low, high), (least, most) = bounds_of(inner), bounds_of(outer)
     if type(inner) is not type(outer) or any(isinstance(bound, Tensor) for bound in (low, high, least, most)):
@@ -246,6 +248,9 @@ def accept_any_component(distribution: Any) -> None:
 def inside_of(support: Any, value: Tensor) -> Tensor | None:
     """Numbers well inside a support, in the shape of ``value`` and its bounds; ``None`` if the bounds are not known."""
     constraint = bare(support)
+    if isinstance(constraint, type(constraints.one_hot) | constraints.multinomial):
+        first = torch.zeros_like(value).index_fill(-1, torch.zeros((), dtype=torch.long, device=value.device), 1)
+        return first * getattr(constraint, "upper_bound", 1)
     low, high = bounds_of(constraint)
     if any(isinstance(each, _MIXTURES) for each in _constraints_of(support)):
         # The last dimension of its bounds is that of its components.

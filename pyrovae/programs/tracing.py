@@ -23,7 +23,7 @@ from .support import _Inside, support_of
 from .wrappers import is_factor
 
 __all__ = [
-    "Gradients", "PathGradientScaler", "Recorder", "Substitute", "Trace", "Traces", "evaluation_mode", "explained",
+    "Gradients", "PathGradientScaler", "ReadError", "Recorder", "Substitute", "Trace", "Traces", "evaluation_mode", "explained",
     "find_nesting", "in_particles", "inspection", "same_random_stream", "scoring_context", "trace_from_prior", "trace_pair",
     "trace_program",
 ]  # fmt: skip
@@ -202,6 +202,10 @@ def in_particles(run: Program, num_particles: int, max_plate_nesting: int | None
     return pyro.plate(PARTICLES, num_particles, dim=-max_plate_nesting - 1)(run)
 
 
+class ReadError(RuntimeError):
+    """A program reads a tensor's values into Python while it is captured as a graph."""
+
+
 # What torch says of a distribution's parameter.
 _INVALID_PARAMETER = re.compile(
     r"Expected parameter (\w+) .* of distribution (\w+)\(.* to satisfy the constraint (.+), but found invalid values"
@@ -213,15 +217,27 @@ def explained(num_particles: int) -> Iterator[None]:
     """Raise the errors of a pair that does not fit its plates as a ``ValueError`` with a cure."""
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except ReadError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         cause = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         invalid = _INVALID_PARAMETER.match(cause)
         if invalid is not None:
             name, distribution, constraint = invalid.groups()
+            if distribution == "Unit":
+                raise ValueError(
+                    "A pyro.factor of the programs is NaN, so no datum has a log-weight: repair what makes it, such as the "
+                    "logarithm of a negative number."
+                ) from error
             raise ValueError(
                 f"The parameter {name} of {distribution} must satisfy {constraint}, and a program gives it other values, as "
                 f"exp does of a network's large outputs: bring the data to a scale near 1, such as pixels / 255, or bound the "
                 f"parameter, as softplus(output) + 1e-4 does."
+            ) from error
+        if isinstance(error, torch.linalg.LinAlgError):
+            raise ValueError(
+                f"A matrix of the programs has no factorization at some values of the latents ({cause}): add a small multiple "
+                f"of the identity to it, or run the pair in float64."
             ) from error
         if num_particles > 1:
             raise ValueError(
@@ -233,7 +249,7 @@ def explained(num_particles: int) -> Iterator[None]:
             raise ValueError(
                 f"{cause}: declare the dimensions within a datum with .to_event(n), and size the plate by x.shape[0]."
             ) from error
-        if isinstance(error, IndexError | TypeError):
+        if isinstance(error, IndexError | TypeError | AssertionError):
             raise ValueError(
                 f"The pair cannot be run on its arguments ({type(error).__name__}: {cause}): let model and guide take the same "
                 f"arguments, and use no dimension that the data or the latents do not have."

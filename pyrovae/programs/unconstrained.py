@@ -257,9 +257,10 @@ def _unconstrained_shape(site: dict) -> torch.Size:
     try:
         support = support_of(site["fn"])
         if support.is_discrete:
+            others = ', or pyrovae.exact(..., method="enumerate") where all are discrete'
             raise ValueError(
                 f"The latent site {name!r} ({distribution}) is discrete, and this needs continuous latents: use "
-                f'log_marginal, or pyrovae.exact(..., method="enumerate") where all are discrete.'
+                f"log_marginal with draws of the guide{others if site['fn'].has_enumerate_support else ''}."
             )
         transform = biject_to(support)
         # From a value, since inverse_shape mistakes bounds that differ between data for dimensions of the draw.

@@ -95,14 +95,14 @@ class SupportCheck:
         Raises:
             ValueError: as for a batch; says the row.
         """
-        if not self.direct or batches.loader is not None or batches.transform not in (None, binarize, dequantize):
+        in_reach = batches.loader is None or batches.rows is not None
+        if not self.direct or not in_reach or batches.transform not in (None, binarize, dequantize):
             return False
-        for start in range(0, len(batches.arrays[0]), ROWS_AT_ONCE):
-            rows = tuple(array[start : start + ROWS_AT_ONCE] for array in batches.arrays)
+        for number, rows in enumerate(batches.in_order(ROWS_AT_ONCE)):
             if batches.transform is not None:
                 with same_random_stream(rows):
                     rows = (batches.transform(rows[0]), *rows[1:])
-            self(rows, "the data", start)
+            self(rows, "the data", number * ROWS_AT_ONCE)
         return True
 
 

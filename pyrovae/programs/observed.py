@@ -1,0 +1,144 @@
+"""What a model observes: the data as they are given, or values that it computes from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .sites import Layout, Program, data_plate, plate_nesting, plate_sizes, sites_of
+from .support import bare, bounds_of, inside_of, support_of
+from .tracing import Substitute, Traces, trace_pair, trace_program
+from .wrappers import is_factor, is_point, mask_of
+
+__all__ = ["outside_by_a_latent", "squares_of_shifted"]
+
+# By this factor the data are scaled, to see how an observed value follows them. It keeps every sign, and values below one.
+SCALE = 0.99
+
+
+def outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple, kwargs: dict) -> bool:
+    """Whether observed values lie outside a support that depends on latents: their weight is zero, and the data are valid."""
+    try:
+        support = support_of(site["fn"])
+    except NotImplementedError:  # raised by a distribution without a support
+        return False
+    bounds = [bound for bound in bounds_of(bare(support)) if isinstance(bound, Tensor)]
+    if not bounds or bool(support.check(site["value"]).all()):
+        return False
+    other = trace_pair(model, guide, args, kwargs, 1, None).model.nodes[site["name"]]
+    others = [bound for bound in bounds_of(bare(support_of(other["fn"]))) if isinstance(bound, Tensor)]
+    moves = any(one.shape != two.shape or bool((one != two).any()) for one, two in zip(bounds, others, strict=True))
+    safe = inside_of(support, site["value"])
+    if not moves or safe is None:
+        return False
+    site["outside"] = ~support.check(site["value"])
+    site["value"] = torch.where(site["outside"][(..., *[None] * support.event_dim)], safe, site["value"])
+    return True
+
+
+def squares_of_shifted(model: Program, guide: Program, args: tuple, kwargs: dict, traces: Traces) -> dict[str, Tensor]:
+    """The sums of squares of the data, shape (B,), that sites observe shifted, as in ``obs=x - z``.
+
+    A shift changes no density, so such sites observe the data. Values of latents alone, a soft constraint, observe no data.
+
+    Args:
+        model: a Pyro program for p(x, z).
+        guide: a Pyro program for q(z|x).
+        args: the batch.
+        kwargs: the keyword arguments of both.
+        traces: the traces of one run.
+
+    Returns:
+        The sums by the names of these sites.
+
+    Raises:
+        ValueError: an observed value depends on the data and on a latent by more than a shift, as in ``obs=x / z``.
+    """
+    sites = [site for site in sites_of(traces.model) if _has_density(site) and not _shares_memory(site["value"], args)]
+    if not sites:
+        return {}
+    data = data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
+    layout = Layout(1, data.size, plate_nesting(traces.model, traces.guide), data.dim)
+    given = _numbers_of(args, data.size)
+    sites = [site for site in sites if not _are_among(_rows(layout, site, site["value"]), given, _kept(layout, site))]
+    if not sites:
+        return {}
+    latents = {site["name"]: site["value"] for site in sites_of(traces.model) if not site["is_observed"]}
+    scaled = tuple(arg * SCALE if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+    traced = [trace_program(model, each, 1, None, Substitute(latents), kwargs=kwargs) for each in (args, scaled)]
+    traced.append(trace_pair(model, guide, args, kwargs, 1, None).model)
+    found = {}
+    for site in sites:
+        name, kept, value = site["name"], _kept(layout, site), _rows(layout, site, site["value"])
+        again, followed, other = (_rows(layout, site, trace.nodes[name]["value"]) for trace in traced)
+        if bool((again != value).any()):  # random numbers of the program's own are another check's
+            continue
+        moved, step = bool((other != value).any()), followed - value
+        shifted = _shifted_data(step, args, kept)
+        if shifted is not None and (moved or bool((step != 0).any())):
+            found[name] = shifted.square().sum(-1)
+        elif moved:
+            raise ValueError(
+                f"The value observed at site {name!r} depends on a latent by more than a shift, so p(x|z) lacks its Jacobian: "
+                f"observe the data themselves, and let the latent move their distribution, as Normal(0.0, z) for obs=x / z."
+            )
+    return found
+
+
+def _has_density(site: dict) -> bool:
+    if not site["is_observed"] or is_factor(site) or is_point(site) or not isinstance(site["value"], Tensor):
+        return False
+    try:
+        return not support_of(site["fn"]).is_discrete
+    except NotImplementedError:  # raised by a distribution without a support
+        return True
+
+
+def _shares_memory(value: Tensor, args: tuple) -> bool:
+    """Whether a value is a view of an argument."""
+    place = value.untyped_storage().data_ptr()
+    return any(isinstance(arg, Tensor) and arg.untyped_storage().data_ptr() == place for arg in args)
+
+
+def _numbers_of(args: tuple, num_data: int) -> Tensor | None:
+    """The floating-point numbers of each datum, (B, m), or of all data, (1, m), if they are not along the first dimension."""
+    arrays = [arg.detach().double() for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    if not arrays:
+        return None
+    by_datum = all(len(arg) == num_data for arg in arrays)
+    return torch.cat([arg.reshape(num_data if by_datum else 1, -1) for arg in arrays], -1)
+
+
+def _rows(layout: Layout, site: dict, value: Tensor) -> Tensor:
+    return layout.from_site(value.detach().double(), plate_sizes(site, layout.nesting), site["fn"].event_shape)[0]
+
+
+def _kept(layout: Layout, site: dict) -> Tensor:
+    """Which of each datum's numbers no mask leaves out, (B, n)."""
+    mask = torch.as_tensor(mask_of(site), device=site["value"].device)
+    return layout.from_site(mask, plate_sizes(site, layout.nesting), site["fn"].event_shape)[0]
+
+
+def _are_among(value: Tensor, given: Tensor | None, kept: Tensor) -> bool:
+    """Whether all numbers of each datum are among those given, up to float32's rounding."""
+    if given is None:
+        return not bool(kept.any())
+    ordered = given.expand(len(value), -1).sort(-1).values.contiguous()
+    place, among = torch.searchsorted(ordered, value.contiguous()), ~kept
+    for neighbour in (place - 1, place):
+        found = ordered.gather(-1, neighbour.clamp(0, ordered.shape[-1] - 1))
+        among = among | torch.isclose(found, value, rtol=1e-6, atol=0.0)
+    return bool(among.all())
+
+
+def _shifted_data(step: Tensor, args: tuple, kept: Tensor) -> Tensor | None:
+    """The data whose scaling moved values by such a step, with zeros for values that stayed; ``None`` if no argument did."""
+    if bool(((step == 0) | ~kept).all()):
+        return torch.zeros_like(step)
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.numel() == step.numel():
+            numbers = arg.detach().double().reshape(step.shape)
+            same = torch.isclose(step.abs(), numbers.abs() * (1 - SCALE), rtol=0.02, atol=1e-5 * float(arg.abs().max()))
+            if bool((same | (step == 0) | ~kept).all()):
+                return torch.where((step == 0) | ~kept, 0.0, numbers)
+    return None
