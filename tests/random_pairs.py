@@ -446,6 +446,8 @@ def methods(case: Case) -> dict[str, Callable[[], pv.Evidence]]:
         ways["exact"] = lambda: pv.exact(*pair)
     if rng.random() < 0.05 and continuous:
         ways["refined"] = lambda: pv.log_marginal(*pair, num_samples=2000, proposal="refined", seed=case.seed, compile=False)
+    if rng.random() < 0.3:
+        ways["auto"] = lambda: pv.log_marginal(*pair, num_samples=2000, proposal="auto", seed=case.seed, compile=False)
     return ways
 
 

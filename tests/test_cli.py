@@ -53,7 +53,7 @@ def test_train_writes_everything_and_says_what_it_found(in_folder: Path, capsys:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [1, 2]
     vae = pv.VAE.from_pretrained(folder)
-    again = vae.log_marginal(pv.data.load("digits").test, num_samples=60, seed=0)
+    again = vae.log_marginal(pv.data.load("digits").test, num_samples=60, proposal="auto", seed=0)
     np.testing.assert_allclose(again.log_px, evidence.log_px, rtol=1e-6)
     out = capsys.readouterr().out
     for text in (f"{evidence.mean:.2f}", f"{evidence.bits_per_dim:.3f}", "nats per image", "runs/mine/report.html"):
@@ -261,7 +261,7 @@ def test_a_hierarchy_runs_like_any_model(in_folder: Path, capsys: pytest.Capture
     vae = pv.HierarchicalVAE.from_pretrained(folder)
     assert (vae.latent_dims, type(vae.inference).__name__) == ((3, 2), "Ladder")
     first = pv.Evidence.load(folder / "evidence.safetensors")
-    again = vae.log_marginal(pv.data.load("digits").test[:40], num_samples=60, seed=0)
+    again = vae.log_marginal(pv.data.load("digits").test[:40], num_samples=60, proposal="auto", seed=0)
     np.testing.assert_allclose(again.log_px, first.log_px, rtol=1e-6)
     assert "<h3>Latent space</h3>" in (folder / "report.html").read_text()
     assert main(["evaluate", str(folder), "--num-samples", "90", "--limit", "30"]) == 0
@@ -434,7 +434,7 @@ def test_models_of_data_with_labels_run_like_any(in_folder: Path, capsys: pytest
     split = pv.data.load("digits")
     labels = split.test_labels[:40] if kind == "conditional" else torch.full((40,), -1)
     vae = load_model(folder)
-    again = vae.log_marginal((split.test[:40], labels), num_samples=60, seed=0)
+    again = vae.log_marginal((split.test[:40], labels), num_samples=60, proposal="auto", seed=0)
     evidence = pv.Evidence.load(folder / "evidence.safetensors")
     np.testing.assert_allclose(again.log_px, evidence.log_px, rtol=1e-6)
     summary = json.loads((folder / "summary.json").read_text())

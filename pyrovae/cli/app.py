@@ -164,7 +164,7 @@ def evaluate(
         run: The run's folder.
         num_samples: Importance samples per datum; the most that one gets where --target-se is given.
         target_se: Aim at this standard error of each datum's estimate, in nats.
-        proposal: What the samples come from: guide, refined (fitted to each datum), mixture or prior.
+        proposal: What the samples come from: auto (repaired where the guide fails), guide, refined, mixture or prior.
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
         device: Where to score: a GPU if there is one, or the run's own.

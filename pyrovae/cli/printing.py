@@ -38,12 +38,16 @@ def print_evidence(
 
     unit, units = split.unit, {"image": "images", "datum": "data"}[split.unit]
     reliable, size = int(evidence.reliable.sum()), len(evidence)
-    who = "guide" if evidence.kind == KINDS["guide"] else "proposal"
+    who = "guide" if evidence.kind in (KINDS["guide"], KINDS["auto"]) else "proposal"
     print(f"\nHeld-out {split.name}, {size:,} {units}, in nats per {unit}:")
     width = max(8, len(quantity))
 
     def line(label: str, value: str, what: str = "") -> None:
-        print(f"  {label:<{width}}  {value}{what}")
+        # Long findings go on below, in the same column.
+        first, *rest = textwrap.wrap(f"{value}{what}", 76 - width, drop_whitespace=False) or [""]
+        print(f"  {label:<{width}}  {first}".rstrip())
+        for part in rest:
+            print(f"{'':<{width + 4}}{part.strip()}")
 
     if quantity != "log p(x)":
         line("scored", f"{quantity}, each of the {units} given its label")
@@ -56,6 +60,8 @@ def print_evidence(
     line("gap", f"{evidence.gap:9.2f}", f"  what the {who} misses: its KL from p(z|{condition})")
     line("bits/dim", f"{evidence.bits_per_dim:9.3f}")
     line("reliable", f"{reliable:9d}", f"  of {size} estimates: {evidence.criterion}")
+    if evidence.rungs:
+        line("from", evidence.rungs)
     if reliable < size:
         line("", " " * 9, "  the others are probably too low; the report shows which")
     for name, text in labels.items():

@@ -182,14 +182,14 @@ class EvaluateSection:
     Attributes:
         num_samples: Importance samples per datum; the most that one gets where target_se is given.
         target_se: Aim at this standard error of each datum's estimate, in nats.
-        proposal: What the samples come from: "guide", "refined", "mixture" or "prior".
+        proposal: What the samples come from: "auto" (repaired where the guide fails), "guide", "refined", "mixture" or "prior".
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
     """
 
     num_samples: Positive = 5000
     target_se: PositiveFloat | None = None
-    proposal: Literal["guide", "refined", "mixture", "prior"] = "guide"
+    proposal: Literal["auto", "guide", "refined", "mixture", "prior"] = "auto"
     limit: Positive | None = None
     decompose: Annotated[int, Field(ge=0)] = 200
 

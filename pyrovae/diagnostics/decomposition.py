@@ -230,7 +230,8 @@ def decompose(
         num_samples: S, importance samples per datum for log p(x).
         num_draws: draws per datum for rate, distortion and posterior means, at least 2.
         mixture_draws: the number of those draws at which the mixture is evaluated.
-        evidence: log p(x) of these data in this order, by any method; by default importance sampling estimates it.
+        evidence: log p(x) of these data in this order, by any method; by default importance sampling with
+            ``proposal="auto"`` estimates it.
         refined: the ELBO of a guide fitted to each datum separately, shape (N,), in nats.
         vectorize_particles: as in :func:`pyrovae.log_weights`.
         seed: a seed, with which the result is reproducible and the global random stream untouched.
@@ -265,6 +266,7 @@ def decompose(
             guide,
             pair.arrays,
             num_samples=num_samples,
+            proposal="auto",
             seed=seed,
             vectorize_particles=vectorize_particles,
             progress=progress,

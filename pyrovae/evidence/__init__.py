@@ -3,11 +3,13 @@
 from .comparison import Comparison, compare
 from .curve import Curve, curve_of
 from .draws import Draws
+from .kinds import RUNGS
 from .psis import pareto_khat, pareto_smooth, tail_size
 from .results import Evidence
 from .streaming import curve_sizes
 
 __all__ = [
+    "RUNGS",
     "Comparison",
     "Curve",
     "Draws",

@@ -15,6 +15,7 @@ __all__ = [
     "EXACT_METHODS",
     "KINDS",
     "PROPOSALS",
+    "RUNGS",
     "Annealed",
     "Enumerated",
     "EvidenceKind",
@@ -23,8 +24,10 @@ __all__ = [
     "Integrated",
     "LinearGaussian",
     "Refined",
+    "Repaired",
     "data_have",
     "kind_of",
+    "rungs_in_words",
 ]
 
 # The fewest effective chains of an annealing; fewer cannot be said to agree.
@@ -62,6 +65,10 @@ class _Scores(Protocol):
     def khat_thresholds(self) -> Array: ...
     @property
     def reliable(self) -> Array: ...
+    @property
+    def rung(self) -> Array | None: ...
+    @property
+    def calls(self) -> Array | None: ...
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,54 @@ class Refined(ImportanceSampled):
         " A refined proposal has the modes that its steps found, and no weight shows another that it never visits: where "
         "the guide's own estimate lies higher by more than its error, believe that one."
     )
+
+
+@dataclass(frozen=True)
+class Repaired(ImportanceSampled):
+    """Importance sampling by the cheapest proposal that is good enough for each datum; annealed chains are its last resort.
+
+    Draws are judged by Pareto k at the number that the datum took. Chains are judged by how many are effective, as few chains
+    are in annealing: at least half.
+    """
+
+    who_misses = "every proposal misses"
+    cover_cure = 'proposal="mixture"'
+
+    def consistent(self, scores: _Scores) -> Array:
+        """Whether k is below the threshold, or half of the chains are effective."""
+        light = super().consistent(scores)
+        if scores.rung is None:
+            return light
+        with np.errstate(invalid="ignore"):
+            agree = scores.ess >= np.maximum(scores.samples_drawn / 2, LEAST_CHAINS)
+        return np.where(scores.rung == len(RUNGS) - 1, agree, light)
+
+    def criterion(self, scores: _Scores) -> str:
+        """The threshold of k, and how many chains must be effective if some were annealed."""
+        draws = np.ones(len(scores), bool) if scores.rung is None else scores.rung < len(RUNGS) - 1
+        limits = scores.khat_thresholds[draws] if draws.any() else scores.khat_thresholds
+        low, high = limits.min(), limits.max()
+        words = f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "")
+        return words if draws.all() else f"{words}, or half of the chains effective"
+
+    def effort(self, scores: _Scores) -> str:
+        """How many samples there were, and decoder calls in all."""
+        calls = "" if scores.calls is None else f"; {scores.calls.mean():,.0f} decoder calls each in all"
+        return super().effort(scores) + calls
+
+    def findings(self, scores: _Scores) -> str:
+        """How many data stand on each rung, and what Pareto k says."""
+        if scores.rung is None or scores.num_samples < FEWEST_SAMPLES:
+            return super().findings(scores)
+        bad = np.flatnonzero(~scores.reliable)
+        words = f"Of {len(scores):,} data, {rungs_in_words(scores.rung)}; "
+        if not len(bad):
+            return f"{words}all reliable. A mode that no draw came near would not show."
+        return (
+            f"{words}{len(scores) - len(bad):,} reliable. {len(bad)} (first datum {bad[0]}) are flagged, and their estimates "
+            f"probably too low, although everything was tried. What to do: draw more samples, or anneal them for longer "
+            f"(pv.ais with more num_temperatures)."
+        )
 
 
 @dataclass(frozen=True)
@@ -282,12 +337,24 @@ def data_have(bad: Array) -> str:
     return f"Datum {found[0]} has" if len(found) == 1 else f"Datum {found[0]} and {len(found) - 1} more have"
 
 
+# What a datum's estimate is from under proposal="auto", from the cheapest to the dearest, and in words.
+RUNGS = ("guide", "fitted", "adapted", "mixture", "annealed")
+_RUNG_WORDS = ("by the guide", "refined", "refined and adapted", "by the mixture of guide and prior", "annealed")
+
+
+def rungs_in_words(rung: Array) -> str:
+    """How many data's estimates are from each rung, such as "236 by the guide, 124 refined"."""
+    counts = [(int((rung == place).sum()), words) for place, words in enumerate(_RUNG_WORDS)]
+    return ", ".join(f"{number:,} {words}" for number, words in counts if number)
+
+
 # The kinds whose method is one fixed string, by the name of the proposal or of the exact method.
 KINDS: dict[str, EvidenceKind] = {
     "guide": ImportanceSampled("importance sampling"),
     "prior": ImportanceSampled("importance sampling from the prior"),
     "mixture": ImportanceSampled("importance sampling from the mixture of prior and guide"),
     "refined": Refined("importance sampling from the guide refined per datum"),
+    "auto": Repaired("importance sampling, repaired per datum"),
     "enumerate": Enumerated("exact, by enumeration", "assignments"),
     "quadrature": Integrated("exact, by quadrature", "grid points"),
     "linear_gaussian": LinearGaussian("exact, linear-Gaussian"),

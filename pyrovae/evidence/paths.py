@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..programs.unconstrained import UnconstrainedPair
 from .annealing_options import LARGEST_STEP, SMALLEST_STEP, AnnealingOptions, Start
 from .scope import seeded_evaluation
 
-__all__ = ["AnnealingPath", "ChainState", "Field", "FieldGradient", "TunedSteps", "annealing", "prepare_annealing"]
+__all__ = ["AnnealingPath", "AnyField", "ChainState", "Field", "FieldGradient", "TunedSteps", "annealing", "prepare_annealing"]
 
 # Chains that tune the step sizes, and transitions before the first temperature.
 TUNING_CHAINS, TUNING_WARMUP = 4, 30
@@ -72,6 +72,10 @@ class Field(NamedTuple):
     start: Start
     gradient: FieldGradient
 
+    def draw(self, num: int) -> Tensor:
+        """Draws of the start, (num, B, L)."""
+        return self.pair.draw(num, self.start)
+
     def at(self, flat: Tensor) -> ChainState:
         """The chains' state at ``flat`` (K, B, L)."""
         terms = self.pair.terms(flat, guide=self.start == "guide")
@@ -87,6 +91,19 @@ class Field(NamedTuple):
         return ChainState(flat, log_start, log_ratio), log_f, slope
 
 
+class AnyField(Protocol):
+    """What chains move in: a start and the joint."""
+
+    def draw(self, num: int) -> Tensor:
+        """Draws of the start, (num, B, L)."""
+
+    def at(self, flat: Tensor) -> ChainState:
+        """The chains' state at ``flat`` (K, B, L)."""
+
+    def slope(self, flat: Tensor, beta: float) -> tuple[ChainState, Tensor, Tensor]:
+        """The state at ``flat``, log f there (K, B), and its gradient (K, B, L)."""
+
+
 @dataclass(frozen=True)
 class AnnealingPath:
     """The densities between the start and the joint, and the transitions along them."""
@@ -94,10 +111,17 @@ class AnnealingPath:
     options: AnnealingOptions
     betas: list[float]  # T + 1, from 0 to 1
 
-    def forward(self, field: Field, tuned: TunedSteps, bar: tqdm) -> Tensor:
+    @property
+    def num_gradients(self) -> int:
+        """Gradients of all chains of a datum, with those that tune the steps."""
+        each = self.options.leapfrog_steps + 1
+        tuning = min(self.options.num_chains, TUNING_CHAINS) * (TUNING_WARMUP + len(self.betas) - 1)
+        return each * (tuning + self.options.num_chains * (len(self.betas) - 2))
+
+    def forward(self, field: AnyField, tuned: TunedSteps, bar: tqdm) -> Tensor:
         """log w of chains from the start to the joint, (K, B)."""
         with torch.no_grad():
-            state = field.at(field.pair.draw(self.options.num_chains, self.options.start))
+            state = field.at(field.draw(self.options.num_chains))
         log_w = torch.zeros_like(state.log_ratio)
         for t in range(1, len(self.betas)):
             log_w = log_w + (self.betas[t] - self.betas[t - 1]) * state.log_ratio
@@ -106,7 +130,7 @@ class AnnealingPath:
             bar.update()
         return log_w
 
-    def backward(self, field: Field, flat: Tensor, tuned: TunedSteps, bar: tqdm) -> Tensor:
+    def backward(self, field: AnyField, flat: Tensor, tuned: TunedSteps, bar: tqdm) -> Tensor:
         """log w of chains from draws of the posterior back to the start, by the same transitions in reverse order, (K, B)."""
         with torch.no_grad():
             state = field.at(flat)
@@ -118,14 +142,14 @@ class AnnealingPath:
             bar.update()
         return log_w
 
-    def tune(self, field: Field, bar: tqdm) -> TunedSteps:
+    def tune(self, field: AnyField, bar: tqdm) -> TunedSteps:
         """Step sizes from chains of their own, which are discarded, and the scale of the start."""
         num_chains = self.options.num_chains
         with torch.no_grad():
-            draws = torch.cat([field.pair.draw(num_chains, self.options.start) for _ in range(math.ceil(64 / num_chains))])
+            draws = torch.cat([field.draw(num_chains) for _ in range(math.ceil(64 / num_chains))])
             scale = draws.double().std(0).clamp(min=1e-6)
             state = field.at(draws[: min(num_chains, TUNING_CHAINS)])
-        step = torch.full((field.pair.num_data,), self.options.step_size, dtype=torch.float64, device=field.pair.device)
+        step = torch.full((draws.shape[1],), self.options.step_size, dtype=torch.float64, device=draws.device)
         steps = [step]
 
         def adapt(step: Tensor, beta: float, change: float) -> tuple[ChainState, Tensor]:
@@ -143,7 +167,7 @@ class AnnealingPath:
             bar.update()
         return TunedSteps(steps, scale)
 
-    def _move(self, field: Field, state: ChainState, beta: float, step: Tensor, scale: Tensor) -> tuple[ChainState, Tensor]:
+    def _move(self, field: AnyField, state: ChainState, beta: float, step: Tensor, scale: Tensor) -> tuple[ChainState, Tensor]:
         """One Hamiltonian transition that leaves f at ``beta`` invariant, and the mean acceptance of each datum (B,)."""
         stride = (step[:, None] * scale).to(state.flat.dtype)
         # Trajectories of a fixed length could return to their starting point each time.

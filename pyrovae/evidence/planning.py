@@ -117,7 +117,7 @@ class ImportanceOptions:
             raise ValueError("num_samples must be at least 2 for a mixture, one of the prior and one of the guide, got 1.")
         if self.precision == "bfloat16" and not self.compiles:
             raise ValueError(
-                f'precision="bfloat16" must be used with a proposal that is compiled, "guide" or "prior", got '
+                f'precision="bfloat16" must be used with a proposal that is compiled, "guide", "prior" or "auto", got '
                 f"proposal={self.kind!r}: leave precision out."
             )
 
@@ -134,7 +134,7 @@ class ImportanceOptions:
     @property
     def compiles(self) -> bool:
         """Whether draws from this proposal can be compiled."""
-        return self.kind in ("guide", "prior")
+        return self.kind in ("guide", "prior", "auto")
 
     @property
     def typical_draws(self) -> int:

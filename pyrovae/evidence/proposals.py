@@ -37,7 +37,7 @@ __all__ = [
 
 Array = np.ndarray
 Draw = Callable[[Batch, int], Tensor]
-Kind = Literal["guide", "prior", "mixture", "refined"]
+Kind = Literal["guide", "prior", "mixture", "refined", "auto"]
 Covariance = Literal["diagonal", "full"]
 
 

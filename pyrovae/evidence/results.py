@@ -14,7 +14,7 @@ from .. import files
 from .curve import Curve
 from .display import EvidenceDisplay
 from .draws import Draws
-from .kinds import Annealed, EvidenceKind, Exact, ImportanceSampled, data_have, kind_of
+from .kinds import Annealed, EvidenceKind, Exact, ImportanceSampled, data_have, kind_of, rungs_in_words
 from .measure import Measure
 from .psis import Array, _elpd, khat_limit
 
@@ -57,6 +57,8 @@ class Evidence(EvidenceDisplay):
         measure: the measure that p(x) is a density with respect to; ``None`` if it is not known.
         covered: false if the guide rules out values that the prior and p(x, z) allow, by a test at some points, shape (N,);
             ``None`` if the proposal always covers them, or if this cannot be tested.
+        rung: under ``proposal="auto"``, which of the proposals ``pyrovae.evidence.RUNGS`` the estimate is from, shape (N,).
+        calls: decoder calls that each datum took in all, shape (N,), pilots and fits included; a gradient counts as two.
 
     Example:
         >>> import numpy as np, pyrovae as pv
@@ -86,6 +88,8 @@ class Evidence(EvidenceDisplay):
     squares: Array | None = None
     measure: Measure | None = None
     covered: Array | None = None
+    rung: Array | None = None
+    calls: Array | None = None
 
     def __repr__(self) -> str:
         """One line: the mean, its error, and how many data are reliable."""
@@ -205,6 +209,11 @@ class Evidence(EvidenceDisplay):
     def effort(self) -> str:
         """How many samples there were, in words."""
         return self.kind.effort(self)
+
+    @property
+    def rungs(self) -> str:
+        """How many estimates are from each proposal of ``proposal="auto"``, in words; empty for other methods."""
+        return "" if self.rung is None else rungs_in_words(self.rung)
 
     @property
     def criterion(self) -> str:
@@ -346,6 +355,6 @@ class Evidence(EvidenceDisplay):
 
 
 _PER_DATUM = ("log_px", "se", "ess", "khat", "elbo")
-_OPTIONAL = ("log_px_psis", "drawn", "pilot", "missed", "rounding", "fingerprint", "squares", "covered")
+_OPTIONAL = ("log_px_psis", "drawn", "pilot", "missed", "rounding", "fingerprint", "squares", "covered", "rung", "calls")
 _NOTES = ("num_samples", "num_dims", "method", "notes")
 _CURVE = ("num_samples", "log_px", "se")

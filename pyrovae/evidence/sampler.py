@@ -26,7 +26,9 @@ from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
 from .chunks import ahead, chunk_sizes, parts_of, runs_of, side_by_side
 from .curve import curve_of
+from .finishing import finished
 from .kinds import KINDS
+from .ladder import Ladder
 from .measure import SCORED_DATA, evidence_fields, scored_data
 from .planning import REACH, ImportanceOptions, make_plan, needed_draws, one_datum, pilot_sizes
 from .proposals import (
@@ -42,11 +44,12 @@ from .proposals import (
     refined_draws,
     refined_probe,
 )
-from .psis import CONSTANT, Array, pareto_smooth, pareto_smooth_together, tail_size
+from .psis import CONSTANT, Array
 from .refine import joined, refine_batch
 from .results import Evidence
 from .store import PairIdentity, Store, agreed_seed
 from .streaming import LogMoments
+from .task import Task, make_task
 
 __all__ = ["Group", "ImportanceSampler"]
 
@@ -109,6 +112,8 @@ class ImportanceSampler:
             prior_draws(model, vectorize, nesting) if options.kind == "prior" else guide_draws(model, guide, vectorize, nesting)
         )
         self._probe_errors: list[str] = []
+        self._task: Task | None = None
+        self._why_unfitted: str | None = None
         self._chunks_drawn, self._next_recheck = 0, CHUNKS_TO_RECHECK
 
     def run(self) -> Evidence:
@@ -138,10 +143,13 @@ class ImportanceSampler:
                 f"x must be the {len(refinement)} data of the refinement in their order: pass the same data, as arrays."
             )
         backend = "inductor" if self._plan.compile else "eager"
-        programs, threads = (self.model, self.guide), self._plan.threads
-        self.staged = Staged(self._staged_draw, backend, self.options.precision, threads, programs=programs)
+        model, guide, threads = self.model, self.guide, self._plan.threads
+        self.staged = Staged(self._staged_draw, backend, self.options.precision, threads, programs=(model, guide))
         many = (self.data.num_data or 0) * self._plan.num_probes >= PROBES_TO_COMPILE
-        self.staged_probe = Staged(self._probe_plain, backend if many else "eager", threads=threads, programs=programs)
+        self.staged_probe = Staged(self._probe_plain, backend if many else "eager", threads=threads, programs=(model, guide))
+        if self.options.kind == "auto":
+            own: Any = {"draw_guide": self._submit_staged, "probe": self._probe, "finish": self._finish_part}
+            self._task, self._why_unfitted = make_task(model, guide, self.first, self.options, self._plan, **own)
 
     def _open_store(self) -> Store:
         """What keeps the groups that have been scored. The names of the settings are those of files."""
@@ -181,18 +189,25 @@ class ImportanceSampler:
         """The answer for one group of data, as arrays over them."""
         kind, seed = self.options.kind, self.store.seed_of(start)
         info = inspect_pair(self.model, self.guide, *batch)
-        if kind in ("guide", "mixture"):
+        if kind in ("guide", "mixture", "auto"):
             refuse_no_weights(info.no_weights)
         described = scored_data(info, batch)
         torch.manual_seed(seed)
         if self._chunks_drawn >= self._next_recheck:
             self.staged.recheck(f"from datum {start} on")
             self._next_recheck = 2 * self._chunks_drawn
+        if self._task is not None and self._task.terms is not None and (start // self._plan.group).bit_count() == 1:
+            self._task.terms.recheck(f"from datum {start} on")
         covered = None
-        if kind == "guide":
+        if kind in ("guide", "auto"):
             vectorize = self.options.vectorize_particles
             covered = covered_data(self.model, self.guide, batch, **self.info.layout, vectorize=vectorize)
         with pyro.validation_enabled(False):
+            if self._task is not None:
+                covers = np.ones(info.num_data, bool) if covered is None else covered.cpu().numpy()
+                arrays = Ladder(self._task, batch, covers).run()
+                bar.update(info.num_data)
+                return arrays | described
             group = Group(start, batch, self._refinement_of(start, batch))
             arrays = self._estimate(group, bar)
             if self._plan.num_probes and not (kind == "prior" and self.info.no_weights):
@@ -316,26 +331,13 @@ class ImportanceSampler:
             yield rows, part
 
     def _finish_part(self, moments: LogMoments) -> dict[str, Array]:
-        """The answer for some data from their sums, with the names of the store's files."""
-        drawn, sums, estimate = moments.num_drawn, moments.arrays(), moments.finish()
-        size = len(estimate.log_px)
-        khat, smoothed, rest = np.empty(size), np.empty(size), np.ones(size, dtype=bool)
-        if self._plan.on_gpu:
-            largest = moments.tail[:, : tail_size(drawn)]
-            fitted = pareto_smooth_together(largest, moments.log_sum, drawn, precision=self.eps)
-            khat, smoothed, ordinary = (part.cpu().numpy() for part in fitted)
-            rest = ~ordinary
-        tail = sums["tail"][rest, : tail_size(drawn)]
-        khat[rest], smoothed[rest] = pareto_smooth(tail, estimate.log_px[rest], drawn, precision=self.eps)
-        # If a datum stopped before K draws, its curve stays at what it had.
-        reached = np.array(moments.recorded) <= drawn
-        curves = {
-            name: np.column_stack([np.where(reached, sums[name], sums[whole][:, None]), sums[whole]])
-            for name, whole in (("curve_sum", "log_sum"), ("curve_square", "log_square"))
-        }
-        counts = np.full(size, drawn, dtype=np.int64)
-        own = {"khat": khat, "log_px_psis": smoothed, "drawn": counts, "largest": sums["tail"][:, 0]}
-        return estimate._asdict() | own | curves
+        return finished(moments, self.eps, self._plan.on_gpu)
+
+    def _probe(self, batch: Batch, largest: Array, log_px: Array) -> Array:
+        """What the guide missed of some data, in nats; nothing if there are too few samples to ask."""
+        if not self._plan.num_probes:
+            return np.zeros(len(log_px))
+        return self._missed(Group(0, batch, None), {"largest": largest, "log_px": log_px})
 
     def _missed(self, group: Group, arrays: dict[str, Array]) -> Array:
         """What the proposal missed of each datum of a group, by draws of the prior or the guide, in nats."""
@@ -382,14 +384,17 @@ class ImportanceSampler:
         notes: dict[str, Any] = {} if options.target_se is None else {"target_se": float(options.target_se)}
         notes |= {"prior_not_asked": self._probe_errors[0]} if self._probe_errors else {}
         notes |= {} if options.precision == "float32" else {"precision": options.precision}
+        decided = options.target_se is not None or options.kind == "auto"
+        if self._why_unfitted is not None:
+            notes["not_refined"] = self._why_unfitted
         return Evidence(
             **scored,
             **fields,
             curve=curve,
             num_samples=options.num_samples,
             method=KINDS[options.kind].method,
-            drawn=None if options.target_se is None else drawn,
-            pilot=None if options.target_se is None else pilot,
+            drawn=drawn if decided else None,
+            pilot=pilot if decided else None,
             missed=None if missed is None or np.isnan(missed).all() else missed,
             notes=notes,
         )

@@ -122,6 +122,16 @@ class UnconstrainedPair:
         with torch.no_grad():
             return torch.cat([self._draw(together, start, inside) for _ in range(num // together)])
 
+    def prior_draws(self, num: int) -> Tensor:
+        """Draws of the prior, (num, B, L), of whose support nothing is read into Python, so that a graph can capture it."""
+        parts = []
+        for _ in range(1 if self.vectorize else num):
+            together = num if self.vectorize else 1
+            trace = trace_from_prior(self.model, None, self.args, together, self.nesting).model
+            sites = [self._flat_site(trace.nodes[name], trace.nodes[name]["value"], together) for name in self.latents]
+            parts.append(torch.cat([flat for flat, _ in sites], -1))
+        return torch.cat(parts)
+
     def model_trace(self, flat: Tensor) -> tuple[Trace, Substitute]:
         """The model's trace at ``flat`` (K, B, L), and the messenger that set the latents."""
         return self._run(self.model, self._values(flat), len(flat), unconstrained=True)

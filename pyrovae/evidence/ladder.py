@@ -1,0 +1,371 @@
+"""Evidence that repairs itself: each datum climbs from cheap proposals to dear ones, only as far as its weights demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.matching import Batch
+from .annealing_options import AnnealingOptions
+from .chunks import ahead
+from .fitted import Fitted, tempered
+from .fitting import FEW_LATENTS, Scored, adapted, draws_for, fit, search, tuned
+from .kinds import RUNGS
+from .paths import AnnealingPath
+from .planning import needed_draws
+from .proposals import prior_count
+from .psis import FEWEST_SAMPLES, Array, khat_limit, pareto_khat, tail_size
+from .strata import FittedField, Strata, prior_draws
+from .streaming import LogMoments
+from .task import Task
+from .terms import CALLS_OF_A_GRADIENT
+
+__all__ = ["Ladder", "pilot_draws"]
+
+GUIDE, FITTED, ADAPTED, MIXTURE, ANNEALED = range(len(RUNGS))
+# Draws of the guide's pilot, a twentieth of the estimate's, but no fewer or more; a fitted proposal's has twice as many, from
+# which it is also tuned.
+FEWEST_PILOT, MOST_PILOT = 250, 1000
+# A pilot promises a reliable estimate if Pareto k is this far below the limit for the estimate's own draws, as k of few draws
+# is itself uncertain, and if so many of its draws are effective.
+MARGIN, LEAST_ESS = 0.1, 0.02
+# An estimate of which fewer draws are effective is made anew by chains.
+LEAST_EFFECTIVE = 0.01
+# What the guide may miss by the draws of the prior, in nats, before a proposal is fitted.
+MISSED = 0.005
+# The power of the likelihood and the degrees of freedom of a proposal before any of its draws was scored.
+FIRST_POWER, FIRST_DF = 0.6, 30.0
+# Adaptations to the weights of all pilots so far.
+ADAPTATIONS = 2
+# The last rung: chains from the best proposal so far.
+CHAINS = AnnealingOptions(num_chains=64, num_temperatures=60, leapfrog_steps=4, step_size=0.2)
+# The prior's fraction of the mixture with the guide, where nothing can be fitted.
+MIXTURE_SHARE = 0.25
+# Numbers that the covariances of data that are fitted together may have.
+FIT_NUMBERS = 2**21
+
+
+def pilot_draws(num_samples: int) -> int:
+    """Draws of a pilot for an estimate from ``num_samples``; none if nothing could tell whether to believe that."""
+    if num_samples < FEWEST_SAMPLES:
+        return 0
+    return min(max(num_samples // 20, min(num_samples, FEWEST_PILOT)), MOST_PILOT)
+
+
+class Ladder:
+    r"""One group of data on the rungs of ``proposal="auto"``.
+
+    .. math:: \hat p(x) = \frac1S \sum_s \frac{p(x, u_s)}{\alpha \, p(u_s) + (1 - \alpha) \, r_P(u_s \mid x)}
+
+    The rung, its proposal :math:`r_P` and the number S depend on pilots P alone, and S fresh draws are made afterwards. Given
+    the pilots each term has the mean p(x), whatever they chose, because the proposal covers what the prior allows; so
+    :math:`E \hat p(x) = E[E(\hat p(x) \mid P)] = p(x)`. The draws are stratified: exactly :math:`\alpha S` of them come from
+    the prior.
+
+    If the fresh draws then have a tail that their pilot did not show, the datum climbs on, and its estimate is made anew. That
+    selects. With A the event that the first estimate is kept, :math:`E \hat p = p + E[(\hat p_1 - p) 1_A]`, and the relative
+    bias is at most :math:`\sigma \sqrt{P(A) (1 - P(A))}`, where :math:`\sigma` is the relative standard error of the first
+    estimate: half a standard error at the most, and a tenth of one if the pilot errs once in a hundred times.
+
+    Args:
+        task: what the call fixes.
+        batch: the group's data.
+        covered: whether the guide can draw what the prior allows, for each datum.
+    """
+
+    def __init__(self, task: Task, batch: Batch, covered: Array):
+        self.task, self.batch, size = task, batch, len(covered)
+        self.covered, self.size = covered, size
+        self.device = batch[0].device
+        self.pilot = pilot_draws(task.num_samples)
+        self.block = min(self.pilot or task.num_samples, task.num_samples, max(1, task.chunk))
+        self.width = task.whole or max(1, task.chunk // self.block)
+        self.rung = np.zeros(size, np.int64)
+        self.calls, self.piloted = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self.khat, self.sound = np.full(size, np.inf), np.zeros(size, bool)
+        self.needed, self.unseen = np.full(size, task.num_samples), np.zeros(size)
+        self.proposals: dict[int, Fitted] = {}
+        self.arrays: dict[str, Array] = {}
+
+    def run(self) -> dict[str, Array]:
+        """The answers for the group, by the names of the store's files."""
+        guide_elbo = np.zeros(self.size)
+        if self.pilot:
+            guide_elbo = self._try_guide()
+            if self.task.terms is None:
+                self._try_mixture(np.flatnonzero(~self.sound))
+            else:
+                self._search()
+                self._fit(np.flatnonzero(~self.sound))
+        self._estimate(np.flatnonzero(self.sound | ~self._fitted))
+        # The guide's own draws may show a tail that its pilot did not.
+        again = np.flatnonzero(~self._fitted & ~self._reliable() & ~np.isneginf(self.khat))
+        if self.pilot and self.task.terms is not None and len(again):
+            self.piloted[again] += self.arrays["drawn"][again]
+            self.sound[again], self.khat[again] = False, np.inf
+            self._fit(again)
+            self._estimate(again[self.sound[again]])
+        estimated = self._fitted & self.sound
+        turned_back = estimated & ~self._reliable()
+        self.piloted[turned_back] += self.arrays["drawn"][turned_back]
+        self._anneal(np.flatnonzero(turned_back | self._fitted & ~self.sound))
+        if self.pilot:
+            climbed = self.rung != GUIDE
+            self.arrays["elbo"][climbed] = guide_elbo[climbed]
+        self.arrays["missed"] = self._still_missed()
+        own = {"rung": self.rung, "calls": self.calls, "pilot": self.piloted, "covered": self.covered | (self.rung != GUIDE)}
+        return self.arrays | own
+
+    def _still_missed(self) -> Array:
+        """What the guide's estimates miss, in nats; a proposal that draws from the prior has nothing more to learn from it."""
+        missed = np.zeros(self.size)
+        rows = np.arange(self.size) if self.task.whole else np.flatnonzero(self.rung == GUIDE)
+        if len(rows):
+            largest, log_px = (self.arrays[name][rows] for name in ("largest", "log_px"))
+            missed[rows] = self.task.probe(self.part(torch.from_numpy(rows)), largest, log_px)
+        return np.fmax(np.where(self.rung == GUIDE, missed, 0.0), self.unseen)
+
+    @property
+    def _fitted(self) -> Array:
+        """Whether a datum has a proposal of its own."""
+        return np.array([row in self.proposals for row in range(self.size)])
+
+    @property
+    def _num_latents(self) -> int:
+        assert self.task.terms is not None
+        return self.task.terms.pair(self.part(torch.arange(self.task.whole or 1))).num_latents
+
+    def part(self, rows: Tensor) -> Batch:
+        """The data in some rows."""
+        return tuple(array[rows.to(array.device)] for array in self.batch)
+
+    def _judge(self, rows: Array, log_w: Tensor, rung: int) -> Array:
+        """Take note of a pilot's weights (S, rows); which rows it is the best for so far."""
+        moments, size = LogMoments.of(log_w), len(log_w)
+        estimate = moments.finish()
+        tail = moments.tail[:, : tail_size(size)].cpu().numpy()
+        khat = np.nan_to_num(pareto_khat(tail, size, precision=self.task.precision), nan=np.inf)
+        light = (khat < khat_limit(self.task.num_samples) - MARGIN) & (estimate.ess >= LEAST_ESS * size) | np.isneginf(khat)
+        sound = light & np.isfinite(estimate.log_px)
+        self.calls[rows] += size
+        self.piloted[rows] += size
+        better = (khat < self.khat[rows]) | ((rung > GUIDE) & (self.rung[rows] == GUIDE))
+        chosen = rows[better]
+        self.khat[chosen], self.sound[chosen], self.rung[chosen] = khat[better], sound[better], rung
+        if self.task.target_se is not None:
+            self._need(chosen, needed_draws(moments, self.task.target_se, self.task.discrete)[better])
+        return better
+
+    def _try_guide(self) -> Array:
+        """A pilot from the guide; returns its mean log-weights, which are the guide's ELBO."""
+        rows, elbo = np.arange(self.size), np.zeros(self.size)
+        for part, blocks in self._guide_blocks(torch.arange(self.size), self.pilot):
+            log_w, chosen = torch.cat(list(blocks)), part.numpy()
+            self._judge(chosen, log_w, GUIDE)
+            elbo[chosen] = log_w.mean(0).cpu().numpy()
+            moments = LogMoments.of(log_w)
+            estimate, largest = moments.finish(), moments.tail[:, 0].cpu().numpy()
+            missed = self.task.probe(self.part(part), largest, estimate.log_px)
+            self.sound[chosen] &= ~(missed > np.fmax(MISSED, estimate.se / 10))
+        self.sound[rows] &= self.covered
+        return elbo
+
+    def _search(self) -> None:
+        """Look for modes that no draw of the guide may have visited: its weights would not show them."""
+        assert self.task.terms is not None
+        few, exact = self._num_latents <= FEW_LATENTS, np.isneginf(self.khat)
+        rows = torch.from_numpy(np.flatnonzero(~exact | ~self.sound))
+        if len(rows):
+            calls = torch.zeros(len(rows), dtype=torch.long)
+            self.modes, self.searched = search(self.task.terms, self.part(rows), calls), rows
+            self.calls[rows.numpy()] += calls.numpy()
+            # With few latents posteriors often have several modes, and fits are cheap.
+            several = self.modes.number.cpu().numpy() > 1
+            self.sound[rows.numpy()[several | few]] = False
+            self.unseen[rows.numpy()] = self.modes.unseen.cpu().numpy()
+
+    def _fit(self, wanted: Array) -> None:
+        """Fit a proposal to each of some data, and adapt it where its pilot fails."""
+        terms = self.task.terms
+        assert terms is not None
+        most = max(1, FIT_NUMBERS // self._num_latents**2)
+        for rows in torch.from_numpy(wanted).split(most) if len(wanted) else ():
+            calls, modes = torch.zeros(len(rows), dtype=torch.long), self.modes.rows(torch.searchsorted(self.searched, rows))
+            fitted, unit = fit(terms, self.part(rows), modes, calls), modes.unit
+            self.calls[rows.numpy()] += calls.numpy()
+            first = Fitted(*tempered(fitted, unit, FIRST_POWER)[:-1], torch.full_like(fitted.df, FIRST_DF))
+            history = self._scored(rows, first)
+            self._judge(rows.numpy(), history.log_w, FITTED)
+            current = tuned(fitted, unit, history)
+            self._keep(rows, current, history)
+            for _ in range(ADAPTATIONS):
+                active = torch.from_numpy(np.flatnonzero(~self.sound[rows.numpy()]))
+                if not len(active):
+                    break
+                rows, unit, history, current = rows[active], unit[active], history.rows(active), current.rows(active)
+                current = adapted(current, unit, history)
+                fresh = self._scored(rows, current)
+                better = torch.from_numpy(self._judge(rows.numpy(), fresh.log_w, ADAPTED))
+                history = history.joined(fresh)
+                self._keep(rows[better], tuned(current, unit, history).rows(better), history.rows(better))
+
+    def _need(self, rows: Array, number: Array) -> None:
+        """Take note of how many draws the target error takes, of the numbers that there are."""
+        checks = np.array(self.task.checks)
+        self.needed[rows] = checks[np.searchsorted(checks[:-1], number)]
+
+    def _keep(self, rows: Tensor, fitted: Fitted, scored: Scored) -> None:
+        if self.task.target_se is not None:
+            self._need(rows.numpy(), draws_for(fitted, scored, self.task.target_se).cpu().numpy())
+        for place, row in enumerate(rows.tolist()):
+            self.proposals[row] = fitted.rows(torch.tensor([place]))
+
+    def _try_mixture(self, rows: Array) -> None:
+        """A pilot from the mixture of prior and guide, which is all that is left for a pair without unconstrained latents."""
+        if not len(rows):
+            return
+        rows = rows if self.task.whole is None else np.arange(self.size)
+        for part in torch.from_numpy(rows).split(self.task.whole or self.width):
+            draw = self.task.mixture(self.pilot, prior_count(self.pilot, MIXTURE_SHARE))
+            batch = self.part(part)
+            log_w = torch.cat([draw(batch, size) for size in _sizes(self.pilot, self.block)])
+            self._judge(part.numpy(), log_w, MIXTURE)
+
+    def _scored(self, rows: Tensor, fitted: Fitted) -> Scored:
+        """A pilot from the proposals of some data."""
+        kept: list[list[Tensor]] = []
+        for _, blocks in self._fitted_blocks(rows, fitted, 2 * self.pilot):
+            kept.append([torch.cat(columns) for columns in zip(*blocks, strict=True)])
+        flat, log_prior, log_joint = (torch.cat(columns, 1) for columns in zip(*kept, strict=True))
+        return Scored(flat, log_prior, log_joint, (fitted,), prior_draws(2 * self.pilot) / (2 * self.pilot))
+
+    def _blocks(self, rows: Tensor) -> Iterator[tuple[Tensor, Batch, Tensor]]:
+        """Rows that draw together; their data and numbers, repeated to one width, since a graph serves one shape."""
+        for part in rows.split(self.width):
+            padded = torch.cat([part, part[:1].expand(self.width - len(part))]) if self.task.whole is None else part
+            yield part, self.part(padded), padded
+
+    def _guide_blocks(self, rows: Tensor, number: int) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+        """For rows that draw together, blocks of log-weights of the guide's draws, (size, rows)."""
+        threads = self.task.threads
+        for part, batch, _ in self._blocks(rows):
+            sizes = list(_sizes(number, self.block))
+
+            def calls(batch: Batch = batch, sizes: list[int] = sizes) -> Iterator[Callable[[], Tensor]]:
+                yield from (self.task.draw_guide(batch, self.block) for _ in sizes)
+
+            values = ahead(calls(), threads + 2 if threads > 1 else 0)
+            yield part, (value[:size, : len(part)] for value, size in zip(values, sizes, strict=True))
+
+    def _fitted_blocks(
+        self, rows: Tensor, fitted: Fitted, number: int
+    ) -> Iterator[tuple[Tensor, Iterator[tuple[Tensor, Tensor, Tensor]]]]:
+        """For rows that draw together, blocks of points of their proposals, with log p(u) and log p(x, u) there."""
+        terms, place, from_prior = self.task.terms, 0, prior_draws(number)
+        assert terms is not None
+        for part, batch, padded in self._blocks(rows):
+            which = torch.arange(place, place + len(part))
+            proposals = fitted.rows(torch.cat([which, which[:1].expand(len(padded) - len(part))]))
+            place += len(part)
+
+            def blocks(
+                batch: Batch = batch, proposals: Fitted = proposals, size: int = len(part)
+            ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                done, prior = 0, terms.prior(batch, from_prior)
+                for drawn in _sizes(number, self.block):
+                    first, last = (part * from_prior // number for part in (done, done + drawn))
+                    done += drawn
+                    flat = torch.cat([prior[first:last], proposals.sample(self.block - (last - first))])
+                    log_prior, log_likelihood = terms.score(batch, flat)
+                    columns = (flat, log_prior, log_prior + log_likelihood)
+                    yield tuple(column[:drawn, :size] for column in columns)  # type: ignore[misc]
+
+            yield part, blocks()
+
+    def _estimate(self, rows: Array) -> None:
+        """Estimates from fresh draws, as many as the pilots decided on."""
+        for rung in np.unique(self.rung[rows]).tolist():
+            for number in np.unique(self.needed[rows]).tolist():
+                chosen = rows[(self.rung[rows] == rung) & (self.needed[rows] == number)]
+                if len(chosen):
+                    strata = Strata(len(chosen), self.device)
+                    for part, blocks in self._final(torch.from_numpy(chosen), rung, number, strata):
+                        moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)
+                        moments.extend(blocks, number)
+                        self._put(part.numpy(), moments)
+                    if rung in (FITTED, ADAPTED):
+                        self.arrays["se"][chosen] = strata.standard_error(self.arrays, chosen, number)
+                    self.calls[chosen] += number
+
+    def _final(self, rows: Tensor, rung: int, number: int, strata: Strata) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+        """For rows that draw together, blocks of log-weights of their proposal."""
+        if rung == GUIDE:
+            yield from self._guide_blocks(rows, number)
+        elif rung == MIXTURE:
+            for part in rows.split(self.task.whole or self.width):
+                draw, batch = self.task.mixture(number, prior_count(number, MIXTURE_SHARE)), self.part(part)
+                yield part, (draw(batch, size) for size in _sizes(number, self.block))
+        else:
+            fitted = _stacked([self.proposals[row] for row in rows.tolist()])
+            place = 0
+            for part, blocks in self._fitted_blocks(rows, fitted, number):
+                which = torch.arange(place, place + len(part))
+                place += len(part)
+                yield part, self._weights(blocks, fitted.rows(which), which, number, strata)
+
+    def _weights(
+        self, blocks: Iterator[tuple[Tensor, Tensor, Tensor]], proposal: Fitted, which: Tensor, number: int, strata: Strata
+    ) -> Iterator[Tensor]:
+        """Log-weights of blocks from a proposal; those of the prior's draws, which come first in each, are summed apart."""
+        from_prior, done = prior_draws(number), 0
+        for flat, log_prior, log_joint in blocks:
+            log_w = Scored(flat, log_prior, log_joint, (proposal,), from_prior / number).log_w
+            own = (done + len(flat)) * from_prior // number - done * from_prior // number
+            done += len(flat)
+            strata.add(which, log_w[:own])
+            yield log_w
+
+    def _anneal(self, rows: Array) -> None:
+        """Chains from the best proposals to the posterior, for what no proposal was good enough for."""
+        terms = self.task.terms
+        if terms is None or not len(rows):
+            return
+        path, each = AnnealingPath(CHAINS, CHAINS.betas), max(1, terms.gradients // CHAINS.num_chains)
+        for part in torch.from_numpy(rows).split(each):
+            field = FittedField(terms, self.part(part), _stacked([self.proposals[row] for row in part.tolist()]))
+            with tqdm(disable=True) as bar:
+                log_w = path.forward(field, path.tune(field, bar), bar)
+            moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)
+            moments.update(log_w)
+            self._put(part.numpy(), moments)
+        self.rung[rows] = ANNEALED
+        self.calls[rows] += CALLS_OF_A_GRADIENT * path.num_gradients
+
+    def _put(self, rows: Array, moments: LogMoments) -> None:
+        for name, part in self.task.finish(moments).items():
+            place = self.arrays.setdefault(name, np.zeros((self.size, *part.shape[1:]), part.dtype))
+            place[rows] = part
+
+    def _reliable(self) -> Array:
+        """Whether the estimates so far have light tails."""
+        khat = self.arrays["khat"]
+        limits = np.array([khat_limit(int(number)) for number in self.arrays["drawn"]])
+        enough = self.arrays["ess"] >= LEAST_EFFECTIVE * self.arrays["drawn"]
+        with np.errstate(invalid="ignore"):
+            return ((khat < limits) & enough | np.isneginf(khat)) & np.isfinite(self.arrays["log_px"])
+
+
+def _sizes(number: int, most: int) -> Iterator[int]:
+    """``number`` draws in blocks of ``most``; the last may be smaller."""
+    return (min(most, number - start) for start in range(0, number, most))
+
+
+def _stacked(proposals: list[Fitted]) -> Fitted:
+    """The proposals of single data side by side, with as many components as the largest."""
+    most = max(proposal.loc.shape[1] for proposal in proposals)
+    padded = [proposal.padded(most) for proposal in proposals]
+    return Fitted(*(torch.cat(columns) for columns in zip(*padded, strict=True)))

@@ -1,0 +1,307 @@
+"""``proposal="auto"``: evidence that repairs itself, against exact answers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pairs import LinearGaussian, counts_pair
+from scipy import integrate, stats
+from torch import Tensor
+
+import pyrovae as pv
+from pyrovae.evidence import RUNGS
+from pyrovae.evidence.ascent import climb, curvature
+from pyrovae.evidence.fitted import Fitted, slope_of, tempered
+from pyrovae.evidence.ladder import Ladder
+from pyrovae.evidence.matching import match_gradients
+
+BAD_GUIDES = ["narrow", "shifted", "constant"]
+
+
+def bad_guide(pair: LinearGaussian, kind: str):
+    """A guide that is four times too narrow, shifted by five standard deviations, or the same for all data."""
+
+    def guide(x: Tensor) -> None:
+        q, (size, latents) = pair.posterior(x), (len(x), pair.latent_dim)
+        made = {
+            "narrow": lambda: dist.MultivariateNormal(q.loc, q.covariance_matrix / 16),
+            "shifted": lambda: dist.MultivariateNormal(q.loc + 5 * q.variance.sqrt(), q.covariance_matrix),
+            "constant": lambda: dist.Normal(torch.zeros(size, latents).double(), 1.0).to_event(1),
+        }[kind]()
+        with pyro.plate("data", size):
+            pyro.sample("z", made)
+
+    return guide
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("guide", BAD_GUIDES)
+@pytest.mark.parametrize("latents", [3, 20, pytest.param(100, marks=pytest.mark.slow)])
+def test_bad_guides_are_repaired(latents: int, guide: str):
+    pair = LinearGaussian(latent_dim=latents, data_dim=latents + 5)
+    x = pair.sample(30)
+    evidence = pv.log_marginal(pair.model, bad_guide(pair, guide), x, num_samples=2000, proposal="auto", seed=0)
+    z = (evidence.log_px - pair.log_px(x)) / evidence.se
+    assert evidence.reliable.all()
+    assert (evidence.rung > 0).all()
+    assert np.abs(z).max() < 4
+    assert z.std() == pytest.approx(1, abs=0.35)
+    assert np.abs(evidence.log_px - pair.log_px(x)).max() < 0.02
+    # The guide alone is off by nats, and the ladder's bound is still the guide's.
+    assert evidence.gap > 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("guide", BAD_GUIDES)
+@pytest.mark.parametrize("latents", [3, 20])
+def test_95_percent_intervals_cover_as_often_as_they_say(latents: int, guide: str):
+    pair = LinearGaussian(latent_dim=latents, data_dim=latents + 5)
+    x = pair.sample(1).repeat(1000, 1)
+    evidence = pv.log_marginal(pair.model, bad_guide(pair, guide), x, num_samples=2000, proposal="auto", seed=1)
+    z = (evidence.log_px - pair.log_px(x[:1])) / evidence.se
+    assert 0.93 <= np.mean(np.abs(z) < 1.96) <= 0.97
+
+
+class TwoModes:
+    """z ~ N(0, I) and x_1 ~ N(z_1^2, s^2), x_l ~ N(z_l, s^2): the sign of z_1 is open, and the guide knows one only."""
+
+    def __init__(self, latents: int, noise: float = 0.3):
+        self.latents, self.noise = latents, noise
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(self.latents).double(), 1.0).to_event(1))
+            loc = torch.cat([z[..., :1].square(), z[..., 1:]], -1)
+            pyro.sample("x", dist.Normal(loc, self.noise).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        loc = torch.cat([x[:, :1].clamp(min=0.01).sqrt(), x[:, 1:]], 1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.3).to_event(1))
+
+    def log_px(self, x: Tensor) -> np.ndarray:
+        def one(first: float) -> float:
+            grid = np.linspace(-6, 6, 20001)
+            return math.log(integrate.simpson(stats.norm.pdf(first, grid**2, self.noise) * stats.norm.pdf(grid), x=grid))
+
+        rest = stats.norm.logpdf(x[:, 1:].numpy(), 0, math.sqrt(1 + self.noise**2)).sum(1)
+        return np.array([one(first) for first in x[:, 0].tolist()]) + rest
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("latents", [1, 3, 20])
+def test_a_mode_that_the_guide_does_not_know(latents: int):
+    pair = TwoModes(latents)
+    random = np.random.default_rng(0)
+    x = torch.as_tensor(np.column_stack([random.uniform(0.5, 2.0, 20), random.normal(size=(20, latents - 1))]))
+    truth = pair.log_px(x)
+    alone = pv.log_marginal(pair.model, pair.guide, x, num_samples=4000, proposal="guide", seed=0)
+    assert np.mean(truth - alone.log_px) > 0.4  # log 2 but for the overlap of the modes
+    evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=4000, proposal="auto", seed=0)
+    good = evidence.reliable
+    assert good.all()
+    assert (np.abs(evidence.log_px - truth) < 4 * evidence.se + 1e-3)[good].all()
+
+
+@pytest.mark.usefixtures("float64")
+def test_positive_latents():
+    pair = counts_pair()
+    y = torch.tensor([0.0, 1, 3, 6]).repeat(20)
+    evidence = pv.log_marginal(pair.model, pair.guide, y, num_samples=2000, proposal="auto", seed=0)
+    z = (evidence.log_px - pair.log_px(y)) / evidence.se
+    assert evidence.reliable.all()
+    assert abs(z.mean()) < 0.45
+    assert 0.75 < z.std() < 1.25
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_good_guide_is_left_alone():
+    pair = LinearGaussian(latent_dim=8, data_dim=9, spread=1.1)
+    x = pair.sample(20)
+    evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=1000, proposal="auto", seed=0)
+    assert (evidence.rung == 0).all()
+    assert (evidence.drawn == 1000).all()
+    searched = evidence.calls - 1000 - evidence.pilot
+    assert (searched > 0).all()
+    assert (searched < 700).all()
+    assert "20 by the guide; all reliable" in evidence.summary()
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_estimate_is_unbiased():
+    # Few draws and a tail, so that the logarithm is biased, and its exponential must not be.
+    pair = LinearGaussian(latent_dim=6, data_dim=6)
+    x = pair.sample(1).repeat(600, 1)
+    evidence = pv.log_marginal(pair.model, bad_guide(pair, "shifted"), x, num_samples=60, proposal="auto", seed=2)
+    ratio = np.exp(evidence.log_px - pair.log_px(x[:1]))
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(ratio))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_target_error_is_met_from_fresh_draws():
+    pair = LinearGaussian(latent_dim=20, data_dim=25)
+    x = pair.sample(30)
+    options = {"num_samples": 20_000, "proposal": "auto", "seed": 0}
+    evidence = pv.log_marginal(pair.model, bad_guide(pair, "narrow"), x, target_se=0.02, **options)
+    assert (evidence.se <= 0.02).mean() > 0.9
+    assert evidence.drawn.mean() < 4000
+    z = (evidence.log_px - pair.log_px(x)) / evidence.se
+    assert np.abs(z).max() < 4
+
+
+def test_forty_bits_are_flagged_and_the_reason_is_told():
+    torch.manual_seed(0)
+    weight = torch.randn(40, 60)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(40)).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight, 0.5).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(len(x), 40)).to_event(1))
+
+    x = torch.bernoulli(0.5 * torch.ones(5, 40)) @ weight
+    evidence = pv.log_marginal(model, guide, x, num_samples=1000, proposal="auto", seed=0)
+    assert not evidence.reliable.any()
+    assert evidence.notes["not_refined"] == "the latent site 'z' is discrete"
+    assert "flagged" in evidence.summary()
+    assert (evidence.calls <= 2000).all()
+
+
+def test_what_the_ladder_spends_is_counted_and_bounded():
+    """A posterior of 256 separate modes, of which no fit can have more than a few."""
+    calls = 0
+
+    def model(x: Tensor) -> None:
+        nonlocal calls
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(8), 1.0).to_event(1))
+            calls += z.shape[:-1].numel()
+            pyro.sample("x", dist.Normal(z.square(), 0.05).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.ones(8), 0.05).to_event(1).expand([len(x)]))
+
+    x = torch.ones(2, 8)
+    evidence = pv.log_marginal(model, guide, x, num_samples=2000, proposal="auto", seed=0, compile=False)
+    assert not evidence.reliable.any()
+    assert (evidence.calls < 100_000).all()
+    assert evidence.calls.max() < 3 * calls
+
+
+def test_interrupted_and_resumed_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+    x = torch.bernoulli(torch.full((330, 9), 0.5))
+    options = {"num_samples": 200, "proposal": "auto", "seed": 0}
+    whole = pv.log_marginal(vae.model, vae.guide, x, **options)
+    run, done = Ladder.run, []
+
+    def stops(self: Ladder):
+        if done:
+            raise KeyboardInterrupt
+        done.append(self)
+        return run(self)
+
+    monkeypatch.setattr(Ladder, "run", stops)
+    with pytest.raises(KeyboardInterrupt):
+        pv.log_marginal(vae.model, vae.guide, x, resume=tmp_path / "half", **options)
+    monkeypatch.setattr(Ladder, "run", run)
+    before = torch.get_rng_state()
+    resumed = pv.log_marginal(vae.model, vae.guide, x, resume=tmp_path / "half", **options)
+    assert torch.equal(before, torch.get_rng_state())
+    for name in ("log_px", "se", "khat", "rung", "calls", "pilot", "drawn"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(resumed, name))
+
+
+def test_the_size_of_chunks_changes_an_estimate_by_its_error_only():
+    vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+    x = torch.bernoulli(torch.full((20, 9), 0.5))
+    small, large = (
+        pv.log_marginal(vae.model, vae.guide, x, num_samples=500, proposal="auto", seed=0, chunk_size=size)
+        for size in (70, 10_000)
+    )
+    z = (small.log_px - large.log_px) / np.hypot(small.se, large.se)
+    assert np.abs(z).max() < 4.5
+    assert (small.drawn == 500).all()
+    assert (large.drawn == 500).all()
+
+
+def test_rungs_are_saved_and_loaded(tmp_path: Path):
+    vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+    evidence = pv.log_marginal(vae.model, vae.guide, torch.zeros(5, 9), num_samples=100, proposal="auto", seed=0)
+    evidence.save(tmp_path / "evidence")
+    loaded = pv.Evidence.load(tmp_path / "evidence")
+    np.testing.assert_array_equal(loaded.rung, evidence.rung)
+    np.testing.assert_array_equal(loaded.calls, evidence.calls)
+    assert loaded.summary() == evidence.summary()
+    assert set(loaded.rung.tolist()) <= set(range(len(RUNGS)))
+
+
+def _some_fitted() -> Fitted:
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(3, 4, 5, 5, generator=generator, dtype=torch.float64)
+    tril = torch.linalg.cholesky(factor @ factor.mT + torch.eye(5, dtype=torch.float64))
+    loc = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    shares = torch.rand(3, 4, generator=generator, dtype=torch.float64).softmax(-1)
+    return Fitted.of(loc, tril, shares, torch.tensor([3.0, 9.0, 1000.0], dtype=torch.float64))
+
+
+def test_density_and_slope_of_a_fitted_proposal():
+    fitted, flat = _some_fitted(), torch.randn(7, 3, 5, dtype=torch.float64).requires_grad_()
+    log_prob = fitted.log_prob(flat)
+    for datum in range(3):
+        parts = [
+            stats.multivariate_t(
+                fitted.loc[datum, m].numpy(),
+                (fitted.tril[datum, m] @ fitted.tril[datum, m].mT).numpy(),
+                fitted.df[datum].item(),
+            ).pdf(flat[:, datum].detach().numpy())
+            for m in range(4)
+        ]
+        expected = np.log(fitted.shares[datum].numpy() @ np.array(parts))
+        np.testing.assert_allclose(log_prob[:, datum].detach().numpy(), expected, rtol=1e-9)
+    (slope,) = torch.autograd.grad(log_prob.sum(), flat)
+    value, own = slope_of(fitted, flat.detach())
+    torch.testing.assert_close(value, log_prob.detach())
+    torch.testing.assert_close(own, slope)
+
+
+def test_tempering_takes_a_power_of_the_likelihood():
+    fitted, unit = _some_fitted(), torch.full((3, 5), 2.0, dtype=torch.float64)
+    wider = tempered(fitted, unit, 0.6)
+    precision, new = (torch.linalg.inv(each.tril @ each.tril.mT) for each in (fitted, wider))
+    torch.testing.assert_close(new, 0.4 * torch.eye(5).double() / 4 + 0.6 * precision)
+    torch.testing.assert_close(wider.inverse @ wider.tril, torch.eye(5).double().expand_as(wider.tril))
+
+
+def test_ascent_curvature_and_matching_are_exact_on_gaussians():
+    generator = torch.Generator().manual_seed(1)
+    factor = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
+    precision = factor @ factor.mT + torch.eye(6, dtype=torch.float64)
+    mean = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+
+    def gradient(flat: Tensor) -> tuple[Tensor, Tensor]:
+        away = (precision @ (flat - mean)[..., None])[..., 0]
+        return -(away * (flat - mean)).sum(-1) / 2, -away
+
+    unit = torch.ones(2, 6, dtype=torch.float64)
+    peaks = climb(gradient, 5 + torch.zeros(1, 2, 6, dtype=torch.float64), unit, 60)
+    torch.testing.assert_close(peaks.point[0], mean, atol=1e-6, rtol=0)
+    covariance = torch.linalg.inv(precision)
+    tril = curvature(gradient, mean[None], unit)[0]
+    torch.testing.assert_close(tril @ tril.mT, covariance, atol=1e-6, rtol=1e-6)
+    draws = 3 * torch.randn(12, 2, 6, generator=generator, dtype=torch.float64)
+    start = torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
+    loc, tril = match_gradients(torch.zeros(2, 6).double(), 3 * start, draws, gradient(draws)[1], trust=1e9)
+    torch.testing.assert_close(loc, mean, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tril @ tril.mT, covariance, atol=1e-4, rtol=1e-4)
