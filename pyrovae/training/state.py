@@ -117,17 +117,19 @@ class RunState:
         self.random = None
         return batches
 
-    def gather(self, random: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    def gather(self, random: Mapping[str, Any], others: list[Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         """What JSON can hold, and the tensors of each file.
 
         Args:
             random: the random states to go on with.
+            others: those of other processes.
         """
         setup, arrays = self.setup, dict[str, Tensor]()
         at_start = self.position.batch == 0
         kept = {
             "start": self.start,
             "random": random,
+            "others": others,
             "epoch_random": {} if at_start else self.epoch_random,
             "generators": [each.get_state() for each in self.generators] if at_start else self.epoch_generators,
             "optimizer": setup.optimizer.state_dict(),
