@@ -42,9 +42,15 @@ def trained(vae: Any, x: torch.Tensor, **options: Any) -> dict[str, Any]:
     usual = {"epochs": 3, "batch_size": 20, "lr": 0.05, "compile": False, "progress": False, "seed": 0}
     try:
         history = vae.fit(x, **usual | options)
-    except (ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"state": vae.state_dict(), "bound": history.bound, "validation": history.validation, "noise": torch.rand(3)}
+    return {
+        "state": vae.state_dict(),
+        "bound": history.bound,
+        "validation": history.validation,
+        "skipped": history.skipped,
+        "noise": torch.rand(3),
+    }
 
 
 def exact(folder: Path, rank: int) -> Any:
@@ -56,6 +62,31 @@ def exact(folder: Path, rank: int) -> Any:
 def noisy(folder: Path, rank: int) -> Any:
     """The ELBO by Adam."""
     return trained(new_vae(), data(), validation=data(67), estimator="iwae", ema=0.9, schedule="cosine", epochs=4)
+
+
+def curves(folder: Path, rank: int) -> Any:
+    """The bounds of eight runs, by seed and epoch."""
+    return torch.tensor([trained(new_vae(), data(200), seed=seed, batch_size=50)["bound"] for seed in range(8)])
+
+
+def spoiled(folder: Path, rank: int) -> Any:
+    """The loss of the second rank is NaN in one step: both skip it."""
+
+    def spoiling(x: torch.Tensor) -> torch.Tensor:
+        spoiling.calls += 1
+        return x * torch.nan if rank == 1 and spoiling.calls == 12 else x
+
+    spoiling.calls = 0
+    return trained(new_vae(), data(), transform=spoiling, estimator=Reconstruction())
+
+
+def scored(folder: Path, rank: int) -> Any:
+    """The evidence of a model that is another one on each rank, and of 67 data."""
+    try:
+        return {"error": str(new_vae(seed=rank).log_marginal(data(67), num_samples=20, seed=0))}
+    except ValueError as error:
+        found = new_vae().log_marginal(data(67), num_samples=20, seed=0)
+        return {"error": str(error), "log_px": torch.as_tensor(found.log_px)}
 
 
 def in_order(folder: Path, rank: int) -> Any:
@@ -150,6 +181,19 @@ def killed(folder: Path, rank: int) -> Any:
     return trained(new_vae(), data(), transform=dying, epochs=10_000, checkpoint=folder / "killed", every="epoch")
 
 
+def stopped(folder: Path, rank: int) -> Any:
+    """One rank stands still, as if its machine were lost; the other one wakes it when it has ended."""
+
+    def stopping(x: torch.Tensor) -> torch.Tensor:
+        stopping.calls += 1
+        if rank == 1 and stopping.calls == 12:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return x
+
+    stopping.calls = 0
+    return trained(new_vae(), data(), transform=stopping, epochs=10_000, checkpoint=folder / "stopped", every="epoch")
+
+
 def main() -> None:
     """Run the scenarios, and write what each rank found."""
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -161,8 +205,9 @@ def main() -> None:
     for name in sys.argv[4:]:
         scenario: Callable[[Path, int], Any] = globals()[name]
         torch.save(scenario(folder, rank), folder / f"{name}.{rank}")
-        if name != "killed":
-            distributed.barrier()
+        if name in ("killed", "stopped"):
+            os._exit(0)
+        distributed.barrier()
     distributed.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+from ..compile.again import graphs_of
 from .checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, unpack
 from .configuration import configuration, differences, machine
 from .options import FitOptions
@@ -103,12 +104,10 @@ class Keeper:
         if self.keeps or self.found is not None or ranks.size > 1:
             self._configuration = configuration(setup, self.options, state.tensors) | {"processes": ranks.size}
         ranks.compare(self._configuration, state, self.options)
+        ranks.part_ways()
         if self.found is not None:
             self._check(self.found)
-            state.restore(self.found)
-        ranks.part_ways()
-        if self.found is not None and not ranks.first:
-            state.random = unpack(self.found.notes["kept"]["others"], self.found.state)[ranks.rank - 1]
+            state.restore(self.found, ranks.rank)
         setup.step.combine = ranks.combine(state) if ranks.size > 1 else None
         self._began = self._last = time.perf_counter()
         return state
@@ -138,7 +137,8 @@ class Keeper:
         what = (at.epoch, at.batch, at.ended)
         if not self.keeps or self._written == what:
             return
-        own, *others = self.ranks.gather(random_states(state.device) if random is None else random)
+        random = random_states(state.device) if random is None else random
+        own, *others = self.ranks.gather({"random": random, "graphs": graphs_of(state.setup.step)})
         with self.ranks.together():
             if self.folder is not None:
                 self._write(self.folder, state, own, others)
@@ -147,7 +147,7 @@ class Keeper:
         self._spent += self._last - began
 
     def _write(self, folder: CheckpointFolder, state: RunState, own: Mapping[str, Any], others: list[Any]) -> None:
-        run, arrays = state.gather(own, others)
+        run, arrays = state.gather(own["random"], others)
         same = None
         if not state.best.values:
             del arrays["best"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ from .options import FitOptions
 from .state import RunState
 from .tensors import random_states, set_random_states
 
-__all__ = ["Ranks", "join"]
+__all__ = ["Ranks", "join", "leave", "told"]
 
 # A step waits so long for another rank. Compilers, validation, callbacks and checkpoints may take longer.
 LOST_AFTER, PATIENCE = timedelta(seconds=45), timedelta(minutes=30)
@@ -43,6 +44,25 @@ def join() -> bool:
     with _lost("at the start", int(os.environ["RANK"])):
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     return True
+
+
+def told(value: Any) -> Any:
+    """What the first process passes; the value itself if there is only one."""
+    if not distributed.is_initialized():
+        return value
+    said = [value]
+    with _lost("at the start", distributed.get_rank()):
+        distributed.broadcast_object_list(said)
+    return said[0]
+
+
+def leave() -> bool:
+    """End the work of several processes, if there are; whether this one has nothing left to do."""
+    if not distributed.is_initialized():
+        return False
+    rank = distributed.get_rank()
+    distributed.destroy_process_group()
+    return rank > 0
 
 
 class Ranks:
@@ -282,8 +302,9 @@ def _lost(when: str, rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = re.sub(r"^(\[\S*\] *)+", "", line.strip()).partition(". ")[0].rstrip(".")  # without places in gloo's source
         raise ConnectionError(
-            f"Rank {rank} lost another rank {when} ({line}): that rank's message says why; start the job again, and go on from "
-            f"its checkpoint with resume."
+            f"Rank {rank} lost another rank {when} ({reason}): that rank's message says why; start the job again, and go "
+            f"on from its checkpoint with resume."
         ) from error
