@@ -179,8 +179,9 @@ def test_a_lost_rank_ends_the_job_within_a_minute_with_a_whole_checkpoint(tmp_pa
             time.sleep(0.1)
         first.wait(timeout=65)  # a second or two of them before the rank is lost
     finally:
-        first.kill()
-        second.kill()
+        for rank in (first, second):
+            rank.kill()
+            rank.communicate()
     error = torch.load(tmp_path / f"{scenario}.0", weights_only=False)["error"]
     assert error.startswith("ConnectionError: Rank 0 lost another rank"), error
     assert pv.load_checkpoint(tmp_path / scenario).step == 8

@@ -332,7 +332,7 @@ class Step:
         norm, *found = self._clipped(found, self.clip_norm)
         return loss, norm, found
 
-    def _clipped(self, found: Sequence[Tensor], clip_norm: float | None) -> Tensors:
+    def _clipped(self, found: list[Tensor] | tuple[Tensor, ...], clip_norm: float | None) -> Tensors:
         """The norm of all gradients together, and the gradients, clipped unless ``clip_norm`` is ``None``."""
         if self._device.type == "cuda":  # four kernels in all; the sums below take two for each parameter
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))

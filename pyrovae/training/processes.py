@@ -173,9 +173,9 @@ class Ranks:
                 f"A pair that is trained on {self.size} processes must score each datum by itself and once, got one with a "
                 f"subsampled or scaled plate, or a parameter for each datum: train it in one process."
             )
-        more = {"parameters": content_hash(state.tensors.now().values()), "torch": torch.__version__}
-        more |= {name: getattr(options, name) for name in ("epochs", "max_steps", "max_skips", "validate_every")}
-        everyone = self.gather({**configuration, **more})
+        others: dict[str, Any] = {"parameters": content_hash(state.tensors.now().values()), "torch": torch.__version__}
+        others |= {name: getattr(options, name) for name in ("epochs", "max_steps", "max_skips", "validate_every")}
+        everyone = self.gather({**configuration, **others})
         for rank, found in enumerate(everyone):
             wrong = [
                 f"{key}: {everyone[0].get(key)} and {found.get(key)}"
