@@ -74,6 +74,11 @@ def test_weights_buffers_and_curves_are_the_same_to_the_bit(folder: Path, scenar
     assert same(*read(folder, scenario))
 
 
+def test_ranks_draw_different_noise(folder: Path):
+    one, other = read(folder, "noisy")
+    assert not torch.equal(one["noise"], other["noise"])
+
+
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("scenario", ["exact", "in_order"])
 def test_a_step_follows_the_gradient_of_the_whole_batch(folder: Path, scenario: str):

@@ -77,6 +77,8 @@ def fit(
     Parameters are found as Pyro's ``SVI`` finds them: modules registered with ``pyro.module``, ``PyroModule``\ s, bare
     ``pyro.param``\ s, and the module whose bound method a program is. Each step follows the mean objective per datum.
 
+    If ``torch.distributed`` is initialised, pass all data to each process: they divide every batch, and get the same parameters.
+
     Args:
         model: a Pyro program for p(x, z).
         guide: a Pyro program for q(z|x); takes the same arguments.
@@ -149,7 +151,7 @@ def fit(
             parameters before it are kept.
         KeyboardInterrupt: Ctrl-C; with a checkpoint, SIGTERM too. This and every other exception that ends training has the
             records as its attribute ``history``.
-        OSError: a checkpoint cannot be written; the one before is whole.
+        OSError: a checkpoint cannot be written; the one before is whole. Or another process was lost (``ConnectionError``).
 
     Example:
         >>> import torch, pyrovae as pv
