@@ -77,7 +77,7 @@ def fit(
     Parameters are found as Pyro's ``SVI`` finds them: modules registered with ``pyro.module``, ``PyroModule``\ s, bare
     ``pyro.param``\ s, and the module whose bound method a program is. Each step follows the mean objective per datum.
 
-    If ``torch.distributed`` is initialised, pass all data to each process: they divide every batch, and get the same parameters.
+    If ``torch.distributed`` is initialised, pass all data to each process: they divide each batch, and get the same parameters.
 
     Args:
         model: a Pyro program for p(x, z).
