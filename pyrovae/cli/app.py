@@ -75,18 +75,41 @@ def train(
     """
     del device, settings  # Declared for the help page and the spelling of options; what was given is in arguments.given.
     from .config import read_run, run_device, run_name
-    from .folders import RunFolder, new_folder
+    from .folders import Follower, RunFolder, new_folder
 
+    follows = _joined() > 0
     if resume is not None:
         if run is not None:
             raise ValueError(f"A run is resumed from its own settings, so give {run} or --resume {resume}, and not both.")
         described = _described(resume, given)
-        _train(RunFolder(resume, described, resumed=True))
+        _train((Follower if follows else RunFolder)(resume, described, resumed=True))
         return
     described = read_run(run, given)
     run_device(described)
+    if follows:
+        _train(Follower(Path(_told(None)), described, resumed=False))
+        return
     with new_folder(run_name(described), chosen=described.name is not None) as path:
+        _told(str(path))
         _train(RunFolder(path, described, resumed=False))
+
+
+def _joined() -> int:
+    """The number of this process among those that ``torchrun`` started; 0 if it did not."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0
+    from ..training.processes import join
+
+    return int(os.environ["RANK"]) if join() else 0
+
+
+def _told(path: str | None) -> Any:
+    """The folder that the first process has made."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return path
+    from ..training.processes import told
+
+    return told(path)
 
 
 def _train(folder: RunFolder) -> None:
@@ -101,6 +124,7 @@ def _train(folder: RunFolder) -> None:
 
     from ..estimators.base import make_estimator
     from ..training.loop import fit
+    from .folders import Follower
     from .printing import print_start
     from .scoring import score
 
@@ -108,7 +132,8 @@ def _train(folder: RunFolder) -> None:
     vae = build_model(described, split).to(where)
     estimator = make_estimator(described.estimator)
     options = described.train
-    print_start(described, split, where)
+    if not isinstance(folder, Follower):
+        print_start(described, split, where)
     callbacks = folder.loggers()
     with folder.training(vae):
         history = fit(
@@ -177,6 +202,7 @@ def evaluate(
     options = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "limit": limit, "decompose": decompose}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in options.items() if value is not None}}
     overrides |= {} if device is None else {"train": {"device": device}}
+    _joined()
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
     vae = load_model(run).to(run_device(described))
     records = files.read_lines(run / "metrics.jsonl")

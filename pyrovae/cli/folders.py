@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..models.base import PairModule
     from ..training.callbacks import Callback
 
-__all__ = ["RUNS", "RunFolder", "new_folder"]
+__all__ = ["RUNS", "Follower", "RunFolder", "new_folder"]
 
 RUNS = Path("runs")
 
@@ -126,6 +126,25 @@ class RunFolder:
             return list(load_checkpoint(self.checkpoint).history.records)
         except FileNotFoundError:
             return []
+
+
+class Follower(RunFolder):
+    """The folder of a run as processes other than the first see it: they write nothing."""
+
+    def __init__(self, path: Path, run: Run, *, resumed: bool):
+        super().__init__(path, run, resumed=False)
+        self.resumed = resumed
+
+    def start(self, run: Run) -> None:
+        """Take the settings, with what the data say of them."""
+        self.run = run
+
+    def loggers(self) -> list[Callback]:
+        """None: the first process has them."""
+        return []
+
+    def finish(self, vae: PairModule, records: list[dict[str, Any]]) -> None:
+        """Nothing to write."""
 
 
 @contextmanager

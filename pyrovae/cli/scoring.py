@@ -29,6 +29,7 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
     import torch
 
     from .. import files
+    from ..training.processes import leave
     from .report import write_report
     from .shown import gather
 
@@ -44,6 +45,8 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
         seed=run.seed,
         progress=sys.stderr.isatty(),
     )
+    if leave():  # the processes have shared the work, and the first one writes what they found
+        return
     seconds = time.perf_counter() - began
     labels = None if labels is None else labels[: len(evidence)]
     findings = vae.label_findings(inputs[0], labels)

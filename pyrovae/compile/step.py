@@ -100,6 +100,7 @@ class Step:
         asynchronous: whether :meth:`step_async` returns before the step is over, as it does on a GPU.
         average: the moving average of the parameters, if one is to be kept; set before the first step.
         parts: the number of parts of a batch that are differentiated one after the other, to save memory; set likewise.
+        combine: a function of loss and gradients that returns those of all processes; set likewise.
         waits: whether, after a step that is not finite, further ones update nothing until :meth:`drain` is called.
         reason: why it runs slower than asked, or ``None``.
     """
@@ -126,6 +127,7 @@ class Step:
         self.reached: list[Tensor] = []
         self.waits, self.parts = True, 1
         self.average: Average | None = None
+        self.combine: Callable[[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]] | None = None
         self.asynchronous = any(parameter.is_cuda for parameter in self.parameters)
         self._outcomes: list[Outcome] = []
         self._unread: list[Tensor] = []
@@ -165,7 +167,7 @@ class Step:
             self.step_async(*inputs)
             *self._outcomes, outcome = self.drain()
             return outcome
-        loss, norm, *gradients = self._staged(*self._with_beta(inputs, self._step_input()))
+        loss, norm, gradients = self._of_all(*self._staged(*self._with_beta(inputs, self._step_input())))
         outcome = Outcome(loss.item(), norm.item())
         if not math.isnan(outcome.loss) and math.isfinite(outcome.norm):
             self._update(self.reached, gradients)
@@ -194,7 +196,7 @@ class Step:
                 self._update_on_device(list(graphed.gradients[2:]))
             return
         with products_in(self.precision, self._device):
-            loss, norm, *gradients = self._staged(*self._with_beta(inputs, beta))
+            loss, norm, gradients = self._of_all(*self._staged(*self._with_beta(inputs, beta)))
         self._unread.append(self._noted(loss, norm)[None])
         self._update_on_device(gradients)
 
@@ -223,7 +225,13 @@ class Step:
         """The CUDA graphs for such a step; ``None`` if it is launched without."""
         settings, before = self._update.settings(), self._settings
         self._settings = settings
-        if self.recorder is None or before is None or not self._staged.captured or (self._graphs and self._staged.due):
+        if (
+            self.recorder is None
+            or self.combine is not None
+            or before is None
+            or not self._staged.captured
+            or (self._graphs and self._staged.due)
+        ):
             return None
         if self._graphs and not self._update.is_current():  # a checkpoint was loaded, for example
             self._graphs.clear()
@@ -314,13 +322,25 @@ class Step:
         reached, found = [par for par, _ in pairs], tuple(grad for _, grad in pairs)
         if list(map(id, reached)) != list(map(id, self.reached)):  # the optimizer's kernel recognises the list itself
             self.reached = reached
+        return (loss.detach(), *self._clipped(found, None if self.combine is not None else self.clip_norm))
+
+    def _of_all(self, loss: Tensor, norm: Tensor, *gradients: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Loss, norm and gradients of all processes."""
+        if self.combine is None:
+            return loss, norm, list(gradients)
+        loss, found = self.combine(loss, list(gradients))
+        norm, *found = self._clipped(found, self.clip_norm)
+        return loss, norm, found
+
+    def _clipped(self, found: list[Tensor] | tuple[Tensor, ...], clip_norm: float | None) -> Tensors:
+        """The norm of all gradients together, and the gradients, clipped unless ``clip_norm`` is ``None``."""
         if self._device.type == "cuda":  # four kernels in all; the sums below take two for each parameter
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
         else:  # get_total_norm would stay one call for each parameter in the compiled graph
             norm = torch.stack([gradient.square().sum() for gradient in found]).sum().sqrt()
-        if self.clip_norm is not None:
-            found = torch._foreach_mul(found, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        return (loss.detach(), norm, *found)
+        if clip_norm is not None:
+            found = torch._foreach_mul(found, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return (norm, *found)
 
     def _loss_and_gradients(self, batch: Tensors, beta: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor | None]]:
         pieces = [batch] if self.parts == 1 else list(zip(*(each.chunk(self.parts) for each in batch), strict=True))

@@ -47,7 +47,7 @@ from .proposals import (
 from .psis import CONSTANT, Array
 from .refine import joined, refine_batch
 from .results import Evidence
-from .store import PairIdentity, Store, agreed_seed
+from .store import PairIdentity, Store, agreed_seed, state_hash
 from .streaming import LogMoments
 from .task import Task, make_task
 
@@ -168,7 +168,9 @@ class ImportanceSampler:
             parts = (refinement.loc, refinement.scale_tril, refinement.shares)
             settings["refinement"] = content_hash(torch.as_tensor(part) for part in parts)
         pair = None if options.resume is None else PairIdentity.of(self.model, self.guide, self.first, one_datum(self.first))
-        return Store(options.resume, agreed_seed(options.seed), settings, pair, chosen=options.seed is not None)
+        store = Store(options.resume, agreed_seed(options.seed), settings, pair, chosen=options.seed is not None)
+        store.compare(settings | {"parameters": state_hash(self.model, self.guide, self.first), "seed": options.seed})
+        return store
 
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[tqdm]:

@@ -17,7 +17,7 @@ from ..programs.log_weights import log_weights
 from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
 
-__all__ = ["PairIdentity", "Store", "agreed_seed"]
+__all__ = ["PairIdentity", "Store", "agreed_seed", "state_hash"]
 
 
 def agreed_seed(seed: int | None) -> int:
@@ -26,6 +26,15 @@ def agreed_seed(seed: int | None) -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(chosen)
     return chosen[0]
+
+
+def state_hash(model: Program, guide: Program, first: FirstBatch) -> str:
+    """A hash of a pair's parameters and buffers."""
+    state = {id(parameter): parameter for parameter in first.parameters}
+    for owner in (getattr(program, "__self__", program) for program in (model, guide)):
+        if isinstance(owner, torch.nn.Module):
+            state |= {id(value): value for value in (*owner.parameters(), *owner.buffers())}
+    return content_hash(state.values())
 
 
 class PairIdentity(NamedTuple):
@@ -38,16 +47,12 @@ class PairIdentity(NamedTuple):
     @classmethod
     def of(cls, model: Program, guide: Program, first: FirstBatch, one: Batch) -> PairIdentity:
         """The pair's identity: hashes of its state, and one draw from a fixed random stream."""
-        state = {id(parameter): parameter for parameter in first.parameters}
-        for owner in (getattr(program, "__self__", program) for program in (model, guide)):
-            if isinstance(owner, torch.nn.Module):
-                state |= {id(value): value for value in (*owner.parameters(), *owner.buffers())}
         devices = [first.device] if first.device.type == "cuda" else []
         with torch.no_grad(), evaluation_mode(model, guide), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             weights = log_weights(model, guide, *one, num_particles=1, max_plate_nesting=0)
         terms = torch.stack([weights.log_likelihood, weights.log_prior, weights.log_guide])
-        return cls(content_hash(state.values()), content_hash(one), terms.double().flatten().tolist())
+        return cls(state_hash(model, guide, first), content_hash(one), terms.double().flatten().tolist())
 
     def differs(self, state: str, datum: str, terms: list[float]) -> bool:
         """Whether a file was made by another pair. Terms may differ by rounding, and are compared for the same datum only."""
@@ -89,6 +94,27 @@ class Store:
             start, _, field = name.partition(".")
             self.groups.setdefault(int(start), {})[field] = tensor.numpy()
 
+    def compare(self, what: dict[str, Any]) -> None:
+        """Refuse to mix the answers of processes that score something else.
+
+        Args:
+            what: is scored, and how, by name.
+
+        Raises:
+            ValueError: processes differ; all raise it.
+        """
+        if self.world == 1:
+            return
+        everyone: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(everyone, what)
+        for rank, other in enumerate(everyone):
+            wrong = [name for name in everyone[0] if everyone[0][name] != other.get(name)]
+            if wrong:
+                raise ValueError(
+                    f"Ranks 0 and {rank} must score the same model on the same data with the same settings, but they differ in "
+                    f"{' and '.join(wrong)}: pass all data to each process, and load the same model."
+                )
+
     def seed_of(self, start: int) -> int:
         """The seed of the group that starts there: the same whatever was scored before it."""
         return int(np.random.SeedSequence([self.seed, start]).generate_state(1, np.uint64)[0] >> 1)
@@ -96,7 +122,7 @@ class Store:
     def wants(self, start: int, batch: Batch) -> bool:
         """Whether this process has to score the group that starts there."""
         mine = next(self.turn) % self.world == self.rank
-        checksum = "" if self.path is None else content_hash(batch)
+        checksum = "" if self.path is None and self.world == 1 else content_hash(batch)
         if self.hashes.setdefault(str(start), checksum) != checksum:
             raise ValueError(
                 f"{self.path} keeps an evaluation of other data, or of the same in another order (from row {start}): remove "
@@ -131,6 +157,7 @@ class Store:
             raise ValueError(f"{self.path} keeps an evaluation of more data: remove it, or resume from a file of its own.")
         everyone: list[Any] = [self.groups]
         if self.world > 1:
+            self.compare({"data": self.hashes})
             everyone = [None] * self.world
             torch.distributed.all_gather_object(everyone, self.groups)
         groups: dict[int, dict[str, np.ndarray]] = {start: group for part in everyone for start, group in part.items()}

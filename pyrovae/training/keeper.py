@@ -11,9 +11,11 @@ from typing import Any, Self
 
 import torch
 
+from ..compile.again import graphs_of
 from .checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, unpack
 from .configuration import configuration, differences, machine
 from .options import FitOptions
+from .processes import Ranks
 from .setup import Setup
 from .state import RunState
 from .tensors import random_states, set_random_states
@@ -30,8 +32,10 @@ class Keeper:
 
     Args:
         options: of the run.
+        ranks: the processes that train it, of which the first one writes.
 
     Attributes:
+        keeps: whether checkpoints are written, by this process or by the first.
         failed: whether the last checkpoint could not be written.
 
     Raises:
@@ -40,14 +44,22 @@ class Keeper:
         ValueError: the folder is in use, or holds a checkpoint that is not to be resumed; or a checkpoint is damaged.
     """
 
-    def __init__(self, options: FitOptions):
-        self.options, self.every = options, options.every
-        self.folder = None if options.checkpoint is None else CheckpointFolder(options.checkpoint)
-        try:
-            self.found = self._found()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, options: FitOptions, ranks: Ranks):
+        self.options, self.every, self.ranks = ranks.options(options), options.every, ranks
+        self.folder: CheckpointFolder | None = None
+        with ranks.together():
+            self.folder = None if self.options.checkpoint is None else CheckpointFolder(self.options.checkpoint)
+            try:
+                self.found = self._found()
+            except BaseException:
+                self.close()
+                raise
+        self.keeps = bool(ranks.say(self.folder is not None))
+        path = ranks.say(None if self.found is None else str(self.found.path))
+        with ranks.together():
+            if self.found is None and path is not None:
+                self.found = load_checkpoint(path)
+        ranks.start_alike()
         if self.found is not None and options.compile == "auto":  # whatever is left of the run, it is one run
             self.options = replace(options, compile=self.found.notes["compile"])
         self.failed = False
@@ -88,11 +100,15 @@ class Keeper:
             ValueError: the checkpoint is one of another configuration; the message has the keys that differ.
         """
         state = RunState(setup, self.options.precision, start)
-        if self.folder is not None or self.found is not None:
-            self._configuration = configuration(setup, self.options, state.tensors)
+        ranks = self.ranks
+        if self.keeps or self.found is not None or ranks.size > 1:
+            self._configuration = configuration(setup, self.options, state.tensors) | {"processes": ranks.size}
+        ranks.compare(self._configuration, state, self.options)
+        ranks.part_ways()
         if self.found is not None:
             self._check(self.found)
-            state.restore(self.found)
+            state.restore(self.found, ranks.rank)
+        setup.step.combine = ranks.combine(state) if ranks.size > 1 else None
         self._began = self._last = time.perf_counter()
         return state
 
@@ -119,9 +135,19 @@ class Keeper:
         """
         at, began = state.position, time.perf_counter()
         what = (at.epoch, at.batch, at.ended)
-        if self.folder is None or self._written == what:
+        if not self.keeps or self._written == what:
             return
-        run, arrays = state.gather(random_states(state.device) if random is None else random)
+        random = random_states(state.device) if random is None else random
+        own, *others = self.ranks.gather({"random": random, "graphs": graphs_of(state.setup.step)})
+        with self.ranks.together():
+            if self.folder is not None:
+                self._write(self.folder, state, own, others)
+        self._written = what
+        self._last = time.perf_counter()
+        self._spent += self._last - began
+
+    def _write(self, folder: CheckpointFolder, state: RunState, own: Mapping[str, Any], others: list[Any]) -> None:
+        run, arrays = state.gather(own["random"], others)
         same = None
         if not state.best.values:
             del arrays["best"]
@@ -131,11 +157,9 @@ class Keeper:
         compiles = self.options.compiles(state.setup.total_steps)
         run |= {"configuration": self._configuration, "machine": machine(), "compile": compiles}
         self.failed = True
-        self.folder.write(at.step, state.history, run, arrays, same)
+        folder.write(state.position.step, state.history, run, arrays, same)
         self.failed = False
-        self._written, self._best_written = what, state.best.epoch
-        self._last = time.perf_counter()
-        self._spent += self._last - began
+        self._best_written = state.best.epoch
 
     def _found(self) -> Checkpoint | None:
         """The checkpoint that is resumed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from .history import History
 from .interrupts import Interrupted, Signals
 from .keeper import Keeper
 from .options import FitOptions
+from .processes import Ranks
 from .progress import Progress
 from .schedules import MakeOptimizer, MakeSchedule
 from .setup import set_up
@@ -28,7 +28,6 @@ from .skips import Skips, Taken, batch_of
 from .state import RunState
 from .tensors import random_states
 from .validation import validate
-from .values import cause_in_data
 
 __all__ = ["fit"]
 
@@ -77,6 +76,8 @@ def fit(
 
     Parameters are found as Pyro's ``SVI`` finds them: modules registered with ``pyro.module``, ``PyroModule``\ s, bare
     ``pyro.param``\ s, and the module whose bound method a program is. Each step follows the mean objective per datum.
+
+    If ``torch.distributed`` is initialised, pass all data to each process: they divide each batch, and get the same parameters.
 
     Args:
         model: a Pyro program for p(x, z).
@@ -150,7 +151,7 @@ def fit(
             parameters before it are kept.
         KeyboardInterrupt: Ctrl-C; with a checkpoint, SIGTERM too. This and every other exception that ends training has the
             records as its attribute ``history``.
-        OSError: a checkpoint cannot be written; the one before is whole.
+        OSError: a checkpoint cannot be written; the one before is whole. Or another process was lost (``ConnectionError``).
 
     Example:
         >>> import torch, pyrovae as pv
@@ -161,9 +162,10 @@ def fit(
     """
     arguments = dict(locals())
     keywords = {name: arguments[name] for name in FitOptions.__dataclass_fields__}
-    with Keeper(FitOptions(**keywords).checked()) as keeper:
+    with Ranks() as ranks, Keeper(FitOptions(**keywords).checked(), ranks) as keeper:
         start = keeper.start()
-        setup = set_up(model, guide, data, keeper.options)
+        with ranks.together():
+            setup = set_up(model, guide, data, keeper.options)
         return _Loop(keeper.begin(setup, start), keeper).run()
 
 
@@ -177,14 +179,14 @@ class _Loop:
 
     def __init__(self, state: RunState, keeper: Keeper):
         self.state, self.setup, self.keeper, self.options = state, state.setup, keeper, keeper.options
-        self.at, self.history = state.position, state.history
+        self.at, self.history, self.ranks = state.position, state.history, keeper.ranks
         self.skips = Skips(self.setup, self.options, self.at)
         plain = {name: value for name, value in vars(self.options).items() if isinstance(value, bool | int | float | str)}
         optimizer = self.setup.optimizer
         self.training = Training(self.setup.model, self.setup.guide, optimizer, self.history, plain, step=self.at.step)
         self.on_step = [each for each in self.options.callbacks if type(each).step is not Callback.step]
         self.steps_schedule = self.setup.scheduler is not None and not isinstance(self.setup.scheduler, ReduceLROnPlateau)
-        self.signals = Signals(terminate=keeper.folder is not None)
+        self.signals = Signals(terminate=keeper.keeps)
         self.unread: list[Taken] = []
         self.reads = self.setup.train.source is not None  # batches that are read, rather than gathered in memory
         self.cut = False  # whether a budget ended the run within an epoch
@@ -237,18 +239,19 @@ class _Loop:
         at, keeper = self.at, self.keeper
         while at.epoch <= self.options.epochs:
             bound = self._train(progress)
-            if keeper.folder is not None:
+            if keeper.keeps:
                 self.between = random_states(self.state.device)
             record = self._record(bound)
             self.history.records.append(record)
             progress.epoch(record)
             self._call_on_epoch(record)
+            self.ranks.check_same(self.state.tensors.now(), f"after epoch {at.epoch}")
             self.between = None
             at.begin_epoch(at.epoch + 1)
             at.ended = self._reason_to_stop(record)
             if at.ended is not None:
                 return
-            if keeper.due(self.state, epoch_over=True):
+            if self.ranks.say(keeper.due(self.state, epoch_over=True)):
                 keeper.write(self.state)
         at.ended = "all epochs done"
 
@@ -261,7 +264,7 @@ class _Loop:
         if at.batch == 0 and at.step - at.compared_at >= between:
             step.recheck(f"at the start of epoch {at.epoch}")
             at.compared_at = at.step
-        for inputs in () if self.cut else state.inputs():
+        for inputs in () if self.cut else self.ranks.shares(state.inputs(), setup.train):
             self.between = None
             batch = inputs if setup.loads else setup.train.load(*inputs)
             if checks:
@@ -275,19 +278,20 @@ class _Loop:
             progress.step()
             if not step.asynchronous or at.step % SYNC_EVERY == 0:
                 self._read_bounds()
-            if self.signals.received is not None:
-                self._interrupt(self.signals.received)
             if self.on_step:
                 self._call_on_step()
-            over = self._budget() is not None
+            over = self._own_budget() is not None
+            over, signal, due = self.ranks.agree(over, self.signals.received or 0, self.keeper.due(state))
+            if signal:
+                self._interrupt(signal)
             # A run that is resumed with a larger budget goes on within the epoch.
             self.cut = over and at.batch != setup.train.num_batches
-            if self.cut or self.keeper.due(state):
+            if self.cut or due:
                 self._read_bounds()
                 self.keeper.write(state)
             if over:
                 break
-            if self.reads and self.keeper.folder is not None:  # reading the next batch may fail
+            if self.reads and self.keeper.keeps:  # reading the next batch may fail
                 self.between = random_states(state.device)
         self._read_bounds()
         return at.total / at.num_data if at.num_data else math.nan
@@ -296,7 +300,7 @@ class _Loop:
         """Note a step whose loss is read later, and its inputs unless they are a loader's and no longer needed."""
         if self.unread and self.reads:
             self.unread[-1] = self.unread[-1]._replace(inputs=None)
-        self.unread.append(Taken(self.at.step, self.at.batch, self.setup.first.info.count(batch), inputs))
+        self.unread.append(Taken(self.at.step, self.at.batch, self.ranks.count(self.setup.first.info.count(batch)), inputs))
 
     def _read_bounds(self) -> None:
         """Add the bounds of the steps since the last call.
@@ -315,13 +319,7 @@ class _Loop:
                 continue
             at.in_a_row, at.total, at.num_data = 0, at.total - loss, at.num_data + step.num_data
             if math.isinf(loss) and not at.warned_of_infinite_loss:
-                at.warned_of_infinite_loss = True
-                inputs = unread[-1].inputs if step.inputs is None else step.inputs
-                cause = (
-                    None if inputs is None else cause_in_data(self.setup.model, self.setup.guide, batch_of(self.setup, inputs))
-                )
-                if cause is not None:
-                    warnings.warn(f"The loss is infinite in epoch {at.epoch}, step {step.number}: {cause}", stacklevel=6)
+                self.skips.warn_of_infinite_loss(step, unread[-1].inputs if step.inputs is None else step.inputs)
 
     def _interrupt(self, number: int) -> None:
         """End the run by a signal that came.
@@ -331,18 +329,17 @@ class _Loop:
         """
         self._read_bounds()
         self.between = random_states(self.state.device)
-        path, at = self.keeper.options.checkpoint, self.at
-        cure = (
-            "nothing is kept without checkpoint="
-            if path is None
-            else f"{path} has a checkpoint, from which resume='auto' goes on"
-        )
+        path, at = self.options.checkpoint or "the folder of rank 0", self.at
+        kept = f"{path} has a checkpoint, from which resume='auto' goes on"
+        cure = kept if self.keeper.keeps else "nothing is kept without checkpoint="
         raise Interrupted(f"Training was interrupted after step {at.step}, in epoch {at.epoch}: {cure}.", number, self.history)
 
     def _rescue(self, error: BaseException) -> None:
         """Write a last checkpoint if the run ended between two steps, and hand over the history."""
         error.history = self.history  # type: ignore[attr-defined]
-        if self.keeper.folder is None or self.between is None or self.keeper.failed:
+        # Other ranks may not know of other errors.
+        together = self.ranks.size == 1 or isinstance(error, Interrupted | FloatingPointError)
+        if not (self.keeper.keeps and together) or self.between is None or self.keeper.failed:
             return
         records, random = self.history.records, self.between
         self.history.records = records[: self.at.epoch - 1]  # the end of an epoch that failed is tried again
@@ -359,7 +356,7 @@ class _Loop:
             "epoch": self.at.epoch,
             "step": self.at.step,
             "bound": bound,
-            "validation": validate(self.state, self.options),
+            "validation": validate(self.state, self.options, self.ranks),
             "lr": self.setup.optimizer.param_groups[0]["lr"],
             "seconds": self.state.seconds,
         }
@@ -391,7 +388,10 @@ class _Loop:
         return self._budget()
 
     def _budget(self) -> str | None:
-        """Which budget is used up, or ``None``."""
+        """Which budget is used up, or ``None``; the same on all ranks."""
+        return self.ranks.say(self._own_budget())
+
+    def _own_budget(self) -> str | None:
         options = self.options
         if options.max_seconds is not None and self.state.seconds > options.max_seconds:
             return f"{options.max_seconds} seconds are over"

@@ -72,6 +72,14 @@ class Skips:
                 stacklevel=6,
             )
 
+    def warn_of_infinite_loss(self, step: Taken, inputs: Batch | None) -> None:
+        """Name the cause in the data, if there is one, once in a run."""
+        self.position.warned_of_infinite_loss = True
+        setup = self.setup
+        cause = None if inputs is None else cause_in_data(setup.model, setup.guide, batch_of(setup, inputs))
+        if cause is not None:
+            warnings.warn(f"The loss is infinite in epoch {self.position.epoch}, step {step.number}: {cause}", stacklevel=7)
+
     def _cure(self, step: Taken) -> str:
         """The data that caused it, and what to do."""
         clip = "set clip_norm" if self.options.clip_norm is None else "clip_norm"

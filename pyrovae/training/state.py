@@ -117,17 +117,19 @@ class RunState:
         self.random = None
         return batches
 
-    def gather(self, random: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    def gather(self, random: Mapping[str, Any], others: list[Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         """What JSON can hold, and the tensors of each file.
 
         Args:
             random: the random states to go on with.
+            others: those of other processes, and their graphs.
         """
         setup, arrays = self.setup, dict[str, Tensor]()
         at_start = self.position.batch == 0
         kept = {
             "start": self.start,
             "random": random,
+            "others": others,
             "epoch_random": {} if at_start else self.epoch_random,
             "generators": [each.get_state() for each in self.generators] if at_start else self.epoch_generators,
             "optimizer": setup.optimizer.state_dict(),
@@ -145,12 +147,20 @@ class RunState:
         }
         return run, {"weights": self.tensors.now(), "best": self.best.values, "state": arrays}
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go to the state of a checkpoint of the same configuration."""
+    def restore(self, checkpoint: Checkpoint, rank: int) -> None:
+        """Go to the state of a checkpoint of the same configuration.
+
+        Args:
+            checkpoint: of the run.
+            rank: the number of this process.
+        """
         setup, run = self.setup, checkpoint.notes
         kept = {name: unpack(value, checkpoint.state) for name, value in run["kept"].items()}
+        graphs = run["graphs"]
+        if rank > 0:
+            graphs, kept["random"] = (kept["others"][rank - 1][name] for name in ("graphs", "random"))
         example = self._example()
-        capture_again(setup.step, run["graphs"], example)
+        capture_again(setup.step, graphs, example)
         self.tensors.load(checkpoint.weights)
         self.tensors.load_others(kept["store"])
         setup.optimizer.load_state_dict(kept["optimizer"])
@@ -161,7 +171,7 @@ class RunState:
             setattr(setup.estimator, name, value)
         if setup.step.average is not None:
             setup.step.average.load(*kept["average"])
-        record_again(setup.step, run["graphs"], example)
+        record_again(setup.step, graphs, example)
         self.best.bound, self.best.epoch = run["best"]
         self.best.values = checkpoint.best
         self.position = Position(**run["position"])

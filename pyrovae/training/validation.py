@@ -15,6 +15,7 @@ from ..programs.inspect import PairInfo
 from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
 from .options import FitOptions
+from .processes import Ranks
 from .schedules import follow_bound
 from .state import RunState
 from .values import SupportCheck
@@ -22,7 +23,7 @@ from .values import SupportCheck
 __all__ = ["averaged", "bound_of", "validate"]
 
 
-def validate(state: RunState, options: FitOptions) -> float | None:
+def validate(state: RunState, options: FitOptions, ranks: Ranks) -> float | None:
     """The bound of the validation data, or their log p(x), at the end of an epoch in which it is due; in nats per datum.
 
     If it is the best so far, the tensors are kept. A schedule that depends on it takes a step.
@@ -33,7 +34,7 @@ def validate(state: RunState, options: FitOptions) -> float | None:
     with averaged(state):
         if options.validation_samples is None:
             check = setup.check if at.checks_held_out else None
-            value = bound_of(setup.estimator, setup.model, setup.guide, setup.held_out, setup.first.info, check)
+            value = bound_of(setup.estimator, setup.model, setup.guide, setup.held_out, setup.first.info, ranks, check)
             # By runs of the pair, the validation data are checked once.
             at.checks_held_out = at.checks_held_out and setup.check.direct
         else:
@@ -65,13 +66,23 @@ def averaged(state: RunState) -> Iterator[None]:
 
 @torch.no_grad()
 def bound_of(
-    estimator: Any, model: Program, guide: Program, batches: Batches, info: PairInfo, check: SupportCheck | None = None
+    estimator: Any,
+    model: Program,
+    guide: Program,
+    batches: Batches,
+    info: PairInfo,
+    ranks: Ranks,
+    check: SupportCheck | None = None,
 ) -> float:
     """The mean bound of data, in nats per datum."""
     with evaluation_mode(model, guide):
         total, num_data = 0.0, 0.0
-        for number, batch in enumerate(batches, 1):
+        for number, inputs in enumerate(ranks.shares(batches.inputs(), batches), 1):
+            if ranks.idle:
+                continue
+            batch = batches.load(*inputs)
             if check is not None:
                 check(batch, f"batch {number} of the validation data")
             total, num_data = total - estimator.loss(model, guide, *batch), num_data + info.count(batch)
+    total, num_data = ranks.sum(total, num_data)
     return total / num_data
