@@ -16,6 +16,7 @@ import pyrovae as pv
 from pyrovae.cli.app import main
 from pyrovae.cli.config import load_model, read_run
 from pyrovae.cli.scoring import decomposed
+from pyrovae.evidence.store import Store
 
 # Without the decomposition but where it is the point.
 QUICK = [
@@ -166,6 +167,49 @@ def test_evaluate_scores_again(run_folder: Path):
     assert (len(second), second.num_samples) == (50, 90)
     assert second.mean == pytest.approx(first.log_px[:50].mean(), abs=2)
     assert "90 samples" in json.loads((run_folder / "summary.json").read_text())["findings"]
+
+
+def test_evaluate_goes_on_where_it_was_interrupted(run_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    command = ["evaluate", "runs/mine", "--num-samples", "40"]
+    assert main(command) == 0
+    whole = pv.Evidence.load(run_folder / "evidence.safetensors")
+    assert main(["evaluate", "runs/mine", "--num-samples", "50"]) == 0
+    kept = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+    add, wants, drawn = Store.add, Store.wants, []
+
+    def interrupted(self: Store, start: int, arrays: dict) -> None:
+        add(self, start, arrays)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "add", interrupted)
+    assert main(command) == 130
+    now = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+    [unfinished] = set(now) - set(kept)
+    assert unfinished.startswith("scoring-")
+    assert {name: content for name, content in now.items() if name in kept} == kept, "the old results stay"
+    monkeypatch.setattr(Store, "add", add)
+
+    def counted(self: Store, start: int, batch: tuple) -> bool:
+        drawn.append(wants(self, start, batch))
+        return drawn[-1]
+
+    monkeypatch.setattr(Store, "wants", counted)
+    assert main(command) == 0
+    assert drawn == [False, True], "the first 256 of 360 data are not scored again"
+    np.testing.assert_array_equal(pv.Evidence.load(run_folder / "evidence.safetensors").log_px, whole.log_px)
+    assert {path.name for path in run_folder.iterdir() if path.is_file()} == set(kept)
+
+
+def test_evaluate_writes_elsewhere_and_compare_takes_it(run_folder: Path, capsys: pytest.CaptureFixture):
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    assert main(["evaluate", "runs/mine", "--num-samples", "30", "--output", "elsewhere"]) == 0
+    assert "Report: elsewhere/report.html" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+    assert read_run("elsewhere/run.toml").evaluate.num_samples == 30
+    assert main(["compare", "runs/mine", "elsewhere"]) == 0
+    Path("file").write_text("x")
+    assert main(["evaluate", "runs/mine", "--num-samples", "30", "--output", "file/in"]) == 2
+    assert "file" in capsys.readouterr().err
 
 
 def test_a_target_error_stops_each_datum(run_folder: Path, capsys: pytest.CaptureFixture):

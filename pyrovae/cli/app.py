@@ -162,8 +162,11 @@ def evaluate(
     decompose: int | None = None,
     device: Literal["auto", "cpu", "cuda"] | None = None,
     seed: int | None = None,
+    output: Path | None = None,
 ) -> None:
     """Score a trained run again, with other samples or more of them, and write its report anew.
+
+    The old evidence, summary and report stay until the new ones are complete. An interrupted call goes on if it is repeated.
 
     Args:
         run: The run's folder.
@@ -174,9 +177,10 @@ def evaluate(
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
         device: Where to score: a GPU if there is one, or the run's own.
         seed: Seeds the draws; by default the run's.
+        output: Another folder for the results, which "compare" takes like the run's own; the run's folder is left alone.
     """
     from .. import files
-    from .config import load_model, load_split, run_device
+    from .config import load_model, load_split, run_device, write_run
     from .scoring import score
 
     options = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "limit": limit, "decompose": decompose}
@@ -185,7 +189,10 @@ def evaluate(
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
     vae = load_model(run).to(run_device(described))
     records = files.read_lines(run / "metrics.jsonl")
-    score(run, described, load_split(described), vae, records)
+    if output is not None:
+        files.write_text(output / "run.toml", write_run(described))
+        files.write_text(output / "metrics.jsonl", (run / "metrics.jsonl").read_text(encoding="utf-8"))
+    score(run if output is None else output, described, load_split(described), vae, records)
 
 
 @app.command(sort_key=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import registry
@@ -31,7 +30,7 @@ def print_start(run: Run, split: Split, device: torch.device) -> None:
 
 
 def print_evidence(
-    folder: Path, split: Split, quantity: str, evidence: Evidence, parts: Decomposition | None, labels: dict[str, str]
+    split: Split, quantity: str, evidence: Evidence, parts: Decomposition | None, labels: dict[str, str]
 ) -> None:
     """Print what was found on the test data."""
     from ..evidence.kinds import KINDS
@@ -63,7 +62,6 @@ def print_evidence(
     if parts is not None:
         beside = "" if quantity == "log p(x)" else ", given their labels,"
         print(f"\nWhere the nats of the first {len(parts)}{beside} go:\n{parts}\n")
-    print(f"Report: {folder / 'report.html'}")
 
 
 def print_names() -> None:

@@ -25,7 +25,41 @@ __all__ = ["bound_name", "decomposed", "json_text", "package_version", "score"]
 
 
 def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]]) -> None:
-    """Score the test data, write evidence, summary and report, and print what was found."""
+    """Score the test data, print what was found, and write evidence, summary and report, together at the end.
+
+    Scores are kept in ``scoring-*.safetensors`` until then, so that an interrupted call goes on where it was.
+
+    Args:
+        folder: where the files go.
+        run: the run's settings.
+        split: its data.
+        vae: its model.
+        records: its learning curve.
+
+    Raises:
+        OSError: the folder cannot be written; before the work begins.
+    """
+    from .. import files
+
+    inputs = vae.score_inputs(split.test, split.test_labels, **split.beside("test"))
+    inputs = tuple(each[: run.evaluate.limit] for each in inputs)
+    with files.together(folder) as staged:
+        _score(staged, folder, run, split, vae, records, inputs)
+    for unfinished in folder.glob("scoring-*.safetensors"):
+        unfinished.unlink()
+    print(f"Report: {folder / 'report.html'}")
+
+
+def _score(
+    staged: Path,
+    folder: Path,
+    run: Run,
+    split: Split,
+    vae: PairModule,
+    records: list[dict[str, Any]],
+    inputs: tuple[Tensor, ...],
+) -> None:
+    """Score inputs, print what was found, and write the files into a folder that they are moved from."""
     import torch
 
     from .. import files
@@ -33,8 +67,6 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
     from .shown import gather
 
     scoring, labels = run.evaluate, split.test_labels
-    inputs = vae.score_inputs(split.test, labels, **split.beside("test"))
-    inputs = tuple(each[: scoring.limit] for each in inputs)
     began = time.perf_counter()
     evidence = vae.log_marginal(
         inputs,
@@ -43,19 +75,21 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
         proposal=scoring.proposal,
         seed=run.seed,
         progress=sys.stderr.isatty(),
+        resume=folder / f"scoring-{_settings_hash(run)}.safetensors",
     )
     seconds = time.perf_counter() - began
     labels = None if labels is None else labels[: len(evidence)]
     findings = vae.label_findings(inputs[0], labels)
     facts = _facts(run, split, records, f"{vae.quantity}, in {seconds:.1f} s") | _hash(evidence) | findings
-    evidence.save(folder / "evidence.safetensors")
     first = tuple(each[: scoring.decompose] for each in inputs)
     parts = decomposed(vae, first, evidence, run.seed) if scoring.decompose else None
+    print_evidence(split, vae.quantity, evidence, parts, findings)
+    evidence.save(staged / "evidence.safetensors")
     summary = _summary(run, vae.quantity, evidence, parts, facts) | _known(split, evidence) | {"names": split.names()}
-    files.write_text(folder / "summary.json", json_text(summary) + "\n")
+    files.write_text(staged / "summary.json", json_text(summary) + "\n")
     bound = bound_name(run)
     write_report(
-        folder / "report.html",
+        staged / "report.html",
         title=folder.name,
         evidence=evidence,
         quantity=vae.quantity,
@@ -76,7 +110,15 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
         ),
         decomposition=parts,
     )
-    print_evidence(folder, split, vae.quantity, evidence, parts, findings)
+
+
+def _settings_hash(run: Run) -> str:
+    """A short hash of what decides the scores, by which an interrupted call with the same settings is found."""
+    import hashlib
+
+    scoring = run.evaluate
+    decides = (scoring.num_samples, scoring.target_se, scoring.proposal, scoring.limit, run.seed, run.train.device)
+    return hashlib.sha256(repr(decides).encode()).hexdigest()[:8]
 
 
 def _known(split: Split, evidence: Evidence) -> dict[str, float]:
