@@ -1,8 +1,8 @@
 """Files that survive: every write is atomic, every read is safe.
 
 A file is written beside its target and moved over it, so a crash or a full disk leaves the old file whole. Weights are
-safetensors, everything else is JSON: nothing here unpickles. Safetensors files hold a checksum of all their bytes, so that a file
-with a flipped bit is refused.
+safetensors, everything else is JSON: nothing here unpickles. Safetensors files hold a checksum of all their bytes, so that
+a file with a flipped bit is refused.
 """
 
 from __future__ import annotations

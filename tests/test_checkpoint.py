@@ -233,9 +233,14 @@ def test_what_was_read_outlives_the_file(tmp_path: Path) -> None:
 
 def test_files_written_together_replace_the_old_ones_at_the_end_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("old")
-    with pytest.raises(RuntimeError), files.together(tmp_path) as staged:
-        files.write_text(staged / "one", "new")
-        raise RuntimeError
+
+    def fails() -> None:
+        with files.together(tmp_path) as staged:
+            files.write_text(staged / "one", "new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
     assert os.listdir(tmp_path) == ["one"]
     assert (tmp_path / "one").read_text() == "old"
     with files.together(tmp_path) as staged:

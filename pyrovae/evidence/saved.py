@@ -1,4 +1,4 @@
-"""What is read from an evidence file, checked: its arrays and notes have the types, shapes and values that evidence can have."""
+"""Checks of what is read from an evidence file: the types, shapes and values of its arrays and notes."""
 
 from __future__ import annotations
 
