@@ -411,7 +411,7 @@ def test_a_truncated_run_folder_is_named_and_left_alone(run_folder: Path, capsys
 
 
 def test_a_diverging_run_says_so(in_folder: Path, capsys: pytest.CaptureFixture):
-    assert main(["train", *QUICK, "--train.optimizer", "sgd", "--train.lr", "1e12"]) == 2
+    assert main(["train", *QUICK, "--train.optimizer", "sgd", "--train.lr", "1e12"]) == 4
     assert "lower the learning rate" in capsys.readouterr().err
 
 
@@ -420,7 +420,7 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_where(in_folder: Path, 
         raise RuntimeError("some tensor\nis off")
 
     monkeypatch.setattr("pyrovae.training.loop.fit", broken)
-    assert main(["train", *QUICK]) == 2
+    assert main(["train", *QUICK]) == 1
     err = capsys.readouterr().err
     assert "some tensor" in err
     assert "PYROVAE_DEBUG=1" in err

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 
 from .arguments import collect, given
 from .config import Run
+from .exits import explain
 
 __all__ = ["app", "main"]
 
@@ -30,7 +31,7 @@ app = App(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 with one line on standard error."""
+    """Run a command; 0, or one line on standard error and a code that says the cause, of :mod:`.exits`."""
     try:
         app(argv, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
@@ -43,14 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the one place where a user's terminal begins: never a traceback there
         if os.environ.get("PYROVAE_DEBUG"):
             raise
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = "" if isinstance(error, ValueError | OSError | FloatingPointError | CycloptsError) else _BUG
-        print(f"pyrovae: {line.strip()}{hint}", file=sys.stderr)
-        return 2
+        code, line = explain(error)
+        print(f"pyrovae: {line}", file=sys.stderr)
+        return code
     return 0
-
-
-_BUG = " (pyrovae did not foresee this error; PYROVAE_DEBUG=1 shows where it comes from)"
 
 
 @app.command(sort_key=0)
@@ -305,14 +302,6 @@ def _with_particles(name: str, num_particles: int) -> Any:
     from ..estimators.base import make_estimator
 
     return {"kind": name, "num_particles": num_particles} if make_estimator(name).num_particles > 1 else name
-
-
-@app.command(name="list", sort_key=4)
-def list_names() -> None:
-    """List models, priors, likelihoods, encoders, bodies, guides and estimators by name, with a line each."""
-    from .printing import print_names
-
-    print_names()
 
 
 @app.command(sort_key=5)

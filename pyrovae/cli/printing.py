@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import registry
+from .._validation import unknown
 from ..registry import canonical, find, names
 from ..tables import text_table
 from .config import Run
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..diagnostics.decomposition import Decomposition
     from ..evidence.results import Evidence
 
-__all__ = ["device_name", "likelihood_reason", "print_evidence", "print_names", "print_start"]
+__all__ = ["device_name", "likelihood_reason", "print_evidence", "print_name", "print_names", "print_start"]
 
 
 def print_start(run: Run, split: Split, device: torch.device) -> None:
@@ -68,7 +69,56 @@ def print_names() -> None:
     """Print every registered name with the first sentence of its class."""
     for kind in registry.KINDS:
         print(f"{kind}s" if kind != "body" else "bodies")
-        print(text_table(None, [[f"  {name:<22}", _summary(find(kind, name))] for name in names(kind)], left=(0, 1), width=80))
+        _print_kind(kind)
+
+
+def _print_kind(kind: str) -> None:
+    print(text_table(None, [[f"  {name:<22}", _summary(find(kind, name))] for name in names(kind)], left=(0, 1), width=80))
+
+
+def print_name(name: str) -> None:
+    """Print what a registered name is, its options with their defaults, and its papers; or the names of a kind.
+
+    Raises:
+        ValueError: nothing has that name; the message has the nearest one.
+    """
+    kinds = {word: kind for kind in registry.KINDS for word in (kind, f"{kind}s", "bodies" if kind == "body" else kind)}
+    if name.casefold() in kinds:
+        _print_kind(kinds[name.casefold()])
+        return
+    found = [(kind, canonical(kind, name)) for kind in registry.KINDS]
+    found = [(kind, key) for kind, key in found if key in names(kind)]
+    if not found:
+        raise ValueError(unknown("name", name, [each for kind in registry.KINDS for each in names(kind)]))
+    for kind, key in found:
+        cls = find(kind, key)
+        print(textwrap.fill(f"{key}, {'an' if kind[0] in 'aeio' else 'a'} {kind}: {_summary(cls)}", 80))
+        _print_options(kind, cls)
+        for paper in _section(cls, "References"):
+            print(textwrap.fill(paper, 80, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False))
+
+
+def _print_options(kind: str, cls: type) -> None:
+    """Print the arguments of a component, or of a kind of model as they stand in [model]."""
+    call = cls.from_names if kind == "model" else cls  # type: ignore[attr-defined]
+    said = dict(line.split(": ", 1) for line in _section(cls, "Args") + _section(call, "Args") if ": " in line)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for parameter in inspect.signature(call).parameters.values():
+        if parameter.kind in variadic or parameter.name in ("data_shape", "name"):
+            continue
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        meaning = re.sub(r"``([^`]*)``|:\w+:`~?\.?([^`]*)`", r"\1\2", said.get(parameter.name, ""))
+        print(textwrap.fill(f"  {parameter.name}{default}  {meaning}".rstrip(), 80, subsequent_indent=" " * 6))
+
+
+def _section(documented: Any, title: str) -> list[str]:
+    """The entries of a section of a docstring, each on one line."""
+    doc = inspect.getdoc(documented) or ""
+    section = re.search(rf"^{title}:\n((?: {{4}}.*\n?|\n)*)", doc, re.MULTILINE)
+    if section is None:
+        return []
+    entries = re.split(r"\n(?= {4}(?!https?:)\S)", "\n" + section[1].rstrip())
+    return [" ".join(entry.split()) for entry in entries if entry.strip()]
 
 
 def _summary(cls: type) -> str:
