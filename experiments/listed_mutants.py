@@ -140,13 +140,12 @@ CHANGES = [
     ),
     Change(
         "early stopping that restores nothing",
-        "training/loop.py", "        self.best.restore()", "        pass",
+        "training/loop.py", "self.state.tensors.load(self.state.best.values)", "pass",
         "training preflight", "patience or early_stopping",
     ),
     Change(
         "early stopping that restores parameters and no buffers",
-        "training/loop.py", "self.parameters, self.modules = parameters, list(modules)",
-        "self.parameters, self.modules = parameters, []",
+        "training/tensors.py", "for name in dict(module.named_buffers()):", "for name in ():",
         "preflight", "early_stopping",
     ),
     Change(

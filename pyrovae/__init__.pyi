@@ -43,6 +43,9 @@ from .programs.log_weights import log_weights as log_weights
 from .programs.saving import load as load
 from .programs.saving import save as save
 from .programs.weights import LogWeights as LogWeights
+from .training.callbacks import Callback as Callback
+from .training.checkpoint import Checkpoint as Checkpoint
+from .training.checkpoint import load_checkpoint as load_checkpoint
 from .training.history import History as History
 from .training.loop import fit as fit
 

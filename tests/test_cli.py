@@ -42,6 +42,7 @@ def test_train_writes_everything_and_says_what_it_found(in_folder: Path, capsys:
     folder = in_folder / "runs" / "mine"
     assert {path.name for path in folder.iterdir()} == {
         "run.toml", "metrics.jsonl", "model.json", "model.safetensors", "evidence.safetensors", "summary.json", "report.html",
+        "checkpoint",
     }  # fmt: skip
     evidence = pv.Evidence.load(folder / "evidence.safetensors")
     assert (len(evidence), evidence.num_samples, evidence.num_dims) == (360, 60, 64)
@@ -151,10 +152,10 @@ def test_a_likelihood_that_does_not_fit_is_said_to_be_the_users(in_folder: Path,
 
 
 def test_a_second_run_gets_its_own_folder_and_a_chosen_name_is_not_overwritten(run_folder: Path, capsys: pytest.CaptureFixture):
-    before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     assert main(["train", "--name", "mine", *QUICK]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
     for _ in range(2):
         assert main(["train", *QUICK]) == 0
     assert {path.name for path in run_folder.parent.iterdir()} == {"mine", "digits-dreg-2", "digits-dreg-2-2"}
@@ -401,13 +402,13 @@ def test_a_truncated_run_folder_is_named_and_left_alone(run_folder: Path, capsys
     cut = len(whole) * 2 // 5
     # A TOML file cut between two lines is one of fewer settings.
     (run_folder / name).write_bytes(whole[: whole.index(b" = ", cut) + 3 if name == "run.toml" else cut])
-    before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert main(["evaluate", str(run_folder), "--num-samples", "30"]) == 2
     err = capsys.readouterr().err
     assert name in err
     assert "Traceback" not in err
-    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_diverging_run_says_so(in_folder: Path, capsys: pytest.CaptureFixture):

@@ -5,12 +5,11 @@ Only cyclopts is imported at once; torch, Pyro and ArviZ take seconds, so each c
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -18,9 +17,11 @@ from .arguments import collect, given
 from .config import Run
 from .exits import explain
 
+if TYPE_CHECKING:
+    from .folders import RunFolder
+
 __all__ = ["app", "main"]
 
-RUNS = Path("runs")
 app = App(
     name="pyrovae",
     help="Variational autoencoders as honest probabilistic programs.",
@@ -38,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as of `pyrovae list | head`: the rest, and what is flushed at exit, go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as of a process that SIGPIPE ends
-    except KeyboardInterrupt:
-        print("pyrovae: interrupted.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:  # fit's own says which signal it was, and how to go on
+        print(f"pyrovae: {(str(error) or 'interrupted').rstrip('.')}.", file=sys.stderr)
+        return 128 + getattr(error, "signal", 2)
     except Exception as error:  # the one place where a user's terminal begins: never a traceback there
         if os.environ.get("PYROVAE_DEBUG"):
             raise
@@ -56,21 +57,43 @@ def train(
     /,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    resume: Path | None = None,
     settings: Annotated[Run | None, Parameter(name="*")] = None,
 ) -> None:
     """Train a model, score it on held-out data, and write a report.
 
-    With no argument: scikit-learn's handwritten digits, in under two minutes.
+    With no argument: scikit-learn's handwritten digits, in under two minutes. A run that was ended goes on with --resume.
 
     Args:
         run: A TOML file that describes the run, or the data: a file or a folder of images. Options below win over it.
         device: Short for --train.device.
+        resume: The folder of a run that was ended: go on from its last checkpoint, to the same numbers.
         settings: The run's settings.
     """
     del device, settings  # Declared for the help page and the spelling of options; what was given is in arguments.given.
-    from .config import build_model, load_split, read_run, run_device, run_name, with_data
+    from .config import read_run, run_device, run_name
+    from .folders import RunFolder, new_folder
 
+    if resume is not None:
+        if run is not None:
+            raise ValueError(f"A run is resumed from its own settings, so give {run} or --resume {resume}, and not both.")
+        described = _described(resume, given)
+        _train(RunFolder(resume, described, resumed=True))
+        return
     described = read_run(run, given)
+    run_device(described)
+    with new_folder(run_name(described), chosen=described.name is not None) as path:
+        _train(RunFolder(path, described, resumed=False))
+
+
+def _train(folder: RunFolder) -> None:
+    """Train the model of a run's folder, and score it."""
+    from .config import build_model, load_split, run_device, with_data
+
+    where = run_device(folder.run)
+    split = load_split(folder.run)
+    described = with_data(folder.run, split)
+    folder.start(described)
     import torch
 
     from ..estimators.base import make_estimator
@@ -78,73 +101,45 @@ def train(
     from .printing import print_start
     from .scoring import score
 
-    where = run_device(described)
-    split = load_split(described)
-    described = with_data(described, split)
     torch.manual_seed(described.seed)
     vae = build_model(described, split).to(where)
     estimator = make_estimator(described.estimator)
-    inputs = vae.train_inputs(split.train, split.train_labels, **split.beside("train"))
-    log = _Log(_new_folder(run_name(described), described.name is not None), described)
     options = described.train
     print_start(described, split, where)
-    fit(
-        vae.model,
-        vae.guide,
-        inputs,
-        estimator=estimator,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        optimizer=options.optimizer,
-        schedule=options.schedule,
-        clip_norm=options.clip_norm,
-        validation=options.validation or None,
-        patience=options.patience,
-        compile=options.compile,
-        precision=options.precision,
-        transform=split.transform,
-        seed=described.seed,
-        on_epoch=log,
-    )
-    log.close()
-    vae.save_pretrained(log.folder)
-    score(log.folder, described, split, vae, log.records)
-
-
-class _Log:
-    """Writes each epoch's record into a run's folder, which it makes at the first, so that a refused run leaves none behind.
-
-    Args:
-        folder: where to write.
-        run: what is written there as ``run.toml``.
-    """
-
-    def __init__(self, folder: Path, run: Run):
-        self.folder, self.run = folder, run
-        self.records: list[dict[str, Any]] = []
-        self.make_board = _tensorboard() if run.train.tensorboard else None
-        self.board: Any = None
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        from .. import files
-        from .config import write_run
-
-        if not self.records:
-            files.write_text(self.folder / "run.toml", write_run(self.run))
-            self.board = None if self.make_board is None else self.make_board(str(self.folder / "tensorboard"))
-        self.records.append(record)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
-        if self.board is not None:
-            for name in ("bound", "validation", "lr"):
-                if record[name] is not None:
-                    self.board.add_scalar(name, record[name], record["step"])
-
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self.board is not None:
-            self.board.close()
+    callbacks = folder.loggers()
+    with folder.training(vae):
+        history = fit(
+            vae.model,
+            vae.guide,
+            vae.train_inputs(split.train, split.train_labels, **split.beside("train")),
+            estimator=estimator,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            lr=options.lr,
+            optimizer=options.optimizer,
+            schedule=options.schedule,
+            clip_norm=options.clip_norm,
+            accumulate=options.accumulate,
+            ema=options.ema,
+            validation=options.validation or None,
+            validation_samples=options.validation_samples,
+            validate_every=options.validate_every,
+            patience=options.patience,
+            max_seconds=options.max_seconds,
+            max_steps=options.max_steps,
+            max_skips=options.max_skips,
+            compile=options.compile,
+            precision=options.precision,
+            transform=split.transform,
+            seed=described.seed,
+            on_epoch=folder,
+            callbacks=callbacks,
+            checkpoint=folder.checkpoint if options.checkpoint else None,
+            every=options.every,
+            resume="auto" if folder.resumed and options.checkpoint else None,
+        )
+    folder.finish(vae, history.records)
+    score(folder.path, described, split, vae, history.records)
 
 
 @app.command(sort_key=1)
@@ -317,15 +312,6 @@ def doctor() -> None:
         print(textwrap.fill(f"{subject:<{width}}  {said}", 120, subsequent_indent=" " * (width + 2), break_on_hyphens=False))
 
 
-def _tensorboard() -> Any:
-    """TensorBoard's writer, an optional extra."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError('TensorBoard is not installed: pip install "pyrovae[tensorboard]".') from error
-    return SummaryWriter
-
-
 def _described(folder: Path, overrides: dict[str, Any] | None = None) -> Run:
     """The run behind a folder that ``train`` wrote."""
     from .config import read_run
@@ -339,20 +325,6 @@ def _version() -> str:
     from .. import __version__
 
     return __version__
-
-
-def _new_folder(name: str, chosen: bool) -> Path:
-    """A run folder that does not exist yet; a name that the user chose is refused if it is taken."""
-    if Path(name).name != name:
-        raise ValueError(f"A run's name is one folder name, not {name!r}: leave out slashes.")
-    folder = RUNS / name
-    if folder.exists() and chosen:
-        raise ValueError(f"{folder} exists already: choose another --name, or remove it first.")
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = RUNS / f"{name}-{number}"
-    return folder
 
 
 app.config = (collect,)

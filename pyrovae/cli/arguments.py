@@ -20,7 +20,7 @@ def collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
     """Keep the settings given to ``train`` in :data:`given`, for one validation together with the file's."""
     given.clear()
     for argument in arguments if commands[-1:] == ("train",) else ():
-        if not argument.name.startswith("--"):
+        if not argument.name.startswith("--") or argument.name == "--resume":
             continue
         for token in argument.tokens:
             name = SHORT.get(argument.name, argument.name)

@@ -28,7 +28,7 @@ __all__ = [
     "read_run", "run_device", "run_name", "with_data", "write_run",
 ]  # fmt: skip
 
-COMPONENTS = ("prior", "likelihood", "encoder", "layer", "estimator")
+COMPONENTS = ("prior", "likelihood", "encoder", "layer", "estimator", "optimizer", "schedule")
 SECTIONS = {"data": DataSection, "model": ModelSection, "train": TrainSection, "evaluate": EvaluateSection}
 
 

@@ -128,29 +128,51 @@ class TrainSection:
         epochs: Passes over the data.
         batch_size: Data per step.
         lr: Learning rate.
-        optimizer: "adam", "adamw", "sgd", ...
-        schedule: "constant" or "cosine".
+        optimizer: "adam", "adamw", "sgd", ..., or a table such as {kind = "sgd", momentum = 0.9}.
+        schedule: "constant", "cosine", "step" or "plateau", or a table such as {kind = "cosine", warm_up = 500}.
         clip_norm: Largest norm of the gradient.
+        accumulate: Parts of a batch that are computed one after the other, to save memory.
+        ema: Decay of a moving average of the parameters, such as 0.999, which becomes the model.
         validation: Fraction of the training data held out for the validation curve; 0 for none.
+        validation_samples: Score it by importance sampling with so many draws in place of the bound.
+        validate_every: Epochs between two scores of it.
         patience: Stop after this many epochs without a better validation bound.
+        max_seconds: Stop after the step that crosses this time.
+        max_steps: Stop after so many steps.
+        max_skips: End the run after so many steps in a row whose loss or gradient is not finite; they are skipped.
         compile: Capture and compile the training step: true, false, or "auto" for runs long enough to repay it.
         precision: Of matrix products: "float32", "tf32" on a GPU, or "bfloat16".
         device: "cpu", "cuda", or "auto": a GPU if there is one. Scoring takes the same.
         tensorboard: Also log the curves for TensorBoard, in the run's folder.
+        wandb: Also log the curves with Weights & Biases.
+        mlflow: Also log the curves with MLflow.
+        checkpoint: Keep the run's last and best state in its folder, from which --resume goes on.
+        every: Steps between checkpoints, "epoch", or "auto": at the ends of epochs, in less than 1 % of the time.
     """
 
     epochs: Positive = 60
     batch_size: Positive = 64
     lr: PositiveFloat = 2e-3
-    optimizer: str = "adam"
-    schedule: Literal["constant", "cosine"] = "cosine"
+    optimizer: Component = "adam"
+    schedule: Component = "cosine"
     clip_norm: PositiveFloat | None = None
+    accumulate: Positive = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    validation_samples: Positive | None = None
+    validate_every: Positive = 1
     patience: Positive | None = None
+    max_seconds: PositiveFloat | None = None
+    max_steps: Positive | None = None
+    max_skips: Positive = 10
     compile: bool | Literal["auto"] = "auto"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = False
+    wandb: bool = False
+    mlflow: bool = False
+    checkpoint: bool = True
+    every: Positive | Literal["auto", "epoch"] = "auto"
 
 
 @dataclass(frozen=True, config=_STRICT)

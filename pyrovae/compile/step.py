@@ -11,6 +11,7 @@ import pyro.infer
 import torch
 from torch import Tensor
 
+from .average import Average
 from .cuda import STEPS_AT_ONCE, GraphedSteps, NotCaptured, check_precision, products_in, record
 from .graph import MOST_GRAPHS, USES_BEFORE_CAPTURE, Staged
 from .inductor import Tensors
@@ -97,6 +98,9 @@ class Step:
         parameters: the optimizer's parameters.
         reached: those that the loss depends on, known after the first step.
         asynchronous: whether :meth:`step_async` returns before the step is over, as it does on a GPU.
+        average: the moving average of the parameters, if one is to be kept; set before the first step.
+        parts: the number of parts of a batch that are differentiated one after the other, to save memory; set likewise.
+        waits: whether, after a step that is not finite, further ones update nothing until :meth:`drain` is called.
         reason: why it runs slower than asked, or ``None``.
     """
 
@@ -120,6 +124,8 @@ class Step:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         check_precision(precision, self.parameters[0].device)
         self.reached: list[Tensor] = []
+        self.waits, self.parts = True, 1
+        self.average: Average | None = None
         self.asynchronous = any(parameter.is_cuda for parameter in self.parameters)
         self._outcomes: list[Outcome] = []
         self._unread: list[Tensor] = []
@@ -163,13 +169,16 @@ class Step:
         outcome = Outcome(loss.item(), norm.item())
         if not math.isnan(outcome.loss) and math.isfinite(outcome.norm):
             self._update(self.reached, gradients)
+            if self.average is not None:
+                self.average.update()
         return outcome
 
     def step_async(self, *inputs: Tensor) -> None:
         """Take the step without waiting for a GPU; :meth:`drain` later returns its loss and norm.
 
-        After a loss or gradient that is not finite, further steps update nothing until :meth:`drain` is called. Optimizers
-        other than a fused Adam have to read that from the GPU at each step, and so wait.
+        After a loss or gradient that is not finite, further steps update nothing until :meth:`drain` is called, unless
+        :attr:`waits` is set to ``False`` before the first step: then only the step itself is skipped. Optimizers other than a
+        fused Adam have to read that from the GPU at each step, and so wait.
         """
         if not self.asynchronous:
             self._outcomes.append(self(*inputs))
@@ -182,12 +191,17 @@ class Step:
         if graphed is not None:
             self._unread += graphed.step_async(inputs, float(self.optimizer.param_groups[0]["lr"]), beta)
             if graphed.update is None:
-                self._update(self.reached, list(graphed.gradients[2:]), self._found_inf)
+                self._update_on_device(list(graphed.gradients[2:]))
             return
         with products_in(self.precision, self._device):
             loss, norm, *gradients = self._staged(*self._with_beta(inputs, beta))
         self._unread.append(self._noted(loss, norm)[None])
-        self._update(self.reached, gradients, self._found_inf)
+        self._update_on_device(gradients)
+
+    def _update_on_device(self, gradients: list[Tensor], rate: Tensor | None = None) -> None:
+        self._update(self.reached, gradients, self._found_inf, rate)
+        if self.average is not None:
+            self.average.update(self._found_inf)
 
     def drain(self) -> list[Outcome]:
         """Loss and norm of each step taken by :meth:`step_async` since the last call, in order."""
@@ -200,9 +214,9 @@ class Step:
         return outcomes
 
     def _noted(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Loss and norm as one tensor; ``_found_inf`` becomes 1 if either is not finite, and stays 1."""
+        """Loss and norm as one tensor; ``_found_inf`` becomes 1 if either is not finite, and stays 1 if steps wait."""
         found_inf = (torch.isnan(loss) | ~torch.isfinite(norm)).to(self._found_inf.dtype)
-        self._found_inf.copy_(torch.maximum(self._found_inf, found_inf))
+        self._found_inf.copy_(torch.maximum(self._found_inf, found_inf) if self.waits else found_inf)
         return torch.stack([loss, norm]).double()
 
     def _graph_for(self, inputs: Tensors, beta: float | None) -> GraphedSteps | None:
@@ -236,10 +250,11 @@ class Step:
             return outputs
 
         def update(outputs: Tensors, rate: Tensor) -> None:
-            self._update(self.reached, list(outputs[2:]), self._found_inf, rate)
+            self._update_on_device(list(outputs[2:]), rate)
 
         inside, rate = self._update.is_kernel(self.reached), self.optimizer.param_groups[0]["lr"]
         touched = [*self._staged.touched, *self._update.touched, self._found_inf]
+        touched += [] if self.average is None else self.average.touched
         # A batch made outside the graph may depend on random numbers, which a delayed step would draw too late.
         at_once = STEPS_AT_ONCE if inside and self._moving is not None else 1
         try:
@@ -308,7 +323,20 @@ class Step:
         return (loss.detach(), norm, *found)
 
     def _loss_and_gradients(self, batch: Tensors, beta: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor | None]]:
-        count = self.count(batch)
+        pieces = [batch] if self.parts == 1 else list(zip(*(each.chunk(self.parts) for each in batch), strict=True))
+        count = sum(self.count(piece) for piece in pieces)
+        loss, gradients = self._of_piece(pieces[0], count, beta)
+        for piece in pieces[1:]:
+            more, others = self._of_piece(piece, count, beta)
+            loss = loss.detach() + more
+            gradients = [
+                one if other is None else other if one is None else one + other
+                for one, other in zip(gradients, others, strict=True)
+            ]
+        return loss, gradients
+
+    def _of_piece(self, batch: Tensors, count: float, beta: Tensor | None) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The loss of a part of a batch, and its gradients divided by the count of the whole batch."""
         if hasattr(self.estimator, "differentiable_loss"):
             if beta is None:
                 loss = self.estimator.differentiable_loss(self.model, self.guide, *batch)

@@ -160,6 +160,11 @@ class Batches:
             self._refuse_empty()
         return self.load(*self._taken(default_collate(found) if by_rows else found[0]))
 
+    def forget_peeked(self) -> None:
+        """Let the next pass over a stream begin anew."""
+        if self._stream is not None:
+            self._stream.forget()
+
     def inputs(self) -> Iterator[Batch]:
         """One pass, as the inputs of :meth:`load`: row indices and the whole arrays, or the arrays of a batch."""
         if self.rows is not None:

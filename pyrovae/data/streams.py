@@ -53,6 +53,10 @@ class Stream(IterableDataset):
         self._items = _after(taken, items)
         return taken
 
+    def forget(self) -> None:
+        """Let the next pass begin anew."""
+        self._items = None
+
 
 def _after(taken: list[Any], items: Iterator[Any]) -> Iterator[Any]:
     """The items taken from an iterator, then the remaining ones. ``iter`` would restart an iterator that is a data set."""

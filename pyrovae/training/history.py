@@ -31,6 +31,7 @@ class History(Tabular):
             validation data), ``lr`` and ``seconds`` since the start.
         stopped: why training ended.
         precision: of matrix products and convolutions.
+        skipped: steps that were skipped, since their loss or gradient was not finite.
     """
 
     estimator: str
@@ -38,6 +39,7 @@ class History(Tabular):
     records: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = "all epochs done"
     precision: str = "float32"
+    skipped: int = 0
 
     def __repr__(self) -> str:
         """One line: the estimator, the epochs and the last bounds."""

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pyro
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..compile.cuda import products_in
-from ..data.batches import Batches
-from ..data.matching import Batch
-from ..programs.inspect import PairInfo
-from ..programs.reachable import changed, outermost_modules, python_state
+from ..programs.reachable import changed, python_state
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
-from ..programs.tracing import evaluation_mode, same_random_stream
+from .callbacks import Callback, Training
 from .history import History
+from .interrupts import Interrupted, Signals
+from .keeper import Keeper
 from .options import FitOptions
 from .progress import Progress
-from .setup import Setup, set_up
-from .values import SupportCheck, cause_in_data
+from .schedules import MakeOptimizer, MakeSchedule
+from .setup import set_up
+from .skips import Skips, Taken, batch_of
+from .state import RunState
+from .tensors import random_states
+from .validation import validate
+from .values import cause_in_data
 
 __all__ = ["fit"]
 
@@ -47,18 +50,28 @@ def fit(
     batch_size: int = 100,
     shuffle: bool = True,
     lr: float = 1e-3,
-    optimizer: str | Callable[..., torch.optim.Optimizer] = "adam",
-    schedule: str | Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] = "constant",
+    optimizer: str | Mapping[str, Any] | MakeOptimizer = "adam",
+    schedule: str | Mapping[str, Any] | MakeSchedule = "constant",
     clip_norm: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
     validation: Any = None,
+    validation_samples: int | None = None,
+    validate_every: int = 1,
     patience: int | None = None,
     max_seconds: float | None = None,
+    max_steps: int | None = None,
+    max_skips: int = 10,
     compile: bool | Literal["auto"] = "auto",
     precision: Literal["float32", "tf32", "bfloat16"] = "float32",
     transform: Callable[[Tensor], Tensor] | None = None,
     progress: bool = True,
     seed: int | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+    every: int | Literal["auto", "epoch"] = "auto",
+    resume: str | Path | None = None,
 ) -> History:
     r"""Train a pair of Pyro programs by stochastic gradients of an estimator.
 
@@ -79,14 +92,26 @@ def fit(
             such as ``AutoNormal``, ``AutoDelta`` or ``AutoNormalMessenger``, with all data in one batch. Autoguides that draw
             one vector for all data, such as ``AutoMultivariateNormal``, have no factor for each datum and are refused.
         lr: the learning rate.
-        optimizer: ``"adam"``, another name, or a callable ``(parameters, lr=...)`` such as a torch optimizer class.
-        schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), or a callable that makes a torch scheduler, which is
-            stepped after every optimizer step.
+        optimizer: ``"adam"``, another name, a table ``{"kind": "sgd", "momentum": 0.9}``, or a callable of parameters and
+            ``lr``, such as a torch optimizer class.
+        schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), ``{"kind": "step", "every": 30}`` (a tenth after each
+            30 epochs) or ``"plateau"`` (half after epochs without a better validation bound), with the options of
+            :mod:`pyrovae.training.schedules`, such as ``"warm_up": 500`` steps; or a callable that makes a torch scheduler,
+            which is stepped after every step, or with the validation bound if it is a ``ReduceLROnPlateau``.
         clip_norm: the largest norm that the gradient of all parameters together may have.
-        validation: a fraction of the data to hold out, or data of their own; scored by the same estimator each epoch.
+        accumulate: the number of parts of each batch whose gradients are computed one after the other and added, which takes
+            less memory; ``batch_size`` is still the number of data per step.
+        ema: the decay of a moving average of the parameters, such as 0.999; validation uses the average, and the trained
+            parameters are the average.
+        validation: a fraction of the data to hold out, or data of their own; scored by the same estimator.
+        validation_samples: score the validation data by importance sampling with so many draws, in place of the bound.
+        validate_every: epochs between two scores of the validation data.
         patience: stop after this many epochs without a better validation bound, and go back to the best parameters and
             buffers, such as the statistics of batch normalisation.
         max_seconds: stop after the step that crosses this time, counted from the first step.
+        max_steps: stop after so many steps.
+        max_skips: a step whose loss is NaN, or whose gradient is NaN or infinite, is skipped and counted in
+            ``history.skipped``. A warning names the data that caused the first one. So many in a row end the run.
         compile: capture the step as one graph and compile it (:mod:`pyrovae.compile`); ``"auto"`` does so for runs of 3,000
             steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
             to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them.
@@ -103,6 +128,16 @@ def fit(
         seed: seeds torch's random stream, for the order, the draws and the transform. A run is repeated to the last bit by the
             same seed on the same machine with as many threads: the order of sums depends on these, and training amplifies it.
         on_epoch: called with each epoch's record.
+        callbacks: objects of :class:`pyrovae.Callback`, which are called at the start, after steps and epochs, and at the end,
+            and may end the run.
+        checkpoint: a folder where the run is kept: its last state, and the parameters of the best validation bound, as
+            safetensors and JSON with checksums (:func:`pyrovae.load_checkpoint`). A run that is killed loses what came after
+            the last checkpoint. Ctrl-C and SIGTERM finish the step and write one, and so do errors between steps.
+        every: steps between checkpoints, or ``"epoch"``; ``"auto"`` writes them at the ends of epochs as long as that takes
+            less than 1 % of the time, and in the middle of an epoch after ten minutes. The last state is always written.
+        resume: ``"auto"`` goes on from the checkpoint in the folder if there is one; or the path of a checkpoint. With the
+            same pair, data, options and number of threads, the run ends with the bits that it would have had without the
+            interruption. State that programs, data sets or callbacks of your own keep in Python is not restored.
 
     Returns:
         The history of the bound.
@@ -111,7 +146,11 @@ def fit(
         ValueError: bad data or options, or a pair or estimator that do not fit; nothing has been trained then. Batches that
             only show as they pass, of a loader, a transform of your own, or values that the model computes, are refused when
             they come, with their number; the steps before them stand.
-        FloatingPointError: the loss became NaN, or a gradient NaN or infinite; the last parameters before it are kept.
+        FloatingPointError: the loss was NaN, or a gradient NaN or infinite, in ``max_skips`` steps in a row; the last
+            parameters before it are kept.
+        KeyboardInterrupt: Ctrl-C; with a checkpoint, SIGTERM too. This and every other exception that ends training has the
+            records as its attribute ``history``.
+        OSError: a checkpoint cannot be written; the one before is whole.
 
     Example:
         >>> import torch, pyrovae as pv
@@ -120,203 +159,242 @@ def fit(
         >>> history.bound[-1] > history.bound[0]
         True
     """
-    options = FitOptions(
-        estimator=estimator,
-        epochs=epochs,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        lr=lr,
-        optimizer=optimizer,
-        schedule=schedule,
-        clip_norm=clip_norm,
-        validation=validation,
-        patience=patience,
-        max_seconds=max_seconds,
-        compile=compile,
-        precision=precision,
-        transform=transform,
-        progress=progress,
-        seed=seed,
-        on_epoch=on_epoch,
-    ).checked()
-    return _Loop(set_up(model, guide, data, options), options).run()
+    arguments = dict(locals())
+    keywords = {name: arguments[name] for name in FitOptions.__dataclass_fields__}
+    with Keeper(FitOptions(**keywords).checked()) as keeper:
+        start = keeper.start()
+        setup = set_up(model, guide, data, keeper.options)
+        return _Loop(keeper.begin(setup, start), keeper).run()
 
 
 class _Loop:
-    """The loop of one run: epochs of steps, and the state that they share.
+    """The loop of one run: epochs of steps.
 
     Args:
-        setup: the pair, its data and its step.
-        options: how long to train, and what to do after an epoch.
+        state: what the run changes.
+        keeper: writes its checkpoints.
     """
 
-    def __init__(self, setup: Setup, options: FitOptions):
-        self.setup, self.options = setup, options
-        estimator = setup.estimator
-        self.history = History(type(estimator).__name__, estimator.num_particles, precision=options.precision)
-        self.num_steps, self.compared_at = 0, 0
-        self.warned_of_infinite_loss = False
-        self.checks_held_out = not setup.checked_held_out
-        self.best = _Best(setup.first.parameters, outermost_modules(setup.model, setup.guide).values())
-        self.began = time.perf_counter()
+    def __init__(self, state: RunState, keeper: Keeper):
+        self.state, self.setup, self.keeper, self.options = state, state.setup, keeper, keeper.options
+        self.at, self.history = state.position, state.history
+        self.skips = Skips(self.setup, self.options, self.at)
+        plain = {name: value for name, value in vars(self.options).items() if isinstance(value, bool | int | float | str)}
+        optimizer = self.setup.optimizer
+        self.training = Training(self.setup.model, self.setup.guide, optimizer, self.history, plain, step=self.at.step)
+        self.on_step = [each for each in self.options.callbacks if type(each).step is not Callback.step]
+        self.steps_schedule = self.setup.scheduler is not None and not isinstance(self.setup.scheduler, ReduceLROnPlateau)
+        self.signals = Signals(terminate=keeper.folder is not None)
+        self.unread: list[Taken] = []
+        self.reads = self.setup.train.source is not None  # batches that are read, rather than gathered in memory
+        self.cut = False  # whether a budget ended the run within an epoch
+        # Random states from which the run could go on if it ended now; None within a step.
+        self.between: dict[str, Any] | None = None
 
     def run(self) -> History:
         """Train; the history of the run."""
-        setup, options = self.setup, self.options
+        setup, options, at = self.setup, self.options, self.at
+        self.state.start_clock()
         # The data have been checked, so the validation that Pyro would repeat at each step is off; NaN is still caught.
         with (
             pyro.validation_enabled(False),
             products_in(options.precision, setup.first.device),
-            Progress(setup.total_steps, options.epochs, enabled=options.progress) as progress,
+            Progress(setup.total_steps, options.epochs, enabled=options.progress, done=at.step) as progress,
+            self.signals,
         ):
-            for epoch in range(1, options.epochs + 1):
-                record = self._record(epoch, self._train(epoch, progress))
-                self.history.records.append(record)
-                progress.epoch(record)
-                self._call_on_epoch(record)
-                if options.patience is not None and not self.best.update(record, options.patience):
-                    self.history.stopped = f"no better validation bound for {options.patience} epochs"
-                    break
-                if self._out_of_time():
-                    self.history.stopped = f"{options.max_seconds} seconds are over"
-                    break
-        self.best.restore()
+            try:
+                for callback in options.callbacks:
+                    callback.start(self.training)
+                if self._goes_on():
+                    at.ended, self.cut = None, at.batch > 0 and self._budget() is not None
+                    self._epochs(progress)
+                self.history.stopped = at.ended or self.history.stopped
+                if not self.cut:
+                    self.keeper.write(self.state, self.state.random)
+                if self.signals.received is not None:  # after the last step
+                    self._interrupt(self.signals.received)
+            except BaseException as error:
+                self._rescue(error)
+                raise
+            finally:
+                if setup.step.average is not None:
+                    setup.step.average.load_into_parameters()
+                if options.patience is not None:
+                    self.state.tensors.load(self.state.best.values)
+                for callback in options.callbacks:
+                    callback.end(self.training)
         return self.history
 
-    def _train(self, epoch: int, progress: Progress) -> float:
-        """Take the steps of an epoch; their mean bound, in nats per datum."""
-        setup, step = self.setup, self.setup.step
-        # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
-        checks = not setup.checked_train and (epoch == 1 or (setup.check.direct and setup.train.changes))
-        if self.num_steps - self.compared_at >= (STEPS_BETWEEN_CHECKS_ON_GPU if step.asynchronous else STEPS_BETWEEN_CHECKS):
-            step.recheck(f"at the start of epoch {epoch}")
-            self.compared_at = self.num_steps
-        total, num_data = 0.0, 0.0
-        inputs: Batch
-        for number, inputs in enumerate(setup.train.inputs() if setup.loads else setup.train, 1):
-            if checks:
-                setup.check(self._batch(inputs), f"batch {number} of epoch {epoch}")
-            step.step_async(*inputs)
-            if setup.scheduler is not None:
-                setup.scheduler.step()
-            self.num_steps += 1
-            num_data += setup.first.info.count(inputs)
-            progress.step()
-            if not step.asynchronous or self.num_steps % SYNC_EVERY == 0:
-                total += self._read_bounds(epoch, inputs)
-            if self._out_of_time():
-                break
-        total += self._read_bounds(epoch, inputs)
-        return total / num_data
+    def _goes_on(self) -> bool:
+        """Whether there is anything left to do; a run that ended can be resumed with a larger budget."""
+        at, patience = self.at, self.options.patience
+        if at.ended is None:
+            return True
+        impatient = patience is not None and at.epoch - 1 - self.state.best.epoch >= patience
+        return at.epoch <= self.options.epochs and not impatient and self._budget() is None
 
-    def _read_bounds(self, epoch: int, inputs: Batch) -> float:
-        """The bounds of the steps since the last call, summed.
+    def _epochs(self, progress: Progress) -> None:
+        at, keeper = self.at, self.keeper
+        while at.epoch <= self.options.epochs:
+            bound = self._train(progress)
+            if keeper.folder is not None:
+                self.between = random_states(self.state.device)
+            record = self._record(bound)
+            self.history.records.append(record)
+            progress.epoch(record)
+            self._call_on_epoch(record)
+            self.between = None
+            at.begin_epoch(at.epoch + 1)
+            at.ended = self._reason_to_stop(record)
+            if at.ended is not None:
+                return
+            if keeper.due(self.state, epoch_over=True):
+                keeper.write(self.state)
+        at.ended = "all epochs done"
+
+    def _train(self, progress: Progress) -> float:
+        """Take the steps of an epoch that are still to come; the mean bound of its steps, in nats per datum."""
+        state, setup, step, at = self.state, self.setup, self.setup.step, self.at
+        # Supports are checked in each batch of a loader, which may change its data, but by runs of the pair once.
+        checks = not setup.checked_train and (at.epoch == 1 or (setup.check.direct and setup.train.changes))
+        between = STEPS_BETWEEN_CHECKS_ON_GPU if step.asynchronous else STEPS_BETWEEN_CHECKS
+        if at.batch == 0 and at.step - at.compared_at >= between:
+            step.recheck(f"at the start of epoch {at.epoch}")
+            at.compared_at = at.step
+        for inputs in () if self.cut else state.inputs():
+            self.between = None
+            batch = inputs if setup.loads else setup.train.load(*inputs)
+            if checks:
+                seen = batch_of(setup, inputs) if setup.loads else batch
+                setup.check(seen, f"batch {at.batch + 1} of epoch {at.epoch}")
+            step.step_async(*batch)
+            if self.steps_schedule:
+                setup.scheduler.step()
+            at.step, at.batch = at.step + 1, at.batch + 1
+            self._remember(inputs, batch)
+            progress.step()
+            if not step.asynchronous or at.step % SYNC_EVERY == 0:
+                self._read_bounds()
+            if self.signals.received is not None:
+                self._interrupt(self.signals.received)
+            if self.on_step:
+                self._call_on_step()
+            over = self._budget() is not None
+            # A run that is resumed with a larger budget goes on within the epoch.
+            self.cut = over and at.batch != setup.train.num_batches
+            if self.cut or self.keeper.due(state):
+                self._read_bounds()
+                self.keeper.write(state)
+            if over:
+                break
+            if self.reads and self.keeper.folder is not None:  # reading the next batch may fail
+                self.between = random_states(state.device)
+        self._read_bounds()
+        return at.total / at.num_data if at.num_data else math.nan
+
+    def _remember(self, inputs: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> None:
+        """Note a step whose loss is read later, and its inputs unless they are a loader's and no longer needed."""
+        if self.unread and self.reads:
+            self.unread[-1] = self.unread[-1]._replace(inputs=None)
+        self.unread.append(Taken(self.at.step, self.at.batch, self.setup.first.info.count(batch), inputs))
+
+    def _read_bounds(self) -> None:
+        """Add the bounds of the steps since the last call.
 
         Raises:
-            FloatingPointError: a loss was NaN, or a gradient NaN or infinite.
+            FloatingPointError: too many in a row were skipped.
         """
-        outcomes = self.setup.step.drain()
-        for number, (loss, norm) in enumerate(outcomes, self.num_steps - len(outcomes) + 1):
+        at, unread = self.at, self.unread
+        self.unread = []
+        for (loss, norm), step in zip(self.setup.step.drain(), unread, strict=True):
             # An infinite loss is a datum of weight zero, whose gradient our estimators leave out.
             if math.isnan(loss) or not math.isfinite(norm):
-                what, value = ("loss", loss) if math.isnan(loss) else ("gradient", norm)
-                clip = "set clip_norm" if self.options.clip_norm is None else "clip_norm"
-                cure = self._cause(inputs) or f"lower the learning rate ({self.options.lr:g}), or {clip}."
-                raise FloatingPointError(f"The {what} became {value} in epoch {epoch}, step {number}: {cure}")
-            if math.isinf(loss) and not self.warned_of_infinite_loss:
-                self.warned_of_infinite_loss = True
-                cause = self._cause(inputs)
+                self.between = random_states(self.state.device)
+                self.history.skipped = at.skipped + 1
+                self.skips.note(loss, norm, step)
+                continue
+            at.in_a_row, at.total, at.num_data = 0, at.total - loss, at.num_data + step.num_data
+            if math.isinf(loss) and not at.warned_of_infinite_loss:
+                at.warned_of_infinite_loss = True
+                inputs = unread[-1].inputs if step.inputs is None else step.inputs
+                cause = (
+                    None if inputs is None else cause_in_data(self.setup.model, self.setup.guide, batch_of(self.setup, inputs))
+                )
                 if cause is not None:
-                    warnings.warn(f"The loss is infinite in epoch {epoch}, step {number}: {cause}", stacklevel=6)
-        return -sum(loss for loss, _ in outcomes)
+                    warnings.warn(f"The loss is infinite in epoch {at.epoch}, step {step.number}: {cause}", stacklevel=6)
 
-    def _cause(self, inputs: Batch) -> str | None:
-        return cause_in_data(self.setup.model, self.setup.guide, self._batch(inputs))
+    def _interrupt(self, number: int) -> None:
+        """End the run by a signal that came.
 
-    def _batch(self, inputs: Batch) -> Batch:
-        """The batch that a step makes of its inputs; the random stream does not notice."""
-        with same_random_stream(inputs):
-            return self.setup.train.load(*inputs) if self.setup.loads else inputs
+        Raises:
+            KeyboardInterrupt: always.
+        """
+        self._read_bounds()
+        self.between = random_states(self.state.device)
+        path, at = self.keeper.options.checkpoint, self.at
+        cure = (
+            "nothing is kept without checkpoint="
+            if path is None
+            else f"{path} has a checkpoint, from which resume='auto' goes on"
+        )
+        raise Interrupted(f"Training was interrupted after step {at.step}, in epoch {at.epoch}: {cure}.", number, self.history)
 
-    def _record(self, epoch: int, bound: float) -> dict[str, Any]:
-        setup = self.setup
-        validation = None
-        if setup.held_out is not None:
-            check = setup.check if self.checks_held_out else None
-            validation = _bound(setup.estimator, setup.model, setup.guide, setup.held_out, setup.first.info, check)
-        # By runs of the pair, the validation data are checked once.
-        self.checks_held_out = self.checks_held_out and setup.check.direct
+    def _rescue(self, error: BaseException) -> None:
+        """Write a last checkpoint if the run ended between two steps, and hand over the history."""
+        error.history = self.history  # type: ignore[attr-defined]
+        if self.keeper.folder is None or self.between is None or self.keeper.failed:
+            return
+        records, random = self.history.records, self.between
+        self.history.records = records[: self.at.epoch - 1]  # the end of an epoch that failed is tried again
+        try:
+            self._read_bounds()
+            self.keeper.write(self.state, random)
+        except (OSError, FloatingPointError) as second:
+            error.add_note(str(second))
+        finally:
+            self.history.records = records
+
+    def _record(self, bound: float) -> dict[str, Any]:
         return {
-            "epoch": epoch,
-            "step": self.num_steps,
+            "epoch": self.at.epoch,
+            "step": self.at.step,
             "bound": bound,
-            "validation": validation,
-            "lr": setup.optimizer.param_groups[0]["lr"],
-            "seconds": time.perf_counter() - self.began,
+            "validation": validate(self.state, self.options),
+            "lr": self.setup.optimizer.param_groups[0]["lr"],
+            "seconds": self.state.seconds,
         }
 
+    def _call_on_step(self) -> None:
+        self.training.step, self.training.epoch = self.at.step, self.at.epoch
+        for callback in self.on_step:
+            callback.step(self.training)
+
     def _call_on_epoch(self, record: dict[str, Any]) -> None:
-        if self.options.on_epoch is None:
+        if self.options.on_epoch is None and not self.options.callbacks:
             return
+        self.training.step, self.training.epoch = self.at.step, self.at.epoch
         setup, captured = self.setup, self.setup.step.captured
         programs = (setup.model, setup.guide, setup.estimator)
         before = python_state(*programs) if captured else {}
-        self.options.on_epoch(record)
+        if self.options.on_epoch is not None:
+            self.options.on_epoch(record)
+        for callback in self.options.callbacks:
+            callback.epoch(self.training, record)
         if captured and changed(before, python_state(*programs)):
             setup.step.recheck(f"after on_epoch of epoch {record['epoch']}")
 
-    def _out_of_time(self) -> bool:
-        return self.options.max_seconds is not None and time.perf_counter() - self.began > self.options.max_seconds
+    def _reason_to_stop(self, record: dict[str, Any]) -> str | None:
+        """Why training ends after an epoch, or ``None``."""
+        patience = self.options.patience
+        if patience is not None and record["epoch"] - self.state.best.epoch >= patience:
+            return f"no better validation bound for {patience} epochs"
+        return self._budget()
 
-
-class _Best:
-    """The parameters and buffers of the epoch with the best validation bound.
-
-    Args:
-        parameters: what the optimizer moves.
-        modules: those whose buffers training moves.
-    """
-
-    def __init__(self, parameters: list[Tensor], modules: Iterable[nn.Module]):
-        self.parameters, self.modules = parameters, list(modules)
-        self.bound, self.epoch = -math.inf, 0
-        self.state: list[tuple[Callable[[], Tensor], Tensor]] = []
-
-    def update(self, record: dict[str, Any], patience: int) -> bool:
-        """Take an epoch into account; whether training goes on."""
-        if record["validation"] > self.bound:
-            self.bound, self.epoch = record["validation"], record["epoch"]
-            self._save()
-            return True
-        return record["epoch"] - self.epoch < patience
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Go back to the best state, if there is one."""
-        for live, value in self.state:
-            live().copy_(value)
-
-    def _save(self) -> None:
-        # Each as what gives the live tensor and its value now, since a buffer may be another tensor by then.
-        self.state = [(partial(_itself, each), each.detach().clone()) for each in self.parameters]
-        for module in self.modules:
-            for name, buffer in module.named_buffers():
-                self.state.append((partial(module.get_buffer, name), buffer.detach().clone()))
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-@torch.no_grad()
-def _bound(
-    estimator: Any, model: Program, guide: Program, batches: Batches, info: PairInfo, check: SupportCheck | None = None
-) -> float:
-    """The mean bound of data, in nats per datum."""
-    with evaluation_mode(model, guide):
-        total, num_data = 0.0, 0.0
-        for number, batch in enumerate(batches, 1):
-            if check is not None:
-                check(batch, f"batch {number} of the validation data")
-            total, num_data = total - estimator.loss(model, guide, *batch), num_data + info.count(batch)
-    return total / num_data
+    def _budget(self) -> str | None:
+        """Which budget is used up, or ``None``."""
+        options = self.options
+        if options.max_seconds is not None and self.state.seconds > options.max_seconds:
+            return f"{options.max_seconds} seconds are over"
+        if options.max_steps is not None and self.at.step >= options.max_steps:
+            return f"{options.max_steps} steps are done"
+        return self.training.stopped

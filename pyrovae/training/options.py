@@ -1,32 +1,22 @@
-"""The options of :func:`pyrovae.fit`: their types, their checks, and the optimizers and schedules that have names."""
+"""The options of :func:`pyrovae.fit`: their types and their checks."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import torch
 from torch import Tensor
 
-from .._validation import positive_integer, unknown
+from .._validation import positive_integer
+from .callbacks import Callback
+from .schedules import MakeOptimizer, MakeSchedule
 
-__all__ = ["OPTIMIZERS", "FitKeywords", "FitOptions", "MakeOptimizer", "MakeSchedule", "TrainKeywords"]
+__all__ = ["FitKeywords", "FitOptions", "TrainKeywords"]
 
-MakeOptimizer = Callable[..., torch.optim.Optimizer]
-MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-
-OPTIMIZERS: dict[str, MakeOptimizer] = {
-    "adam": partial(torch.optim.Adam, fused=True),
-    "adamax": torch.optim.Adamax,
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "radam": torch.optim.RAdam,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
 # Inductor takes 5 to 20 seconds, and saves 3 to 15 milliseconds a step on two cores.
 STEPS_TO_COMPILE = 3000
 
@@ -38,16 +28,23 @@ class TrainKeywords(TypedDict, total=False):
     batch_size: int
     shuffle: bool
     lr: float
-    optimizer: str | MakeOptimizer
-    schedule: str | MakeSchedule
+    optimizer: str | Mapping[str, Any] | MakeOptimizer
+    schedule: str | Mapping[str, Any] | MakeSchedule
     clip_norm: float | None
+    accumulate: int
+    ema: float | None
     validation: Any
+    validation_samples: int | None
+    validate_every: int
     patience: int | None
+    max_steps: int | None
+    max_skips: int
     compile: bool | Literal["auto"]
     precision: Literal["float32", "tf32", "bfloat16"]
     transform: Callable[[Tensor], Tensor] | None
     progress: bool
     on_epoch: Callable[[dict[str, Any]], None] | None
+    callbacks: Sequence[Callback]
 
 
 class FitKeywords(TrainKeywords, total=False):
@@ -56,6 +53,9 @@ class FitKeywords(TrainKeywords, total=False):
     estimator: Any
     max_seconds: float | None
     seed: int | None
+    checkpoint: str | Path | None
+    every: int | Literal["auto", "epoch"]
+    resume: str | Path | None
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,28 @@ class FitOptions:
     batch_size: int
     shuffle: bool
     lr: float
-    optimizer: str | MakeOptimizer
-    schedule: str | MakeSchedule
+    optimizer: str | Mapping[str, Any] | MakeOptimizer
+    schedule: str | Mapping[str, Any] | MakeSchedule
     clip_norm: float | None
+    accumulate: int
+    ema: float | None
     validation: Any
+    validation_samples: int | None
+    validate_every: int
     patience: int | None
     max_seconds: float | None
+    max_steps: int | None
+    max_skips: int
     compile: bool | Literal["auto"]
     precision: Literal["float32", "tf32", "bfloat16"]
     transform: Callable[[Tensor], Tensor] | None
     progress: bool
     seed: int | None
     on_epoch: Callable[[dict[str, Any]], None] | None
+    callbacks: Sequence[Callback]
+    checkpoint: str | Path | None
+    every: int | Literal["auto", "epoch"]
+    resume: str | Path | None
 
     def checked(self) -> FitOptions:
         """The options, with ``epochs`` as a plain integer.
@@ -95,44 +105,39 @@ class FitOptions:
             raise ValueError(f'compile must be True, False or "auto", got {self.compile!r}.')
         if self.patience is not None and self.validation is None:
             raise ValueError(f"patience={self.patience} needs a validation bound: pass validation=0.1, for example.")
-        return replace(self, epochs=epochs)
+        if self.patience is not None and self.patience < self.validate_every:
+            raise ValueError(f"patience must be at least validate_every = {self.validate_every}, got {self.patience!r}.")
+        if self.validation_samples is not None and self.validation is None:
+            raise ValueError("validation_samples needs validation data: pass validation=0.1, for example.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be a decay between 0 and 1, such as 0.999, got {self.ema!r}.")
+        accumulate = positive_integer(self.accumulate, "accumulate")
+        positive_integer(self.validate_every, "validate_every")
+        if self.validation_samples is not None:
+            positive_integer(self.validation_samples, "validation_samples")
+        if self.every not in ("auto", "epoch"):
+            positive_integer(self.every, "every")
+        if self.resume == "auto" and self.checkpoint is None:
+            raise ValueError(
+                'resume="auto" must have a folder of checkpoints: pass checkpoint=, or the path of one as resume=.'
+            )
+        positive_integer(self.max_skips, "max_skips")
+        max_steps = None if self.max_steps is None else positive_integer(self.max_steps, "max_steps")
+        return replace(self, epochs=epochs, max_steps=max_steps, accumulate=accumulate)
 
-    def make_optimizer(self) -> MakeOptimizer:
-        """The optimizer as a callable of the parameters.
+    def total_steps(self, num_batches: int | None) -> int | None:
+        """How many steps the run takes at most, given the number of batches of an epoch; ``None`` if that is not known."""
+        by_epochs = None if num_batches is None else self.epochs * num_batches
+        return min((each for each in (by_epochs, self.max_steps) if each is not None), default=None)
 
-        Raises:
-            ValueError: an unknown name.
-        """
-        return _by_name(self.optimizer, "optimizer", OPTIMIZERS)
-
-    def make_schedule(self, total_steps: int | None) -> Callable[..., Any]:
-        """The schedule as a callable of the optimizer.
-
-        Args:
-            total_steps: how many steps the run will take at most; ``None`` if the data do not know their length.
-
-        Raises:
-            ValueError: an unknown name; or, when it is called, a cosine schedule without a number of steps.
-        """
-
-        def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-            if total_steps is None:
-                raise ValueError("A cosine schedule needs data that know their length: choose schedule='constant'.")
-            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
-
-        return _by_name(self.schedule, "schedule", {"constant": lambda optimizer: None, "cosine": cosine})
+    def depends_on_length(self) -> bool:
+        """Whether the learning rate depends on the number of steps of the whole run."""
+        kind = self.schedule if isinstance(self.schedule, str) else None
+        kind = self.schedule.get("kind") if isinstance(self.schedule, Mapping) else kind
+        return str(kind).casefold() == "cosine"
 
     def compiles(self, total_steps: int | None) -> bool:
         """Whether steps are compiled."""
         if self.compile == "auto":
             return self.precision == "bfloat16" or (total_steps is not None and total_steps >= STEPS_TO_COMPILE)
         return self.compile
-
-
-def _by_name(choice: Any, what: str, choices: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
-    if not isinstance(choice, str):
-        return choice
-    name = choice.casefold()
-    if name not in choices:
-        raise ValueError(unknown(what, choice, choices))
-    return choices[name]

@@ -21,11 +21,12 @@ class Progress:
         total_steps: how many steps there will be, or ``None`` if nobody knows.
         epochs: how many epochs there will be at most.
         enabled: whether to show anything.
+        done: how many steps a run that is resumed has taken before.
     """
 
-    def __init__(self, total_steps: int | None, epochs: int, *, enabled: bool):
+    def __init__(self, total_steps: int | None, epochs: int, *, enabled: bool, done: int = 0):
         interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._bar = tqdm(total=total_steps, unit="step", disable=not (enabled and interactive))
+        self._bar = tqdm(total=total_steps, initial=done, unit="step", disable=not (enabled and interactive))
         self._prints, self._epochs = enabled and not interactive, epochs
         self._printed_at = -SECONDS_BETWEEN_LINES
         self._waiting: str | None = None

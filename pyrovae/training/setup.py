@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from ..compile.average import Average
 from ..compile.cuda import check_precision
 from ..compile.step import Step, stage
 from ..data.batches import Batches
@@ -19,6 +21,7 @@ from ..programs.sites import Program
 from ..programs.state import buffers_kept
 from .options import FitOptions
 from .preflight import check_other_batches, check_programs, checked_optimizer, rehearse
+from .schedules import Schedule, named_optimizer, named_schedule
 from .values import SupportCheck, check_first_loss
 
 __all__ = ["Setup", "set_up", "split"]
@@ -43,6 +46,8 @@ class Setup:
         step: takes a training step.
         loads: whether the step makes its batches itself, from rows and the whole data.
         total_steps: how many steps the run takes at most, or ``None`` if the data do not know their length.
+        depends_on_length: whether what a step computes depends on ``total_steps``, as under a cosine schedule.
+        rows: where the training data stand in the data that were given; ``None`` if they are all of them.
     """
 
     model: Program
@@ -59,6 +64,8 @@ class Setup:
     step: Step
     loads: bool
     total_steps: int | None
+    depends_on_length: bool
+    rows: torch.Tensor | None
 
 
 def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Setup:
@@ -71,7 +78,7 @@ def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Se
     if options.seed is not None:
         torch.manual_seed(options.seed)
     estimator = make_estimator(options.estimator)
-    train, held_out = split(model, data, options)
+    train, held_out, rows = split(model, data, options)
     for batches in (train, held_out):
         if batches is not None:
             batches.check_passes(options.epochs)
@@ -99,8 +106,8 @@ def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Se
     # Gradients that another loop, or a run that failed, left behind would enter the first step.
     for parameter in first.parameters:
         parameter.grad = None
-    total_steps = None if train.num_batches is None else options.epochs * train.num_batches
-    optimizer, scheduler = _make_optimizer(first, options, total_steps)
+    total_steps = options.total_steps(train.num_batches)
+    optimizer, scheduler = _make_optimizer(first, options, total_steps, train.num_batches)
     compiles = options.compiles(total_steps)
     # Data in memory are gathered and drawn within a compiled step, unless by a program that need not be tensor operations.
     loads = compiles and options.shuffle and train.loader is None and options.transform in (None, binarize, dequantize)
@@ -117,14 +124,16 @@ def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Se
             backend="inductor" if compiles else "eager",
             precision=options.precision,
         )
+    step.waits, step.parts = False, options.accumulate
+    step.average = None if options.ema is None else Average(first.parameters, options.ema)
     return Setup(
         model, guide, estimator, train, held_out, first, check, checked_train, checked_held_out,
-        optimizer, scheduler, step, loads, total_steps,
+        optimizer, scheduler, step, loads, total_steps, options.depends_on_length(), rows,
     )  # fmt: skip
 
 
-def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batches | None]:
-    """Batches of the training data and of the validation data.
+def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batches | None, torch.Tensor | None]:
+    """Batches of the training data and of the validation data, and the rows of the former if they are a part.
 
     Raises:
         ValueError: a fraction that leaves one of them empty, or data of which no fraction can be held out.
@@ -132,9 +141,9 @@ def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batc
     batch_size, shuffle, transform, validation = options.batch_size, options.shuffle, options.transform, options.validation
     train = Batches(data, batch_size, shuffle=shuffle, transform=transform, program=model)
     if validation is None:
-        return train, None
+        return train, None, None
     if not isinstance(validation, numbers.Real):
-        return train, Batches(validation, batch_size, program=model)
+        return train, Batches(validation, batch_size, program=model), None
     fraction = float(validation)
     if not 0 < fraction < 1:
         raise ValueError(f"validation must be a fraction between 0 and 1, or data, got {validation!r}.")
@@ -152,18 +161,19 @@ def split(model: Program, data: Any, options: FitOptions) -> tuple[Batches, Batc
     # What is unread has not been matched to the program's parameters.
     parts = [Batches(part, batch_size, program=model if isinstance(part, Lazy) else None) for part in (kept, held_out)]
     parts[0].shuffle, parts[0].transform = shuffle, transform
-    return parts[0], parts[1]
+    return parts[0], parts[1], order[num_held_out:]
 
 
-def _make_optimizer(first: FirstBatch, options: FitOptions, total_steps: int | None) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = checked_optimizer(options.make_optimizer(), first.parameters, options.lr)
-    scheduler = options.make_schedule(total_steps)(optimizer)
+def _make_optimizer(
+    first: FirstBatch, options: FitOptions, total_steps: int | None, epoch: int | None
+) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = checked_optimizer(named_optimizer(options.optimizer), first.parameters, options.lr)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "optimizer must evaluate the loss once for each step, got LBFGS, which does so several times: choose 'adam'."
         )
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise ValueError(
-            "schedule must follow the number of the step, got ReduceLROnPlateau, which needs a metric: choose 'cosine'."
-        )
+    scheduler = named_schedule(options.schedule, total_steps, epoch)(optimizer)
+    follows = isinstance(scheduler, ReduceLROnPlateau) or (isinstance(scheduler, Schedule) and scheduler.patience is not None)
+    if follows and options.validation is None:
+        raise ValueError("A schedule that follows the validation bound needs one: pass validation=0.1, for example.")
     return optimizer, scheduler
