@@ -60,7 +60,9 @@ def test_train_writes_everything_and_says_what_it_found(in_folder: Path, capsys:
     for text in (f"{evidence.mean:.2f}", f"{evidence.bits_per_dim:.3f}", "nats per image", "runs/mine/report.html"):
         assert text in out
     assert max(map(len, out.splitlines())) <= 110
-    assert out.startswith("On the CPU.\n") or torch.cuda.is_available()
+    first = out.splitlines()[0]
+    assert first.startswith("vae of digits, binomial likelihood, ")
+    assert f" {sum(each.numel() for each in vae.parameters()):,} parameters, on the " in first
     assert all(len(line) <= 80 for line in out.splitlines()[2:])
 
 
@@ -68,7 +70,7 @@ def test_train_writes_everything_and_says_what_it_found(in_folder: Path, capsys:
 def test_the_device_is_chosen(in_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, option: str):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["train", "--name", "mine", *QUICK, option, "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("On the CPU.\n")
+    assert capsys.readouterr().out.splitlines()[0].endswith(" parameters, on the CPU")
     run = read_run(in_folder / "runs" / "mine" / "run.toml")
     assert run.train.device == "cpu"
     assert main(["train", *QUICK, option, "cuda"]) == 2

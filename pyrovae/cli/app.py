@@ -16,6 +16,7 @@ from cyclopts import App, Parameter
 from .arguments import collect, given
 from .config import Run
 from .exits import explain
+from .output import Output
 
 if TYPE_CHECKING:
     from .folders import RunFolder
@@ -58,6 +59,7 @@ def train(
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     resume: Path | None = None,
+    output: Annotated[Output | None, Parameter(name="*")] = None,
     settings: Annotated[Run | None, Parameter(name="*")] = None,
 ) -> None:
     """Train a model, score it on held-out data, and write a report.
@@ -68,25 +70,27 @@ def train(
         run: A TOML file that describes the run, or the data: a file or a folder of images. Options below win over it.
         device: Short for --train.device.
         resume: The folder of a run that was ended: go on from its last checkpoint, to the same numbers.
+        output: What is printed.
         settings: The run's settings.
     """
     del device, settings  # Declared for the help page and the spelling of options; what was given is in arguments.given.
     from .config import read_run, run_device, run_name
     from .folders import RunFolder, new_folder
 
+    output = output or Output()
     if resume is not None:
         if run is not None:
             raise ValueError(f"A run is resumed from its own settings, so give {run} or --resume {resume}, and not both.")
         described = _described(resume, given)
-        _train(RunFolder(resume, described, resumed=True))
+        _train(RunFolder(resume, described, resumed=True), output)
         return
     described = read_run(run, given)
     run_device(described)
     with new_folder(run_name(described), chosen=described.name is not None) as path:
-        _train(RunFolder(path, described, resumed=False))
+        _train(RunFolder(path, described, resumed=False), output)
 
 
-def _train(folder: RunFolder) -> None:
+def _train(folder: RunFolder, output: Output) -> None:
     """Train the model of a run's folder, and score it."""
     from .config import build_model, load_split, run_device, with_data
 
@@ -105,7 +109,8 @@ def _train(folder: RunFolder) -> None:
     vae = build_model(described, split).to(where)
     estimator = make_estimator(described.estimator)
     options = described.train
-    print_start(described, split, where)
+    with output.words():
+        print_start(described, split, where, vae)
     callbacks = folder.loggers()
     with folder.training(vae):
         history = fit(
@@ -132,6 +137,7 @@ def _train(folder: RunFolder) -> None:
             precision=options.precision,
             transform=split.transform,
             seed=described.seed,
+            progress=not output.quiet,
             on_epoch=folder,
             callbacks=callbacks,
             checkpoint=folder.checkpoint if options.checkpoint else None,
@@ -139,7 +145,7 @@ def _train(folder: RunFolder) -> None:
             resume="auto" if folder.resumed and options.checkpoint else None,
         )
     folder.finish(vae, history.records)
-    score(folder.path, described, split, vae, history.records)
+    score(folder.path, described, split, vae, history.records, output)
 
 
 @app.command(sort_key=1)
@@ -155,6 +161,7 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda"] | None = None,
     seed: int | None = None,
     output: Path | None = None,
+    printed: Annotated[Output | None, Parameter(name="*")] = None,
 ) -> None:
     """Score a trained run again, with other samples or more of them, and write its report anew.
 
@@ -170,6 +177,7 @@ def evaluate(
         device: Where to score: a GPU if there is one, or the run's own.
         seed: Seeds the draws; by default the run's.
         output: Another folder for the results, which "compare" takes like the run's own; the run's folder is left alone.
+        printed: What is printed.
     """
     from .. import files
     from .config import load_model, load_split, run_device, write_run
@@ -180,21 +188,24 @@ def evaluate(
     overrides |= {} if device is None else {"train": {"device": device}}
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
     vae = load_model(run).to(run_device(described))
-    records = files.read_lines(run / "metrics.jsonl")
+    records, split = files.read_lines(run / "metrics.jsonl"), load_split(described)
     if output is not None:
+        if (output / "model.json").exists():
+            raise ValueError(f"--output must not be the folder of a run, got {output}: choose another folder.")
         files.write_text(output / "run.toml", write_run(described))
         files.write_text(output / "metrics.jsonl", (run / "metrics.jsonl").read_text(encoding="utf-8"))
-    score(run if output is None else output, described, load_split(described), vae, records)
+    score(run if output is None else output, described, split, vae, records, printed or Output())
 
 
 @app.command(sort_key=2)
-def compare(*runs: Path) -> None:
+def compare(*runs: Path, output: Annotated[Output | None, Parameter(name="*")] = None) -> None:
     """Rank trained runs by held-out log p(x), with paired differences, and write a page beside them: comparison.html.
 
     Runs that differ in nothing but their seed are one model, whose error from training is then known too.
 
     Args:
         runs: Two or more run folders, scored on the same test data.
+        output: What is printed.
     """
     from .. import files
     from ..evidence.comparison import compare as compare_evidence
@@ -215,8 +226,16 @@ def compare(*runs: Path) -> None:
     records = {model: files.read_lines(Path(names[0]) / "metrics.jsonl") for model, names in models.items()}
     settings = {model: described[names[0]] for model, names in models.items()}
     write_comparison(page, comparison, evidence, runs=settings, records=records)
-    print(comparison)
-    print(f"Page: {page}")
+    output = output or Output()
+    with output.words():
+        print(comparison)
+        print(f"Page: {page}")
+    columns = {"log_px": comparison.mean} | {name: getattr(comparison, name) for name in _COMPARED}
+    known = {name: column.tolist() for name, column in columns.items() if column is not None}
+    output.findings({"models": comparison.names, **known, "page": str(page)})
+
+
+_COMPARED = ("difference", "difference_se", "monte_carlo_se", "training_se", "num_runs", "unreliable", "stacking")
 
 
 @app.command(sort_key=3)

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from ..data.datasets import Split
     from ..diagnostics.decomposition import Decomposition
     from ..evidence.results import Evidence
+    from ..models.base import PairModule
 
 __all__ = ["device_name", "likelihood_reason", "print_evidence", "print_name", "print_names", "print_start"]
 
 
-def print_start(run: Run, split: Split, device: torch.device) -> None:
-    """Print where a run trains, on what, and with which likelihood."""
-    print(f"On {device_name(device)}.")
+def print_start(run: Run, split: Split, device: torch.device, vae: PairModule) -> None:
+    """Print in a line what is trained, on what and where, and then the source of the data and the reason for the likelihood."""
+    size, chosen = sum(each.numel() for each in vae.parameters()), _likelihoods(run, split)[0]
+    print(f"{run.model.kind} of {split.name}, {chosen} likelihood, {size:,} parameters, on {device_name(device)}")
     print(textwrap.fill(f"Data: {split.note}.", 80, break_long_words=False, break_on_hyphens=False))
     print(textwrap.fill(f"Likelihood: {likelihood_reason(run, split)}.", 80))
 
@@ -136,10 +138,16 @@ def device_name(device: torch.device) -> str:
 
 def likelihood_reason(run: Run, split: Split) -> str:
     """The likelihood, and whether it is the one that fits the data's support."""
+    chosen, fitting = _likelihoods(run, split)
+    if chosen == fitting:
+        return f"{chosen}, since {split.reason}"
+    return f"{chosen}, as the settings say; {fitting} would be the choice here, since {split.reason}"
+
+
+def _likelihoods(run: Run, split: Split) -> tuple[str, str]:
+    """The names of the likelihood that was chosen, and of the one that fits the data."""
     chosen, fitting = (
         canonical("likelihood", table if isinstance(table, str) else table.get("kind"))
         for table in (run.model.likelihood or split.likelihood, split.likelihood)
     )
-    if chosen == fitting:
-        return f"{chosen}, since {split.reason}"
-    return f"{chosen}, as the settings say; {fitting} would be the choice here, since {split.reason}"
+    return chosen, fitting

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Run, run_device, write_run
+from .output import Output
 from .printing import device_name, likelihood_reason, print_evidence
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["bound_name", "decomposed", "json_text", "package_version", "score"]
 
 
-def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]]) -> None:
+def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]], output: Output) -> None:
     """Score the test data, print what was found, and write evidence, summary and report, together at the end.
 
     Scores are kept in ``scoring-*.safetensors`` until then, so that an interrupted call goes on where it was.
@@ -35,6 +35,7 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
         split: its data.
         vae: its model.
         records: its learning curve.
+        output: what is printed.
 
     Raises:
         OSError: the folder cannot be written; before the work begins.
@@ -43,11 +44,13 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
 
     inputs = vae.score_inputs(split.test, split.test_labels, **split.beside("test"))
     inputs = tuple(each[: run.evaluate.limit] for each in inputs)
-    with files.together(folder) as staged:
-        _score(staged, folder, run, split, vae, records, inputs)
-    for unfinished in folder.glob("scoring-*.safetensors"):
-        unfinished.unlink()
-    print(f"Report: {folder / 'report.html'}")
+    with output.words():
+        with files.together(folder) as staged:
+            summary = _score(staged, folder, run, split, vae, records, inputs, output.bars)
+        for unfinished in folder.glob("scoring-*.safetensors"):
+            unfinished.unlink()
+        print(f"Report: {folder / 'report.html'}")
+    output.findings(summary | {"folder": str(folder)})
 
 
 def _score(
@@ -58,8 +61,9 @@ def _score(
     vae: PairModule,
     records: list[dict[str, Any]],
     inputs: tuple[Tensor, ...],
-) -> None:
-    """Score inputs, print what was found, and write the files into a folder that they are moved from."""
+    bars: bool,
+) -> dict[str, Any]:
+    """Score inputs, print what was found, and write the files into a folder that they are moved from; the summary."""
     import torch
 
     from .. import files
@@ -74,7 +78,7 @@ def _score(
         target_se=scoring.target_se,
         proposal=scoring.proposal,
         seed=run.seed,
-        progress=sys.stderr.isatty(),
+        progress=bars,
         resume=folder / f"scoring-{_settings_hash(run)}.safetensors",
     )
     seconds = time.perf_counter() - began
@@ -82,7 +86,7 @@ def _score(
     findings = vae.label_findings(inputs[0], labels)
     facts = _facts(run, split, records, f"{vae.quantity}, in {seconds:.1f} s") | _hash(evidence) | findings
     first = tuple(each[: scoring.decompose] for each in inputs)
-    parts = decomposed(vae, first, evidence, run.seed) if scoring.decompose else None
+    parts = decomposed(vae, first, evidence, run.seed, bars) if scoring.decompose else None
     print_evidence(split, vae.quantity, evidence, parts, findings)
     evidence.save(staged / "evidence.safetensors")
     summary = _summary(run, vae.quantity, evidence, parts, facts) | _known(split, evidence) | {"names": split.names()}
@@ -110,6 +114,7 @@ def _score(
         ),
         decomposition=parts,
     )
+    return summary
 
 
 def _settings_hash(run: Run) -> str:
@@ -126,7 +131,9 @@ def _known(split: Split, evidence: Evidence) -> dict[str, float]:
     return {} if split.test_log_px is None else {"true_log_px": float(split.test_log_px[: len(evidence)].mean())}
 
 
-def decomposed(vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, seed: int) -> Decomposition | None:
+def decomposed(
+    vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, seed: int, bars: bool = False
+) -> Decomposition | None:
     """Where the nats of data go; the gap is split in two if the guide is of a family that can be fitted to a datum."""
     from ..diagnostics.decomposition import decompose
     from ..encoders import DiagonalNormal, FullCovarianceNormal
@@ -138,7 +145,7 @@ def decomposed(vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, 
     try:
         refined = None
         if covariance is not None:
-            options: Any = {"covariance": covariance, "seed": seed, "progress": sys.stderr.isatty()}
+            options: Any = {"covariance": covariance, "seed": seed, "progress": bars}
             refined = refine(vae.model, vae.guide, inputs, **options).elbo
         return decompose(
             vae.model, vae.guide, inputs, evidence=evidence.rows(slice(num_data)), refined=refined, seed=seed, progress=False
