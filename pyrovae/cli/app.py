@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 from .arguments import collect, given
 from .config import Run
 from .exits import explain
-from .output import Output
+from .output import Output, json_text
 
 if TYPE_CHECKING:
     from .folders import RunFolder
@@ -267,7 +267,6 @@ def estimators(
     from .. import files
     from ..diagnostics.gradients import compare_estimators, train_estimators
     from .config import build_model, load_model, load_split, run_device
-    from .scoring import json_text
 
     described = _described(run)
     split, device = load_split(described), run_device(described)

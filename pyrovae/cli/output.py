@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-__all__ = ["Output"]
+__all__ = ["Output", "json_text"]
 
 
 @Parameter(name="*")
@@ -40,7 +42,18 @@ class Output:
 
     def findings(self, found: dict[str, Any]) -> None:
         """Print the findings, if JSON is asked for."""
-        from .scoring import json_text
-
         if self.json:
             print(json_text(found))
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON, with ``null`` for infinities and NaN, which JSON lacks."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: plain(each) for key, each in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(each) for each in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(plain(value), indent=1, allow_nan=False)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Run, run_device, write_run
-from .output import Output
+from .output import Output, json_text
 from .printing import device_name, likelihood_reason, print_evidence
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from ..evidence.results import Evidence
     from ..models.base import PairModule
 
-__all__ = ["bound_name", "decomposed", "json_text", "package_version", "score"]
+__all__ = ["bound_name", "decomposed", "package_version", "score"]
 
 
 def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]], output: Output) -> None:
@@ -218,19 +216,6 @@ def _summary(run: Run, quantity: str, evidence: Evidence, parts: Decomposition |
 def _parts(parts: Decomposition) -> dict[str, Any]:
     means = {name.strip(): {"nats": mean, "se": error, "what": what} for name, mean, error, what in parts.rows()}
     return {"num_data": len(parts), "active_units": parts.active_units} | means
-
-
-def json_text(value: Any) -> str:
-    """A value as JSON, with ``null`` for infinities and NaN, which JSON lacks."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {key: plain(each) for key, each in item.items()}
-        if isinstance(item, list | tuple):
-            return [plain(each) for each in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    return json.dumps(plain(value), indent=1, allow_nan=False)
 
 
 def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: str) -> dict[str, str]:
