@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from pyrovae.cli import main
+from pyrovae.cli.app import app
 from pyrovae.cli.config import read_run
 from pyrovae.cli.exits import DIVERGED, MISTAKE, NO_MEMORY, SYSTEM, UNFORESEEN, explain
 from pyrovae.registry import KINDS, names
@@ -101,3 +103,22 @@ def test_torchs_want_of_memory_is_known():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.float64)
     assert explain(caught.value)[0] == NO_MEMORY
+
+
+def test_every_command_has_an_example_in_its_help_that_names_its_options(capsys: pytest.CaptureFixture):
+    commands = [name for name in app if not name.startswith("-")]
+    assert {"train", "evaluate", "compare", "estimators", "list", "doctor", "init", "export"} <= set(commands)
+    for command in commands:
+        assert main([command, "--help"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"Example: pyrovae {command}" in said
+        for option in re.findall(r"--[\w.-]+", said.partition("Example: ")[2].partition("╭")[0]):
+            assert said.count(option) > 1
+
+
+def test_a_shell_completes_commands_and_options(tmp_path: Path):
+    script = app.generate_completion(shell="bash")
+    assert "evaluate" in script
+    assert "--num-samples" in script
+    (tmp_path / "completion").write_text(script)
+    subprocess.run(["bash", "-n", "completion"], check=True, cwd=tmp_path)

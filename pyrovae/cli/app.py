@@ -31,6 +31,8 @@ app = App(
     suppress_keyboard_interrupt=False,  # main says so in a line, and returns 130
 )
 
+app.register_install_completion_command(help="Let bash, zsh or fish complete commands and options.")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or one line on standard error and a code that says the cause, of :mod:`.exits`."""
@@ -65,6 +67,8 @@ def train(
     """Train a model, score it on held-out data, and write a report.
 
     With no argument: scikit-learn's handwritten digits, in under two minutes. A run that was ended goes on with --resume.
+
+    Example: pyrovae train counts.csv --model.latent-dim 8
 
     Args:
         run: A TOML file that describes the run, or the data: a file or a folder of images. Options below win over it.
@@ -167,6 +171,8 @@ def evaluate(
 
     The old evidence, summary and report stay until the new ones are complete. An interrupted call goes on if it is repeated.
 
+    Example: pyrovae evaluate runs/digits-dreg-4 --num-samples 20000
+
     Args:
         run: The run's folder.
         num_samples: Importance samples per datum; the most that one gets where --target-se is given.
@@ -202,6 +208,8 @@ def compare(*runs: Path, output: Annotated[Output | None, Parameter(name="*")] =
     """Rank trained runs by held-out log p(x), with paired differences, and write a page beside them: comparison.html.
 
     Runs that differ in nothing but their seed are one model, whose error from training is then known too.
+
+    Example: pyrovae compare runs/one runs/other
 
     Args:
         runs: Two or more run folders, scored on the same test data.
@@ -251,6 +259,8 @@ def estimators(
     train_seconds: float | None = None,
 ) -> None:
     """Compare estimators on a trained run: bound, gradient bias, noise and cost.
+
+    Example: pyrovae estimators runs/digits-dreg-4 --names elbo iwae dreg
 
     Args:
         run: The run's folder; estimators.png and estimators.json are written into it.
@@ -319,7 +329,10 @@ def _with_particles(name: str, num_particles: int) -> Any:
 
 @app.command(sort_key=5)
 def doctor() -> None:
-    """Print versions, what is compiled on this machine and why, and what to do about it."""
+    """Print versions, what is compiled on this machine and why, and what to do about it.
+
+    Example: pyrovae doctor
+    """
     import textwrap
 
     from ..compile.doctor import report
