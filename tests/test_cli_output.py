@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pyrovae.cli import main
@@ -123,3 +124,18 @@ def test_a_refused_run_removes_its_folder_and_no_other(tmp_path: Path):
     with pytest.raises(ValueError, match="refused"):
         refused()
     assert os.listdir("runs") == ["b"]
+
+
+def test_data_that_changed_are_refused(capsys: pytest.CaptureFixture):
+    x = np.random.default_rng(0).poisson(4.0, (60, 5))
+    np.save("x.npy", x)
+    assert main(["train", "x.npy", "--name", "a", *QUICK]) == 0
+    before = Path("runs/a/evidence.safetensors").read_bytes()
+    assert main(["evaluate", "runs/a", "--num-samples", "20", "--limit", "7", "--output", "b"]) == 0
+    np.save("x.npy", x[::-1])
+    for options in ([], ["--limit", "5"], ["--output", "c"]):
+        assert main(["evaluate", "runs/a", *options]) == 2
+        assert "The test data of runs/a are not those that it was scored on before (first in row" in capsys.readouterr().err
+    assert Path("runs/a/evidence.safetensors").read_bytes() == before
+    assert not Path("c").exists()
+    assert main(["evaluate", "b", "--limit", "5"]) == 2, "a folder of results has no model"

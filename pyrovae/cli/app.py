@@ -195,12 +195,12 @@ def evaluate(
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
     vae = load_model(run).to(run_device(described))
     records, split = files.read_lines(run / "metrics.jsonl"), load_split(described)
+    if output is not None and (output / "model.json").exists():
+        raise ValueError(f"--output must not be the folder of a run, got {output}: choose another folder.")
+    score(run if output is None else output, described, split, vae, records, printed or Output(), run)
     if output is not None:
-        if (output / "model.json").exists():
-            raise ValueError(f"--output must not be the folder of a run, got {output}: choose another folder.")
         files.write_text(output / "run.toml", write_run(described))
         files.write_text(output / "metrics.jsonl", (run / "metrics.jsonl").read_text(encoding="utf-8"))
-    score(run if output is None else output, described, split, vae, records, printed or Output())
 
 
 @app.command(sort_key=2)

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["bound_name", "decomposed", "package_version", "score"]
 
 
-def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]], output: Output) -> None:
+def score(
+    folder: Path,
+    run: Run,
+    split: Split,
+    vae: PairModule,
+    records: list[dict[str, Any]],
+    output: Output,
+    earlier: Path | None = None,
+) -> None:
     """Score the test data, print what was found, and write evidence, summary and report, together at the end.
 
     Scores are kept in ``scoring-*.safetensors`` until then, so that an interrupted call goes on where it was.
@@ -34,14 +42,18 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
         vae: its model.
         records: its learning curve.
         output: what is printed.
+        earlier: the folder of the run, if it may have been scored before.
 
     Raises:
+        ValueError: the data are not those that were scored before.
         OSError: the folder cannot be written; before the work begins.
     """
     from .. import files
 
     inputs = vae.score_inputs(split.test, split.test_labels, **split.beside("test"))
     inputs = tuple(each[: run.evaluate.limit] for each in inputs)
+    if earlier is not None and (earlier / "evidence.safetensors").exists():
+        _refuse_changed(earlier, inputs)
     with output.words():
         with files.together(folder) as staged:
             summary = _score(staged, folder, run, split, vae, records, inputs, output.bars)
@@ -49,6 +61,25 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
             unfinished.unlink()
         print(f"Report: {folder / 'report.html'}")
     output.findings(summary | {"folder": str(folder)})
+
+
+def _refuse_changed(folder: Path, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse data that are not those behind a run's evidence; their number may differ."""
+    import numpy as np
+
+    from ..data.batches import fingerprints
+    from ..evidence.results import Evidence
+
+    before = Evidence.load(folder / "evidence.safetensors").fingerprint
+    if before is None:
+        return
+    shared = min(len(before), len(inputs[0]))
+    changed = np.flatnonzero(before[:shared] != fingerprints((inputs[0][:shared],)))
+    if len(changed):
+        raise ValueError(
+            f"The test data of {folder} are not those that it was scored on before (first in row {changed[0]}, "
+            f"{len(changed)} of {shared} rows): restore the data, or train again."
+        )
 
 
 def _score(
