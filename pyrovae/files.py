@@ -1,15 +1,19 @@
 """Files that survive: every write is atomic, every read is safe.
 
 A file is written beside its target and moved over it, so a crash or a full disk leaves the old file whole. Weights are
-safetensors, everything else is JSON: nothing here unpickles.
+safetensors, everything else is JSON: nothing here unpickles. Safetensors files hold a checksum of all their bytes, so that
+a file with a flipped bit is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ __all__ = [
     "read_json",
     "read_lines",
     "save_weights",
+    "together",
     "write_arrays",
     "write_bytes",
     "write_text",
@@ -48,23 +53,33 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Tensor], notes: Mapping[
     # Copies, since safetensors refuses shared memory.
     tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in arrays.items()}
     # As bytes, because safetensors' own save_file makes files that only their owner may read.
-    _replace(Path(path), safetensors.torch.save(tensors, {"notes": json.dumps(notes or {})}))
+    blank = safetensors.torch.save(tensors, {"notes": json.dumps(notes or {}), _CHECKSUM: _BLANK})
+    # The checksum is that of the file with zeros in its place, so that it covers every byte of it.
+    place, digest = _place_of(_BLANK), hashlib.sha256(blank).hexdigest()
+    _replace(Path(path), blank.replace(place, _place_of(digest), 1))
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`write_arrays` wrote: the tensors and the notes.
+    """Read what :func:`write_arrays` wrote, or another safetensors file: the tensors and the notes.
+
+    The tensors are copies in memory, so that the file may change or go afterwards.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged, or something else.
+        ValueError: the file is truncated, damaged by as little as one bit, or something else.
     """
     _must_exist(path)
     try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
+        content = Path(path).read_bytes()
+        tensors = safetensors.torch.load(content)
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        metadata = json.loads(header).get("__metadata__") or {}
+        notes = json.loads(metadata.get("notes", "{}"))
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}): it is truncated or not a safetensors file.") from error
+    known = set(metadata) <= {"notes", _CHECKSUM} or "notes" not in metadata
+    if not known or (_CHECKSUM in metadata and not _is_intact(content, header, metadata[_CHECKSUM])):
+        raise ValueError(f"{path} is damaged: its checksum is not that of its content. Restore it, or write it again.")
     return tensors, notes
 
 
@@ -130,6 +145,49 @@ def load_weights(path: str | Path, module: nn.Module, *, cast: bool = False) -> 
     module.load_state_dict(tensors)
 
 
+@contextmanager
+def together(folder: str | Path) -> Iterator[Path]:
+    """A context that gives an empty folder; at its end, the files written there replace those of the same names in ``folder``.
+
+    If the context ends by an exception, ``folder`` keeps what it has.
+
+    Args:
+        folder: where the files go; it is made if it does not exist.
+
+    Raises:
+        OSError: nothing can be written there; before the context begins.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    staged = target / f".{secrets.token_hex(8)}"
+    staged.mkdir()
+    try:
+        yield staged
+        for path in sorted(staged.iterdir()):
+            path.replace(target / path.name)
+    finally:
+        shutil.rmtree(staged)
+
+
+_CHECKSUM, _BLANK = "sha256", "0" * 64
+
+
+def _place_of(digest: str) -> bytes:
+    """A checksum as it stands in a safetensors header, which has no spaces."""
+    return f'"{_CHECKSUM}":"{digest}"'.encode()
+
+
+def _is_intact(content: bytes, header: bytes, digest: str) -> bool:
+    """Whether the content has that checksum, with zeros in its place."""
+    place = _place_of(digest)
+    if header.count(place) != 1:
+        return False
+    blank = hashlib.sha256(content[:8])
+    blank.update(header.replace(place, _place_of(_BLANK)))
+    blank.update(memoryview(content)[8 + len(header) :])
+    return blank.hexdigest() == digest
+
+
 def _must_exist(path: str | Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}: is it the folder of a finished run?")
@@ -145,5 +203,7 @@ def _replace(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -188,3 +188,75 @@ def test_notes_that_are_not_json_are_refused(tmp_path: Path) -> None:
     # A file of someone else's, without notes, is fine.
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "b")
     assert files.read_arrays(tmp_path / "b")[1] == json.loads("{}")
+
+
+def _bits(content: bytes, step: int) -> list[bytes]:
+    """Copies of a file with one bit flipped: another bit at each place, and each bit of the first bytes and of the checksum."""
+    flips = [(place, (place * 5) % 8) for place in range(0, len(content), step)]
+    named = content.index(b'"sha256"')
+    flips += [(place, bit) for place in (*range(8), *range(named, named + 12)) for bit in range(8)]
+    flipped = []
+    for place, bit in flips:
+        copy = bytearray(content)
+        copy[place] ^= 1 << bit
+        flipped.append(bytes(copy))
+    return flipped
+
+
+def test_one_flipped_bit_is_refused_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    files.write_arrays(path, {"x": torch.arange(40.0), "y": torch.ones(3, dtype=torch.bool)}, {"note": 'a "word" \u00e5 0000'})
+    whole = path.read_bytes()
+    for content in _bits(whole, 1):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot be read|is damaged: its checksum") as caught:
+            files.read_arrays(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert torch.equal(files.read_arrays(path)[0]["x"], torch.arange(40.0))
+
+
+def test_files_without_a_checksum_still_load(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "old", {"notes": '{"n": 1}'})
+    assert files.read_arrays(tmp_path / "old")[1] == {"n": 1}
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "others", {"format": "pt"})
+    assert torch.equal(files.read_arrays(tmp_path / "others")[0]["a"], torch.ones(1))
+
+
+def test_what_was_read_outlives_the_file(tmp_path: Path) -> None:
+    files.write_arrays(tmp_path / "a", {"x": torch.arange(1000.0)})
+    found = files.read_arrays(tmp_path / "a")[0]["x"]
+    with (tmp_path / "a").open("r+b") as file:
+        file.truncate(0)  # a mapped file would now end the process
+    assert torch.equal(found, torch.arange(1000.0))
+
+
+def test_files_written_together_replace_the_old_ones_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("old")
+
+    def fails() -> None:
+        with files.together(tmp_path) as staged:
+            files.write_text(staged / "one", "new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert os.listdir(tmp_path) == ["one"]
+    assert (tmp_path / "one").read_text() == "old"
+    with files.together(tmp_path) as staged:
+        files.write_text(staged / "one", "new")
+        files.write_text(staged / "two", "new")
+        assert (tmp_path / "one").read_text() == "old"
+        assert not (tmp_path / "two").exists()
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+    assert (tmp_path / "one").read_text() == "new"
+
+
+def test_a_failed_write_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        files.write_text(tmp_path / "t", "x")
+    assert caught.value.filename == str(tmp_path / "t")

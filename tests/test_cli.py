@@ -16,6 +16,7 @@ import pyrovae as pv
 from pyrovae.cli.app import main
 from pyrovae.cli.config import load_model, read_run
 from pyrovae.cli.scoring import decomposed
+from pyrovae.evidence.store import Store
 
 # Without the decomposition but where it is the point.
 QUICK = [
@@ -59,7 +60,9 @@ def test_train_writes_everything_and_says_what_it_found(in_folder: Path, capsys:
     for text in (f"{evidence.mean:.2f}", f"{evidence.bits_per_dim:.3f}", "nats per image", "runs/mine/report.html"):
         assert text in out
     assert max(map(len, out.splitlines())) <= 110
-    assert out.startswith("On the CPU.\n") or torch.cuda.is_available()
+    first = out.splitlines()[0]
+    assert first.startswith("vae of digits, binomial likelihood, ")
+    assert f" {sum(each.numel() for each in vae.parameters()):,} parameters, on the " in first
     assert all(len(line) <= 80 for line in out.splitlines()[2:])
 
 
@@ -67,7 +70,7 @@ def test_train_writes_everything_and_says_what_it_found(in_folder: Path, capsys:
 def test_the_device_is_chosen(in_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, option: str):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["train", "--name", "mine", *QUICK, option, "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("On the CPU.\n")
+    assert capsys.readouterr().out.splitlines()[0].endswith(" parameters, on the CPU")
     run = read_run(in_folder / "runs" / "mine" / "run.toml")
     assert run.train.device == "cpu"
     assert main(["train", *QUICK, option, "cuda"]) == 2
@@ -167,6 +170,49 @@ def test_evaluate_scores_again(run_folder: Path):
     assert (len(second), second.num_samples) == (50, 90)
     assert second.mean == pytest.approx(first.log_px[:50].mean(), abs=2)
     assert "90 samples" in json.loads((run_folder / "summary.json").read_text())["findings"]
+
+
+def test_evaluate_goes_on_where_it_was_interrupted(run_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    command = ["evaluate", "runs/mine", "--num-samples", "40"]
+    assert main(command) == 0
+    whole = pv.Evidence.load(run_folder / "evidence.safetensors")
+    assert main(["evaluate", "runs/mine", "--num-samples", "50"]) == 0
+    kept = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+    add, wants, drawn = Store.add, Store.wants, []
+
+    def interrupted(self: Store, start: int, arrays: dict) -> None:
+        add(self, start, arrays)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "add", interrupted)
+    assert main(command) == 130
+    now = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+    [unfinished] = set(now) - set(kept)
+    assert unfinished.startswith("scoring-")
+    assert {name: content for name, content in now.items() if name in kept} == kept, "the old results stay"
+    monkeypatch.setattr(Store, "add", add)
+
+    def counted(self: Store, start: int, batch: tuple) -> bool:
+        drawn.append(wants(self, start, batch))
+        return drawn[-1]
+
+    monkeypatch.setattr(Store, "wants", counted)
+    assert main(command) == 0
+    assert drawn == [False, True], "the first 256 of 360 data are not scored again"
+    np.testing.assert_array_equal(pv.Evidence.load(run_folder / "evidence.safetensors").log_px, whole.log_px)
+    assert {path.name for path in run_folder.iterdir() if path.is_file()} == set(kept)
+
+
+def test_evaluate_writes_elsewhere_and_compare_takes_it(run_folder: Path, capsys: pytest.CaptureFixture):
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    assert main(["evaluate", "runs/mine", "--num-samples", "30", "--output", "elsewhere"]) == 0
+    assert "Report: elsewhere/report.html" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+    assert read_run("elsewhere/run.toml").evaluate.num_samples == 30
+    assert main(["compare", "runs/mine", "elsewhere"]) == 0
+    Path("file").write_text("x")
+    assert main(["evaluate", "runs/mine", "--num-samples", "30", "--output", "file/in"]) == 2
+    assert "file" in capsys.readouterr().err
 
 
 def test_a_target_error_stops_each_datum(run_folder: Path, capsys: pytest.CaptureFixture):
@@ -368,7 +414,7 @@ def test_a_truncated_run_folder_is_named_and_left_alone(run_folder: Path, capsys
 
 
 def test_a_diverging_run_says_so(in_folder: Path, capsys: pytest.CaptureFixture):
-    assert main(["train", *QUICK, "--train.optimizer", "sgd", "--train.lr", "1e12"]) == 2
+    assert main(["train", *QUICK, "--train.optimizer", "sgd", "--train.lr", "1e12"]) == 4
     assert "lower the learning rate" in capsys.readouterr().err
 
 
@@ -377,7 +423,7 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_where(in_folder: Path, 
         raise RuntimeError("some tensor\nis off")
 
     monkeypatch.setattr("pyrovae.training.loop.fit", broken)
-    assert main(["train", *QUICK]) == 2
+    assert main(["train", *QUICK]) == 1
     err = capsys.readouterr().err
     assert "some tensor" in err
     assert "PYROVAE_DEBUG=1" in err

@@ -322,6 +322,42 @@ def test_save_and_load_round_trip_and_truncation(tmp_path: Path):
             Evidence.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("se", torch.tensor([0.1, -0.1]), "se must not be negative, got -0.1 in row 1"),
+        ("ess", torch.ones(3), r"ess must have one entry per datum, got shape \(3,\) and \(2,\)"),
+        ("log_px", torch.ones(2, 2), "log_px must have one entry per datum"),
+        ("khat", torch.ones(2, dtype=torch.bool), "khat must hold real numbers, got bool"),
+        ("drawn", torch.ones(2), "drawn must hold integers, got float32"),
+        ("covered", torch.ones(2), "covered must hold true or false"),
+        ("elbo", torch.ones(2, dtype=torch.bfloat16), "holds no evidence"),
+        ("num_samples", "many", "num_samples must be an integer of at least 0, got 'many'"),
+        ("num_samples", 10.5, "num_samples must be an integer"),
+        ("num_dims", -1, "num_dims must be a number of at least 0, got -1"),
+        ("method", 3, "method must be a str"),
+        ("notes", [], "notes must be a dict"),
+        ("measure", [1, "x", []], "measure must hold two numbers"),
+        ("measure", 7, "measure must hold two numbers"),
+        ("curve.num_samples", torch.tensor([5, 5000, 10]), "curve.num_samples must be positive and ascend"),
+        ("curve.log_px", torch.ones(2, 3), r"curve.log_px must have shape \(3, 2\), got \(2, 3\)"),
+    ],
+)
+def test_a_file_that_no_evidence_has_is_refused_by_name(tmp_path: Path, name: str, value: object, message: str):
+    arrays = {each: torch.ones(2) for each in ("log_px", "se", "ess", "khat", "elbo")}
+    notes: dict = {"num_samples": 5, "num_dims": 3, "method": "importance sampling", "notes": {}, "measure": [3, 0, []]}
+    if name.startswith("curve"):
+        sizes = torch.tensor([1, 2, 5])
+        arrays |= {"curve.num_samples": sizes, "curve.log_px": torch.ones(3, 2), "curve.se": torch.ones(3, 2)}
+    files.write_arrays(tmp_path / "e", arrays, {"evidence": notes})
+    assert len(Evidence.load(tmp_path / "e")) == 2
+    (arrays if isinstance(value, torch.Tensor) else notes)[name] = value
+    files.write_arrays(tmp_path / "e", arrays, {"evidence": notes})
+    with pytest.raises(ValueError, match=message) as caught:
+        Evidence.load(tmp_path / "e")
+    assert str(tmp_path / "e") in str(caught.value)
+
+
 def test_datatree_holds_the_arrays():
     tree = made(np.array([-8.0, -12.5])).to_datatree()
     np.testing.assert_array_equal(tree["evidence"]["log_px"].values, [-8.0, -12.5])

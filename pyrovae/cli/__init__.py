@@ -1,6 +1,7 @@
 """The command line: ``pyrovae train`` and its sisters, their TOML files and the report page."""
 
-from . import uses as uses  # registers its commands
+from . import start as start  # registers their commands
+from . import uses as uses
 from .app import main
 
 __all__ = ["main"]

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 
 from .arguments import collect, given
 from .config import Run
+from .exits import explain
+from .output import Output, json_text
 
 if TYPE_CHECKING:
     from .folders import RunFolder
@@ -29,9 +31,11 @@ app = App(
     suppress_keyboard_interrupt=False,  # main says so in a line, and returns 130
 )
 
+app.register_install_completion_command(help="Let bash, zsh or fish complete commands and options.")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 with one line on standard error."""
+    """Run a command; 0, or one line on standard error and a code that says the cause, of :mod:`.exits`."""
     try:
         app(argv, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
@@ -44,14 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the one place where a user's terminal begins: never a traceback there
         if os.environ.get("PYROVAE_DEBUG"):
             raise
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = "" if isinstance(error, ValueError | OSError | FloatingPointError | CycloptsError) else _BUG
-        print(f"pyrovae: {line.strip()}{hint}", file=sys.stderr)
-        return 2
+        code, line = explain(error)
+        print(f"pyrovae: {line}", file=sys.stderr)
+        return code
     return 0
-
-
-_BUG = " (pyrovae did not foresee this error; PYROVAE_DEBUG=1 shows where it comes from)"
 
 
 @app.command(sort_key=0)
@@ -61,37 +61,41 @@ def train(
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     resume: Path | None = None,
+    output: Annotated[Output | None, Parameter(name="*")] = None,
     settings: Annotated[Run | None, Parameter(name="*")] = None,
 ) -> None:
     """Train a model, score it on held-out data, and write a report.
 
     With no argument: scikit-learn's handwritten digits, in under two minutes. A run that was ended goes on with --resume.
 
+    Example: pyrovae train counts.csv --model.latent-dim 8
+
     Args:
         run: A TOML file that describes the run, or the data: a file or a folder of images. Options below win over it.
         device: Short for --train.device.
         resume: The folder of a run that was ended: go on from its last checkpoint, to the same numbers.
+        output: What is printed.
         settings: The run's settings.
     """
     del device, settings  # Declared for the help page and the spelling of options; what was given is in arguments.given.
     from .config import read_run, run_device, run_name
     from .folders import Follower, RunFolder, new_folder
 
-    follows = _joined() > 0
+    output, follows = output or Output(), _joined() > 0
     if resume is not None:
         if run is not None:
             raise ValueError(f"A run is resumed from its own settings, so give {run} or --resume {resume}, and not both.")
         described = _described(resume, given)
-        _train((Follower if follows else RunFolder)(resume, described, resumed=True))
+        _train((Follower if follows else RunFolder)(resume, described, resumed=True), output)
         return
     described = read_run(run, given)
     run_device(described)
     if follows:
-        _train(Follower(Path(_told(None)), described, resumed=False))
+        _train(Follower(Path(_told(None)), described, resumed=False), output)
         return
     with new_folder(run_name(described), chosen=described.name is not None) as path:
         _told(str(path))
-        _train(RunFolder(path, described, resumed=False))
+        _train(RunFolder(path, described, resumed=False), output)
 
 
 def _joined() -> int:
@@ -112,7 +116,7 @@ def _told(path: str | None) -> Any:
     return told(path)
 
 
-def _train(folder: RunFolder) -> None:
+def _train(folder: RunFolder, output: Output) -> None:
     """Train the model of a run's folder, and score it."""
     from .config import build_model, load_split, run_device, with_data
 
@@ -133,7 +137,8 @@ def _train(folder: RunFolder) -> None:
     estimator = make_estimator(described.estimator)
     options = described.train
     if not isinstance(folder, Follower):
-        print_start(described, split, where)
+        with output.words():
+            print_start(described, split, where, vae)
     callbacks = folder.loggers()
     with folder.training(vae):
         history = fit(
@@ -160,6 +165,7 @@ def _train(folder: RunFolder) -> None:
             precision=options.precision,
             transform=split.transform,
             seed=described.seed,
+            progress=not output.quiet,
             on_epoch=folder,
             callbacks=callbacks,
             checkpoint=folder.checkpoint if options.checkpoint else None,
@@ -167,7 +173,7 @@ def _train(folder: RunFolder) -> None:
             resume="auto" if folder.resumed and options.checkpoint else None,
         )
     folder.finish(vae, history.records)
-    score(folder.path, described, split, vae, history.records)
+    score(folder.path, described, split, vae, history.records, output)
 
 
 @app.command(sort_key=1)
@@ -182,8 +188,14 @@ def evaluate(
     decompose: int | None = None,
     device: Literal["auto", "cpu", "cuda"] | None = None,
     seed: int | None = None,
+    output: Path | None = None,
+    printed: Annotated[Output | None, Parameter(name="*")] = None,
 ) -> None:
     """Score a trained run again, with other samples or more of them, and write its report anew.
+
+    The old evidence, summary and report stay until the new ones are complete. An interrupted call goes on if it is repeated.
+
+    Example: pyrovae evaluate runs/digits-dreg-4 --num-samples 20000
 
     Args:
         run: The run's folder.
@@ -194,9 +206,11 @@ def evaluate(
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
         device: Where to score: a GPU if there is one, or the run's own.
         seed: Seeds the draws; by default the run's.
+        output: Another folder for the results, which "compare" takes like the run's own; the run's folder is left alone.
+        printed: What is printed.
     """
     from .. import files
-    from .config import load_model, load_split, run_device
+    from .config import load_model, load_split, run_device, write_run
     from .scoring import score
 
     options = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "limit": limit, "decompose": decompose}
@@ -205,18 +219,26 @@ def evaluate(
     _joined()
     described = _described(run, overrides | ({} if seed is None else {"seed": seed}))
     vae = load_model(run).to(run_device(described))
-    records = files.read_lines(run / "metrics.jsonl")
-    score(run, described, load_split(described), vae, records)
+    records, split = files.read_lines(run / "metrics.jsonl"), load_split(described)
+    if output is not None and (output / "model.json").exists():
+        raise ValueError(f"--output must not be the folder of a run, got {output}: choose another folder.")
+    score(run if output is None else output, described, split, vae, records, printed or Output(), run)
+    if output is not None:
+        files.write_text(output / "run.toml", write_run(described))
+        files.write_text(output / "metrics.jsonl", (run / "metrics.jsonl").read_text(encoding="utf-8"))
 
 
 @app.command(sort_key=2)
-def compare(*runs: Path) -> None:
+def compare(*runs: Path, output: Annotated[Output | None, Parameter(name="*")] = None) -> None:
     """Rank trained runs by held-out log p(x), with paired differences, and write a page beside them: comparison.html.
 
     Runs that differ in nothing but their seed are one model, whose error from training is then known too.
 
+    Example: pyrovae compare runs/one runs/other
+
     Args:
         runs: Two or more run folders, scored on the same test data.
+        output: What is printed.
     """
     from .. import files
     from ..evidence.comparison import compare as compare_evidence
@@ -237,8 +259,16 @@ def compare(*runs: Path) -> None:
     records = {model: files.read_lines(Path(names[0]) / "metrics.jsonl") for model, names in models.items()}
     settings = {model: described[names[0]] for model, names in models.items()}
     write_comparison(page, comparison, evidence, runs=settings, records=records)
-    print(comparison)
-    print(f"Page: {page}")
+    output = output or Output()
+    with output.words():
+        print(comparison)
+        print(f"Page: {page}")
+    columns = {"log_px": comparison.mean} | {name: getattr(comparison, name) for name in _COMPARED}
+    known = {name: column.tolist() for name, column in columns.items() if column is not None}
+    output.findings({"models": comparison.names, **known, "page": str(page)})
+
+
+_COMPARED = ("difference", "difference_se", "monte_carlo_se", "training_se", "num_runs", "unreliable", "stacking")
 
 
 @app.command(sort_key=3)
@@ -255,6 +285,8 @@ def estimators(
 ) -> None:
     """Compare estimators on a trained run: bound, gradient bias, noise and cost.
 
+    Example: pyrovae estimators runs/digits-dreg-4 --names elbo iwae dreg
+
     Args:
         run: The run's folder; estimators.png and estimators.json are written into it.
         names: The estimators; by default elbo, stl, iwae, dreg, miwae and vimco.
@@ -270,7 +302,6 @@ def estimators(
     from .. import files
     from ..diagnostics.gradients import compare_estimators, train_estimators
     from .config import build_model, load_model, load_split, run_device
-    from .scoring import json_text
 
     described = _described(run)
     split, device = load_split(described), run_device(described)
@@ -321,17 +352,12 @@ def _with_particles(name: str, num_particles: int) -> Any:
     return {"kind": name, "num_particles": num_particles} if make_estimator(name).num_particles > 1 else name
 
 
-@app.command(name="list", sort_key=4)
-def list_names() -> None:
-    """List models, priors, likelihoods, encoders, bodies, guides and estimators by name, with a line each."""
-    from .printing import print_names
-
-    print_names()
-
-
 @app.command(sort_key=5)
 def doctor() -> None:
-    """Print versions, what is compiled on this machine and why, and what to do about it."""
+    """Print versions, what is compiled on this machine and why, and what to do about it.
+
+    Example: pyrovae doctor
+    """
     import textwrap
 
     from ..compile.doctor import report

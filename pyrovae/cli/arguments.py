@@ -12,6 +12,9 @@ __all__ = ["collect", "given"]
 # What is said without its section.
 SHORT = {"--device": "--train.device", "--data": "--data.path"}
 
+# Options of the command, not settings of the run.
+OWN = ("--resume", "--json", "--quiet")
+
 # cyclopts would fill in defaults, and only what was given may win over the run's file.
 given: dict[str, Any] = {}
 
@@ -20,7 +23,7 @@ def collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
     """Keep the settings given to ``train`` in :data:`given`, for one validation together with the file's."""
     given.clear()
     for argument in arguments if commands[-1:] == ("train",) else ():
-        if not argument.name.startswith("--") or argument.name == "--resume":
+        if not argument.name.startswith("--") or argument.name in OWN:
             continue
         for token in argument.tokens:
             name = SHORT.get(argument.name, argument.name)

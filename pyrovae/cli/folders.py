@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,11 +160,10 @@ def new_folder(name: str, *, chosen: bool) -> Iterator[Path]:
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name or "\\" in name:
         raise ValueError(f"A run's name must be that of one folder, got {name!r}: leave out slashes and dots.")
     made_runs = not RUNS.exists()
-    RUNS.mkdir(exist_ok=True)
     folder, number = RUNS / name, 1
     while True:
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)  # another run may have removed the folder of all runs
             break
         except FileExistsError as error:
             if chosen:
@@ -177,6 +175,7 @@ def new_folder(name: str, *, chosen: bool) -> Iterator[Path]:
     except BaseException:
         if not (folder / "metrics.jsonl").exists() and not list(folder.glob("checkpoint/step-*")):
             shutil.rmtree(folder, ignore_errors=True)
-            if made_runs and not os.listdir(RUNS):
-                RUNS.rmdir()
+            if made_runs:
+                with suppress(OSError):  # another run has a folder there
+                    RUNS.rmdir()
         raise

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import registry
+from .._validation import unknown
 from ..registry import canonical, find, names
 from ..tables import text_table
 from .config import Run
@@ -19,19 +19,21 @@ if TYPE_CHECKING:
     from ..data.datasets import Split
     from ..diagnostics.decomposition import Decomposition
     from ..evidence.results import Evidence
+    from ..models.base import PairModule
 
-__all__ = ["device_name", "likelihood_reason", "print_evidence", "print_names", "print_start"]
+__all__ = ["device_name", "likelihood_reason", "print_evidence", "print_name", "print_names", "print_start"]
 
 
-def print_start(run: Run, split: Split, device: torch.device) -> None:
-    """Print where a run trains, on what, and with which likelihood."""
-    print(f"On {device_name(device)}.")
+def print_start(run: Run, split: Split, device: torch.device, vae: PairModule) -> None:
+    """Print in a line what is trained, on what and where, and then the source of the data and the reason for the likelihood."""
+    size, chosen = sum(each.numel() for each in vae.parameters()), _likelihoods(run, split)[0]
+    print(f"{run.model.kind} of {split.name}, {chosen} likelihood, {size:,} parameters, on {device_name(device)}")
     print(textwrap.fill(f"Data: {split.note}.", 80, break_long_words=False, break_on_hyphens=False))
     print(textwrap.fill(f"Likelihood: {likelihood_reason(run, split)}.", 80))
 
 
 def print_evidence(
-    folder: Path, split: Split, quantity: str, evidence: Evidence, parts: Decomposition | None, labels: dict[str, str]
+    split: Split, quantity: str, evidence: Evidence, parts: Decomposition | None, labels: dict[str, str]
 ) -> None:
     """Print what was found on the test data."""
     from ..evidence.kinds import KINDS
@@ -69,14 +71,62 @@ def print_evidence(
     if parts is not None:
         beside = "" if quantity == "log p(x)" else ", given their labels,"
         print(f"\nWhere the nats of the first {len(parts)}{beside} go:\n{parts}\n")
-    print(f"Report: {folder / 'report.html'}")
 
 
 def print_names() -> None:
     """Print every registered name with the first sentence of its class."""
     for kind in registry.KINDS:
         print(f"{kind}s" if kind != "body" else "bodies")
-        print(text_table(None, [[f"  {name:<22}", _summary(find(kind, name))] for name in names(kind)], left=(0, 1), width=80))
+        _print_kind(kind)
+
+
+def _print_kind(kind: str) -> None:
+    print(text_table(None, [[f"  {name:<22}", _summary(find(kind, name))] for name in names(kind)], left=(0, 1), width=80))
+
+
+def print_name(name: str) -> None:
+    """Print what a registered name is, its options with their defaults, and its papers; or the names of a kind.
+
+    Raises:
+        ValueError: nothing has that name; the message has the nearest one.
+    """
+    kinds = {word: kind for kind in registry.KINDS for word in (kind, f"{kind}s", "bodies" if kind == "body" else kind)}
+    if name.casefold() in kinds:
+        _print_kind(kinds[name.casefold()])
+        return
+    found = [(kind, canonical(kind, name)) for kind in registry.KINDS]
+    found = [(kind, key) for kind, key in found if key in names(kind)]
+    if not found:
+        raise ValueError(unknown("name", name, [each for kind in registry.KINDS for each in names(kind)]))
+    for kind, key in found:
+        cls = find(kind, key)
+        print(textwrap.fill(f"{key}, {'an' if kind[0] in 'aeio' else 'a'} {kind}: {_summary(cls)}", 80))
+        _print_options(kind, cls)
+        for paper in _section(cls, "References"):
+            print(textwrap.fill(paper, 80, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False))
+
+
+def _print_options(kind: str, cls: type) -> None:
+    """Print the arguments of a component, or of a kind of model as they stand in [model]."""
+    call = cls.from_names if kind == "model" else cls  # type: ignore[attr-defined]
+    said = dict(line.split(": ", 1) for line in _section(cls, "Args") + _section(call, "Args") if ": " in line)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for parameter in inspect.signature(call).parameters.values():
+        if parameter.kind in variadic or parameter.name in ("data_shape", "name"):
+            continue
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        meaning = re.sub(r"``([^`]*)``|:\w+:`~?\.?([^`]*)`", r"\1\2", said.get(parameter.name, ""))
+        print(textwrap.fill(f"  {parameter.name}{default}  {meaning}".rstrip(), 80, subsequent_indent=" " * 6))
+
+
+def _section(documented: Any, title: str) -> list[str]:
+    """The entries of a section of a docstring, each on one line."""
+    doc = inspect.getdoc(documented) or ""
+    section = re.search(rf"^{title}:\n((?: {{4}}.*\n?|\n)*)", doc, re.MULTILINE)
+    if section is None:
+        return []
+    entries = re.split(r"\n(?= {4}(?!https?:)\S)", "\n" + section[1].rstrip())
+    return [" ".join(entry.split()) for entry in entries if entry.strip()]
 
 
 def _summary(cls: type) -> str:
@@ -94,10 +144,16 @@ def device_name(device: torch.device) -> str:
 
 def likelihood_reason(run: Run, split: Split) -> str:
     """The likelihood, and whether it is the one that fits the data's support."""
+    chosen, fitting = _likelihoods(run, split)
+    if chosen == fitting:
+        return f"{chosen}, since {split.reason}"
+    return f"{chosen}, as the settings say; {fitting} would be the choice here, since {split.reason}"
+
+
+def _likelihoods(run: Run, split: Split) -> tuple[str, str]:
+    """The names of the likelihood that was chosen, and of the one that fits the data."""
     chosen, fitting = (
         canonical("likelihood", table if isinstance(table, str) else table.get("kind"))
         for table in (run.model.likelihood or split.likelihood, split.likelihood)
     )
-    if chosen == fitting:
-        return f"{chosen}, since {split.reason}"
-    return f"{chosen}, as the settings say; {fitting} would be the choice here, since {split.reason}"
+    return chosen, fitting

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Run, run_device, write_run
+from .output import Output, json_text
 from .printing import device_name, likelihood_reason, print_evidence
 
 if TYPE_CHECKING:
@@ -21,11 +19,86 @@ if TYPE_CHECKING:
     from ..evidence.results import Evidence
     from ..models.base import PairModule
 
-__all__ = ["bound_name", "decomposed", "json_text", "package_version", "score"]
+__all__ = ["bound_name", "decomposed", "package_version", "score"]
 
 
-def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[dict[str, Any]]) -> None:
-    """Score the test data, write evidence, summary and report, and print what was found."""
+def score(
+    folder: Path,
+    run: Run,
+    split: Split,
+    vae: PairModule,
+    records: list[dict[str, Any]],
+    output: Output,
+    earlier: Path | None = None,
+) -> None:
+    """Score the test data, print what was found, and write evidence, summary and report, together at the end.
+
+    Scores are kept in ``scoring-*.safetensors`` until then, so that an interrupted call goes on where it was.
+
+    Args:
+        folder: where the files go.
+        run: the run's settings.
+        split: its data.
+        vae: its model.
+        records: its learning curve.
+        output: what is printed.
+        earlier: the folder of the run, if it may have been scored before.
+
+    Raises:
+        ValueError: the data are not those that were scored before.
+        OSError: the folder cannot be written; before the work begins.
+    """
+    from .. import files
+
+    inputs = vae.score_inputs(split.test, split.test_labels, **split.beside("test"))
+    inputs = tuple(each[: run.evaluate.limit] for each in inputs)
+    if earlier is not None and (earlier / "evidence.safetensors").exists():
+        _refuse_changed(earlier, inputs)
+    with output.words():
+        with files.together(folder) as staged:
+            summary = _score(staged, folder, run, split, vae, records, inputs, output.bars)
+        if summary is None:
+            return
+        for unfinished in folder.glob("scoring-*.safetensors"):
+            unfinished.unlink()
+        print(f"Report: {folder / 'report.html'}")
+    output.findings(summary | {"folder": str(folder)})
+
+
+def _refuse_changed(folder: Path, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse data that are not those behind a run's evidence; their number may differ."""
+    import numpy as np
+
+    from ..data.batches import fingerprints
+    from ..evidence.results import Evidence
+
+    before = Evidence.load(folder / "evidence.safetensors").fingerprint
+    if before is None:
+        return
+    shared = min(len(before), len(inputs[0]))
+    changed = np.flatnonzero(before[:shared] != fingerprints((inputs[0][:shared],)))
+    if len(changed):
+        raise ValueError(
+            f"The test data of {folder} are not those that it was scored on before (first in row {changed[0]}, "
+            f"{len(changed)} of {shared} rows): restore the data, or train again."
+        )
+
+
+def _score(
+    staged: Path,
+    folder: Path,
+    run: Run,
+    split: Split,
+    vae: PairModule,
+    records: list[dict[str, Any]],
+    inputs: tuple[Tensor, ...],
+    bars: bool,
+) -> dict[str, Any] | None:
+    """Score inputs, print what was found, and write the files into a folder that they are moved from.
+
+    Returns:
+        The summary; ``None`` if another process writes the files.
+    """
     import torch
 
     from .. import files
@@ -34,8 +107,6 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
     from .shown import gather
 
     scoring, labels = run.evaluate, split.test_labels
-    inputs = vae.score_inputs(split.test, labels, **split.beside("test"))
-    inputs = tuple(each[: scoring.limit] for each in inputs)
     began = time.perf_counter()
     evidence = vae.log_marginal(
         inputs,
@@ -43,22 +114,24 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
         target_se=scoring.target_se,
         proposal=scoring.proposal,
         seed=run.seed,
-        progress=sys.stderr.isatty(),
+        progress=bars,
+        resume=folder / f"scoring-{_settings_hash(run)}.safetensors",
     )
     if leave():  # the processes have shared the work, and the first one writes what they found
-        return
+        return None
     seconds = time.perf_counter() - began
     labels = None if labels is None else labels[: len(evidence)]
     findings = vae.label_findings(inputs[0], labels)
     facts = _facts(run, split, records, f"{vae.quantity}, in {seconds:.1f} s") | _hash(evidence) | findings
-    evidence.save(folder / "evidence.safetensors")
     first = tuple(each[: scoring.decompose] for each in inputs)
-    parts = decomposed(vae, first, evidence, run.seed) if scoring.decompose else None
+    parts = decomposed(vae, first, evidence, run.seed, bars) if scoring.decompose else None
+    print_evidence(split, vae.quantity, evidence, parts, findings)
+    evidence.save(staged / "evidence.safetensors")
     summary = _summary(run, vae.quantity, evidence, parts, facts) | _known(split, evidence) | {"names": split.names()}
-    files.write_text(folder / "summary.json", json_text(summary) + "\n")
+    files.write_text(staged / "summary.json", json_text(summary) + "\n")
     bound = bound_name(run)
     write_report(
-        folder / "report.html",
+        staged / "report.html",
         title=folder.name,
         evidence=evidence,
         quantity=vae.quantity,
@@ -79,7 +152,16 @@ def score(folder: Path, run: Run, split: Split, vae: PairModule, records: list[d
         ),
         decomposition=parts,
     )
-    print_evidence(folder, split, vae.quantity, evidence, parts, findings)
+    return summary
+
+
+def _settings_hash(run: Run) -> str:
+    """A short hash of what decides the scores, by which an interrupted call with the same settings is found."""
+    import hashlib
+
+    scoring = run.evaluate
+    decides = (scoring.num_samples, scoring.target_se, scoring.proposal, scoring.limit, run.seed, run.train.device)
+    return hashlib.sha256(repr(decides).encode()).hexdigest()[:8]
 
 
 def _known(split: Split, evidence: Evidence) -> dict[str, float]:
@@ -87,7 +169,9 @@ def _known(split: Split, evidence: Evidence) -> dict[str, float]:
     return {} if split.test_log_px is None else {"true_log_px": float(split.test_log_px[: len(evidence)].mean())}
 
 
-def decomposed(vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, seed: int) -> Decomposition | None:
+def decomposed(
+    vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, seed: int, bars: bool = False
+) -> Decomposition | None:
     """Where the nats of data go; the gap is split in two if the guide is of a family that can be fitted to a datum."""
     from ..diagnostics.decomposition import decompose
     from ..encoders import DiagonalNormal, FullCovarianceNormal
@@ -99,7 +183,7 @@ def decomposed(vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, 
     try:
         refined = None
         if covariance is not None:
-            options: Any = {"covariance": covariance, "seed": seed, "progress": sys.stderr.isatty()}
+            options: Any = {"covariance": covariance, "seed": seed, "progress": bars}
             refined = refine(vae.model, vae.guide, inputs, **options).elbo
         return decompose(
             vae.model, vae.guide, inputs, evidence=evidence.rows(slice(num_data)), refined=refined, seed=seed, progress=False
@@ -172,19 +256,6 @@ def _summary(run: Run, quantity: str, evidence: Evidence, parts: Decomposition |
 def _parts(parts: Decomposition) -> dict[str, Any]:
     means = {name.strip(): {"nats": mean, "se": error, "what": what} for name, mean, error, what in parts.rows()}
     return {"num_data": len(parts), "active_units": parts.active_units} | means
-
-
-def json_text(value: Any) -> str:
-    """A value as JSON, with ``null`` for infinities and NaN, which JSON lacks."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {key: plain(each) for key, each in item.items()}
-        if isinstance(item, list | tuple):
-            return [plain(each) for each in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    return json.dumps(plain(value), indent=1, allow_nan=False)
 
 
 def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: str) -> dict[str, str]:

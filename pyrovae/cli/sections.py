@@ -46,7 +46,7 @@ class DataSection:
         missing: Take NaN in arrays as missing values; in tables they and empty cells always are.
         size: Height and width of images, or one number for both.
         colour: "rgb" or "grey", of images.
-        memory: Data of more GB than this are read from disk in batches; by default than half of what is free.
+        memory: Data of more GB than this are read from disk in batches; by default more than half of what is free.
     """
 
     name: str = "digits"

@@ -17,6 +17,7 @@ from .draws import Draws
 from .kinds import Annealed, EvidenceKind, Exact, ImportanceSampled, data_have, kind_of, rungs_in_words
 from .measure import Measure
 from .psis import Array, _elpd, khat_limit
+from .saved import check_arrays, check_notes
 
 if TYPE_CHECKING:
     import xarray
@@ -335,19 +336,19 @@ class Evidence(EvidenceDisplay):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is truncated, or holds something else.
+            ValueError: it is truncated or damaged, or holds something else.
         """
         arrays, notes = files.read_arrays(path)
-        record = notes.get("evidence")
-        fields: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
-        curve = {name: fields.pop(f"curve.{name}") for name in _CURVE if f"curve.{name}" in fields}
-        complete = set(fields) - set(_OPTIONAL) == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
+        record = notes.get("evidence") if isinstance(notes, dict) else None
+        # NumPy lacks bfloat16, which no array of evidence has.
+        fields: dict[str, Any] = {name: each.numpy() for name, each in arrays.items() if each.dtype != torch.bfloat16}
+        curve = {f"curve.{name}" for name in _CURVE} & set(fields)
+        complete = set(fields) - curve - set(_OPTIONAL) == set(_PER_DATUM) and len(curve) in (0, len(_CURVE))
         if not complete or not isinstance(record, dict) or set(record) - {"measure"} != set(_NOTES):
             raise ValueError(f"{path} must be a file that Evidence.save wrote, got one that holds no evidence.")
-        if "measure" in record:
-            density, mass, given = record["measure"]
-            record["measure"] = Measure(density, mass, tuple(given))
-        return cls(**fields, **record, curve=Curve(**curve) if curve else None)
+        check_arrays(path, fields)
+        curves = {name: fields.pop(f"curve.{name}") for name in _CURVE} if curve else None
+        return cls(**fields, **check_notes(path, record), curve=None if curves is None else Curve(**curves))
 
     def _per_datum(self) -> dict[str, Array]:
         names = [*_PER_DATUM, *(name for name in _OPTIONAL if getattr(self, name) is not None)]

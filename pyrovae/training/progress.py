@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any, Self
@@ -10,8 +11,9 @@ from tqdm import tqdm
 
 __all__ = ["Progress"]
 
-# Lines in a log file: no more than one in so many seconds, but the first epoch's and the last one's.
+# Lines in a log file: no more than one in so many seconds, and so many in all, besides the first epoch's and the last one's.
 SECONDS_BETWEEN_LINES = 1.0
+MOST_LINES = 20
 
 
 class Progress:
@@ -30,6 +32,7 @@ class Progress:
         self._prints, self._epochs = enabled and not interactive, epochs
         self._printed_at = -SECONDS_BETWEEN_LINES
         self._waiting: str | None = None
+        self._is_first = True
 
     def __enter__(self) -> Self:
         return self
@@ -51,7 +54,9 @@ class Progress:
         if not self._prints:
             return
         line = f"epoch {record['epoch']} of {self._epochs}: {bounds}, {record['seconds']:.0f} s"
-        if time.monotonic() - self._printed_at < SECONDS_BETWEEN_LINES:
+        is_due = record["epoch"] % math.ceil(self._epochs / MOST_LINES) == 0 or self._is_first
+        self._is_first = False
+        if not is_due or time.monotonic() - self._printed_at < SECONDS_BETWEEN_LINES:
             self._waiting = line
             return
         print(line, file=sys.stderr)

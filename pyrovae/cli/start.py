@@ -1,0 +1,53 @@
+"""Commands for a start: ``pyrovae list | init``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .app import app
+
+__all__ = ["init", "list_names"]
+
+
+@app.command(name="list", sort_key=4)
+def list_names(name: str | None = None, /) -> None:
+    """List models, priors, likelihoods, encoders, bodies, guides and estimators by name, with a line each.
+
+    Example: pyrovae list dreg
+
+    Args:
+        name: One of the names: its options, their defaults, and the paper; or one of the kinds, such as priors.
+    """
+    from .printing import print_name, print_names
+
+    if name is None:
+        print_names()
+    else:
+        print_name(name)
+
+
+@app.command(sort_key=10)
+def init(data: str | None = None, /, *, output: Path | None = None) -> None:
+    """Write a TOML file for data, with a comment on every setting: pyrovae train reads it.
+
+    Example: pyrovae init counts.csv
+
+    Args:
+        data: A file, a folder of images, or the name of a data set; by default the digits.
+        output: The TOML file, which must not exist; by default named after the data.
+    """
+    from .. import files
+    from .config import load_split, read_run, with_data
+    from .template import template
+
+    is_path = data is not None and Path(data).exists()
+    overrides = {} if data is None else {"data": {"path" if is_path else "name": data}}
+    run = read_run(overrides=overrides)
+    path = Path(f"{Path(run.data.path or run.data.name).stem}.toml") if output is None else output
+    if path.suffix != ".toml":
+        raise ValueError(f"--output must end in .toml, got {path}: pyrovae train takes other files for data.")
+    if path.exists():
+        raise ValueError(f"{path} exists already: choose another --output, or remove it first.")
+    split = load_split(run)
+    files.write_text(path, template(with_data(run, split), split))
+    print(f"Data: {split.note}.\nWrote {path}: change what you like, then pyrovae train {path}")
