@@ -211,7 +211,7 @@ def test_evaluate_writes_elsewhere_and_compare_takes_it(run_folder: Path, capsys
     assert read_run("elsewhere/run.toml").evaluate.num_samples == 30
     assert main(["compare", "runs/mine", "elsewhere"]) == 0
     Path("file").write_text("x")
-    assert main(["evaluate", "runs/mine", "--num-samples", "30", "--output", "file/in"]) == 2
+    assert main(["evaluate", "runs/mine", "--num-samples", "30", "--output", "file/in"]) == 3
     assert "file" in capsys.readouterr().err
 
 
