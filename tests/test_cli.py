@@ -413,6 +413,7 @@ def test_a_truncated_run_folder_is_named_and_left_alone(run_folder: Path, capsys
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.filterwarnings("ignore:The loss became")
 def test_a_diverging_run_says_so(in_folder: Path, capsys: pytest.CaptureFixture):
     assert main(["train", *QUICK, "--train.optimizer", "sgd", "--train.lr", "1e12"]) == 4
     assert "lower the learning rate" in capsys.readouterr().err
