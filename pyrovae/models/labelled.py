@@ -1,4 +1,4 @@
-"""What models of labelled data share: labels are further inputs of their encoder and decoder."""
+"""The base class of models of labelled data: labels are further inputs of their encoder and decoder."""
 
 from __future__ import annotations
 
