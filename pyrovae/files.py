@@ -53,7 +53,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Tensor], notes: Mapping[
     # Copies, since safetensors refuses shared memory.
     tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in arrays.items()}
     # As bytes, because safetensors' own save_file makes files that only their owner may read.
-    blank = safetensors.torch.save(tensors, {"notes": json.dumps(notes or {}), _CHECKSUM: _BLANK})
+    blank = _with_checksum(safetensors.torch.save(tensors, {"notes": json.dumps(notes or {})}))
     # The checksum is that of the file with zeros in its place, so that it covers every byte of it.
     place, digest = _place_of(_BLANK), hashlib.sha256(blank).hexdigest()
     _replace(Path(path), blank.replace(place, _place_of(digest), 1))
@@ -170,6 +170,14 @@ def together(folder: str | Path) -> Iterator[Path]:
 
 
 _CHECKSUM, _BLANK = "sha256", "0" * 64
+
+
+def _with_checksum(content: bytes) -> bytes:
+    """A safetensors file with a blank checksum before its metadata; safetensors itself writes several in random order."""
+    start, size = b'{"__metadata__":{', int.from_bytes(content[:8], "little")
+    header = start + _place_of(_BLANK) + b"," + content[8 + len(start) : 8 + size].rstrip(b" ")
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def _place_of(digest: str) -> bytes:

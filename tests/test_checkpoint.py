@@ -216,6 +216,15 @@ def test_one_flipped_bit_is_refused_wherever_it_is(tmp_path: Path) -> None:
     assert torch.equal(files.read_arrays(path)[0]["x"], torch.arange(40.0))
 
 
+def test_the_same_arrays_make_the_same_bytes(tmp_path: Path) -> None:
+    for _ in range(8):
+        files.write_arrays(tmp_path / "a", {"x": torch.arange(3.0), "y": torch.ones(2)}, {"n": 1})
+        files.write_arrays(tmp_path / "b", {"x": torch.arange(3.0), "y": torch.ones(2)}, {"n": 1})
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safetensors.safe_open(tmp_path / "a", "pt") as file:
+        assert torch.equal(file.get_tensor("x"), torch.arange(3.0))
+
+
 def test_files_without_a_checksum_still_load(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "old", {"notes": '{"n": 1}'})
     assert files.read_arrays(tmp_path / "old")[1] == {"n": 1}
