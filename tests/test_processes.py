@@ -209,6 +209,10 @@ def test_the_command_line_under_torchrun_writes_one_run(tmp_path: Path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["two"]
     assert len(pv.Evidence.load(tmp_path / "runs/two/evidence.safetensors")) == 360
     assert done.stdout.count("Report: ") == 1
+    evaluate = ["-m", "pyrovae", "evaluate", "runs/two", "--num-samples", "30", "--decompose", "0"]
+    done = subprocess.run([*launcher, *evaluate], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Report: ") == 1
     again = subprocess.run([*launcher, *train, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode != 0
     assert "exists already" in again.stderr
