@@ -10,11 +10,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pairs import LinearGaussian, counts_pair, curved_pair, nested_plates_pair, switches_pair
-from pyrovae.evidence.rounding import log_joint_rounding
 from scipy import integrate, stats
 from scipy.special import logsumexp
 
 import pyrovae as pv
+from pyrovae.programs.rounding import log_joint_rounding
 from pyrovae.programs.unconstrained import UnconstrainedPair
 
 

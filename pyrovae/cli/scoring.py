@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..diagnostics.decomposition import Decomposition
     from ..evidence.results import Evidence
     from ..models.base import PairModule
+    from .shown import Shown
 
 __all__ = ["bound_name", "decomposed", "package_version", "score"]
 
@@ -99,12 +100,9 @@ def _score(
     Returns:
         The summary; ``None`` if another process writes the files.
     """
-    import torch
-
     from .. import files
     from ..training.processes import leave
     from .report import write_report
-    from .shown import gather
 
     scoring, labels = run.evaluate, split.test_labels
     began = time.perf_counter()
@@ -140,19 +138,23 @@ def _score(
         facts=facts,
         trained=_trained(run, split, vae, bound, records),
         bound=bound,
-        shown=gather(
-            vae,
-            inputs,
-            evidence,
-            labels=labels,
-            train=split.train if isinstance(split.train, torch.Tensor) else None,
-            columns=getattr(split, "columns", ()) or None,
-            classes=getattr(split, "classes", ()),
-            seed=run.seed,
-        ),
+        shown=_shown(vae, inputs, evidence, split, labels, run.seed),
         decomposition=parts,
     )
     return summary
+
+
+def _shown(
+    vae: PairModule, inputs: tuple[Tensor, ...], evidence: Evidence, split: Split, labels: Tensor | None, seed: int
+) -> Shown:
+    """What the report shows of the model and the data."""
+    import torch
+
+    from .shown import gather
+
+    train = split.train if isinstance(split.train, torch.Tensor) else None
+    names: dict[str, Any] = {"columns": split.columns or None, "classes": split.classes}
+    return gather(vae, inputs, evidence, labels=labels, train=train, seed=seed, **names)
 
 
 def _settings_hash(run: Run) -> str:

@@ -46,7 +46,11 @@ class Average:
         self.count.fill_(count)
         torch._foreach_copy_(self.values, [value.to(old.device) for value, old in zip(values, self.values, strict=True)])
 
-    @torch.no_grad()
     def load_into_parameters(self) -> None:
         """Give the parameters their averaged values."""
-        torch._foreach_copy_(self.parameters, self.values)
+        self.restore(self.values)
+
+    @torch.no_grad()
+    def restore(self, values: list[Tensor]) -> None:
+        """Give the parameters these values, in place."""
+        torch._foreach_copy_(self.parameters, values)

@@ -10,9 +10,8 @@ import torch
 from tqdm import tqdm
 
 from .._validation import positive_number, unknown
-from ..data.batches import Batches
 from ..data.matching import Batch
-from ..programs.inspect import FIRST_ROWS, PairInfo, inspect_pair, prepare
+from ..programs.inspect import PairInfo, inspect_pair, open_pair
 from ..programs.sites import Program, sites_of
 from ..programs.state import in_own_scope
 from ..programs.tracing import trace_from_prior
@@ -93,9 +92,7 @@ def exact(
     if method not in ("auto", *EXACT_METHODS):
         raise ValueError(unknown("method", method, ["auto", *EXACT_METHODS]))
     tolerance = positive_number(tolerance, "tolerance")
-    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
-    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
-    data.to(first.dtype, first.device, first.floating)
+    data, first = open_pair(model, guide, x, vectorize_particles=vectorize_particles)
     data.batch_size = first.whole or 16
     parts: list[Answer] = []
     notes: list[dict[str, np.ndarray]] = []

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..compile.graph import Staged
 from ..data.batches import Batches
 from ..programs.checks import refuse_no_weights
-from ..programs.inspect import FIRST_ROWS, FirstBatch, prepare
+from ..programs.inspect import FirstBatch, open_pair
 from ..programs.sites import Program
 from ..programs.unconstrained import UnconstrainedPair
 from .annealing_options import LARGEST_STEP, SMALLEST_STEP, AnnealingOptions, Start
@@ -195,11 +195,9 @@ def prepare_annealing(model: Program, guide: Program, x: Any, options: Annealing
     Raises:
         ValueError: the data, or a guide without a density that chains shall start from.
     """
-    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
-    first = prepare(model, guide, data, vectorize_particles=options.vectorize_particles)
+    data, first = open_pair(model, guide, x, vectorize_particles=options.vectorize_particles)
     if options.start == "guide":
         refuse_no_weights(first.info.no_weights)
-    data.to(first.dtype, first.device, first.floating)
     return data, first
 
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._validation import positive_integer, unknown
-from ..data.batches import Batches
 from ..data.matching import Batch
-from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
+from ..programs.inspect import inspect_pair, open_pair
 from ..programs.sites import Program
 from ..programs.state import in_own_scope
 from ..programs.unconstrained import UnconstrainedPair
@@ -137,9 +136,7 @@ def refine(
         'importance sampling from the guide refined per datum'
     """
     options = RefineOptions(steps, lr, covariance, objective, num_particles, num_samples, tail_df, num_components).check()
-    data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
-    first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
-    data.to(first.dtype, first.device, first.floating)
+    data, first = open_pair(model, guide, x, vectorize_particles=vectorize_particles)
     size = positive_integer(batch_size or rows_at_once(first.info.num_dims, options), "batch_size")
     data.batch_size = first.whole or size
     parts: list[Refinement] = []

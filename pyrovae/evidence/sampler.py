@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from ..compile.cuda import check_precision, products_in
 from ..compile.graph import Staged
-from ..data.batches import Batches, content_hash
+from ..data.batches import content_hash
 from ..data.matching import Batch
 from ..programs.checks import refuse_no_weights
 from ..programs.coverage import covered_data
-from ..programs.inspect import FIRST_ROWS, inspect_pair, prepare
+from ..programs.inspect import inspect_pair, open_pair
 from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
+from . import planning
 from .chunks import ahead, chunk_sizes, parts_of, runs_of, side_by_side
 from .curve import curve_of
 from .finishing import finished
@@ -52,12 +53,6 @@ from .streaming import LogMoments
 from .task import Task, make_task
 
 __all__ = ["Group", "ImportanceSampler"]
-
-# Chunks after which a captured graph is compared with the program again, on other data; then after twice as many, and so on. A
-# comparison takes as long as some six compiled chunks.
-CHUNKS_TO_RECHECK = 200
-# Draws of the prior, over all data, that repay a compiled graph of their own.
-PROBES_TO_COMPILE = 2**17
 
 
 @dataclass(frozen=True)
@@ -94,18 +89,14 @@ class ImportanceSampler:
 
     def __init__(self, model: Program, guide: Program, x: Any, options: ImportanceOptions):
         self.model, self.guide, self.options = model, guide, options
-        self.data = Batches(x, batch_size=FIRST_ROWS, program=model, ordered=True)
-        self.first = prepare(model, guide, self.data, vectorize_particles=options.vectorize_particles)
+        self.data, self.first = open_pair(model, guide, x, vectorize_particles=options.vectorize_particles)
         self.info, self.device = self.first.info, self.first.device
         check_precision(options.precision, self.device)
-        if self.info.scale != 1.0:
-            raise ValueError("The data plate must have the size of the data, got a subsampled one: size it by x.shape[0].")
         if self.first.whole is not None and options.target_se is not None:
             raise ValueError(
                 "target_se must be None for a pair that is tied to one set of data, of which none can stop before the others: "
                 "leave it out."
             )
-        self.data.to(self.first.dtype, self.device, self.first.floating)
         self.eps = torch.finfo(self.first.dtype).eps
         nesting, vectorize = self.info.max_plate_nesting, options.vectorize_particles
         self._draw_plain = (
@@ -114,7 +105,7 @@ class ImportanceSampler:
         self._probe_errors: list[str] = []
         self._task: Task | None = None
         self._why_unfitted: str | None = None
-        self._chunks_drawn, self._next_recheck = 0, CHUNKS_TO_RECHECK
+        self._chunks_drawn, self._next_recheck = 0, planning.CHUNKS_TO_RECHECK
 
     def run(self) -> Evidence:
         """Score all data."""
@@ -145,7 +136,7 @@ class ImportanceSampler:
         backend = "inductor" if self._plan.compile else "eager"
         model, guide, threads = self.model, self.guide, self._plan.threads
         self.staged = Staged(self._staged_draw, backend, self.options.precision, threads, programs=(model, guide))
-        many = (self.data.num_data or 0) * self._plan.num_probes >= PROBES_TO_COMPILE
+        many = (self.data.num_data or 0) * self._plan.num_probes >= planning.PROBES_TO_COMPILE
         self.staged_probe = Staged(self._probe_plain, backend if many else "eager", threads=threads, programs=(model, guide))
         if self.options.kind == "auto":
             own: Any = {"draw_guide": self._submit_staged, "probe": self._probe, "finish": self._finish_part}

@@ -280,7 +280,7 @@ def open_pair(model: Program, guide: Program, x: Any, *, vectorize_particles: bo
     first = prepare(model, guide, data, vectorize_particles=vectorize_particles)
     data.to(first.dtype, first.device, first.floating)
     if first.info.scale != 1.0:
-        raise ValueError("A subsampled data plate scores other data than it is given: size the plate by x.shape[0].")
+        raise ValueError("The data plate must have the size of the data, got a subsampled one: size it by x.shape[0].")
     return data, first
 
 

@@ -13,14 +13,14 @@ __all__ = ["Progress"]
 
 # Lines in a log file: no more than one in so many seconds, and so many in all, besides the first epoch's and the last one's.
 SECONDS_BETWEEN_LINES = 1.0
-MOST_LINES = 20
+MOST_LINES = 15
 
 
 class Progress:
     """Shows steps and bounds on standard error.
 
     Args:
-        total_steps: how many steps there will be, or ``None`` if nobody knows.
+        total_steps: how many steps there will be, or ``None`` if that is not known.
         epochs: how many epochs there will be at most.
         enabled: whether to show anything.
         done: how many steps a run that is resumed has taken before.

@@ -60,8 +60,7 @@ def averaged(state: RunState) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(average.parameters, before)
+        average.restore(before)
 
 
 @torch.no_grad()
