@@ -19,6 +19,7 @@ from pyrovae.cli.config import read_run
 
 QUICK = [
     *("--train.epochs", "2", "--evaluate.num-samples", "30", "--evaluate.decompose", "0", "--train.compile", "false"),
+    *("--evaluate.proposal", "guide"),
     *("--model.hidden", "16", "--model.latent-dim", "2"),
 ]
 COLUMNS = [f"gene{i}" for i in range(8)]

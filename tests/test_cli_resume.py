@@ -18,6 +18,7 @@ from pyrovae.training import keeper
 
 QUICK = [
     *("--train.epochs", "4", "--evaluate.num-samples", "40", "--evaluate.decompose", "0", "--evaluate.limit", "30"),
+    *("--evaluate.proposal", "guide"),
     *("--model.hidden", "20", "--model.latent-dim", "2", "--estimator.num_particles", "2", "--train.every", "7"),
 ]
 

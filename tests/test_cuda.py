@@ -26,7 +26,7 @@ from pyrovae.compile import step as compile_step
 from pyrovae.compile.step import Step
 from pyrovae.data.batches import Batches
 from pyrovae.data.datasets import binarize
-from pyrovae.evidence import planning, sampler
+from pyrovae.evidence import finishing, planning
 from pyrovae.evidence.psis import pareto_smooth_together
 from pyrovae.programs.parameters import find_parameters
 
@@ -336,14 +336,14 @@ def test_a_gpu_scores_in_large_groups_and_fits_tails_together(options: dict[str,
     def no_tail_is_ordinary(*given: Any, **options: Any) -> Any:
         return *pareto_smooth_together(*given, **options)[:2], torch.zeros(len(given[0]), dtype=torch.bool)
 
-    monkeypatch.setattr(sampler, "pareto_smooth_together", together)
+    monkeypatch.setattr(finishing, "pareto_smooth_together", together)
     found = vae.log_marginal(x, num_samples=300, chunk_size=3060, seed=0, **options)
     # Other groups have other seeds, so the numbers agree within their errors.
     error = (expected.se**2 + found.se**2) ** 0.5
     assert abs(found.log_px - expected.log_px).max() < 5 * error.max()
     assert abs(found.mean - expected.mean) < 4 * (expected.mean_se**2 + found.mean_se**2) ** 0.5
     assert fitted
-    monkeypatch.setattr(sampler, "pareto_smooth_together", no_tail_is_ordinary)
+    monkeypatch.setattr(finishing, "pareto_smooth_together", no_tail_is_ordinary)
     by_arviz = vae.log_marginal(x, num_samples=300, chunk_size=3060, seed=0, **options)
     for one, other in [(found.khat, by_arviz.khat), (found.log_px_psis, by_arviz.log_px_psis), (found.log_px, by_arviz.log_px)]:
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)

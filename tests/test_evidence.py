@@ -327,7 +327,7 @@ def test_save_and_load_round_trip_and_truncation(tmp_path: Path):
     [
         ("se", torch.tensor([0.1, -0.1]), "se must not be negative, got -0.1 in row 1"),
         ("ess", torch.ones(3), r"ess must have one entry per datum, got shape \(3,\) and \(2,\)"),
-        ("log_px", torch.ones(2, 2), "log_px must have one entry per datum"),
+        ("log_px", torch.ones(2, 2), "must have one entry per datum"),
         ("khat", torch.ones(2, dtype=torch.bool), "khat must hold real numbers, got bool"),
         ("drawn", torch.ones(2), "drawn must hold integers, got float32"),
         ("covered", torch.ones(2), "covered must hold true or false"),

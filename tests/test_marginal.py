@@ -299,7 +299,7 @@ def test_a_value_that_a_graph_froze_is_found_at_the_second_group(monkeypatch: py
     # In the first group all data are equal, so that nothing but other data shows that the graph has theirs as constants.
     monkeypatch.setattr(graph, "_inductor", lambda module, *args: module)
     monkeypatch.setattr(planning, "GROUP", 4)
-    monkeypatch.setattr(sampler, "CHUNKS_TO_RECHECK", 1)
+    monkeypatch.setattr(planning, "CHUNKS_TO_RECHECK", 1)
 
     def model(x: torch.Tensor) -> None:
         frozen = torch.tensor(list((ctypes.c_double * len(x)).from_address(x.data_ptr())))  # past torch
