@@ -295,6 +295,33 @@ def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, threads: int, m
 
 
 @pytest.mark.usefixtures("float64")
+def test_many_draws_of_the_prior_are_scored_by_a_graph(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(graph, "_inductor", lambda module, *args: module)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x - 2, 0.2))
+
+    x = torch.linspace(-1.0, 1.0, 8)
+    found = []
+    for fewest in (1, 10**9):
+        monkeypatch.setattr(planning, "PROBES_TO_COMPILE", fewest)
+        found.append(log_marginal(model, guide, x, num_samples=200, proposal="guide", compile=True, seed=0))
+    graphed, plain = found
+    assert plain.missed is not None
+    assert plain.missed.max() > 0.05
+    np.testing.assert_allclose(graphed.log_px, plain.log_px, rtol=1e-12)
+    # The graph draws its normals otherwise, so that both differ by chance.
+    assert graphed.missed is not None
+    assert ((graphed.missed > 0.05) == (plain.missed > 0.05)).mean() > 0.7
+
+
+@pytest.mark.usefixtures("float64")
 def test_a_value_that_a_graph_froze_is_found_at_the_second_group(monkeypatch: pytest.MonkeyPatch):
     # In the first group all data are equal, so that nothing but other data shows that the graph has theirs as constants.
     monkeypatch.setattr(graph, "_inductor", lambda module, *args: module)

@@ -24,8 +24,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parents[2]
 CELLS = ("tanh-20", "tanh-100", "tanh-256", "tanh-20-k5", "tanh-100-k5", "tanh-20-k50", "gated-100", "conv-100", "vamp-100")
-SCORED = {"score-5000": (600, 5_000)}  # images and samples
-PROCESSES = 5
+SCORED = {"score-600": (600, 5_000), "score-3000": (3_000, 5_000)}  # images and samples
 MOST = 1.03
 # What one process runs: it prints a line when it is ready, and a line after each task it is told to take.
 SERVE = """
@@ -56,6 +55,7 @@ def main() -> None:
     """Time all cells and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="a checkout of the code as it was")
+    parser.add_argument("--processes", type=int, default=5, help="pairs of processes for each cell")
     parser.add_argument("--rounds", type=int, default=8, help="of each pair of processes")
     parser.add_argument("--cells", nargs="+", choices=(*CELLS, *SCORED), default=(*CELLS, *SCORED), metavar="CELL")
     options = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
     kept = common.RESULTS / "before_after.json"
     cells = json.loads(kept.read_text())["cells"] if kept.exists() else {}
     for name in options.cells:
-        cells[name] = timed(name, checkouts, *((PROCESSES, options.rounds) if name in CELLS else (1, 4)))
+        cells[name] = timed(name, checkouts, *((options.processes, options.rounds) if name in CELLS else (1, 3)))
         print(f"{name:14} {cells[name]['ratio']:.3f} {cells[name]['of each pair of processes']}", flush=True)
     revisions = {which: revision(path) for which, path in checkouts.items()}
     ratios = [cell["ratio"] for cell in cells.values()]

@@ -357,7 +357,8 @@ class ImportanceSampler:
 
     def _probe_plain(self, length: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
         other = guide_probe if self.options.kind == "prior" else prior_probe
-        return other(self.model, self.guide, self.options.vectorize_particles, self.info.max_plate_nesting)(batch, len(length))
+        draw = other(self.model, self.guide, self.options.vectorize_particles, self.info.max_plate_nesting)
+        return tuple(draw(batch, len(length)))  # a graph returns no named tuple
 
     def finish(self, num_data: int) -> Evidence:
         """The evidence, from all groups of all processes."""
