@@ -97,7 +97,7 @@ def fit(
             ``lr``, such as a torch optimizer class.
         schedule: ``"constant"``, ``"cosine"`` (to zero over all steps), ``{"kind": "step", "every": 30}`` (a tenth after each
             30 epochs) or ``"plateau"`` (half after epochs without a better validation bound), with the options of
-            :mod:`pyrovae.training.schedules`, such as ``"warm_up": 500`` steps; or a callable that makes a torch scheduler,
+            ``pyrovae.training.schedules``, such as ``"warm_up": 500`` steps; or a callable that makes a torch scheduler,
             which is stepped after every step, or with the validation bound if it is a ``ReduceLROnPlateau``.
         clip_norm: the largest norm that the gradient of all parameters together may have.
         accumulate: the number of parts of each batch whose gradients are computed one after the other and added, which takes
