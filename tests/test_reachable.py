@@ -120,7 +120,8 @@ def test_what_an_optimizer_holds_is_not_the_programs() -> None:
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
 
     def program(x: torch.Tensor) -> torch.Tensor:
-        assert optimizer is not None
+        if optimizer is None:  # an assert would bring pytest's own objects into reach
+            raise ValueError
         return net(x)
 
     assert set(parameters_of(program)) == {id(net.weight), id(net.bias)}
