@@ -65,7 +65,7 @@ GPU_GROUP, GPU_REDUCED, GPU_PAIRS, GPU_MEMORY_FRACTION = 2048, 2**24, 2**19, 0.2
 CHUNKS_TO_COMPILE = 300
 # Chunks after which a captured graph is compared with the program again, on other data; then after twice as many, and so on. A
 # comparison takes as long as some six compiled chunks.
-CHUNKS_TO_RECHECK = 200
+CHUNKS_TO_RECHECK = 1000
 # Draws of the prior, over all data, that repay a compiled graph of their own.
 PROBES_TO_COMPILE = 2**17
 # If there is a target for the standard error, the fewest draws that an estimate is from. Other numbers of draws are this times

@@ -21,6 +21,14 @@ __all__ = ["covered_data", "joined_flags"]
 
 # Unconstrained numbers that reach the ends of a prior's support, which draws need not come near.
 FAR = (-10.0, -6.0, -3.0, -1.5, -0.7, -0.3, -0.1, -0.01, 0.01, 0.1, 0.3, 0.7, 1.5, 3.0, 6.0, 10.0)
+# A guide of these reaches all numbers whatever its parameters, so that its density at a few draws of the prior is enough.
+POSITIVE_EVERYWHERE = (
+    torch.distributions.Cauchy,
+    torch.distributions.Laplace,
+    torch.distributions.MultivariateNormal,
+    torch.distributions.Normal,
+    torch.distributions.StudentT,
+)
 # A discrete latent with at most this many values is enumerated.
 MOST_VALUES = 64
 # The number of observed values that are scored at once, to find the draws that the model allows.
@@ -61,7 +69,10 @@ def covered_data(
         coverage = _Coverage(model, guide, args, nesting, tuple(site["name"] for site in sites), plate)
         draws = COSTLY_DRAWS if any(_is_costly(base_distribution(site)) for site in sites) else COVERAGE_DRAWS
         covered = torch.ones(len(args[0]), dtype=torch.bool, device=args[0].device)
-        for number, far in ((len(FAR), True), (draws if vectorize else min(draws, len(FAR)), False)):
+        draws = draws if vectorize else min(draws, len(FAR))
+        if all(isinstance(base_distribution(site), POSITIVE_EVERYWHERE) for site in sites):
+            draws = min(draws, COSTLY_DRAWS)
+        for number, far in ((len(FAR), True), (draws, False)):
             together = number if vectorize else 1
             for start in range(0, number, together):
                 try:
