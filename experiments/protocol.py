@@ -33,7 +33,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "dreg": {"kind": "dreg", "num_particles": 50},
 }
 LATENTS = (50, 20, 10, 100)
-CHAINS, TEMPERATURES, LEAPFROG = 16, 10_000, 5
+CHAINS, TEMPERATURES, LEAPFROG = 8, 10_000, 4
 
 
 class Cell(NamedTuple):

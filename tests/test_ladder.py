@@ -20,6 +20,8 @@ from pyrovae.evidence.ascent import climb, curvature
 from pyrovae.evidence.fitted import Fitted, slope_of, tempered
 from pyrovae.evidence.ladder import Ladder
 from pyrovae.evidence.matching import match_gradients
+from pyrovae.evidence.strata import FittedField
+from pyrovae.evidence.terms import PairTerms
 
 BAD_GUIDES = ["narrow", "shifted", "constant"]
 
@@ -305,3 +307,28 @@ def test_ascent_curvature_and_matching_are_exact_on_gaussians():
     loc, tril = match_gradients(torch.zeros(2, 6).double(), 3 * start, draws, gradient(draws)[1], trust=1e9)
     torch.testing.assert_close(loc, mean, atol=1e-4, rtol=0)
     torch.testing.assert_close(tril @ tril.mT, covariance, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("float64")
+def test_chains_from_a_fitted_proposal_move_in_its_own_coordinates():
+    pair = LinearGaussian(latent_dim=5, data_dim=6)
+    x, fitted = pair.sample(3), _some_fitted()
+    terms = PairTerms(pair.model, pair.guide, True, "eager", "float32", 1000)
+    field = FittedField.of(terms, (x,), fitted)
+    draws = field.draw(4000)
+    heaviest = fitted.shares.argmax(1)
+    flat = draws[:7].clone().requires_grad_()
+    there = fitted.loc[torch.arange(3), heaviest] + (fitted.tril[torch.arange(3), heaviest] @ flat[..., None])[..., 0]
+    log_start = fitted.log_prob(there)
+    prior = dist.Normal(torch.zeros(5).double(), 1.0).to_event(1)
+    log_joint = prior.log_prob(there) + dist.Normal(there @ pair.weight.T + pair.bias, pair.noise).to_event(1).log_prob(x)
+    beta = 0.3
+    log_f = (1 - beta) * log_start + beta * log_joint
+    (slope,) = torch.autograd.grad(log_f.sum(), flat)
+    state, value, own = field.slope(flat.detach(), beta)
+    torch.testing.assert_close(state.log_ratio, (log_joint - log_start).detach())
+    torch.testing.assert_close(value, log_f.detach())
+    torch.testing.assert_close(own, slope)
+    # The draws are the proposal's: their mean density is that of draws made in the usual coordinates.
+    back = fitted.loc[torch.arange(3), heaviest] + (fitted.tril[torch.arange(3), heaviest] @ draws[..., None])[..., 0]
+    torch.testing.assert_close(fitted.log_prob(back).mean(0), fitted.log_prob(fitted.sample(4000)).mean(0), atol=0.15, rtol=0)

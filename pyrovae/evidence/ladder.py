@@ -359,7 +359,7 @@ class Ladder:
             return
         path, each = AnnealingPath(CHAINS, CHAINS.betas), max(1, terms.gradients // CHAINS.num_chains)
         for part in torch.from_numpy(rows).split(each):
-            field = FittedField(terms, self.part(part), _stacked([self.proposals[row] for row in part.tolist()]))
+            field = FittedField.of(terms, self.part(part), _stacked([self.proposals[row] for row in part.tolist()]))
             with tqdm(disable=True) as bar:
                 log_w = path.forward(field, path.tune(field, bar), bar)
             moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)

@@ -58,15 +58,28 @@ class Strata:
 
 
 class FittedField(NamedTuple):
-    """Densities between fitted proposals and the joint, through which chains are annealed."""
+    r"""Densities between fitted proposals and the joint, through which chains are annealed.
+
+    The chains move in coordinates v in which the heaviest component of a proposal is round, :math:`u = \mu + C v`. Then one
+    step size serves all directions. The Jacobian is constant, and leaves ratios of densities as they are.
+    """
 
     terms: PairTerms
     args: Batch
     start: Fitted
+    loc: Tensor  # (B, L)
+    tril: Tensor  # (B, L, L)
+    inverse: Tensor  # (B, L, L)
+
+    @classmethod
+    def of(cls, terms: PairTerms, args: Batch, start: Fitted) -> FittedField:
+        """The densities for proposals to some data."""
+        data, heaviest = torch.arange(len(start), device=start.loc.device), start.shares.argmax(1)
+        return cls(terms, args, start, *(part[data, heaviest] for part in start[:3]))
 
     def draw(self, num: int) -> Tensor:
         """Draws of the proposals, (num, B, L)."""
-        return self.start.sample(num)
+        return ((self.start.sample(num) - self.loc).transpose(0, 1) @ self.inverse.mT).transpose(0, 1)
 
     def at(self, flat: Tensor) -> ChainState:
         """The chains' state at ``flat`` (K, B, L)."""
@@ -74,7 +87,9 @@ class FittedField(NamedTuple):
 
     def slope(self, flat: Tensor, beta: float) -> tuple[ChainState, Tensor, Tensor]:
         """The state at ``flat``, log f there (K, B), and its gradient (K, B, L)."""
-        log_start, start_slope = slope_of(self.start, flat)
-        log_joint, joint_slope = self.terms.slope(self.args, flat)
+        there = self.loc + (flat.transpose(0, 1) @ self.tril.mT).transpose(0, 1)
+        log_start, start_slope = slope_of(self.start, there)
+        log_joint, joint_slope = self.terms.slope(self.args, there)
         state = ChainState(flat, log_start, log_joint - log_start)
-        return state, log_start + beta * state.log_ratio, (1 - beta) * start_slope + beta * joint_slope
+        slope = (1 - beta) * start_slope + beta * joint_slope
+        return state, log_start + beta * state.log_ratio, (slope.transpose(0, 1) @ self.tril).transpose(0, 1)
