@@ -332,3 +332,38 @@ def test_chains_from_a_fitted_proposal_move_in_its_own_coordinates():
     # The draws are the proposal's: their mean density is that of draws made in the usual coordinates.
     back = fitted.loc[torch.arange(3), heaviest] + (fitted.tril[torch.arange(3), heaviest] @ draws[..., None])[..., 0]
     torch.testing.assert_close(fitted.log_prob(back).mean(0), fitted.log_prob(fitted.sample(4000)).mean(0), atol=0.15, rtol=0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("bits", [1, 8, 11])
+def test_discrete_latents_are_summed_where_that_takes_no_more_calls_than_draws(bits: int):
+    weight = torch.as_tensor(np.random.default_rng(0).normal(size=(bits, 3)))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3 * torch.ones(bits).double()).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight, 0.5).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(len(x), bits).double()).to_event(1))
+
+    x = torch.as_tensor(np.random.default_rng(1).normal(size=(300, 3)))
+    evidence = pv.log_marginal(model, guide, x, num_samples=1000, proposal="auto", seed=0)
+    truth = pv.exact(model, guide, x, method="enumerate").log_px
+    every = torch.cartesian_prod(*[torch.arange(2.0).double()] * bits).reshape(-1, bits)
+    log_prior = dist.Bernoulli(0.3 * torch.ones(bits).double()).to_event(1).log_prob(every)
+    likelihood = dist.Normal((every @ weight)[:, None], 0.5).to_event(1).log_prob(x)
+    np.testing.assert_allclose(truth, torch.logsumexp(log_prior[:, None] + likelihood, 0).numpy(), atol=1e-10)
+    if bits == 11:  # 2,048 assignments
+        assert not (evidence.rung == RUNGS.index("exact")).any()
+        return
+    assert (evidence.rung == RUNGS.index("exact")).all()
+    np.testing.assert_allclose(evidence.log_px, truth, atol=1e-10)
+    assert evidence.reliable.all()
+    assert (evidence.se < 1e-6).all()
+    assert (evidence.calls == evidence.pilot + 2**bits).all()
+    assert (evidence.drawn == 2**bits).all()
+    assert evidence.gap > 0.1
+    assert "300 summed; all reliable." in evidence.summary()
+    assert evidence.criterion == "an exact answer"

@@ -27,7 +27,7 @@ from .terms import CALLS_OF_A_GRADIENT
 
 __all__ = ["Ladder", "pilot_draws"]
 
-GUIDE, FITTED, ADAPTED, MIXTURE, ANNEALED = range(len(RUNGS))
+GUIDE, FITTED, ADAPTED, MIXTURE, ANNEALED, EXACT = range(len(RUNGS))
 # Draws of the guide's pilot, a twentieth of the estimate's, but no fewer or more; a fitted proposal's has twice as many, from
 # which it is also tuned.
 FEWEST_PILOT, MOST_PILOT = 250, 1000
@@ -102,12 +102,15 @@ class Ladder:
         guide_elbo = np.zeros(self.size)
         if self.pilot:
             guide_elbo = self._try_guide()
-            if self.task.terms is None:
+            self.arrays = self.task.exact(self.batch) or {}
+            if self.arrays:
+                self.rung[:], self.calls = EXACT, self.calls + self.arrays["drawn"]
+            elif self.task.terms is None:
                 self._try_mixture(np.flatnonzero(~self.sound))
             else:
                 self._search()
                 self._fit(np.flatnonzero(~self.sound), FITTED_PILOT)
-        self._estimate(np.flatnonzero(self.sound | ~self._fitted))
+        self._estimate(np.flatnonzero((self.sound | ~self._fitted) & (self.rung != EXACT)))
         if self.found is not None and self.pilot:
             # The guide's own draws may show a tail that its pilot did not.
             self._again(np.flatnonzero(~self._fitted & ~self._reliable() & ~np.isneginf(self.khat)), FITTED_PILOT)
