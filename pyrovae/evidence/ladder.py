@@ -346,14 +346,14 @@ class Ladder:
     def _weights(
         self, blocks: Iterator[tuple[Tensor, Tensor, Tensor]], proposal: Fitted, which: Tensor, number: int, strata: Strata
     ) -> Iterator[Tensor]:
-        """Log-weights of blocks from a proposal; those of the prior's draws, which come first in each, are summed apart."""
+        """Log-weights of blocks from a proposal; the prior's draws come first in each."""
         from_prior, done = prior_draws(number), 0
         for flat, log_prior, log_joint in blocks:
-            log_w = Scored(flat, log_prior, log_joint, (proposal,), from_prior / number).log_w
+            log_drawn = Scored(flat, log_prior, log_joint, (proposal,), from_prior / number).log_drawn
             own = (done + len(flat)) * from_prior // number - done * from_prior // number
             done += len(flat)
-            strata.add(which, log_w[:own])
-            yield log_w
+            strata.add(which, log_joint - log_drawn, log_prior - log_drawn, own)
+            yield log_joint - log_drawn
 
     def _anneal(self, rows: Array) -> None:
         """Chains from the best proposals to the posterior, for what no proposal was good enough for."""
