@@ -184,6 +184,7 @@ def evaluate(
     num_samples: int | None = None,
     target_se: float | None = None,
     proposal: str | None = None,
+    second: int | None = None,
     limit: int | None = None,
     decompose: int | None = None,
     device: Literal["auto", "cpu", "cuda"] | None = None,
@@ -202,6 +203,7 @@ def evaluate(
         num_samples: Importance samples per datum; the most that one gets where --target-se is given.
         target_se: Aim at this standard error of each datum's estimate, in nats.
         proposal: What the samples come from: auto (repaired where the guide fails), guide, refined, mixture or prior.
+        second: Check so many estimates by annealing from the prior.
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
         device: Where to score: a GPU if there is one, or the run's own.
@@ -213,7 +215,8 @@ def evaluate(
     from .config import load_model, load_split, run_device, write_run
     from .scoring import score
 
-    options = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "limit": limit, "decompose": decompose}
+    options = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "second": second}
+    options |= {"limit": limit, "decompose": decompose}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in options.items() if value is not None}}
     overrides |= {} if device is None else {"train": {"device": device}}
     _joined()

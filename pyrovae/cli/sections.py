@@ -183,6 +183,7 @@ class EvaluateSection:
         num_samples: Importance samples per datum; the most that one gets where target_se is given.
         target_se: Aim at this standard error of each datum's estimate, in nats.
         proposal: What the samples come from: "auto" (repaired where the guide fails), "guide", "refined", "mixture" or "prior".
+        second: Check so many estimates by annealing from the prior, and the chains on as many simulated data; slow.
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
     """
@@ -190,6 +191,7 @@ class EvaluateSection:
     num_samples: Positive = 5000
     target_se: PositiveFloat | None = None
     proposal: Literal["auto", "guide", "refined", "mixture", "prior"] = "auto"
+    second: Annotated[int, Field(ge=0)] = 0
     limit: Positive | None = None
     decompose: Annotated[int, Field(ge=0)] = 200
 
