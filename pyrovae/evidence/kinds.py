@@ -106,7 +106,7 @@ class ImportanceSampled(EvidenceKind):
     bound = "Bound (ELBO)"
     who_misses = "the guide misses"
     cover_cure = 'proposal="mixture"'
-    other_proposal = '"refined", which fits the guide to each datum'
+    other_proposal = '"auto", which repairs the estimates where the guide fails'
     other_modes = ""
 
     def consistent(self, scores: _Scores) -> Array:
