@@ -352,7 +352,7 @@ def test_a_folder_is_not_overwritten_nor_shared(kept: Path, tmp_path: Path) -> N
         vae.fit(X, resume=tmp_path / "nothing", **SHORT)
 
     def another(record: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match="is in use by another run"):
+        with pytest.raises(ValueError, match=f"new is in use by process {os.getpid()} on "):
             of_normal_data().fit(X, checkpoint=tmp_path / "new", **SHORT)
 
     vae.fit(X, checkpoint=tmp_path / "new", on_epoch=another, **SHORT)

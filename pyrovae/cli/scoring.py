@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,17 +47,21 @@ def score(
         earlier: the folder of the run, if it may have been scored before.
 
     Raises:
-        ValueError: the data are not those that were scored before.
+        ValueError: the data are not those that were scored before, or another command works in the folder.
         OSError: the folder cannot be written; before the work begins.
     """
     from .. import files
+    from ..training.processes import is_first
+    from .folders import alone
 
     inputs = vae.score_inputs(split.test, split.test_labels, **split.beside("test"))
     inputs = tuple(each[: run.evaluate.limit] for each in inputs)
     if earlier is not None and (earlier / "evidence.safetensors").exists():
         _refuse_changed(earlier, inputs)
+    # A run that was just trained has its folder still.
+    takes = earlier is not None and is_first()
     with output.words():
-        with files.together(folder) as staged:
+        with alone(folder, output) if takes else nullcontext(), files.together(folder) as staged:
             summary = _score(staged, folder, run, split, vae, records, inputs, output.bars)
         if summary is None:
             return
