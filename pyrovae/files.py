@@ -175,7 +175,7 @@ def taken(folder: str | Path) -> Iterator[str | None]:
     Args:
         folder: where the context is to be alone.
 
-    Returns:
+    Yields:
         The process that held the folder and was killed, in words; ``None`` if there is none.
 
     Raises:
@@ -186,7 +186,7 @@ def taken(folder: str | Path) -> Iterator[str | None]:
         >>> import tempfile
         >>> from pyrovae.files import taken
         >>> with tempfile.TemporaryDirectory() as folder, taken(folder):
-        ...     with taken(folder):
+        ...     with taken(folder):  # doctest: +ELLIPSIS
         ...         pass
         Traceback (most recent call last):
         ...
@@ -202,12 +202,11 @@ def taken(folder: str | Path) -> Iterator[str | None]:
         raise ValueError(f"{folder} is in use by {holder}: wait for it, or choose another folder.") from error
     try:
         before = _owner(note)
-        write_text(note, json.dumps({"process": os.getpid(), "machine": socket.gethostname()}) + "\n")
-        try:
-            yield before
-        finally:
-            note.unlink(missing_ok=True)
+        # No more than a name for a sentence: it need not survive a loss of power, so it is not synchronised.
+        note.write_text(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}) + "\n", encoding="utf-8")
+        yield before
     finally:
+        note.unlink(missing_ok=True)
         lock.release()
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..models.base import PairModule
     from .shown import Shown
 
-__all__ = ["bound_name", "decomposed", "package_version", "score"]
+__all__ = ["bound_name", "decomposed", "package_version", "remake_report", "score"]
 
 
 def score(
@@ -107,7 +107,6 @@ def _score(
     """
     from .. import files
     from ..training.processes import leave
-    from .report import write_report
 
     scoring, labels = run.evaluate, split.test_labels
     began = time.perf_counter()
@@ -132,10 +131,30 @@ def _score(
     evidence.save(staged / "evidence.safetensors")
     summary = _summary(run, vae.quantity, evidence, parts, facts) | _known(split, evidence) | {"names": split.names()}
     files.write_text(staged / "summary.json", json_text(summary) + "\n")
+    _report(staged / "report.html", folder.name, run, split, vae, records, inputs, evidence, facts, parts)
+    return summary
+
+
+def _report(
+    path: Path,
+    title: str,
+    run: Run,
+    split: Split,
+    vae: PairModule,
+    records: list[dict[str, Any]],
+    inputs: tuple[Tensor, ...],
+    evidence: Evidence,
+    facts: dict[str, str],
+    parts: Decomposition | None,
+) -> None:
+    """Write the report of what was found."""
+    from .report import write_report
+
     bound = bound_name(run)
+    labels = None if split.test_labels is None else split.test_labels[: len(evidence)]
     write_report(
-        staged / "report.html",
-        title=folder.name,
+        path,
+        title=title,
         evidence=evidence,
         quantity=vae.quantity,
         records=records,
@@ -146,7 +165,34 @@ def _score(
         shown=_shown(vae, inputs, evidence, split, labels, run.seed),
         decomposition=parts,
     )
-    return summary
+
+
+def remake_report(folder: Path, run: Run, split: Split, vae: PairModule, bars: bool) -> Path:
+    """Write the report of a run that has been scored anew, and nothing else.
+
+    Args:
+        folder: of the run.
+        run: its settings.
+        split: its data.
+        vae: its model.
+        bars: whether to show progress.
+
+    Raises:
+        FileNotFoundError: the run has not been scored.
+        ValueError: the data are not those that were scored.
+    """
+    from .. import files
+    from ..evidence.results import Evidence
+
+    evidence = Evidence.load(folder / "evidence.safetensors")
+    inputs = vae.score_inputs(split.test, split.test_labels, **split.beside("test"))
+    inputs = tuple(each[: len(evidence)] for each in inputs)
+    _refuse_changed(folder, inputs)
+    first = tuple(each[: run.evaluate.decompose] for each in inputs)
+    parts = decomposed(vae, first, evidence, run.seed, bars) if run.evaluate.decompose else None
+    records, facts = files.read_lines(folder / "metrics.jsonl"), files.read_json(folder / "summary.json")["facts"]
+    _report(folder / "report.html", folder.name, run, split, vae, records, inputs, evidence, facts, parts)
+    return folder / "report.html"
 
 
 def _shown(
