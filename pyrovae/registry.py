@@ -137,7 +137,9 @@ def build(kind: str, spec: Any, **defaults: Any) -> Any:
         return spec
     options = {key: _rebuilt(value) for key, value in spec.items() if key != "component"}
     if "kind" not in options:
-        raise ValueError(f'A {kind} table must have the key kind, got {options!r}: add kind = "{names(kind)[0]}", for example.')
+        article = "An" if kind[0] in "aeiou" else "A"
+        example = f'add kind = "{names(kind)[0]}", for example.'
+        raise ValueError(f"{article} {kind} table must have the key kind, got {options!r}: {example}")
     name = options.pop("kind")
     cls = find(kind, name)
     takes = inspect.signature(cls).parameters

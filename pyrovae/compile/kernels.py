@@ -341,8 +341,8 @@ OPERATIONS = {
         lambda left, weights, biases, activations, x, rounded: left.new_empty(left.shape[0]),
     ),
 }
-# Torch takes each operation once in a process, and forgets it with its library. So the library is kept by torch, for when this module
-# is loaded again, or the package imported anew in a notebook.
+# Torch takes each operation once in a process, and forgets it with its library. So torch keeps the library, for when this
+# module is loaded again, or the package imported anew in a notebook.
 if "_pyrovae" not in vars(torch.library):
     _LIBRARY = torch.library._pyrovae = torch.library.Library("pyrovae", "DEF")  # type: ignore[attr-defined]
     for _schema, (_function, _shape) in OPERATIONS.items():
