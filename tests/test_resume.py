@@ -197,14 +197,14 @@ SCHEDULES: dict[str, Callable] = {
 @pytest.mark.parametrize(
     ("optimizer", "schedule"),
     [("adam", "one cycle"), (torch.optim.SGD, "warm restarts"), (torch.optim.NAdam, "in turn"), (torch.optim.ASGD, "in turn"),
-     (torch.optim.Adagrad, "warm restarts")],
+     (torch.optim.Adagrad, "warm restarts"), ("schedule_free", "constant")],
 )  # fmt: skip
 def test_any_optimizer_and_schedule_go_on(
     tmp_path: Path, optimizer: Any, schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(**kept: Any) -> dict[str, torch.Tensor]:
         vae = of_normal_data()
-        kept = {"optimizer": optimizer, "schedule": SCHEDULES[schedule]} | kept
+        kept = {"optimizer": optimizer, "schedule": SCHEDULES.get(schedule, schedule)} | kept
         vae.fit(X, epochs=3, batch_size=20, lr=0.01, seed=1, progress=False, **kept)
         return vae.state_dict()
 
