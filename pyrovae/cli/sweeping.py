@@ -91,8 +91,9 @@ def train_all(folder: Path, cells: Sequence[Cell], jobs: int) -> dict[str, tuple
                     print(f"[{done}/{len(cells)}] {cell.name}: {_said(folder / cell.name, failed.get(cell.name))}", flush=True)
                 if not ended:
                     time.sleep(SECONDS_BETWEEN_LOOKS)
-            for process in running.values() if signals.received is not None else ():
-                process.send_signal(signals.received)
+            if signals.received is not None:
+                for process in running.values():
+                    process.send_signal(signals.received)
             for process in running.values():
                 process.wait()
     finally:

@@ -110,11 +110,10 @@ def interpolate(
     size = len(inputs[0])
     if not 0 <= min(rows) <= max(rows) < size:
         raise ValueError(f"--rows must be from 0 to {size - 1}, the last of the {part} data, got {rows}.")
-    _must_be_vae(vae, "interpolated")
     if len(inputs) > 1:
         raise ValueError("Data with missing values or labels have no interpolation here: use vae.interpolate in Python.")
-    lines = vae.interpolate(inputs[0][rows[::2]], inputs[0][rows[1::2]], steps)
-    lines = lines.transpose(0, 1)
+    ends = inputs[0][rows[::2]], inputs[0][rows[1::2]]
+    lines = _must_be_vae(vae, "interpolated").interpolate(*ends, steps).transpose(0, 1)
     _write(run, "interpolations", lines, output, pictures=lines.flatten(0, 1), width=steps)
 
 
