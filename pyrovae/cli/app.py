@@ -79,14 +79,18 @@ def train(
     """
     del device, settings  # Declared for the help page and the spelling of options; what was given is in arguments.given.
     from .config import read_run, run_device, run_name
-    from .folders import Follower, RunFolder, new_folder
+    from .folders import Follower, RunFolder, alone, new_folder
 
     output, follows = output or Output(), _joined() > 0
     if resume is not None:
         if run is not None:
             raise ValueError(f"A run is resumed from its own settings, so give {run} or --resume {resume}, and not both.")
         described = _described(resume, given)
-        _train((Follower if follows else RunFolder)(resume, described, resumed=True), output)
+        if follows:
+            _train(Follower(resume, described, resumed=True), output)
+            return
+        with alone(resume, output):
+            _train(RunFolder(resume, described, resumed=True), output)
         return
     described = read_run(run, given)
     run_device(described)
@@ -266,12 +270,7 @@ def compare(*runs: Path, output: Annotated[Output | None, Parameter(name="*")] =
     with output.words():
         print(comparison)
         print(f"Page: {page}")
-    columns = {"log_px": comparison.mean} | {name: getattr(comparison, name) for name in _COMPARED}
-    known = {name: column.tolist() for name, column in columns.items() if column is not None}
-    output.findings({"models": comparison.names, **known, "page": str(page)})
-
-
-_COMPARED = ("difference", "difference_se", "monte_carlo_se", "training_se", "num_runs", "unreliable", "stacking")
+    output.findings(comparison.to_dict() | {"page": str(page)})
 
 
 @app.command(sort_key=3)
