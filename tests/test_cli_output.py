@@ -64,7 +64,7 @@ def test_quiet_prints_errors_alone(capsys: pytest.CaptureFixture):
 def test_a_log_of_the_default_number_of_epochs_is_short(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pyrovae.training.progress.SECONDS_BETWEEN_LINES", 0.0)  # as of epochs that take a second each
     quick = ["--evaluate.num-samples", "100", "--evaluate.decompose", "5", "--train.batch-size", "700", "--model.hidden", "8"]
-    quick += ["--evaluate.limit", "8"]
+    quick += ["--evaluate.limit", "8", "--evaluate.proposal", "guide"]
     assert main(["train", *quick]) == 0
     printed = capsys.readouterr()
     assert len((printed.out + printed.err).encode()) < 3000
