@@ -9,7 +9,7 @@ from cyclopts import App
 
 __all__ = ["collect", "given", "literal"]
 
-# What is said without its section.
+# Settings that may be given without their section.
 SHORT = {"--device": "--train.device", "--data": "--data.path"}
 
 # Options of the command, not settings of the run.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PlainSerializer, WrapValidator
@@ -173,6 +173,12 @@ class TrainSection:
     mlflow: bool = False
     checkpoint: bool = True
     every: Positive | Literal["auto", "epoch"] = "auto"
+
+    def fit_keywords(self) -> dict[str, Any]:
+        """The options that :func:`pyrovae.fit` takes by the same names."""
+        others = {"device", "tensorboard", "wandb", "mlflow", "checkpoint"}
+        options = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in others}
+        return options | {"validation": self.validation or None}
 
 
 @dataclass(frozen=True, config=_STRICT)
