@@ -18,7 +18,7 @@ from .wrappers import is_factor, is_one_hot, mask_of
 __all__ = [
     "PARTICLES", "Layout", "Program", "check_batch", "common_scale", "data_plate", "latents_of", "log_prob_of", "num_dims_of",
     "num_known_of", "num_observed_of", "observed_squares", "per_datum", "plate_nesting", "plate_sizes", "plates_of",
-    "refuse_auxiliary", "sites_of",
+    "refuse_auxiliary", "sites_of", "sum_last",
 ]  # fmt: skip
 
 Program = Callable[..., Any]
@@ -166,10 +166,15 @@ def log_prob_of(site: dict) -> Tensor:
         ):  # then constants, rounded alike in every term, are float64 too
             value = value.double()
     value = distribution.log_prob(value, *site["args"], **site["kwargs"])
-    value = _summed(value, tuple(range(-inner, 0)))
+    value = sum_last(value, inner)
     if "outside" in site:
         value = torch.where(site["outside"], -torch.inf, value)
     return scale_and_mask(value, 1.0, site["mask"])
+
+
+def sum_last(terms: Tensor, dims: int) -> Tensor:
+    """The sum over the last dimensions, in float64 if it has very many terms."""
+    return _summed(terms, tuple(range(-dims, 0)))
 
 
 def _summed(terms: Tensor, dims: tuple[int, ...] | list[int]) -> Tensor:
