@@ -78,9 +78,8 @@ def to_value(support: Any, flat: Tensor) -> Tensor:
     value = biject_to(support)(flat)
     if not isinstance(bare(support), _HALF_LINES):
         return value
-    limits = torch.finfo(value.dtype)
-    least = limits.tiny if bounds_of(bare(support))[0] == 0 else -limits.max
-    return value.clamp(least, limits.max)
+    limits, low = torch.finfo(value.dtype), bounds_of(bare(support))[0]
+    return value.clamp(limits.tiny if not isinstance(low, Tensor) and low == 0 else -limits.max, limits.max)
 
 
 def from_value(site: dict, support: Any, value: Tensor) -> Tensor:
@@ -96,6 +95,9 @@ def from_value(site: dict, support: Any, value: Tensor) -> Tensor:
     if isinstance(bare(support), _SIMPLEX):
         return _sticks(value)
     flat = biject_to(support).inv(value)
+    if isinstance(bare(support), _CORRELATION):  # of a correlation that rounds to 1 the inverse is infinite
+        edge = -0.5 * math.log(torch.finfo(flat.dtype).eps)
+        return flat.clamp(-edge, edge)
     found = _lost(site, support, flat)
     return flat if found is None else torch.where(found[0], found[1], flat)
 
@@ -205,7 +207,7 @@ def _ends(constraint: Any, like: Tensor, edge: float, deep: float, far: float) -
         deep: how far exp(-deep) is kept from zero.
         far: the largest number for a support without an upper end.
     """
-    low, high = (torch.as_tensor(bound).to(like) for bound in bounds_of(constraint))
+    low, high = (torch.as_tensor(bound).detach().to(like) for bound in bounds_of(constraint))
     symmetric = torch.as_tensor(edge).to(like)
     if isinstance(constraint, _CORRELATION):  # tanh(u) = 2 sigmoid(2u) - 1
         return -symmetric / 2, symmetric / 2
@@ -223,7 +225,7 @@ def _ends(constraint: Any, like: Tensor, edge: float, deep: float, far: float) -
 def _reached(constraint: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Between which unconstrained numbers a value of this type says where it was drawn."""
     limits = torch.finfo(like.dtype)
-    edge, deep = -math.log(16 * limits.eps), 3 - math.log(limits.tiny)
+    edge, deep = -math.log(16 * limits.eps), -math.log(limits.tiny) - 3
     return _ends(constraint, like, edge, deep, math.inf)
 
 
@@ -241,7 +243,7 @@ def _without_last(distribution: Any, transform: Any) -> Any:
     if type(last) is not _core(transform):
         return None
     base = TransformedDistribution(distribution.base_dist, before, validate_args=False) if before else distribution.base_dist
-    return base if base.event_dim == distribution.event_dim else None
+    return base if len(base.event_shape) == len(distribution.event_shape) else None
 
 
 def _flat_parts(parts: list[Any]) -> list[Any]:
