@@ -159,18 +159,57 @@ def test_exact_sums_the_corners_of_a_simplex():
     assert evidence.reliable.all()
 
 
-@pytest.mark.parametrize("proposal", ["guide", "mixture", "refined", "auto"])
-def test_weights_are_right_where_draws_round_to_an_end(proposal):
+MISFITS = np.array(
+    [[1, 0.05, 1, 0.08], [0.5, 0.05, 0.5, 0.1], [0.05, 0.05, 0.05, 0.1], [1, 0.05, 1, 0.03]]
+)  # Betas of prior, guide
+
+
+@pytest.mark.parametrize(
+    ("proposal", "dtype", "place"),
+    [
+        ("guide", torch.float32, 0.0),
+        ("mixture", torch.float32, 0.0),
+        ("refined", torch.float32, 0.0),
+        ("auto", torch.float32, 0.0),
+        ("guide", torch.float64, 0.0),
+        ("mixture", torch.float32, 10.0),  # a float32 near 10 keeps fewer digits of its distance from either end
+    ],
+)
+def test_weights_are_right_where_draws_round_to_an_end(proposal, dtype, place):
     """The density of the prior over that of the guide is infinite, or zero, at z = 1, where a third of all draws are."""
-    shapes = np.array([[1, 0.05, 1, 0.08], [0.5, 0.05, 0.5, 0.1], [0.05, 0.05, 0.05, 0.1], [1, 0.05, 1, 0.03]])
-    rows = np.array([[x, 1.0, *shape] for shape in shapes for x in (0.3, 1.0)])
+    rows = np.array([[x, 1.0, *shape] for shape in MISFITS for x in (0.3, 1.0)])
     truth = np.array([beta_truth(row[:4]) for row in rows])
-    model, guide = pair(beta, lambda x: dist.Beta(x[:, 4], x[:, 5]))
-    data = torch.tensor(rows, dtype=torch.float32)
-    evidence = pv.log_marginal(model, guide, data, num_samples=4000, proposal=proposal, seed=0)
+
+    def law(first: int) -> Callable[[torch.Tensor], Any]:
+        if not place:
+            return lambda x: dist.Beta(x[:, first], x[:, first + 1])
+        return lambda x: dist.AffineBeta(x[:, first], x[:, first + 1], torch.tensor(place), torch.tensor(1.0))
+
+    rows[:, 0] += place
+    model, guide = pair(law(2), law(4))
+    evidence = pv.log_marginal(model, guide, torch.tensor(rows, dtype=dtype), num_samples=4000, proposal=proposal, seed=0)
     wrong = np.abs(evidence.log_px - truth) > np.maximum(5 * evidence.se, 0.02)
     assert not (wrong & evidence.reliable).any()
     assert evidence.reliable.mean() > 0.6
+
+
+def test_draws_of_a_gamma_below_the_smallest_float_have_their_weights():
+    x, shape = np.array([0.0, 3.0]), 0.01
+    model, guide = pair(lambda x: dist.Gamma(x[:, 2], x[:, 3]), lambda x: dist.Gamma(1.5 * x[:, 2], 0.9 * x[:, 3]))
+    u = np.linspace(-4000, 6, 400_001)
+    log_f = [shape * u - np.exp(u) - gammaln(shape) + normal(each, np.exp(u), 1.0) for each in x]
+    truth = [float(each.max() + np.log(np.exp(each - each.max()).sum() * (u[1] - u[0]))) for each in log_f]
+    rows = torch.tensor([[each, 1.0, shape, 1.0] for each in x], dtype=torch.float32)
+    evidence = pv.log_marginal(model, guide, rows, num_samples=20_000, seed=0)
+    np.testing.assert_allclose(evidence.log_px, truth, atol=0.03)  # the floats alone give 0.1 less
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(pv.exact(model, guide, rows).log_px, truth, atol=1e-4)
+
+
+def test_a_prior_whose_draws_are_infinite_is_refused_in_words():
+    model, guide = pair(lambda x: dist.LogNormal(0 * x[:, 0], 60.0))
+    with pytest.raises(ValueError, match="draw of the prior at the latent site 'z' rounds to an end of its support"):
+        pv.exact(model, guide, torch.ones(2, 2))
 
 
 @pytest.mark.usefixtures("float64")

@@ -16,7 +16,7 @@ from .sites import log_prob_of, sum_last
 from .support import _Union, bare, bounds_of, is_mixture, support_of
 from .wrappers import base_distribution, is_point, with_tensors
 
-__all__ = ["from_value", "log_density", "ratio_beyond", "takes_float64", "to_value"]
+__all__ = ["densities_beyond", "from_value", "log_density", "takes_float64", "to_value"]
 
 # Up to 1 - z = eps ** EXPONENT the rounding error of 1 - z is a small part of it. From there on a density is followed along a
 # straight line in u, as that of any power of 1 - z is; STEP is the distance of the two points that give its slope.
@@ -102,14 +102,22 @@ def from_value(site: dict, support: Any, value: Tensor) -> Tensor:
     return flat if found is None else torch.where(found[0], found[1], flat)
 
 
-def ratio_beyond(drawn: dict, model_site: dict, guide_site: dict) -> Tensor | None:
-    r"""What a log-weight of a latent needs to be right where rounding has left only the end of its support, batch-shaped.
+def densities_beyond(drawn: dict, model_site: dict, guide_site: dict) -> tuple[Tensor, Tensor] | None:
+    r"""log p and log q of a latent, batch-shaped, which are right where rounding has left only the end of its support.
 
     A Beta(1, 0.05) has 43 % of its mass at numbers that are 1 in float32, where the ratio of its density to that of a
-    Beta(1, 0.08) goes to infinity. There the difference of log p(u) and log q(u) at a number u from the tail of the
-    distribution that was drawn from takes the place of that of log p(z) and log q(z). ``None`` if the support has no such end.
+    Beta(1, 0.08) goes to infinity. There both densities are those of an unconstrained number from the tail of the distribution
+    that was drawn from; the difference of their logarithms is the log-weight.
+
+    Args:
+        drawn: the site that the value was drawn at: one of the next two.
+        model_site: the latent in the model.
+        guide_site: the latent in the guide.
+
+    Returns:
+        ``None`` if the support has no such end.
     """
-    value = model_site["value"]
+    sites, value = (model_site, guide_site), model_site["value"]
     try:
         support = support_of(model_site["fn"])
         if not isinstance(_ended(support), (*_INTERVALS, *_HALF_LINES)) or not value.is_floating_point():
@@ -119,13 +127,14 @@ def ratio_beyond(drawn: dict, model_site: dict, guide_site: dict) -> Tensor | No
         if found is None:
             return None
         flat = torch.where(found[0], found[1], flat)
-        ends = [log_density(site, support, flat, True) for site in (model_site, guide_site)]
-        own = [log_prob_of({**site, "value": value}) for site in (model_site, guide_site)]
+        beyond = [scale_and_mask(log_density(site, support, flat, True), 1.0, site["mask"]) for site in sites]
     except (RuntimeError, TypeError, NotImplementedError):  # a density that cannot be computed in float64, or no bijection
         return None
-    lost = sum_last(found[0].double(), found[0].dim() - ends[0].dim()) > 0
-    change = torch.where(lost, ends[0] - ends[1] - (own[0] - own[1]).double(), 0.0)
-    return scale_and_mask(change, 1.0, model_site["mask"])
+    lost = sum_last(found[0].double(), found[0].dim() - beyond[0].dim()) > 0
+    log_prior, log_guide = (
+        torch.where(lost, other, log_prob_of({**site, "value": value})) for other, site in zip(beyond, sites, strict=True)
+    )
+    return log_prior, log_guide
 
 
 def _lost(site: dict, support: Any, flat: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -142,9 +151,10 @@ def _lost(site: dict, support: Any, flat: Tensor) -> tuple[Tensor, Tensor] | Non
     wide = flat.double()
     inner = torch.minimum(torch.maximum(wide, low), high)
     towards = (wide - inner).sign()
-    density = _density(with_tensors(element, torch.Tensor.double, flat.dtype), _bare_transform(transform))
+    element = with_tensors(element, torch.Tensor.double, flat.dtype)
     try:
-        rate = (density(inner - towards * STEP) - density(inner)) / STEP
+        rise = [_extended(element, transform, constraint, at) for at in (inner - towards * STEP, inner)]
+        rate = (rise[0] - rise[1]) / STEP
     except (RuntimeError, TypeError, NotImplementedError):  # a density that cannot be computed in float64
         return None
     lost = (towards != 0) & (rate > 0) & rate.isfinite()

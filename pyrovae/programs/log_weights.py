@@ -25,7 +25,7 @@ from torch.distributions import kl_divergence
 
 from .._validation import positive_integer
 from .checks import check_same_latents, check_scores, look_at
-from .edges import ratio_beyond
+from .edges import densities_beyond
 from .sites import Layout, Program, common_scale, data_plate, log_prob_of, num_dims_of, per_datum, plate_nesting, sites_of
 from .support import reaches_beyond, support_of
 from .tracing import Gradients, Traces, find_nesting, trace_from_prior, trace_pair
@@ -184,7 +184,7 @@ def read_weights(
 ) -> LogWeights:
     """Log-weights from the traces of one run.
 
-    Without gradients, ``log_prior`` has what :func:`pyrovae.programs.edges.ratio_beyond` adds to each latent's log-weight.
+    Without gradients, the densities of latents are those of :func:`pyrovae.programs.edges.densities_beyond`.
 
     Args:
         traces: the traces of one run of guide and model.
@@ -222,12 +222,13 @@ def read_weights(
     log_prior = {name: read(site) for name, site in priors.items()}
     if not torch.is_grad_enabled():
         for site in guide_sites:
-            name, prior = site["name"], priors.get(site["name"])
-            if prior is None or site["fn"] is prior["fn"]:
-                continue
-            change = ratio_beyond(prior if from_prior else site, prior, site)
-            if change is not None:
-                log_prior[name] = log_prior[name] + per_datum(site, change, data, num_particles, layout.nesting)
+            prior = priors.get(site["name"])
+            own = prior is None or site["fn"] is prior["fn"]
+            beyond = None if own else densities_beyond(prior if from_prior else site, prior, site)
+            if beyond is not None:
+                log_prior[site["name"]], log_guide[site["name"]] = (
+                    per_datum(site, term, data, num_particles, layout.nesting) for term in beyond
+                )
     kls = _analytic_kls(priors, guide_sites) if analytic_kl else {}
     kl_terms = {name: per_datum(priors[name], kl, data, num_particles, layout.nesting) for name, kl in kls.items()}
     if traces.gate is not None:

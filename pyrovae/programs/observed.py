@@ -38,7 +38,7 @@ def outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple,
     safe = inside_of(support, site["value"])
     if not moves or safe is None:
         return False
-    site["outside"] = ~support.check(site["value"])
+    site["outside"], site["given"] = ~support.check(site["value"]), site["value"]
     site["value"] = torch.where(site["outside"][(..., *[None] * support.event_dim)], safe, site["value"])
     return True
 

@@ -207,6 +207,11 @@ class UnconstrainedPair:
         for name in self.latents:
             flat, within = self._flat_site(model_trace.nodes[name], drawn.nodes[name], num)
             if not bool(within.all()):
+                if drawn is model_trace:
+                    raise ValueError(
+                        f"A draw of the prior at the latent site {name!r} rounds to an end of its support, such as infinity: "
+                        f"run the pair in float64, or give the site a prior of less extreme values."
+                    )
                 raise ValueError(
                     f"A draw of the latent site {name!r} lies outside the support that the model declares for it: start from "
                     f"the prior, or give the guide a distribution with that support."
