@@ -223,8 +223,9 @@ def read_weights(
     if not torch.is_grad_enabled():
         for site in guide_sites:
             prior = priors.get(site["name"])
-            own = prior is None or site["fn"] is prior["fn"]
-            beyond = None if own else densities_beyond(prior if from_prior else site, prior, site)
+            if prior is None or site["fn"] is prior["fn"]:
+                continue
+            beyond = densities_beyond(prior if from_prior else site, prior, site)
             if beyond is not None:
                 log_prior[site["name"]], log_guide[site["name"]] = (
                     per_datum(site, term, data, num_particles, layout.nesting) for term in beyond
