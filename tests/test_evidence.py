@@ -213,7 +213,7 @@ def test_summary_says_how_many_are_unreliable_and_what_to_do():
     assert "can be believed" in made(-np.ones(3)).summary()
     said = made(-np.ones(3), khat=np.array([0.1, 0.9, 0.8])).summary()
     assert "2 of 3 data (first datum 1)" in said
-    for cure in ("draw more samples", 'proposal="refined"', "pv.ais"):
+    for cure in ("draw more samples", 'proposal="auto"', "pv.ais"):
         assert cure in said
     curve = Curve(np.array([1000, 5000]), np.array([[-1.25] * 3, [-1.0] * 3]), np.zeros((2, 3)))
     said = made(-np.ones(3), khat=np.array([0.1, 0.9, 0.8]), curve=curve, log_px_psis=np.full(3, -0.5)).summary()

@@ -528,8 +528,11 @@ def in_place_guide(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(loc[: len(x)], 0.7))
 
 
-@pytest.mark.parametrize("num", [20, 300])  # fewer than a group, and more
-@pytest.mark.parametrize("made", [lambda: per_datum_guide, lambda: AutoNormal(base_model)], ids=["parameter", "AutoNormal"])
+@pytest.mark.parametrize(
+    ("made", "num"),  # fewer data than a group, and more
+    [(lambda: per_datum_guide, 300), (lambda: AutoNormal(base_model), 20), (lambda: AutoNormal(base_model), 300)],
+    ids=["parameter-300", "AutoNormal-20", "AutoNormal-300"],
+)
 def test_a_guide_with_a_parameter_for_each_datum_is_scored_whole(made: Callable[[], Any], num: int):
     x, guide = data(num), made()
     untrained = pv.log_marginal(base_model, guide, x, num_samples=2000, seed=0)

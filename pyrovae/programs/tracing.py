@@ -19,6 +19,7 @@ from torch import Tensor
 from .edges import to_value
 from .reachable import modules_of
 from .sites import PARTICLES, Layout, Program, _latents_and_observed, data_plate, plate_nesting, refuse_auxiliary, sites_of
+from .state import one_thread
 from .support import _Inside, support_of
 from .wrappers import is_factor
 
@@ -378,7 +379,7 @@ def scoring_context(model: Program, guide: Program, seed: int | None, device: to
         device: where the pair's numbers are drawn.
     """
     devices = [device] if device.type == "cuda" else []
-    with evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
+    with one_thread(), evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         yield
