@@ -76,7 +76,7 @@ def test_toml_file_and_overrides(in_folder: Path):
     (in_folder / "r.toml").write_text('[train]\nepochs = 50\n[model]\nencoder = "diagonal_normal"\nhidden = [9]\n')
     command = ["train", "r.toml", "--train.epochs", "1", "--evaluate.num-samples", "30", "--estimator.kind", "iwae"]
     command += ["--evaluate.decompose", "0", "--evaluate.limit", "10", "--evaluate.proposal", "guide"]
-    assert main([*command, "--estimator.num_particles", "3", "--model.latent-dim", "2"]) == 0
+    assert main([*command, "--estimator.num-particles", "3", "--model.latent-dim", "2"]) == 0
     run = read_run(in_folder / "runs" / "digits-iwae-2" / "run.toml")
     assert run.train.epochs == 1
     assert run.model.encoder == "diagonal_normal"
@@ -333,6 +333,8 @@ def test_list_names_the_components(capsys: pytest.CaptureFixture):
         ("train nope.toml", "no run file nope.toml"),
         ("train bad.toml", "bad.toml is not valid TOML"),
         ("train odd.toml", "no key 'train.epohcs'; did you mean 'train.epochs'"),
+        ("train lost.toml", "no key 'train.estimator'; did you mean 'estimator', above the first table?"),
+        ("train top.toml", "no key 'epochs'; did you mean 'train.epochs'?"),
         ("train --data.name mnits", "did you mean 'mnist'"),
         ("train --data.name mnist --data.root nowhere", "--data.root"),
         ("train --data.path nan.npy", "NaN or infinite values in 1 of 20 rows"),
@@ -346,6 +348,7 @@ def test_list_names_the_components(capsys: pytest.CaptureFixture):
         ("train --model.likelihood binomal", "did you mean 'binomial'"),
         ("train --model.likelihood.kind normal --model.likelihood.scale wide", "scale must be a positive number"),
         ("train --model.likelihood binomial", "needs total_count"),
+        ("train --model.likelihood normal --model.likelihood.scale 1", "give the name as --model.likelihood.kind beside"),
         ("train --model.encoder diagnal_normal", "did you mean 'diagonal_normal'"),
         ("train --model.kind hierarchical --model.latent-dims 8 4 --model.guide ladr", "did you mean 'ladder'"),
         ("train --model.kind hierarchical --model.latent-dims 8", "latent_dims must hold two sizes or more"),
@@ -373,6 +376,8 @@ def test_mistakes_get_one_line_exit_2_and_leave_files_alone(
 ):
     (in_folder / "bad.toml").write_text("[train\n")
     (in_folder / "odd.toml").write_text("[train]\nepohcs = 3\n")
+    (in_folder / "lost.toml").write_text('[train]\nestimator = "iwae"\n')
+    (in_folder / "top.toml").write_text("epochs = 3\n")
     (in_folder / "hollow").mkdir()
     x = np.random.default_rng(0).normal(size=(20, 3))
     np.save(in_folder / "x.npy", x)

@@ -26,10 +26,14 @@ EXAMPLES = {
 }
 
 
+def _blocks() -> list[str]:
+    """The Python blocks of CONTRIBUTING.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+
+
 def _examples() -> dict[str, str]:
-    """The Python blocks of CONTRIBUTING.md that register a class, by kind."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
-    return {block.split('"')[1]: block for block in blocks if block.startswith("@register(")}
+    """Those that register a class, by kind."""
+    return {block.split('"')[1]: block for block in _blocks() if block.startswith("@register(")}
 
 
 def _run(folder: Path, *arguments: str) -> str:
@@ -49,6 +53,13 @@ def contributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, block in _examples().items():
         with (folder / "pyrovae" / EXAMPLES[kind][0]).open("a", encoding="utf-8") as file:
             file.write("\n\n" + block)
+    own = "from torch import Tensor\n\nfrom ..programs.weights import LogWeights\nfrom ..registry import register\n"
+    own += "from .base import Estimator\n\n\n" + _examples()["estimator"].replace("Median", "Quantile")
+    (options,) = (block for block in _blocks() if block.startswith("    def __init__"))
+    own = own.replace("    def reduce", options + "\n    def reduce")
+    (folder / "pyrovae" / "estimators" / "quantile.py").write_text(own, encoding="utf-8")
+    (method,) = (block for block in _blocks() if "-> Evidence:" in block)
+    (folder / "pyrovae" / "evidence" / "halves.py").write_text(method, encoding="utf-8")
     return folder
 
 
@@ -75,12 +86,15 @@ def test_a_contributed_class_is_known_everywhere(contributed: Path) -> None:
         "parts = dict(prior='logistic', likelihood='gumbel', encoder='diagonal_laplace')\n"
         "vae = pv.make_vae(3, latent_dim=2, hidden=[4], **parts)\n"
         "vae.fit(torch.randn(8, 3), estimator='median', epochs=1, progress=False)\n"
+        "assert pv.estimators.Median.__name__ == 'Median' and pv.priors.Logistic.__name__ == 'Logistic'\n"
+        "assert pv.estimators.make_estimator({'kind': 'quantile', 'quantile': 0.2}).quantile == 0.2\n"
         "assert main(['list']) == 0\n"
         "assert main(['train', 'run.toml', '--model.encoder', 'diagonal_laplace', '--name', 'run']) == 0\n"
         "runpy.run_path('docs/components.py', run_name='__main__')\n"
     )
     listed = _run(contributed, "-c", python)
-    assert all(re.search(rf"^  {name} ", listed, re.M) for name in ("logistic", "gumbel", "diagonal_laplace", "median"))
+    for name in ("logistic", "gumbel", "diagonal_laplace", "median", "quantile"):
+        assert re.search(rf"^  {name} ", listed, re.M), name
     page = (contributed / "docs" / "components.md").read_text(encoding="utf-8")
     assert "| `logistic` | Independent logistic dimensions" in page
     assert "| `median` | The median of the log-weights" in page
@@ -90,12 +104,28 @@ def test_a_contributed_class_is_known_everywhere(contributed: Path) -> None:
 
 
 def test_the_contract_tests_take_contributed_classes(contributed: Path) -> None:
-    chosen = "logistic or gumbel or diagonal_laplace or median"
+    chosen = "logistic or gumbel or diagonal_laplace or median or quantile"
     tests = [str(ROOT / "tests" / name) for name in ("test_contracts.py", "test_contracts_likelihoods.py")]
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     report = _run(contributed, "-m", "pytest", *options, "-k", chosen, *tests)
     assert int(re.search(r"(\d+) passed", report).group(1)) >= 30, report
     assert "skipped" not in report
+
+
+def test_a_contributed_method_agrees_with_the_exact_answer(contributed: Path) -> None:
+    python = (
+        f"import sys; sys.path.insert(1, {str(ROOT / 'tests')!r})\n"
+        "import numpy as np, pyrovae as pv\n"
+        "from pairs import LinearGaussian\n"
+        "from pyrovae.evidence.halves import halves\n"
+        "pair = LinearGaussian(spread=1.3)\n"
+        "x = pair.sample(50)\n"
+        "evidence = halves(pair.model, pair.guide, x, num_samples=4000, seed=0)\n"
+        "assert evidence.reliable.all() and evidence.num_samples == 4000\n"
+        "assert (np.abs(evidence.log_px - pair.log_px(x)) < 4 * evidence.se).all()\n"
+        "pv.compare({'halves': evidence, 'exact': pv.exact(pair.model, pair.guide, x)})\n"
+    )
+    _run(contributed, "-c", python)
 
 
 def test_the_lists_of_components_are_those_of_the_registry() -> None:

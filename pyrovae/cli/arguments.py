@@ -28,7 +28,7 @@ def collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
         for token in argument.tokens:
             name = SHORT.get(argument.name, argument.name)
             name = argument.name if token.keys or token.value[:1] == "{" else name
-            path: list[str] = [*name.removeprefix("--").replace("-", "_").split("."), *token.keys]
+            path: list[str] = [*name.removeprefix("--").replace("-", "_").split("."), *_options(token.keys)]
             table, last = given, path[-1]
             for parent in path[:-1]:
                 table = table.setdefault(parent, {})
@@ -39,6 +39,11 @@ def collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
             else:
                 table[last] = _literal(token.value) if token.keys or token.value[:1] == "{" else token.value
         argument.tokens.clear()
+
+
+def _options(keys: tuple[str, ...]) -> list[str]:
+    """The option of a component, which may be spelt with dashes as all others are; what lies deeper may name columns."""
+    return [*(key.replace("-", "_") for key in keys[:1]), *keys[1:]]
 
 
 def _literal(text: str) -> Any:

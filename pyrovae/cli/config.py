@@ -277,8 +277,19 @@ def _sentence(error: ValidationError, where: str) -> str:
     ]
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section = SECTIONS.get(path[0], Run) if len(path) > 1 else Run
+        home = _home(path[-1]) if len(path) <= 2 else None
+        if home is not None:
+            return f"{where}: There is no key {'.'.join(path)!r}; did you mean {home}?"
         return f"{where}: {unknown('key', '.'.join(path), _keys(section, path[:-1]))}"
     return f"{where}: {'.'.join(path)} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}."
+
+
+def _home(key: str) -> str | None:
+    """Where a key belongs that stands in the wrong table of a run's file."""
+    if key in Run.__dataclass_fields__:
+        return f"{key!r}, above the first table"
+    homes = (name for name, section in SECTIONS.items() if key in section.__dataclass_fields__)  # type: ignore[attr-defined]
+    return next((repr(f"{name}.{key}") for name in homes), None)
 
 
 def _keys(section: type, prefix: list[str]) -> list[str]:

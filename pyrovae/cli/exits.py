@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, MixedArgumentError
 
 __all__ = ["DIVERGED", "MISTAKE", "NO_MEMORY", "SYSTEM", "UNFORESEEN", "explain"]
 
@@ -34,6 +34,9 @@ def explain(error: Exception) -> tuple[int, str]:
         return SYSTEM, f"{where}{reason[0].lower() if where else reason[0]}{reason[1:].rstrip('.')}."
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in first for word in _OUT_OF_MEMORY)):
         return NO_MEMORY, "There is not enough memory: use a smaller model, batch_size or num_samples, or less data."
+    if isinstance(error, MixedArgumentError) and error.argument is not None:
+        name = error.argument.name
+        return MISTAKE, f"{name} has a name and options: give the name as {name}.kind beside the options."
     if isinstance(error, FloatingPointError):
         return DIVERGED, first
     if isinstance(error, ValueError | OSError | CycloptsError):

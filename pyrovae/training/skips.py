@@ -96,8 +96,9 @@ class Skips:
     def _with_rows(self, rows: list[int], step: Taken, cause: str | None, cure: str) -> str:
         places, whose = self._places(rows, step)
         more = ", ..." if len(rows) == MOST_ROWS else ""
+        cause_it, them = ("causes it", "it") if len(rows) == 1 else ("cause it", "them")
         listed = f"{'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, places))}{more} of {whose} (counted from 0)"
-        return f"{cause[:-1]} ({listed})." if cause else f"{listed} cause it: repair or drop them, or {cure}"
+        return f"{cause[:-1]} ({listed})." if cause else f"{listed} {cause_it}: repair or drop {them}, or {cure}"
 
     def _places(self, rows: list[int], step: Taken) -> tuple[list[int], str]:
         """The rows of a batch as rows of the data that were given."""
