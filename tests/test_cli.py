@@ -54,7 +54,7 @@ def test_train_writes_everything_and_says_what_it_found(trained_run: TrainedRun)
         assert text in out
     assert max(map(len, out.splitlines())) <= 110
     first = out.splitlines()[0]
-    assert first.startswith("vae of digits, binomial likelihood, ")
+    assert first.startswith("vae of digits, beta_binomial likelihood, ")
     assert f" {sum(each.numel() for each in vae.parameters()):,} parameters, on the " in first
     assert all(len(line) <= 80 for line in out.splitlines()[2:])
 
@@ -143,8 +143,8 @@ def test_a_likelihood_that_does_not_fit_is_said_to_be_the_users(
     np.save("x.npy", np.random.default_rng(0).poisson(4.0, (60, 5)))
     assert main(["train", "--data.path", "x.npy", *QUICK, "--model.likelihood", "normal"]) == 0
     assert "normal, as the settings say; negative_binomial would be the choice" in " ".join(capsys.readouterr().out.split())
-    assert "Likelihood: binomial, since the pixels are counts 0..16." in trained_run.out
-    assert "kind = &#34;binomial&#34;\ntotal_count = 16" in (trained_run.folder / "report.html").read_text()
+    assert "Likelihood: beta_binomial, since the pixels are counts 0..16 that vary more than a binomial's." in trained_run.out
+    assert "kind = &#34;beta_binomial&#34;\ntotal_count = 16" in (trained_run.folder / "report.html").read_text()
 
 
 def test_a_second_run_gets_its_own_folder_and_a_chosen_name_is_not_overwritten(
@@ -215,17 +215,17 @@ def test_evaluate_writes_elsewhere_and_compare_takes_it(run_folder: Path, capsys
 
 def test_a_target_error_stops_each_datum(run_folder: Path, capsys: pytest.CaptureFixture):
     capsys.readouterr()
-    assert main(["evaluate", "runs/mine", "--num-samples", "600", "--target-se", "0.2", "--limit", "60"]) == 0
+    assert main(["evaluate", "runs/mine", "--num-samples", "600", "--target-se", "0.1", "--limit", "60"]) == 0
     scored = pv.Evidence.load(run_folder / "evidence.safetensors")
     assert set(scored.drawn) == {250, 500, 600}
-    missed = int((~(scored.se <= 0.2)).sum())  # the draws that count are not those that decided on their number
+    missed = int((~(scored.se <= 0.1)).sum())  # the draws that count are not those that decided on their number
     findings = json.loads((run_folder / "summary.json").read_text())["findings"]
-    assert f"{missed} of 60 data miss the target error 0.2" in findings
+    assert f"{missed} of 60 data miss the target error 0.1" in findings
     out = capsys.readouterr().out
     assert f"250 to 600 samples each, {scored.drawn.mean():.0f} on average" in out
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "250 to 600 samples each" in (run_folder / "report.html").read_text()
-    assert json.loads((run_folder / "summary.json").read_text())["target_se"] == 0.2
+    assert json.loads((run_folder / "summary.json").read_text())["target_se"] == 0.1
     assert main(["evaluate", "runs/mine", "--num-samples", "50", "--proposal", "mixture", "--limit", "20"]) == 0
     scored = pv.Evidence.load(run_folder / "evidence.safetensors")
     assert scored.method == "importance sampling from the mixture of prior and guide"

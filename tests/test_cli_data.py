@@ -71,7 +71,7 @@ CASES = {
     ),
     "photos": (["photos"], "discretized_logistic", {"classes": ["cat", "dog"]}),
     "photos of one size": (
-        ["photos", "--data.size", "8", "--data.colour", "grey", "--data.binarize", "dynamic", "--model.body", "conv"],
+        ["photos", "--data.size", "[8, 8]", "--data.colour", "grey", "--data.binarize", "dynamic", "--model.body", "conv"],
         "bernoulli",
         {"classes": ["cat", "dog"]},
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ QUICK = [
     *("--evaluate.proposal", "guide"),
     *("--model.hidden", "20", "--model.latent-dim", "2", "--estimator.num_particles", "2", "--train.every", "7"),
 ]
+ONE_EPOCH, MANY_EPOCHS = ([QUICK[0], epochs, *QUICK[2:]] for epochs in ("1", "60"))
 
 
 @pytest.fixture
@@ -93,6 +95,57 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pyrovae", *arguments]
 
 
+def _holds(folder: Path) -> subprocess.Popen:
+    """A process that has taken a folder."""
+    code = "import sys\nfrom pyrovae.files import taken\nwith taken(sys.argv[1]):\n    print(flush=True)\n    sys.stdin.read()"
+    environment = os.environ | {"PYTHONPATH": str(Path(pv.__file__).parents[1])}
+    arguments = [sys.executable, "-c", code, str(folder)]
+    process = subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def test_a_run_folder_has_one_process_at_a_time(in_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--name", "mine", *ONE_EPOCH]) == 0
+    folder = in_folder / "runs" / "mine"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = _holds(folder)
+    for arguments in (["train", "--resume", "runs/mine"], ["evaluate", "runs/mine"]):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        assert f"runs/mine is in use by process {other.pid} on " in capsys.readouterr().err
+    (folder / ".owner.json").unlink()
+    assert main(["train", "--resume", "runs/mine"]) == 2
+    assert "runs/mine is in use by another process" in capsys.readouterr().err
+    other.communicate()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with _holds(folder) as killed:
+        killed.kill()
+    assert main(["train", "--resume", "runs/mine"]) == 0
+    line = (
+        f"Process {killed.pid} on {socket.gethostname()}, which was the last in runs/mine, has ended: its work is taken over."
+    )
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    assert not (folder / ".owner.json").exists()
+
+
+@pytest.mark.slow
+def test_of_two_that_resume_at_once_one_is_refused(in_folder: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(pv.__file__).parents[1])}
+    assert main(["train", "--name", "mine", *QUICK]) == 0
+    expected = numbers(in_folder / "runs" / "mine")
+    both = [
+        subprocess.Popen(command("train", "--resume", "runs/mine"), env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [each.communicate(timeout=300)[1] for each in both]
+    codes = [each.returncode for each in both]
+    assert sorted(codes) in ([0, 2], [0, 0]), "the second may come when the first has ended"
+    assert all("runs/mine is in use by process" in text for text, code in zip(said, codes, strict=True) if code)
+    assert numbers(in_folder / "runs" / "mine") == expected
+
+
 @pytest.mark.slow
 def test_two_runs_at_once_have_two_folders(in_folder: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(pv.__file__).parents[1])}
@@ -107,9 +160,8 @@ def test_two_runs_at_once_have_two_folders(in_folder: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_command_that_is_ended_is_resumed(in_folder: Path, number: int, code: int) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(pv.__file__).parents[1])}
-    options = [*QUICK, "--train.epochs", "60"]
-    assert main(["train", "--name", "whole", *options]) == 0
-    process = subprocess.Popen(command("train", "--name", "ended", *options), env=environment, stderr=subprocess.DEVNULL)
+    assert main(["train", "--name", "whole", *MANY_EPOCHS]) == 0
+    process = subprocess.Popen(command("train", "--name", "ended", *MANY_EPOCHS), env=environment, stderr=subprocess.DEVNULL)
     while not list(in_folder.glob("runs/ended/checkpoint/step-*")):
         assert process.poll() is None
         time.sleep(0.01)

@@ -227,7 +227,7 @@ def test_the_likelihood_that_was_chosen_is_written_down(tmp_path: Path):
     split = load_split(run)
     path = tmp_path / "run.toml"
     path.write_text(write_run(with_data(run, split)))
-    assert tomllib.loads(path.read_text())["model"]["likelihood"] == {"kind": "binomial", "total_count": 16}
+    assert tomllib.loads(path.read_text())["model"]["likelihood"] == {"kind": "beta_binomial", "total_count": 16}
     given = read_run(path, {"model": {"likelihood": "poisson"}})
     assert with_data(given, split) is given
 

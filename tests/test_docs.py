@@ -93,8 +93,9 @@ def test_a_contributed_class_is_known_everywhere(contributed: Path) -> None:
         "runpy.run_path('docs/components.py', run_name='__main__')\n"
     )
     listed = _run(contributed, "-c", python)
-    for name in ("logistic", "gumbel", "diagonal_laplace", "median", "quantile"):
-        assert re.search(rf"^  {name} ", listed, re.M), name
+    assert all(
+        re.search(rf"^  {name} ", listed, re.M) for name in ("logistic", "gumbel", "diagonal_laplace", "median", "quantile")
+    )
     page = (contributed / "docs" / "components.md").read_text(encoding="utf-8")
     assert "| `logistic` | Independent logistic dimensions" in page
     assert "| `median` | The median of the log-weights" in page

@@ -79,14 +79,18 @@ def train(
     """
     del device, settings  # Declared for the help page and the spelling of options; what was given is in arguments.given.
     from .config import read_run, run_device, run_name
-    from .folders import Follower, RunFolder, new_folder
+    from .folders import Follower, RunFolder, alone, new_folder
 
     output, follows = output or Output(), _joined() > 0
     if resume is not None:
         if run is not None:
             raise ValueError(f"A run is resumed from its own settings, so give {run} or --resume {resume}, and not both.")
         described = _described(resume, given)
-        _train((Follower if follows else RunFolder)(resume, described, resumed=True), output)
+        if follows:
+            _train(Follower(resume, described, resumed=True), output)
+            return
+        with alone(resume, output):
+            _train(RunFolder(resume, described, resumed=True), output)
         return
     described = read_run(run, given)
     run_device(described)
@@ -167,6 +171,7 @@ def evaluate(
     num_samples: int | None = None,
     target_se: float | None = None,
     proposal: str | None = None,
+    second: int | None = None,
     limit: int | None = None,
     decompose: int | None = None,
     device: Literal["auto", "cpu", "cuda"] | None = None,
@@ -185,6 +190,7 @@ def evaluate(
         num_samples: Importance samples per datum; the most that one gets where --target-se is given.
         target_se: Aim at this standard error of each datum's estimate, in nats.
         proposal: What the samples come from: auto (repaired where the guide fails), guide, refined, mixture or prior.
+        second: Check so many estimates by annealing from the prior.
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
         device: Where to score: a GPU if there is one, or the run's own.
@@ -196,7 +202,8 @@ def evaluate(
     from .config import load_model, load_split, run_device, write_run
     from .scoring import score
 
-    options = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "limit": limit, "decompose": decompose}
+    options = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "second": second}
+    options |= {"limit": limit, "decompose": decompose}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in options.items() if value is not None}}
     overrides |= {} if device is None else {"train": {"device": device}}
     _joined()
@@ -246,12 +253,7 @@ def compare(*runs: Path, output: Annotated[Output | None, Parameter(name="*")] =
     with output.words():
         print(comparison)
         print(f"Page: {page}")
-    columns = {"log_px": comparison.mean} | {name: getattr(comparison, name) for name in _COMPARED}
-    known = {name: column.tolist() for name, column in columns.items() if column is not None}
-    output.findings({"models": comparison.names, **known, "page": str(page)})
-
-
-_COMPARED = ("difference", "difference_se", "monte_carlo_se", "training_se", "num_runs", "unreliable", "stacking")
+    output.findings(comparison.to_dict() | {"page": str(page)})
 
 
 @app.command(sort_key=3)

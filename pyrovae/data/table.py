@@ -39,6 +39,13 @@ class Table:
         covariate_names: names of the columns of ``covariates``.
         others: further arrays of N rows by name; a program takes those that its parameters name.
         note: what was read and what was left out, in words.
+
+    Example:
+        >>> import pandas as pd
+        >>> from pyrovae.data import read
+        >>> table = read(pd.DataFrame({"a": [1.5, None], "b": [2.0, 3.0], "kind": ["x", "y"]}), labels="kind")
+        >>> table.columns, table.mask.tolist(), table.labels.tolist()
+        (('a', 'b'), [[True, True], [False, True]], [0, 1])
     """
 
     x: np.ndarray | Rows
