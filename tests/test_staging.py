@@ -25,6 +25,7 @@ from pyrovae.compile import matmul, rewrites
 from pyrovae.compile import optimizer as compile_optimizer
 from pyrovae.compile.graph import Staged
 from pyrovae.compile.step import Step
+from pyrovae.evidence import planning
 from pyrovae.programs.parameters import find_parameters
 from pyrovae.registry import names
 from pyrovae.training import loop
@@ -473,7 +474,8 @@ def test_scoring_reads_each_chunk_anew(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_scoring_is_compared_again_on_later_data() -> None:
+def test_scoring_is_compared_again_on_later_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "CHUNKS_TO_RECHECK", 200)
     pair = Changeable("memory").eval()
     x = torch.cat([torch.zeros(256, 6), torch.ones(4, 6)])
     with pytest.warns(RuntimeWarning, match="gives other numbers from datum 256 on; they agreed at its second call"):
