@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataSection", "EvaluateSection", "ModelSection", "Run", "TrainSection", "build_model", "load_model", "load_split",
-    "read_run", "run_device", "run_name", "with_data", "write_run",
+    "read_run", "run_device", "run_name", "run_of", "with_data", "write_run",
 ]  # fmt: skip
 
 COMPONENTS = ("prior", "likelihood", "encoder", "layer", "estimator", "optimizer", "schedule")
@@ -60,8 +60,16 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    return run_of(tables, overrides, str(path) if path is not None else "The run")
+
+
+def run_of(tables: dict[str, Any], overrides: dict[str, Any], where: str = "The run") -> Run:
+    """A run from the tables of its TOML file and overrides, checked; ``where`` begins the sentences of errors.
+
+    Raises:
+        ValueError: as :func:`read_run`.
+    """
     _drop_idle_binarize(tables.get("data"))
-    where = str(path) if path is not None else "The run"
     # Options without a name are meant for the component that would run without them.
     tables = {"estimator": Run().estimator} | tables
     try:

@@ -39,7 +39,7 @@ def binarize(x: Tensor) -> Tensor:
         >>> binarize(torch.tensor([0.0, 1.0]))
         tensor([0., 1.])
     """
-    if x.is_cuda:  # random numbers are cheap there, and the bytes below were compiled to other numbers than in eager mode
+    if x.is_cuda:  # random numbers are cheap there, and Inductor compiled the code below to wrong numbers
         return torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).lt(x).to(x.dtype)
     # Compare each pixel with 8 random bits. Ties (1 in 256) are broken by 16 further bits, which are shared by 16 images to
     # save random numbers. That is as fine as float32's random numbers, in a fifth of the time.

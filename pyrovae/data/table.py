@@ -37,7 +37,7 @@ class Table:
         columns: names of the columns of ``x``, if they have names.
         classes: names of the classes.
         covariate_names: names of the columns of ``covariates``.
-        others: further arrays of N rows by name, which programs take that have a parameter of that name.
+        others: further arrays of N rows by name; a program takes those that its parameters name.
         note: what was read and what was left out, in words.
 
     Example:
@@ -97,7 +97,7 @@ def from_arrays(
         where: the file, for errors.
         key: the name of the data; by default the only array, or the one that is called ``x`` or ``data``.
         labels: the name of the labels; by default whole numbers, one for each datum, that are called ``y`` or ``labels``.
-        note: what is said of the file.
+        note: a remark on the file, for the report.
 
     Raises:
         DataError: there is no such array, or it is unclear which one has the data.
