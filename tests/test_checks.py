@@ -17,6 +17,7 @@ from pyro.distributions.testing.rejection_gamma import ShapeAugmentedGamma
 from pyro.infer import autoguide
 from pyro.infer.autoguide.effect import AutoHierarchicalNormalMessenger, AutoNormalMessenger
 from scipy import stats
+from scipy.special import betaln
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
@@ -725,6 +726,43 @@ def test_an_observed_value_is_not_broadcast(distribution: Any, value: Any, match
     _assert_refused(
         _observes(distribution, value), guide, rf"value observed at site 'x' has shape .*{match}", proposals=("guide", "prior")
     )
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["one parameter for all numbers", "expanded"])
+def test_a_distribution_may_be_broadcast_to_what_is_observed(wide: bool) -> None:
+    """x_d ~ Bernoulli(z) for d = 1, ..., 5, with z ~ Beta(2, 1): log B(2 + s, 1 + 5 - s) / B(2, 1)."""
+
+    def program(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Beta(torch.tensor(2.0), 1.0))[..., None]
+        pyro.sample("x", dist.Bernoulli(z if wide else z.expand(*z.shape[:-1], 5)).to_event(1), obs=x)
+
+    def posterior(x: Tensor) -> None:
+        pyro.sample("z", dist.Beta(2 + x.sum(-1), 6 - x.sum(-1)))
+
+    x = torch.tensor([[1.0, 1, 1, 1, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]])
+    found = _score(_in_data(program), _in_data(posterior), x)
+    ones = x.sum(-1).numpy()
+    assert_allclose(found.log_px, betaln(2 + ones, 6 - ones) - betaln(2, 1), atol=1e-5)
+    assert found.num_dims == 5
+    assert found.measure == pv.evidence.measure.Measure(0, 5)
+
+
+def test_values_outside_a_support_that_depends_on_a_latent_are_the_same_data_each_time() -> None:
+    """z ~ U(0, 4), x ~ U(z - 1, z + 1): what is observed does not depend on the draw at which it was looked at."""
+
+    def program(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Uniform(torch.zeros(()), 4.0))
+        pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    def anywhere(x: Tensor) -> None:
+        pyro.sample("z", dist.Uniform(0 * x, 4.0))
+
+    x = torch.tensor([0.2, 1.0, 3.5])
+    found = {str(seed): pv.log_marginal(_in_data(program), _in_data(anywhere), x, num_samples=99, seed=seed) for seed in (0, 1)}
+    found["exact"] = pv.exact(_in_data(program), _in_data(anywhere), x)
+    assert_allclose(found["exact"].log_px, np.log((np.minimum(4, x.numpy() + 1) - np.maximum(0, x.numpy() - 1)) / 8), atol=1e-5)
+    assert_allclose(found["0"].squares, x.square())
+    assert len(pv.compare(found).names) == 3
 
 
 def test_a_constant_that_every_datum_observes_is_fine() -> None:

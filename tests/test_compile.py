@@ -244,9 +244,19 @@ def test_a_captured_loss_of_pyros_still_warns_of_nan_eagerly(elbo: type) -> None
 # Hooks
 
 
-@pytest.mark.parametrize("kind", ["pre", "post", "pre of all", "post of all"])
-@pytest.mark.parametrize("when", ["before the first step", "after some steps"])
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "when", "fused"),
+    [  # each kind at both moments, and with both optimizers
+        ("pre", "before the first step", True),
+        ("pre", "after some steps", False),
+        ("post", "before the first step", False),
+        ("post", "after some steps", True),
+        ("pre of all", "before the first step", False),
+        ("pre of all", "after some steps", True),
+        ("post of all", "before the first step", True),
+        ("post of all", "after some steps", False),
+    ],
+)
 def test_hooks_of_an_optimizer_run_at_every_step(kind: str, when: str, fused: bool) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 

@@ -24,7 +24,6 @@ EXAMPLES = {
     "encoder": ("encoders.py", "DiagonalLaplace", 15),
     "estimator": ("estimators/elbo.py", "Median", 15),
 }
-COMMAND = "import sys; from pyrovae.cli import main; sys.exit(main())"
 
 
 def _blocks() -> list[str]:
@@ -73,32 +72,33 @@ def test_an_example_of_each_kind_is_a_few_lines() -> None:
 
 
 def test_a_contributed_class_is_known_everywhere(contributed: Path) -> None:
+    """In Python, to ``pyrovae list``, from TOML and the command line, and in the lists of the documentation."""
+    np.save(contributed / "x.npy", np.random.default_rng(0).normal(size=(40, 3)).astype("float32"))
+    (contributed / "run.toml").write_text(
+        'estimator = "median"\n[data]\npath = "x.npy"\n'
+        '[model]\nprior = "logistic"\nlikelihood = "gumbel"\nlatent_dim = 2\nhidden = [4]\n'
+        '[train]\nepochs = 1\n[evaluate]\nnum_samples = 50\ndecompose = 0\nproposal = "guide"\n'
+    )
+    # One process for all, as each takes seconds to start.
     python = (
-        "import torch, pyrovae as pv\n"
+        "import runpy, torch, pyrovae as pv\n"
+        "from pyrovae.cli import main\n"
         "parts = dict(prior='logistic', likelihood='gumbel', encoder='diagonal_laplace')\n"
         "vae = pv.make_vae(3, latent_dim=2, hidden=[4], **parts)\n"
         "vae.fit(torch.randn(8, 3), estimator='median', epochs=1, progress=False)\n"
         "assert pv.estimators.Median.__name__ == 'Median' and pv.priors.Logistic.__name__ == 'Logistic'\n"
         "assert pv.estimators.make_estimator({'kind': 'quantile', 'quantile': 0.2}).quantile == 0.2\n"
+        "assert main(['list']) == 0\n"
+        "assert main(['train', 'run.toml', '--model.encoder', 'diagonal_laplace', '--name', 'run']) == 0\n"
+        "runpy.run_path('docs/components.py', run_name='__main__')\n"
     )
-    _run(contributed, "-c", python)
-    listed = _run(contributed, "-c", COMMAND, "list")
-    for name in ("logistic", "gumbel", "diagonal_laplace", "median", "quantile"):
-        assert re.search(rf"^  {name} ", listed, re.M), name
-    _run(contributed, "docs/components.py")
+    listed = _run(contributed, "-c", python)
+    assert all(
+        re.search(rf"^  {name} ", listed, re.M) for name in ("logistic", "gumbel", "diagonal_laplace", "median", "quantile")
+    )
     page = (contributed / "docs" / "components.md").read_text(encoding="utf-8")
     assert "| `logistic` | Independent logistic dimensions" in page
     assert "| `median` | The median of the log-weights" in page
-
-
-def test_a_contributed_class_trains_from_toml_and_the_command_line(contributed: Path) -> None:
-    np.save(contributed / "x.npy", np.random.default_rng(0).normal(size=(40, 3)).astype("float32"))
-    (contributed / "run.toml").write_text(
-        'estimator = "median"\n[data]\npath = "x.npy"\n'
-        '[model]\nprior = "logistic"\nlikelihood = "gumbel"\nlatent_dim = 2\nhidden = [4]\n'
-        "[train]\nepochs = 1\n[evaluate]\nnum_samples = 50\ndecompose = 0\n"
-    )
-    _run(contributed, "-c", COMMAND, "train", "run.toml", "--model.encoder", "diagonal_laplace", "--name", "run")
     described = (contributed / "runs" / "run" / "run.toml").read_text(encoding="utf-8")
     assert "logistic" in described
     assert "diagonal_laplace" in described

@@ -20,6 +20,8 @@ from pyrovae.evidence.ascent import climb, curvature
 from pyrovae.evidence.fitted import Fitted, slope_of, tempered
 from pyrovae.evidence.ladder import Ladder
 from pyrovae.evidence.matching import match_gradients
+from pyrovae.evidence.strata import FittedField
+from pyrovae.evidence.terms import PairTerms
 
 BAD_GUIDES = ["narrow", "shifted", "constant"]
 
@@ -64,7 +66,9 @@ def test_bad_guides_are_repaired(latents: int, guide: str):
 def test_95_percent_intervals_cover_as_often_as_they_say(latents: int, guide: str):
     pair = LinearGaussian(latent_dim=latents, data_dim=latents + 5)
     x = pair.sample(1).repeat(1000, 1)
-    evidence = pv.log_marginal(pair.model, bad_guide(pair, guide), x, num_samples=2000, proposal="auto", seed=1)
+    # With three latents the guide has no part in the estimates, so each guide has a seed of its own.
+    seed = 11 + BAD_GUIDES.index(guide)
+    evidence = pv.log_marginal(pair.model, bad_guide(pair, guide), x, num_samples=2000, proposal="auto", seed=seed)
     z = (evidence.log_px - pair.log_px(x[:1])) / evidence.se
     assert 0.93 <= np.mean(np.abs(z) < 1.96) <= 0.97
 
@@ -130,7 +134,7 @@ def test_a_good_guide_is_left_alone():
     assert (evidence.drawn == 1000).all()
     searched = evidence.calls - 1000 - evidence.pilot
     assert (searched > 0).all()
-    assert (searched < 700).all()
+    assert (searched < 1700).all()
     assert "20 by the guide; all reliable" in evidence.summary()
 
 
@@ -138,7 +142,7 @@ def test_a_good_guide_is_left_alone():
 def test_the_estimate_is_unbiased():
     # Few draws and a tail, so that the logarithm is biased, and its exponential must not be.
     pair = LinearGaussian(latent_dim=6, data_dim=6)
-    x = pair.sample(1).repeat(600, 1)
+    x = pair.sample(1).repeat(300, 1)
     evidence = pv.log_marginal(pair.model, bad_guide(pair, "shifted"), x, num_samples=60, proposal="auto", seed=2)
     ratio = np.exp(evidence.log_px - pair.log_px(x[:1]))
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(ratio))
@@ -305,3 +309,112 @@ def test_ascent_curvature_and_matching_are_exact_on_gaussians():
     loc, tril = match_gradients(torch.zeros(2, 6).double(), 3 * start, draws, gradient(draws)[1], trust=1e9)
     torch.testing.assert_close(loc, mean, atol=1e-4, rtol=0)
     torch.testing.assert_close(tril @ tril.mT, covariance, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("float64")
+def test_chains_from_a_fitted_proposal_move_in_its_own_coordinates():
+    pair = LinearGaussian(latent_dim=5, data_dim=6)
+    x, fitted = pair.sample(3), _some_fitted()
+    terms = PairTerms(pair.model, pair.guide, True, "eager", "float32", 1000)
+    field = FittedField.of(terms, (x,), fitted)
+    draws = field.draw(4000)
+    heaviest = fitted.shares.argmax(1)
+    flat = draws[:7].clone().requires_grad_()
+    there = fitted.loc[torch.arange(3), heaviest] + (fitted.tril[torch.arange(3), heaviest] @ flat[..., None])[..., 0]
+    log_start = fitted.log_prob(there)
+    prior = dist.Normal(torch.zeros(5).double(), 1.0).to_event(1)
+    log_joint = prior.log_prob(there) + dist.Normal(there @ pair.weight.T + pair.bias, pair.noise).to_event(1).log_prob(x)
+    beta = 0.3
+    log_f = (1 - beta) * log_start + beta * log_joint
+    (slope,) = torch.autograd.grad(log_f.sum(), flat)
+    state, value, own = field.slope(flat.detach(), beta)
+    torch.testing.assert_close(state.log_ratio, (log_joint - log_start).detach())
+    torch.testing.assert_close(value, log_f.detach())
+    torch.testing.assert_close(own, slope)
+    # The draws are the proposal's: their mean density is that of draws made in the usual coordinates.
+    back = fitted.loc[torch.arange(3), heaviest] + (fitted.tril[torch.arange(3), heaviest] @ draws[..., None])[..., 0]
+    torch.testing.assert_close(fitted.log_prob(back).mean(0), fitted.log_prob(fitted.sample(4000)).mean(0), atol=0.15, rtol=0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("bits", [1, 8, 11])
+def test_discrete_latents_are_summed_where_that_takes_no_more_calls_than_draws(bits: int):
+    weight = torch.as_tensor(np.random.default_rng(0).normal(size=(bits, 3)))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3 * torch.ones(bits).double()).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight, 0.5).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(len(x), bits).double()).to_event(1))
+
+    x = torch.as_tensor(np.random.default_rng(1).normal(size=(300, 3)))
+    evidence = pv.log_marginal(model, guide, x, num_samples=1000, proposal="auto", seed=0)
+    truth = pv.exact(model, guide, x, method="enumerate").log_px
+    every = torch.cartesian_prod(*[torch.arange(2.0).double()] * bits).reshape(-1, bits)
+    log_prior = dist.Bernoulli(0.3 * torch.ones(bits).double()).to_event(1).log_prob(every)
+    likelihood = dist.Normal((every @ weight)[:, None], 0.5).to_event(1).log_prob(x)
+    np.testing.assert_allclose(truth, torch.logsumexp(log_prior[:, None] + likelihood, 0).numpy(), atol=1e-10)
+    if bits == 11:  # 2,048 assignments
+        assert not (evidence.rung == RUNGS.index("exact")).any()
+        return
+    assert (evidence.rung == RUNGS.index("exact")).all()
+    np.testing.assert_allclose(evidence.log_px, truth, atol=1e-10)
+    assert evidence.reliable.all()
+    assert (evidence.se < 1e-6).all()
+    assert (evidence.calls == evidence.pilot + 2**bits).all()
+    assert (evidence.drawn == 2**bits).all()
+    assert evidence.gap > 0.1
+    assert "300 summed; all reliable." in evidence.summary()
+    assert evidence.criterion == "an exact answer"
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_second_opinion_refutes_an_estimate_that_lacks_a_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pyrovae.evidence.second.CHAINS", {"num_chains": 32, "num_temperatures": 40, "leapfrog_steps": 3})
+    pair = TwoModes(1)
+    x = torch.as_tensor(np.random.default_rng(0).uniform(0.5, 2.0, (12, 1)))
+    alone = pv.log_marginal(pair.model, pair.guide, x, num_samples=2000, proposal="guide", seed=0, second=4)
+    rows = [0, 4, 7, 11]
+    refuted = alone.notes["second"]["refuted"]  # they lack half of the mass, some 0.7 nats
+    assert len(refuted) >= 2
+    assert set(refuted) <= set(rows)
+    assert not alone.reliable[refuted].any()
+    assert 0.4 < alone.notes["second"]["difference"] < 1
+    assert f"refutes {len(refuted)} of them (first datum {refuted[0]})" in alone.summary()
+    evidence = pv.log_marginal(pair.model, pair.guide, x, num_samples=2000, proposal="auto", seed=0, second=4)
+    found = evidence.notes["second"]
+    assert found["refuted"] == []
+    assert evidence.reliable.all()
+    assert abs(found["difference"]) < 4 * found["difference_se"]
+    assert (found["num_data"], found["simulated"]) == (4, 4)
+    assert abs(found["gap"]) < 0.5
+    assert "A second opinion on 4 data, by annealing from the prior, refutes none of them" in evidence.summary()
+    evidence.save(tmp_path / "evidence")
+    assert pv.Evidence.load(tmp_path / "evidence").summary() == evidence.summary()
+    # It changes nothing else.
+    without = pv.log_marginal(pair.model, pair.guide, x, num_samples=2000, proposal="auto", seed=0)
+    np.testing.assert_array_equal(without.log_px, evidence.log_px)
+
+
+@pytest.mark.parametrize("second", [-1, 2.5, True])
+def test_a_second_opinion_is_on_a_whole_number_of_data(second: object):
+    vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+    with pytest.raises(ValueError, match="second must be a whole number of data, at least 0, got"):
+        pv.log_marginal(vae.model, vae.guide, torch.zeros(2, 9), second=second)
+
+
+def test_a_second_opinion_needs_continuous_latents():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(len(x))))
+
+    with pytest.raises(ValueError, match="second must be 0 for a pair with the discrete latent site 'z'"):
+        pv.log_marginal(model, guide, torch.zeros(3), second=2)

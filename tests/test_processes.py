@@ -159,6 +159,17 @@ def test_67_data_evaluate_to_67_and_ranks_with_other_weights_are_not_mixed(folde
         assert "Ranks 0 and 1 must score the same model" in found["error"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("double")
+def test_two_processes_repair_evidence_as_one_does(tmp_path: Path):
+    alone = two_ranks.repaired(tmp_path, 0)
+    assert len(alone["rung"].unique()) > 1
+    run(tmp_path, "repaired")
+    for found in read(tmp_path, "repaired"):
+        for name, values in alone.items():
+            assert torch.equal(found[name], values), name
+
+
 @pytest.mark.usefixtures("double")
 def test_one_process_of_a_group_trains_as_none(tmp_path: Path):
     alone = two_ranks.noisy(tmp_path, 0)

@@ -28,7 +28,7 @@ app = App(
     help="Variational autoencoders as honest probabilistic programs.",
     version=lambda: _version(),
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
-    suppress_keyboard_interrupt=False,  # main says so in a line, and returns 130
+    suppress_keyboard_interrupt=False,  # main prints a line, and returns 130
 )
 
 app.register_install_completion_command(help="Let bash, zsh or fish complete commands and options.")
@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(argv, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `pyrovae list | head`: the rest, and what is flushed at exit, go nowhere
+    except BrokenPipeError:  # `pyrovae list | head` closes the pipe: discard the rest, and what Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # as of a process that SIGPIPE ends
-    except KeyboardInterrupt as error:  # fit's own says which signal it was, and how to go on
+        return 128 + 13  # the code of a process that SIGPIPE ended
+    except KeyboardInterrupt as error:  # the message of fit's Interrupted names the signal, and how to go on
         print(f"pyrovae: {(str(error) or 'interrupted').rstrip('.')}.", file=sys.stderr)
         return 128 + getattr(error, "signal", 2)
-    except Exception as error:  # the one place where a user's terminal begins: never a traceback there
+    except Exception as error:  # users of the command line see one line, never a traceback
         if os.environ.get("PYROVAE_DEBUG"):
             raise
         code, line = explain(error)
@@ -150,31 +150,14 @@ def _train(folder: RunFolder, output: Output) -> None:
             vae.guide,
             vae.train_inputs(split.train, split.train_labels, **split.beside("train")),
             estimator=estimator,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            lr=options.lr,
-            optimizer=options.optimizer,
-            schedule=options.schedule,
-            clip_norm=options.clip_norm,
-            accumulate=options.accumulate,
-            ema=options.ema,
-            validation=options.validation or None,
-            validation_samples=options.validation_samples,
-            validate_every=options.validate_every,
-            patience=options.patience,
-            max_seconds=options.max_seconds,
-            max_steps=options.max_steps,
-            max_skips=options.max_skips,
-            compile=options.compile,
-            precision=options.precision,
             transform=split.transform,
             seed=described.seed,
             progress=not output.quiet,
             on_epoch=folder,
             callbacks=callbacks,
             checkpoint=folder.checkpoint if options.checkpoint else None,
-            every=options.every,
             resume="auto" if folder.resumed and options.checkpoint else None,
+            **options.fit_keywords(),
         )
     folder.finish(vae, history.records)
     score(folder.path, described, split, vae, history.records, output)
@@ -188,6 +171,7 @@ def evaluate(
     num_samples: int | None = None,
     target_se: float | None = None,
     proposal: str | None = None,
+    second: int | None = None,
     limit: int | None = None,
     decompose: int | None = None,
     device: Literal["auto", "cpu", "cuda"] | None = None,
@@ -206,6 +190,7 @@ def evaluate(
         num_samples: Importance samples per datum; the most that one gets where --target-se is given.
         target_se: Aim at this standard error of each datum's estimate, in nats.
         proposal: What the samples come from: auto (repaired where the guide fails), guide, refined, mixture or prior.
+        second: Check so many estimates by annealing from the prior.
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
         device: Where to score: a GPU if there is one, or the run's own.
@@ -217,7 +202,8 @@ def evaluate(
     from .config import load_model, load_split, run_device, write_run
     from .scoring import score
 
-    options = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "limit": limit, "decompose": decompose}
+    options = {"num_samples": num_samples, "target_se": target_se, "proposal": proposal, "second": second}
+    options |= {"limit": limit, "decompose": decompose}
     overrides: dict[str, Any] = {"evaluate": {name: value for name, value in options.items() if value is not None}}
     overrides |= {} if device is None else {"train": {"device": device}}
     _joined()

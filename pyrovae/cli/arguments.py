@@ -9,11 +9,14 @@ from cyclopts import App
 
 __all__ = ["collect", "given", "literal"]
 
-# What is said without its section.
+# Settings that may be given without their section.
 SHORT = {"--device": "--train.device", "--data": "--data.path"}
 
 # Options of the command, not settings of the run.
 OWN = ("--resume", "--json", "--quiet", "--grid", "--seeds", "--jobs", "--index")
+
+# The setting whose elements may be lists themselves, so that [200, 200] is one element of it.
+NESTED = "hidden"
 
 # cyclopts would fill in defaults, and only what was given may win over the run's file.
 given: dict[str, Any] = {}
@@ -35,7 +38,9 @@ def collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
             if argument.hint is bool:
                 table[last] = token.value.lower() in ("", "true", "1", "yes") and ".no-" not in str(token.keyword)
             elif "list" in str(argument.hint):
-                table.setdefault(last, []).append(literal(token.value) if token.value[:1] == "[" else token.value)
+                value = literal(token.value) if token.value[:1] == "[" else token.value
+                whole = isinstance(value, list) and last != NESTED
+                table.setdefault(last, []).extend(value if whole else [value])
             else:
                 table[last] = literal(token.value) if token.keys or token.value[:1] == "{" else token.value
         argument.tokens.clear()

@@ -10,7 +10,7 @@ UNFORESEEN = 1  # an error of pyrovae's own
 MISTAKE = 2  # of the command, its settings or its data
 SYSTEM = 3  # a full disk, a place that cannot be written
 DIVERGED = 4  # training, at NaN or infinite values
-NO_MEMORY = 5  # of the machine or the GPU
+NO_MEMORY = 5  # no memory is left on the machine or the GPU
 
 _UNFORESEEN = " (pyrovae did not foresee this error; PYROVAE_DEBUG=1 shows where it comes from)"
 # torch has an exception of its own for GPUs alone.

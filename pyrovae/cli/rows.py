@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["by_class", "columns_section", "image_rows", "least_reliable_rows", "pairs", "samples", "traversal"]
 
 MOST_CLASSES, WORST_COLUMNS = 40, 10
-# The rungs of an evidence that climbs, if it does not name them itself.
-_RUNGS = ("guide", "fitted", "adapted", "mixture", "annealed")
 
 
 def least_reliable_rows(evidence: Evidence, shown: Shown, bounds: tuple[float, float]) -> dict[str, Any] | None:
@@ -41,7 +39,7 @@ def least_reliable_rows(evidence: Evidence, shown: Shown, bounds: tuple[float, f
             "gap": float(evidence.log_px[datum] - evidence.elbo[datum]) if np.isfinite(evidence.log_px[datum]) else math.nan,
             "khat": float(evidence.khat[datum]),
             "ess": float(evidence.ess[datum]),
-            "rung": None if rungs is None else _rung(evidence, int(rungs[datum])),
+            "rung": None if rungs is None else _rung(int(rungs[datum])),
             "reliable": bool(evidence.reliable[datum]),
         }
         rows.append(row)
@@ -56,9 +54,10 @@ def least_reliable_rows(evidence: Evidence, shown: Shown, bounds: tuple[float, f
     }
 
 
-def _rung(evidence: Evidence, number: int) -> str:
-    names = getattr(evidence, "rung_names", None) or _RUNGS
-    return str(names[number]) if 0 <= number < len(names) else str(number)
+def _rung(number: int) -> str:
+    from ..evidence.kinds import RUNGS
+
+    return RUNGS[number] if 0 <= number < len(RUNGS) else str(number)
 
 
 def _pictures(shown: Shown, bounds: tuple[float, float]) -> list[str] | None:

@@ -115,6 +115,7 @@ def _score(
         num_samples=scoring.num_samples,
         target_se=scoring.target_se,
         proposal=scoring.proposal,
+        second=scoring.second,
         seed=run.seed,
         progress=bars,
         resume=folder / f"scoring-{_settings_hash(run)}.safetensors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PlainSerializer, WrapValidator
@@ -174,6 +174,12 @@ class TrainSection:
     checkpoint: bool = True
     every: Positive | Literal["auto", "epoch"] = "auto"
 
+    def fit_keywords(self) -> dict[str, Any]:
+        """The options that :func:`pyrovae.fit` takes by the same names."""
+        others = {"device", "tensorboard", "wandb", "mlflow", "checkpoint"}
+        options = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in others}
+        return options | {"validation": self.validation or None}
+
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluateSection:
@@ -183,6 +189,7 @@ class EvaluateSection:
         num_samples: Importance samples per datum; the most that one gets where target_se is given.
         target_se: Aim at this standard error of each datum's estimate, in nats.
         proposal: What the samples come from: "auto" (repaired where the guide fails), "guide", "refined", "mixture" or "prior".
+        second: Check so many estimates by annealing from the prior, and the chains on as many simulated data; slow.
         limit: Score only the first so many test data.
         decompose: Split the gap and the rate of the first so many; 0 leaves it out.
     """
@@ -190,6 +197,7 @@ class EvaluateSection:
     num_samples: Positive = 5000
     target_se: PositiveFloat | None = None
     proposal: Literal["auto", "guide", "refined", "mixture", "prior"] = "auto"
+    second: Annotated[int, Field(ge=0)] = 0
     limit: Positive | None = None
     decompose: Annotated[int, Field(ge=0)] = 200
 

@@ -107,7 +107,7 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def is_one_pass(dataset: Any) -> bool:
-    """Whether an iterable data set can be read only once, as far as this shows without reading it."""
+    """Whether an iterable data set can be read only once, as far as can be told without reading it."""
     if not isinstance(dataset, IterableDataset):
         return False
     first, second = iter(dataset), iter(dataset)

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
 from ..registry import find, names
 from .base import Coefficients, Estimator, check_estimator, loss_and_grads, make_estimator
@@ -22,10 +23,12 @@ for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
 
 
-def __getattr__(name: str) -> type[Estimator]:
-    """A registered class of one of these files that has no entry above."""
-    if not name.startswith("_"):
-        for cls in (find("estimator", each) for each in names("estimator")):
-            if cls.__name__ == name and cls.__module__.startswith(f"{__name__}."):
-                return cls
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers shall still find a misspelt name
+
+    def __getattr__(name: str) -> type[Estimator]:
+        """A registered class of one of these files that has no entry above."""
+        if not name.startswith("_"):
+            for cls in (find("estimator", each) for each in names("estimator")):
+                if cls.__name__ == name and cls.__module__.startswith(f"{__name__}."):
+                    return cls
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..plots import intervals
+from ..programs.observed import FACTOR_OF_DATA
 from ..tables import Table, Tabular
 from .psis import Array, _comparison, _elpd
 from .results import Evidence
@@ -230,9 +231,11 @@ def _check_same_measure(evidence: Mapping[str, Evidence]) -> None:
     for name, measure in known.items():
         first, expected = next(iter(known.items()))
         if not measure.agrees(expected):
+            cure = "compare models whose likelihoods are of one kind"
+            if FACTOR_OF_DATA in {*measure.given} ^ {*expected.given}:
+                cure = "put a change of variables into the likelihood, as TransformedDistribution does, not into a factor"
             raise ValueError(
-                f"log p(x) of {name!r} is {measure}, and that of {first!r} is {expected}: their nats do not compare; compare "
-                f"models whose likelihoods are of one kind."
+                f"log p(x) of {name!r} is {measure}, and that of {first!r} is {expected}: their nats do not compare; {cure}."
             )
         differ = _other_values(evidence[name], evidence[first])
         if differ.any():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Independent
 
 from ..data.matching import Batch
 from ..programs.checks import refuse_masked
@@ -24,28 +26,30 @@ __all__ = ["MOST_ASSIGNMENTS", "enumerate_latents"]
 MOST_ASSIGNMENTS = 2**20
 
 
-def enumerate_latents(model: Program, batch: Batch, nesting: int, most: int, vectorize: bool) -> Answer:
-    """Sum the joint over every assignment of the latents of a datum."""
+def enumerate_latents(
+    model: Program, batch: Batch, nesting: int, most: int, vectorize: bool, limit: int = MOST_ASSIGNMENTS
+) -> Answer:
+    """Sum the joint over every assignment of the latents of a datum, of which there may be no more than the limit."""
     first = trace_from_prior(model, None, batch, 1, None).model
     sites = [site for site in sites_of(first) if not site["is_observed"]]
     refuse_masked(sites)
     data = data_plate(list(sites_of(first)))
     nesting = max(nesting, plate_nesting(first))
     supports = [_support(site) for site in sites]
-    numbers = [math.prod(plate_sizes(site, nesting)) // data.size for site in sites]
+    numbers = [math.prod(plate_sizes(site, nesting)) // data.size * _independent(site)[1] for site in sites]
     each = [len(support) for support, number in zip(supports, numbers, strict=True) for _ in range(number)]
     total = math.prod(each)
-    if total > MOST_ASSIGNMENTS:
+    if total > limit:
         raise ValueError(
-            f"The latents of one datum have {total:,} assignments, more than the {MOST_ASSIGNMENTS:,} that are summed: use "
-            f"log_marginal."
+            f"The latents of one datum have {total:,} assignments, more than the {limit:,} that are summed: use log_marginal."
         )
 
     def trace_at(index: Tensor) -> Trace:
         """The model's trace at assignments by their numbers (M, B, all numbers)."""
         layout, assigned, column = Layout(len(index), data.size, nesting, data.dim), {}, 0
         for site, support, number in zip(sites, supports, numbers, strict=True):
-            values = support[index[..., column : column + number]]  # (M, B, n, *event)
+            values = support[index[..., column : column + number]]  # of a vector of independent numbers each one by itself
+            values = values.reshape(*index.shape[:2], -1, *site["fn"].event_shape)  # (M, B, n, *event)
             assigned[site["name"]] = layout.to_site(values, plate_sizes(site, nesting), site["fn"].event_shape)
             column += number
         with explained(len(index)):
@@ -74,20 +78,29 @@ def enumerate_latents(model: Program, batch: Batch, nesting: int, most: int, vec
 
 
 def _support(site: dict) -> Tensor:
-    """The values of one site's support, shape (C, *event)."""
-    if not site["fn"].has_enumerate_support:
+    """The values of one site's support, or of each of its independent numbers, shape (C, *event)."""
+    one, _ = _independent(site)
+    if not one.has_enumerate_support:
         cure = "" if _is_discrete(site) else 'choose method="quadrature", or '
         raise ValueError(
             f"The latent site {site['name']!r} ({type(base_distribution(site)).__name__}) has no finite support to sum over: "
             f"{cure}use log_marginal."
         )
     try:
-        values = site["fn"].enumerate_support(expand=False)
+        values = one.enumerate_support(expand=False)
     except NotImplementedError as error:  # as of a Binomial whose total_count differs between data
         raise ValueError(
             f"The support of the latent site {site['name']!r} cannot be listed ({error}): use log_marginal."
         ) from error
-    return values.reshape(len(values), *site["fn"].event_shape)
+    return values.reshape(len(values), *one.event_shape)
+
+
+def _independent(site: dict) -> tuple[Any, int]:
+    """The distribution of one of a site's independent numbers, and how many of them an event has."""
+    one = site["fn"]
+    while isinstance(one, Independent):
+        one = one.base_dist
+    return one, math.prod(site["fn"].event_shape) // max(1, math.prod(one.event_shape))
 
 
 def _is_discrete(site: dict) -> bool:

@@ -4,49 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..data.matching import Batch
-from .ascent import climb, curvature, distinct
+from .ascent import curvature
 from .fitted import Fitted, candidates, weighed
 from .matching import match_gradients, match_weights, smoothed_weights
+from .modes import Modes
 from .terms import CALLS_OF_A_GRADIENT, PairTerms
 
-__all__ = ["FEW_LATENTS", "FewOrMany", "Modes", "Scored", "adapted", "draws_for", "fit", "how_to_fit", "search", "tuned"]
+__all__ = ["Scored", "adapted", "draws_for", "fit", "tuned"]
 
-# Posteriors over so few latents often have several modes, and draws of the prior lie near each.
-FEW_LATENTS = 3
-# A start is the likeliest of so many draws of the prior.
-TOURNAMENT = 8
-# Draws of the prior and the guide for their scales.
-MOMENT_DRAWS = 64
-# Nats that an ascent may have left to gain where it is at a mode, and how much lower than the highest a mode may be.
-SETTLED, LOWEST_MODE = 0.05, 20.0
 # Steps that match gradients, how many of the last of them share their draws, how much these count against the last Gaussian,
 # and how much wider than it they are drawn, so that the fit is right beyond the middle.
 MATCHES, POOLED, TRUST, WIDER = 4, 3, 1e3, 1.2
 # Draws that the Gaussian before an adaptation counts for, for each latent.
 SHRINKAGE = 10.0
-
-
-class FewOrMany(NamedTuple):
-    """How proposals are fitted, which depends on the number of latents."""
-
-    from_prior: int  # starts that are likely draws of the prior
-    from_guide: int  # starts that are draws of the guide, besides its mean and the mirror image of that
-    modes: int  # the most that are kept
-    within: float  # the distance at which two points are one mode, in the prior's standard deviations
-    steps: int  # gradients of an ascent
-
-
-def how_to_fit(num_latents: int) -> FewOrMany:
-    """With few latents many starts find most modes; with many, a start is rarely near another mode."""
-    if num_latents <= FEW_LATENTS:
-        return FewOrMany(from_prior=16, from_guide=6, modes=12, within=0.02, steps=30)
-    return FewOrMany(from_prior=3, from_guide=0, modes=3, within=0.15, steps=30)
 
 
 @dataclass(frozen=True)
@@ -93,77 +68,6 @@ class Scored:
             torch.cat([getattr(self, name), getattr(other, name)]) for name in ("flat", "log_prior", "log_joint")
         )
         return Scored(flat, prior, joint, (*self.proposals, *other.proposals), self.from_prior)
-
-
-@dataclass(frozen=True)
-class Modes:
-    """What a search from several starts has found for each of B data.
-
-    Attributes:
-        point: where the starts have come to, (K, B, L).
-        chosen: the points that are modes, the highest first, each (B,); -1 if a datum has no more.
-        unit: the prior's standard deviations, (B, L).
-        unseen: what modes that were not found, or not kept, may add to log p(x), (B,), in nats.
-    """
-
-    point: Tensor
-    chosen: tuple[Tensor, ...]
-    unit: Tensor
-    unseen: Tensor
-
-    @property
-    def number(self) -> Tensor:
-        """How many modes each datum has, (B,)."""
-        return torch.stack(self.chosen).ge(0).sum(0)
-
-    def rows(self, rows: Tensor) -> Modes:
-        """Those of some of the data."""
-        return Modes(self.point[:, rows], tuple(points[rows] for points in self.chosen), self.unit[rows], self.unseen[rows])
-
-
-def search(terms: PairTerms, args: Batch, calls: Tensor) -> Modes:
-    """Look for the modes of the posteriors of B data, by ascents from the guide, from its mirror image and from the prior.
-
-    Args:
-        terms: the pair.
-        args: the data.
-        calls: decoder calls of each datum, (B,), which are added to.
-    """
-    pair = terms.pair(args)
-    how = how_to_fit(pair.num_latents)
-
-    def gradient(flat: Tensor) -> tuple[Tensor, Tensor]:
-        calls.add_(CALLS_OF_A_GRADIENT * len(flat))
-        return terms.slope(args, flat)
-
-    prior = pair.prior_draws(TOURNAMENT * how.from_prior + MOMENT_DRAWS).double()
-    guide = pair.draw(MOMENT_DRAWS, "guide", inside=True).double()
-    calls.add_(len(prior) + len(guide))
-    unit = prior.std(0).clamp(min=1e-3)
-    entrants = prior[MOMENT_DRAWS:]
-    height = torch.nan_to_num(gradient(entrants)[0], nan=-math.inf)
-    height = height.reshape(TOURNAMENT, how.from_prior, -1)
-    likely = entrants.reshape(TOURNAMENT, how.from_prior, *entrants.shape[1:])
-    likely = likely.gather(0, height.argmax(0)[None, ..., None].expand_as(likely[:1]))[0]
-    centre = guide.mean(0, keepdim=True)
-    start = torch.cat([centre, 2 * prior.mean(0) - centre, guide[: how.from_guide], likely])
-    peaks = climb(gradient, start, unit, how.steps)
-    settled = (peaks.left < SETTLED) | (peaks.log_joint >= peaks.log_joint.max(0).values)
-    peaks = peaks._replace(log_joint=torch.where(settled, peaks.log_joint, -math.inf))
-    chosen, sizes = distinct(peaks, unit, within=how.within, nats=LOWEST_MODE)
-    return Modes(peaks.point, tuple(chosen[: how.modes]), unit, _unseen(sizes, how.modes))
-
-
-def _unseen(sizes: Tensor, kept: int) -> Tensor:
-    r"""What modes that no start came to, or that are not kept, may add to log p(x), (B,), in nats.
-
-    The fraction of starts that are alone at their mode estimates the mass of the modes that no start has come to (Good 1953).
-    With a few starts it says little, unless most of them are alone at one of three modes or more.
-    """
-    starts, number, alone = sizes.sum(0), (sizes > 0).sum(0), (sizes == 1).sum(0)
-    unseen = torch.log((starts + 0.5) / (starts - alone + 0.5))
-    unseen = torch.where((number >= 3) & (2 * alone >= starts), unseen, 0.0)
-    return torch.maximum(unseen, torch.log(number / number.clamp(max=kept)))
 
 
 def fit(terms: PairTerms, args: Batch, modes: Modes, calls: Tensor) -> Fitted:

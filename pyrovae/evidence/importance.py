@@ -11,6 +11,7 @@ from .planning import ImportanceOptions
 from .proposals import Kind, Refinement
 from .results import Evidence
 from .sampler import ImportanceSampler
+from .second import SecondOpinion, checked
 
 __all__ = ["log_marginal"]
 
@@ -32,6 +33,7 @@ def log_marginal(
     precision: Literal["float32", "tf32", "bfloat16"] = "float32",
     seed: int | None = None,
     resume: str | Path | None = None,
+    second: int = 0,
     progress: bool = False,
 ) -> Evidence:
     r"""Estimate log p(x) of each datum by importance sampling, with diagnostics of its reliability.
@@ -41,14 +43,16 @@ def log_marginal(
     The proposal r is
 
     - ``"auto"``: for each datum the cheapest that is good enough. A pilot of the guide's draws shows whether the guide will
-      do, and ascents from the guide, its mirror image and the prior whether the posterior has other modes. Else a Gaussian is
-      matched to the gradients around each mode (Cai et al. 2024), tempered and given the tail by which the weights of a second
-      pilot vary least, adapted to those weights if need be, and mixed with the prior, which has 4 % of the draws. If no
-      proposal is good enough, 64 chains are annealed from the best one, through 60 temperatures. What is then
+      do, and ascents from the guide, its mirror image and the prior whether the posterior has other modes; where they leave
+      that open, more ascents look for them. Else a Gaussian is matched to the gradients around each mode (Cai et al. 2024),
+      tempered and given the tail by which the weights of a second pilot vary least, adapted to those weights if need be, and
+      mixed with the prior, which has 4 % of the draws. If that fails, more ascents and larger pilots make a second proposal,
+      and if no proposal is good enough, 64 chains are annealed from the best one, through 60 temperatures. What is then
       still not reliable is flagged. ``rung`` says which it was, ``calls`` what it cost. Reported draws are fresh, so
       :math:`\hat p(x)` is unbiased but for data that their own draws turn back, which costs at most half a standard error. The
-      ``elbo`` is the guide's. Discrete latents, pairs that are tied to one set of data and more than 400 latents have the
-      rungs ``"guide"`` and ``"mixture"`` only; the evidence's ``notes`` say why;
+      ``elbo`` is the guide's. Discrete latents are summed if that takes no more decoder calls than ``num_samples``. Where it
+      takes more, and for pairs that are tied to one set of data and for more than 400 latents, the rungs are ``"guide"`` and
+      ``"mixture"`` only; the evidence's ``notes`` say why;
     - ``"guide"``: q(z|x), the guide itself;
     - ``"prior"``: p(z), so that the weights are likelihoods: the naive estimator, hopeless if x says much about z;
     - ``"mixture"``: :math:`\alpha p(z) + (1 - \alpha) q(z \mid x)`, whose weights are at most :math:`p(x \mid z) / \alpha` even
@@ -109,6 +113,11 @@ def log_marginal(
             for any number of threads; compiled ones depend on that number, within their errors.
         resume: a file of the results so far. Repeat an interrupted call with the same file to continue. The file holds hashes
             of the parameters, buffers and data, and the terms of one log-weight; it is refused if they differ.
+        second: a second opinion on so many data, evenly spaced: 16 chains that are annealed from the prior, which share nothing
+            with the guide or a fit, and bidirectional Monte Carlo with the same settings on as many simulated data. The
+            evidence's ``notes`` and ``summary()`` carry both gaps, and an estimate that the chains refute is not ``reliable``.
+            It finds modes that no weight shows, but takes some 340,000 decoder calls for each such datum, so it is off unless
+            asked for.
         progress: show a bar with the running mean.
 
     Returns:
@@ -148,4 +157,7 @@ def log_marginal(
         resume=resume,
         progress=progress,
     )
-    return ImportanceSampler(model, guide, x, options).run()
+    number = checked(second)
+    opinion = SecondOpinion(model, guide, x, number, options.seed, vectorize_particles) if number else None
+    evidence = ImportanceSampler(model, guide, x, options).run()
+    return evidence if opinion is None else opinion.on(evidence)

@@ -24,4 +24,5 @@ class LogMarginalKeywords(TypedDict, total=False):
     precision: Literal["float32", "tf32", "bfloat16"]
     seed: int | None
     resume: str | Path | None
+    second: int
     progress: bool

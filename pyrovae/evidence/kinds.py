@@ -106,7 +106,7 @@ class ImportanceSampled(EvidenceKind):
     bound = "Bound (ELBO)"
     who_misses = "the guide misses"
     cover_cure = 'proposal="mixture"'
-    other_proposal = '"refined", which fits the guide to each datum'
+    other_proposal = '"auto", which repairs the estimates where the guide fails'
     other_modes = ""
 
     def consistent(self, scores: _Scores) -> Array:
@@ -188,15 +188,18 @@ class Repaired(ImportanceSampled):
             return light
         with np.errstate(invalid="ignore"):
             agree = scores.ess >= np.maximum(scores.samples_drawn / 2, LEAST_CHAINS)
-        return np.where(scores.rung == len(RUNGS) - 1, agree, light)
+        return np.where(scores.rung == _ANNEALED_RUNG, agree, light)
 
     def criterion(self, scores: _Scores) -> str:
         """The threshold of k, and how many chains must be effective if some were annealed."""
-        draws = np.ones(len(scores), bool) if scores.rung is None else scores.rung < len(RUNGS) - 1
+        rung = np.zeros(len(scores), int) if scores.rung is None else scores.rung
+        if (rung == _EXACT_RUNG).all():
+            return "an exact answer"
+        draws = rung < _ANNEALED_RUNG
         limits = scores.khat_thresholds[draws] if draws.any() else scores.khat_thresholds
         low, high = limits.min(), limits.max()
         words = f"Pareto k below {low:.2f}" + (f" to {high:.2f}" if high > low else "")
-        return words if draws.all() else f"{words}, or half of the chains effective"
+        return f"{words}, or half of the chains effective" if (rung == _ANNEALED_RUNG).any() else words
 
     def effort(self, scores: _Scores) -> str:
         """How many samples there were, and decoder calls in all."""
@@ -210,7 +213,8 @@ class Repaired(ImportanceSampled):
         bad = np.flatnonzero(~scores.reliable)
         words = f"Of {len(scores):,} data, {rungs_in_words(scores.rung)}; "
         if not len(bad):
-            return f"{words}all reliable. A mode that no draw came near would not show."
+            unseen = "" if (scores.rung == _EXACT_RUNG).all() else " A mode that no draw came near would not show."
+            return f"{words}all reliable.{unseen}"
         return (
             f"{words}{len(scores) - len(bad):,} reliable. {len(bad)} (first datum {bad[0]}) are flagged, and their estimates "
             f"probably too low, although everything was tried. What to do: draw more samples, or anneal them for longer "
@@ -338,8 +342,16 @@ def data_have(bad: Array) -> str:
 
 
 # What a datum's estimate is from under proposal="auto", from the cheapest to the dearest, and in words.
-RUNGS = ("guide", "fitted", "adapted", "mixture", "annealed")
-_RUNG_WORDS = ("by the guide", "refined", "refined and adapted", "by the mixture of guide and prior", "annealed")
+RUNGS = ("guide", "fitted", "adapted", "mixture", "annealed", "exact")
+_RUNG_WORDS = (
+    "by the guide",
+    "refined",
+    "refined and adapted",
+    "by the mixture of guide and prior",
+    "annealed",
+    "summed",
+)
+_ANNEALED_RUNG, _EXACT_RUNG = RUNGS.index("annealed"), RUNGS.index("exact")
 
 
 def rungs_in_words(rung: Array) -> str:

@@ -13,8 +13,9 @@ from ..data.matching import Batch
 from .annealing_options import AnnealingOptions
 from .chunks import ahead
 from .fitted import Fitted, tempered
-from .fitting import FEW_LATENTS, Scored, adapted, draws_for, fit, search, tuned
+from .fitting import Scored, adapted, draws_for, fit, tuned
 from .kinds import RUNGS
+from .modes import FEW_LATENTS, Found, Modes
 from .paths import AnnealingPath
 from .planning import needed_draws
 from .proposals import prior_count
@@ -26,7 +27,7 @@ from .terms import CALLS_OF_A_GRADIENT
 
 __all__ = ["Ladder", "pilot_draws"]
 
-GUIDE, FITTED, ADAPTED, MIXTURE, ANNEALED = range(len(RUNGS))
+GUIDE, FITTED, ADAPTED, MIXTURE, ANNEALED, EXACT = range(len(RUNGS))
 # Draws of the guide's pilot, a twentieth of the estimate's, but no fewer or more; a fitted proposal's has twice as many, from
 # which it is also tuned.
 FEWEST_PILOT, MOST_PILOT = 250, 1000
@@ -39,14 +40,16 @@ LEAST_EFFECTIVE = 0.01
 MISSED = 0.005
 # The power of the likelihood and the degrees of freedom of a proposal before any of its draws was scored.
 FIRST_POWER, FIRST_DF = 0.6, 30.0
-# Adaptations to the weights of all pilots so far.
-ADAPTATIONS = 2
+# Adaptations to the weights of all pilots so far, and draws of each such pilot, in those of the guide's; and of a second fit.
+ADAPTATIONS, FITTED_PILOT, SECOND_PILOT = 2, 2, 4
+# Nats that modes which were not found may add before more starts look for them.
+UNSEEN = 0.02
 # The last rung: chains from the best proposal so far.
 CHAINS = AnnealingOptions(num_chains=64, num_temperatures=60, leapfrog_steps=4, step_size=0.2)
 # The prior's fraction of the mixture with the guide, where nothing can be fitted.
 MIXTURE_SHARE = 0.25
 # Numbers that the covariances of data that are fitted together may have.
-FIT_NUMBERS = 2**21
+FIT_NUMBERS = 2**23
 
 
 def pilot_draws(num_samples: int) -> int:
@@ -66,10 +69,12 @@ class Ladder:
     :math:`E \hat p(x) = E[E(\hat p(x) \mid P)] = p(x)`. The draws are stratified: exactly :math:`\alpha S` of them come from
     the prior.
 
-    If the fresh draws then have a tail that their pilot did not show, the datum climbs on, and its estimate is made anew. That
-    selects. With A the event that the first estimate is kept, :math:`E \hat p = p + E[(\hat p_1 - p) 1_A]`, and the relative
-    bias is at most :math:`\sigma \sqrt{P(A) (1 - P(A))}`, where :math:`\sigma` is the relative standard error of the first
-    estimate: half a standard error at the most, and a tenth of one if the pilot errs once in a hundred times.
+    If the fresh draws then have a tail that their pilot did not show, the datum climbs on, and its estimate is made anew: by
+    a second fit, from more starts and larger pilots, and at last by chains. That selects. With A the event that the first
+    estimate is kept, :math:`E \hat p = p + E[(\hat p_1 - p) 1_A]`, and the relative bias is at most
+    :math:`\sigma \sqrt{P(A) (1 - P(A))}`, where :math:`\sigma` is the relative standard error of the first estimate: half a
+    standard error at the most, and a tenth of one if the pilot errs once in a hundred times. Later estimates add as much for
+    the few data that come to them.
 
     Args:
         task: what the call fixes.
@@ -87,7 +92,8 @@ class Ladder:
         self.rung = np.zeros(size, np.int64)
         self.calls, self.piloted = np.zeros(size, np.int64), np.zeros(size, np.int64)
         self.khat, self.sound = np.full(size, np.inf), np.zeros(size, bool)
-        self.needed, self.unseen = np.full(size, task.num_samples), np.zeros(size)
+        self.needed = np.full(size, task.num_samples)
+        self.found = None if task.terms is None else Found(task.terms, size)
         self.proposals: dict[int, Fitted] = {}
         self.arrays: dict[str, Array] = {}
 
@@ -96,23 +102,25 @@ class Ladder:
         guide_elbo = np.zeros(self.size)
         if self.pilot:
             guide_elbo = self._try_guide()
-            if self.task.terms is None:
+            self.arrays = self.task.exact(self.batch) or {}
+            if self.arrays:
+                self.rung[:], self.calls = EXACT, self.calls + self.arrays["drawn"]
+            elif self.task.terms is None:
                 self._try_mixture(np.flatnonzero(~self.sound))
             else:
                 self._search()
-                self._fit(np.flatnonzero(~self.sound))
-        self._estimate(np.flatnonzero(self.sound | ~self._fitted))
-        # The guide's own draws may show a tail that its pilot did not.
-        again = np.flatnonzero(~self._fitted & ~self._reliable() & ~np.isneginf(self.khat))
-        if self.pilot and self.task.terms is not None and len(again):
-            self.piloted[again] += self.arrays["drawn"][again]
-            self.sound[again], self.khat[again] = False, np.inf
-            self._fit(again)
-            self._estimate(again[self.sound[again]])
-        estimated = self._fitted & self.sound
-        turned_back = estimated & ~self._reliable()
-        self.piloted[turned_back] += self.arrays["drawn"][turned_back]
-        self._anneal(np.flatnonzero(turned_back | self._fitted & ~self.sound))
+                self._fit(np.flatnonzero(~self.sound), FITTED_PILOT)
+        self._estimate(np.flatnonzero((self.sound | ~self._fitted) & (self.rung != EXACT)))
+        if self.found is not None and self.pilot:
+            # The guide's own draws may show a tail that its pilot did not.
+            self._again(np.flatnonzero(~self._fitted & ~self._reliable() & ~np.isneginf(self.khat)), FITTED_PILOT)
+            # Most proposals that fail lack a mode.
+            failed = np.flatnonzero(self._fitted & ~(self.sound & self._reliable()))
+            self._look(torch.from_numpy(failed[~self.found.wide[failed].numpy()]))
+            self._again(failed, SECOND_PILOT)
+            failed = np.flatnonzero(self._fitted & ~(self.sound & self._reliable()))
+            self.piloted[failed[self.sound[failed]]] += self.arrays["drawn"][failed[self.sound[failed]]]
+            self._anneal(failed)
         if self.pilot:
             climbed = self.rung != GUIDE
             self.arrays["elbo"][climbed] = guide_elbo[climbed]
@@ -127,7 +135,8 @@ class Ladder:
         if len(rows):
             largest, log_px = (self.arrays[name][rows] for name in ("largest", "log_px"))
             missed[rows] = self.task.probe(self.part(torch.from_numpy(rows)), largest, log_px)
-        return np.fmax(np.where(self.rung == GUIDE, missed, 0.0), self.unseen)
+        unseen = 0.0 if self.found is None else self.found.unseen.numpy()
+        return np.fmax(np.where(self.rung == GUIDE, missed, 0.0), unseen)
 
     @property
     def _fitted(self) -> Array:
@@ -176,42 +185,59 @@ class Ladder:
 
     def _search(self) -> None:
         """Look for modes that no draw of the guide may have visited: its weights would not show them."""
-        assert self.task.terms is not None
-        few, exact = self._num_latents <= FEW_LATENTS, np.isneginf(self.khat)
-        rows = torch.from_numpy(np.flatnonzero(~exact | ~self.sound))
-        if len(rows):
-            calls = torch.zeros(len(rows), dtype=torch.long)
-            self.modes, self.searched = search(self.task.terms, self.part(rows), calls), rows
-            self.calls[rows.numpy()] += calls.numpy()
-            # With few latents posteriors often have several modes, and fits are cheap.
-            several = self.modes.number.cpu().numpy() > 1
-            self.sound[rows.numpy()[several | few]] = False
-            self.unseen[rows.numpy()] = self.modes.unseen.cpu().numpy()
+        assert self.found is not None
+        exact = np.isneginf(self.khat)
+        rows = np.flatnonzero(~exact | ~self.sound)
+        self._look(torch.from_numpy(rows))
+        self._look(torch.from_numpy(rows)[self.found.unseen[rows] > UNSEEN])
+        # With few latents posteriors often have several modes, and fits are cheap.
+        few = len(rows) > 0 and self._num_latents <= FEW_LATENTS
+        self.sound[rows[(self.found.number[rows] > 1).numpy() | few]] = False
 
-    def _fit(self, wanted: Array) -> None:
-        """Fit a proposal to each of some data, and adapt it where its pilot fails."""
-        terms = self.task.terms
+    def _look(self, rows: Tensor) -> None:
+        """Search some data for modes, more widely if they were searched before."""
+        assert self.found is not None
+        self.calls[rows.numpy()] += self.found.search(rows, self.part(rows)).numpy()
+
+    def _again(self, rows: Array, pilot: int) -> None:
+        """Fit proposals, and make the estimates of some data anew by them."""
+        if len(rows):
+            made = rows[self.sound[rows]]
+            self.piloted[made] += self.arrays["drawn"][made]
+            self.sound[rows], self.khat[rows] = False, np.inf
+            self._fit(rows, pilot)
+            self._estimate(rows[self.sound[rows]])
+
+    def _fit(self, wanted: Array, pilot: int) -> None:
+        """Fit a proposal to each of some data, and adapt it where its pilot fails, of so many times the guide's draws."""
+        assert self.found is not None
+        for rows, modes in self.found.of(torch.from_numpy(wanted)):
+            most = max(1, FIT_NUMBERS // (self._num_latents**2 * len(modes.chosen)))
+            for part in torch.arange(len(rows)).split(most):
+                self._fit_part(rows[part], modes.rows(part), pilot * self.pilot)
+
+    def _fit_part(self, rows: Tensor, modes: Modes, pilot: int) -> None:
+        terms, unit, calls = self.task.terms, modes.unit, torch.zeros(len(rows), dtype=torch.long)
         assert terms is not None
-        most = max(1, FIT_NUMBERS // self._num_latents**2)
-        for rows in torch.from_numpy(wanted).split(most) if len(wanted) else ():
-            calls, modes = torch.zeros(len(rows), dtype=torch.long), self.modes.rows(torch.searchsorted(self.searched, rows))
-            fitted, unit = fit(terms, self.part(rows), modes, calls), modes.unit
-            self.calls[rows.numpy()] += calls.numpy()
-            first = Fitted(*tempered(fitted, unit, FIRST_POWER)[:-1], torch.full_like(fitted.df, FIRST_DF))
-            history = self._scored(rows, first)
-            self._judge(rows.numpy(), history.log_w, FITTED)
-            current = tuned(fitted, unit, history)
-            self._keep(rows, current, history)
-            for _ in range(ADAPTATIONS):
-                active = torch.from_numpy(np.flatnonzero(~self.sound[rows.numpy()]))
-                if not len(active):
-                    break
-                rows, unit, history, current = rows[active], unit[active], history.rows(active), current.rows(active)
-                current = adapted(current, unit, history)
-                fresh = self._scored(rows, current)
-                better = torch.from_numpy(self._judge(rows.numpy(), fresh.log_w, ADAPTED))
-                history = history.joined(fresh)
-                self._keep(rows[better], tuned(current, unit, history).rows(better), history.rows(better))
+        assert self.found is not None
+        fitted = fit(terms, self.part(rows), modes, calls)
+        self.found.unseen[rows] = modes.unseen(fitted).cpu()
+        self.calls[rows.numpy()] += calls.numpy()
+        first = Fitted(*tempered(fitted, unit, FIRST_POWER)[:-1], torch.full_like(fitted.df, FIRST_DF))
+        history = self._scored(rows, first, pilot)
+        self._judge(rows.numpy(), history.log_w, FITTED)
+        current = tuned(fitted, unit, history)
+        self._keep(rows, current, history)
+        for _ in range(ADAPTATIONS):
+            active = torch.from_numpy(np.flatnonzero(~self.sound[rows.numpy()]))
+            if not len(active):
+                break
+            rows, unit, history, current = rows[active], unit[active], history.rows(active), current.rows(active)
+            current = adapted(current, unit, history)
+            fresh = self._scored(rows, current, pilot)
+            better = torch.from_numpy(self._judge(rows.numpy(), fresh.log_w, ADAPTED))
+            history = history.joined(fresh)
+            self._keep(rows[better], tuned(current, unit, history).rows(better), history.rows(better))
 
     def _need(self, rows: Array, number: Array) -> None:
         """Take note of how many draws the target error takes, of the numbers that there are."""
@@ -235,13 +261,13 @@ class Ladder:
             log_w = torch.cat([draw(batch, size) for size in _sizes(self.pilot, self.block)])
             self._judge(part.numpy(), log_w, MIXTURE)
 
-    def _scored(self, rows: Tensor, fitted: Fitted) -> Scored:
-        """A pilot from the proposals of some data."""
+    def _scored(self, rows: Tensor, fitted: Fitted, number: int) -> Scored:
+        """A pilot of so many draws from the proposals of some data."""
         kept: list[list[Tensor]] = []
-        for _, blocks in self._fitted_blocks(rows, fitted, 2 * self.pilot):
+        for _, blocks in self._fitted_blocks(rows, fitted, number):
             kept.append([torch.cat(columns) for columns in zip(*blocks, strict=True)])
         flat, log_prior, log_joint = (torch.cat(columns, 1) for columns in zip(*kept, strict=True))
-        return Scored(flat, log_prior, log_joint, (fitted,), prior_draws(2 * self.pilot) / (2 * self.pilot))
+        return Scored(flat, log_prior, log_joint, (fitted,), prior_draws(number) / number)
 
     def _blocks(self, rows: Tensor) -> Iterator[tuple[Tensor, Batch, Tensor]]:
         """Rows that draw together; their data and numbers, repeated to one width, since a graph serves one shape."""
@@ -320,14 +346,14 @@ class Ladder:
     def _weights(
         self, blocks: Iterator[tuple[Tensor, Tensor, Tensor]], proposal: Fitted, which: Tensor, number: int, strata: Strata
     ) -> Iterator[Tensor]:
-        """Log-weights of blocks from a proposal; those of the prior's draws, which come first in each, are summed apart."""
+        """Log-weights of blocks from a proposal; the prior's draws come first in each."""
         from_prior, done = prior_draws(number), 0
         for flat, log_prior, log_joint in blocks:
-            log_w = Scored(flat, log_prior, log_joint, (proposal,), from_prior / number).log_w
+            log_drawn = Scored(flat, log_prior, log_joint, (proposal,), from_prior / number).log_drawn
             own = (done + len(flat)) * from_prior // number - done * from_prior // number
             done += len(flat)
-            strata.add(which, log_w[:own])
-            yield log_w
+            strata.add(which, log_joint - log_drawn, log_prior - log_drawn, own)
+            yield log_joint - log_drawn
 
     def _anneal(self, rows: Array) -> None:
         """Chains from the best proposals to the posterior, for what no proposal was good enough for."""
@@ -336,7 +362,7 @@ class Ladder:
             return
         path, each = AnnealingPath(CHAINS, CHAINS.betas), max(1, terms.gradients // CHAINS.num_chains)
         for part in torch.from_numpy(rows).split(each):
-            field = FittedField(terms, self.part(part), _stacked([self.proposals[row] for row in part.tolist()]))
+            field = FittedField.of(terms, self.part(part), _stacked([self.proposals[row] for row in part.tolist()]))
             with tqdm(disable=True) as bar:
                 log_w = path.forward(field, path.tune(field, bar), bar)
             moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)
@@ -352,6 +378,8 @@ class Ladder:
 
     def _reliable(self) -> Array:
         """Whether the estimates so far have light tails."""
+        if not self.arrays:
+            return np.zeros(self.size, bool)
         khat = self.arrays["khat"]
         limits = np.array([khat_limit(int(number)) for number in self.arrays["drawn"]])
         enough = self.arrays["ess"] >= LEAST_EFFECTIVE * self.arrays["drawn"]

@@ -276,7 +276,21 @@ class Evidence(EvidenceDisplay):
                 f" {data_have(self._blind)} an estimate that is too low: other draws find up to {worst:.3g} nats more "
                 f'where the proposal draws next to nothing. Score with proposal="mixture", which also draws from the prior.'
             )
-        return words
+        return words + self._second_opinion()
+
+    def _second_opinion(self) -> str:
+        """What chains from the prior say of a sample of the data, if they were asked for."""
+        found = self.notes.get("second")
+        if found is None:
+            return ""
+        refuted, number = found["refuted"], found["num_data"]
+        verdict = f"refutes {len(refuted)} of them (first datum {refuted[0]})" if refuted else "refutes none of them"
+        return (
+            f" A second opinion on {number} data, by annealing from the prior, {verdict}: it lies {found['difference']:+.3f} "
+            f"nats from these estimates on average, with standard error {found['difference_se']:.3f}. On {found['simulated']} "
+            f"simulated data the same chains have log p(x) between two bounds that are {found['gap']:.3f} nats apart, with "
+            f"standard error {found['gap_se']:.3f}."
+        )
 
     def rows(self, chosen: slice | Array) -> Evidence:
         """The part for some of the data, by a slice or their numbers."""

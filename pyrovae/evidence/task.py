@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..data.matching import Batch
 from ..programs.inspect import FirstBatch
 from ..programs.sites import Program
 from ..programs.tracing import evaluation_mode
+from .enumeration import enumerate_latents
 from .planning import ImportanceOptions, Plan, one_datum
 from .proposals import mixture_draws
 from .psis import Array
@@ -44,6 +46,7 @@ class Task:
         finish: the answer for some data from their sums, by the names of the store's files.
         terms: the pair over its unconstrained latents, or ``None`` if it has none.
         mixture: draws of the mixture of prior and guide, from how many are made in all and how many are the prior's.
+        exact: the exact answer for some data, by the names of the store's files, or ``None`` if it is not cheap.
     """
 
     num_samples: int
@@ -59,6 +62,7 @@ class Task:
     finish: Callable[[LogMoments], dict[str, Array]]
     terms: PairTerms | None
     mixture: Callable[[int, int], Callable[[Batch, int], Tensor]]
+    exact: Callable[[Batch], dict[str, Array] | None]
 
 
 def make_task(
@@ -74,6 +78,22 @@ def make_task(
 ) -> tuple[Task, str | None]:
     """The task, and why no proposal can be fitted to the pair, if that is so; see :class:`Task`."""
     terms, why = _pair_terms(model, guide, first, options, plan)
+
+    def exact(batch: Batch) -> dict[str, Array] | None:
+        if set(first.info.discrete) != set(first.info.latents):
+            return None
+        nesting, vectorize = first.info.max_plate_nesting, options.vectorize_particles
+        try:
+            answer = enumerate_latents(model, batch, nesting, plan.chunk, vectorize, limit=options.num_samples)
+        except ValueError:  # too many assignments, or they cannot be listed; the guide's draws need no list
+            return None
+        # As many weights as assignments, each p(x).
+        moments = LogMoments(len(answer.log_px), options.num_samples, first.device, curve=True)
+        log_w = torch.as_tensor(answer.log_px, device=first.device).expand(answer.num_points, -1)
+        moments.update(log_w)
+        constant = np.where(np.isfinite(answer.log_px), -np.inf, np.inf)
+        return finish(moments) | {"se": answer.error, "khat": constant, "log_px_psis": answer.log_px}
+
     task = Task(
         num_samples=options.num_samples,
         target_se=options.target_se,
@@ -87,6 +107,7 @@ def make_task(
         probe=probe,
         finish=finish,
         terms=terms,
+        exact=exact,
         mixture=partial(mixture_draws, model, guide, options.vectorize_particles, first.info.max_plate_nesting),
     )
     return task, why

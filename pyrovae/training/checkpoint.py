@@ -84,6 +84,13 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: a file is damaged, missing, or of a later format; the message names the file.
+
+    Example:
+        >>> import tempfile, torch, pyrovae as pv
+        >>> vae, folder = pv.make_vae(9, latent_dim=2, hidden=[16]), tempfile.mkdtemp()
+        >>> _ = vae.fit(torch.ones(50, 9), epochs=3, progress=False, checkpoint=folder)
+        >>> pv.load_checkpoint(folder).step
+        3
     """
     path = _last(Path(folder))
     if path is None:

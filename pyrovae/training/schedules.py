@@ -120,7 +120,7 @@ def constant(optimizer: torch.optim.Optimizer, total: int | None, epoch: int | N
 def cosine(
     optimizer: torch.optim.Optimizer, total: int | None, epoch: int | None, *, warm_up: int = 0, final: float = 0.0
 ) -> Schedule:
-    """Half a cosine over all steps, down to the part ``final`` of the rate."""
+    """Half a cosine over all steps, down to the fraction ``final`` of the rate."""
     if total is None:
         raise ValueError("A cosine schedule needs data that know their length: choose schedule='constant'.")
     steps = max(1, total - warm_up)
