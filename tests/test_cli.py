@@ -36,7 +36,7 @@ def test_train_writes_everything_and_says_what_it_found(trained_run: TrainedRun)
     folder, out = trained_run.folder, trained_run.out
     assert {path.name for path in folder.iterdir()} == {
         "run.toml", "metrics.jsonl", "model.json", "model.safetensors", "evidence.safetensors", "summary.json", "report.html",
-        "checkpoint",
+        "checkpoint", ".lock",
     }  # fmt: skip
     evidence = pv.Evidence.load(folder / "evidence.safetensors")
     assert (len(evidence), evidence.num_samples, evidence.num_dims) == (360, 60, 64)
@@ -485,7 +485,11 @@ def test_models_of_data_with_labels_run_like_any(in_folder: Path, capsys: pytest
     assert ("of log p(x|y)" in summary["log_px_kind"]) == (kind == "conditional")
     assert f"<dt>{quantity}, estimate</dt>" in (folder / "report.html").read_text()
     assert main(["evaluate", str(folder), "--num-samples", "30", "--decompose", "0"]) == 0
-    assert main(["estimators", str(folder), "--names", "elbo", "iwae", "--num-draws", "10", "--batch-size", "10"]) == 0
+    capsys.readouterr()
+    options = ["--names", "elbo", "iwae", "--num-draws", "10", "--batch-size", "10", "--json"]
+    assert main(["estimators", str(folder), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((folder / "estimators.json").read_text()) | {"figure": str(folder / "estimators.png")}
 
 
 def test_labels_are_kept_for_a_part_of_the_data(in_folder: Path, capsys: pytest.CaptureFixture):

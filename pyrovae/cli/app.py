@@ -267,6 +267,7 @@ def estimators(
     num_draws: int = 100,
     reference_particles: int = 512,
     train_seconds: float | None = None,
+    output: Annotated[Output | None, Parameter(name="*")] = None,
 ) -> None:
     """Compare estimators on a trained run: bound, gradient bias, noise and cost.
 
@@ -280,6 +281,7 @@ def estimators(
         num_draws: Gradient draws of each estimator.
         reference_particles: K of the DReG gradient that biases are against.
         train_seconds: Also train each from one fresh start for so long, and score the test data.
+        output: What is printed.
     """
     import torch
     from matplotlib.figure import Figure
@@ -288,7 +290,7 @@ def estimators(
     from ..diagnostics.gradients import compare_estimators, train_estimators
     from .config import build_model, load_model, load_split, run_device
 
-    described = _described(run)
+    output, described = output or Output(), _described(run)
     split, device = load_split(described), run_device(described)
     vae = load_model(run).to(device)
     torch.manual_seed(described.seed)
@@ -300,13 +302,15 @@ def estimators(
     chosen = {name: _with_particles(name, num_particles) for name in names or _SELECTION}
     reference = {"kind": "dreg", "num_particles": reference_particles}
     options: dict[str, Any] = {"num_draws": num_draws, "reference": reference, "seed": described.seed}
-    result = compare_estimators(vae.model, vae.guide, batch, chosen, progress=sys.stderr.isatty(), **options)
+    result = compare_estimators(vae.model, vae.guide, batch, chosen, progress=output.bars, **options)
     figure = Figure(figsize=(13, 1.6 + 0.42 * len(result.names)), layout="constrained")
     result.plot(figure.subplots(1, 4, sharey=True))
     figure.savefig(run / "estimators.png", dpi=150)
-    files.write_text(run / "estimators.json", json_text(result.to_dataset().to_dict()) + "\n")
-    print(result)
-    print(f"Figure: {run / 'estimators.png'}")
+    found = result.to_dataset().to_dict()
+    files.write_text(run / "estimators.json", json_text(found) + "\n")
+    with output.words():
+        print(result)
+        print(f"Figure: {run / 'estimators.png'}")
     if train_seconds is not None:
         torch.manual_seed(described.seed)
         fresh = build_model(described, split).to(device)
@@ -323,8 +327,11 @@ def estimators(
             lr=described.train.lr,
             transform=split.transform,
         )
-        print(f"\nHeld-out {fresh.quantity} after {train_seconds:g} s of training each, from the same start:")
-        print(ranking)
+        with output.words():
+            print(f"\nHeld-out {fresh.quantity} after {train_seconds:g} s of training each, from the same start:")
+            print(ranking)
+        found |= {"ranking": ranking.to_dict()}
+    output.findings(found | {"figure": str(run / "estimators.png")})
 
 
 _SELECTION = ("elbo", "stl", "iwae", "dreg", "miwae", "vimco")
@@ -338,19 +345,26 @@ def _with_particles(name: str, num_particles: int) -> Any:
 
 
 @app.command(sort_key=5)
-def doctor() -> None:
+def doctor(*, output: Annotated[Output | None, Parameter(name="*")] = None) -> None:
     """Print versions, what is compiled on this machine and why, and what to do about it.
 
     Example: pyrovae doctor
+
+    Args:
+        output: What is printed.
     """
     import textwrap
 
     from ..compile.doctor import report
 
-    lines = report()
+    lines, output = report(), output or Output()
     width = min(max(len(subject) for subject, _ in lines), 24)
-    for subject, said in lines:
-        print(textwrap.fill(f"{subject:<{width}}  {said}", 120, subsequent_indent=" " * (width + 2), break_on_hyphens=False))
+    with output.words():
+        for subject, said in lines:
+            print(
+                textwrap.fill(f"{subject:<{width}}  {said}", 120, subsequent_indent=" " * (width + 2), break_on_hyphens=False)
+            )
+    output.findings(dict(lines))
 
 
 def _described(folder: Path, overrides: dict[str, Any] | None = None) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,6 +54,8 @@ def sweep(
     from .sweeping import finish, planned_folder, train_all, train_one
 
     output = output or Output()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("pyrovae sweep starts processes of its own: call it without torchrun.")
     if jobs < 1 or (seeds is not None and seeds < 1):
         raise ValueError(f"--jobs and --seeds must be positive, got {jobs} and {1 if seeds is None else seeds}.")
     if resume is not None:
