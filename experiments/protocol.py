@@ -58,7 +58,7 @@ class Cell(NamedTuple):
 
 def cells(options: argparse.Namespace) -> list[Cell]:
     """All cells, the one that takes more images first."""
-    rest = [Cell(name, size, options.epochs, options.images) for size in LATENTS for name in ESTIMATORS]
+    rest = [Cell(name, size, options.epochs, options.images) for name in ESTIMATORS for size in LATENTS]
     return [Cell("elbo", 50, 12, options.many_images, options.annealed), *rest]
 
 

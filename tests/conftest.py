@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +15,6 @@ from runs import TrainedRun, trained
 torch.set_num_threads(1)
 # Components with mistakes on purpose, which only test_broken_components.py registers, in a process of its own.
 collect_ignore = ["broken_components.py"]
-
-
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector what was imported and collected: half a million objects, a tenth of the suite's time."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -747,6 +747,34 @@ def test_a_distribution_may_be_broadcast_to_what_is_observed(wide: bool) -> None
     assert found.measure == pv.evidence.measure.Measure(0, 5)
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_delta_of_the_model_is_a_function_of_its_other_latents() -> None:
+    """z ~ N(0, 1), y = 2 z as a Delta in both programs, x ~ N(y, 1), so that x ~ N(0, sqrt 5)."""
+
+    def program(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(pyro.sample("y", dist.Delta(2 * z)), 1.0), obs=x)
+
+    def posterior(x: Tensor) -> None:
+        pyro.sample("y", dist.Delta(2 * pyro.sample("z", dist.Normal(0.4 * x, 0.5))))
+
+    model, guide, x = _in_data(program), _in_data(posterior), torch.tensor([0.0, 1.0, 3.0])
+    truth = stats.norm(0, math.sqrt(5)).logpdf(x)
+    assert_allclose(pv.exact(model, guide, x).log_px, truth, atol=1e-5)
+    for proposal in ("mixture", "refined", "auto"):
+        found = _score(model, guide, x, proposal=proposal, num_samples=400)
+        assert found.reliable.all()
+        assert_allclose(found.log_px, truth, atol=0.1)
+    annealed = pv.ais(model, guide, x, start="guide", num_temperatures=10, num_chains=32, seed=0)
+    assert (np.abs(annealed.log_px - truth) < 5 * annealed.se + 0.01).all()
+
+    def nothing_else(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("y", dist.Delta(torch.zeros(()))), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="All latents of the model are Deltas"):
+        pv.exact(_in_data(nothing_else), _in_data(lambda x: pyro.sample("y", dist.Delta(0 * x))), x)
+
+
 def test_values_outside_a_support_that_depends_on_a_latent_are_the_same_data_each_time() -> None:
     """z ~ U(0, 4), x ~ U(z - 1, z + 1): what is observed does not depend on the draw at which it was looked at."""
 

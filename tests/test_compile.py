@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -463,3 +464,23 @@ def test_nothing_fails_in_silence_here() -> None:
         assert "suppress(" not in text
         assert "unittest" not in text
         assert "except:" not in text
+
+
+def test_inductors_notes_on_slow_calls_are_kept_from_users(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    lowering = logging.getLogger("torch._inductor.ir")
+
+    def compiles(module: Any, inputs: Any, options: Any) -> Callable[..., Any]:
+        lowering.warning("%s is missing a c-shim implementation, using proxy executor as fallback", "aten.op")
+        lowering.warning("something else")
+        return module.forward
+
+    monkeypatch.setattr(torch._inductor, "compile", compiles)
+    monkeypatch.setattr(lowering, "propagate", True)
+    caplog.set_level(logging.WARNING, lowering.name)
+    lowering.addHandler(caplog.handler)
+    inductor._compile_fx(torch.fx.symbolic_trace(lambda x: x.sin()), [X], {})
+    lowering.warning("after")
+    lowering.removeHandler(caplog.handler)
+    said = {record.getMessage() for record in caplog.records}
+    assert said == {"something else", "after"}
+    assert not lowering.filters

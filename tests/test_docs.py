@@ -129,8 +129,9 @@ def test_a_contributed_method_agrees_with_the_exact_answer(contributed: Path) ->
     _run(contributed, "-c", python)
 
 
-def test_the_lists_of_components_are_those_of_the_registry() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "docs" / "components.py"), "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("page", ["components", "papers"])
+def test_pages_that_are_written_by_scripts_are_up_to_date(page: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / f"{page}.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

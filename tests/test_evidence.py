@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -723,6 +724,10 @@ def test_evidence_is_one_line_and_keeps_what_it_knows(tmp_path: Path):
     assert scored.reliable.tolist() == [True, True, False]
     assert made([-9.0], missed=np.array([0.31])).reliable.tolist() == [False]
     assert made([-9.0], missed=np.array([0.06]), se=np.array([0.01])).reliable.tolist() == [False]
+    missed = made([-9.0], missed=np.array([0.31]))
+    assert 'Score with proposal="mixture", which also draws from the prior.' in missed.summary()
+    repaired = dataclasses.replace(missed, method=kinds.KINDS["auto"].method)
+    assert 'Anneal these data from the prior (pv.ais with start="prior").' in repaired.summary()
     scored.save(tmp_path / "evidence")
     loaded = Evidence.load(tmp_path / "evidence")
     for name in (*fields, "pilot"):

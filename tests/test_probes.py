@@ -248,6 +248,22 @@ def test_two_draws_are_moved_off_the_edges_to_which_they_round():
     assert found.all()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_guide_that_fails_at_all_points_is_not_judged(fails: bool):
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x / 2, 0.7))
+            if fails and z.dim() > 1:  # many points at once
+                raise RuntimeError("no Cholesky factor")
+
+    found = programs_coverage.covered_data(model, guide, (torch.ones(4),), plate="data", nesting=1, num_dims=1)
+    assert found is None if fails else found.all()
+
+
 def test_what_is_not_known_is_not_judged():
     def auxiliary(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

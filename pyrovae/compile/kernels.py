@@ -343,8 +343,8 @@ OPERATIONS = {
 }
 # Torch takes each operation once in a process, and forgets it with its library. So torch keeps the library, for when this
 # module is loaded again, or the package imported anew in a notebook.
-if "_pyrovae" not in vars(torch.library):
-    _LIBRARY = torch.library._pyrovae = torch.library.Library("pyrovae", "DEF")  # type: ignore[attr-defined]
+if "pyrovae_operations" not in vars(torch.library):
+    _LIBRARY = torch.library.pyrovae_operations = torch.library.Library("pyrovae", "DEF")  # type: ignore[attr-defined]
     for _schema, (_function, _shape) in OPERATIONS.items():
         _LIBRARY.define(_schema)
         if _function is not None:

@@ -16,7 +16,7 @@ from .._validation import positive_integer
 from .containers import Lazy, opened
 from .matching import Batch, match
 from .rows import Rows, number_array
-from .streams import Stream, in_order, is_one_pass
+from .streams import Stream, in_order, is_one_pass, of_one_shape
 
 __all__ = ["Batch", "Batches", "arguments", "as_arrays", "content_hash", "fingerprints"]
 
@@ -155,10 +155,12 @@ class Batches:
         if self._stream is None:
             return next(iter(self))
         by_rows = self._stream is self.source
-        found = self._stream.take(self.batch_size if by_rows else 1)
-        if not found:
-            self._refuse_empty()
-        return self.load(*self._taken(default_collate(found) if by_rows else found[0]))
+        with of_one_shape():
+            found = self._stream.take(self.batch_size if by_rows else 1)
+            if not found:
+                self._refuse_empty()
+            first = default_collate(found) if by_rows else found[0]
+        return self.load(*self._taken(first))
 
     def forget_peeked(self) -> None:
         """Let the next pass over a stream begin anew."""
@@ -176,9 +178,10 @@ class Batches:
         loader = self.loader
         if loader is not None:
             empty = True
-            for item in loader if self._stream in (None, self.source) else self._stream:
-                empty, self._found_any = False, True
-                yield self._taken(item)
+            with of_one_shape():
+                for item in loader if self._stream in (None, self.source) else self._stream:
+                    empty, self._found_any = False, True
+                    yield self._taken(item)
             if empty:
                 self._refuse_empty()
             return

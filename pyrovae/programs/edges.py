@@ -127,8 +127,9 @@ def densities_beyond(drawn: dict, model_site: dict, guide_site: dict) -> tuple[T
         if found is None:
             return None
         flat = torch.where(found[0], found[1], flat)
-        beyond = [scale_and_mask(log_density(site, support, flat, True), 1.0, site["mask"]) for site in sites]
-    except (RuntimeError, TypeError, NotImplementedError):  # a density that cannot be computed in float64, or no bijection
+        wide = all(takes_float64(site, support, flat) for site in sites)
+        beyond = [scale_and_mask(log_density(site, support, flat, wide), 1.0, site["mask"]) for site in sites]
+    except (NotImplementedError, KeyError):  # no support, no bijection to it, or a flow without an inverse
         return None
     lost = sum_last(found[0].double(), found[0].dim() - beyond[0].dim()) > 0
     log_prior, log_guide = (
@@ -151,12 +152,14 @@ def _lost(site: dict, support: Any, flat: Tensor) -> tuple[Tensor, Tensor] | Non
     wide = flat.double()
     inner = torch.minimum(torch.maximum(wide, low), high)
     towards = (wide - inner).sign()
-    element = with_tensors(element, torch.Tensor.double, flat.dtype)
+    ends = (inner - towards * STEP, inner)
     try:
-        rise = [_extended(element, transform, constraint, at) for at in (inner - towards * STEP, inner)]
-        rate = (rise[0] - rise[1]) / STEP
-    except (RuntimeError, TypeError, NotImplementedError):  # a density that cannot be computed in float64
+        rise = [_extended(with_tensors(element, torch.Tensor.double, flat.dtype), transform, constraint, at) for at in ends]
+    except (RuntimeError, TypeError):  # a distribution with a network inside takes its own type alone
+        rise = [_extended(element, transform, constraint, at.to(flat.dtype)).double() for at in ends]
+    except (NotImplementedError, KeyError):  # a flow without an inverse
         return None
+    rate = (rise[0] - rise[1]) / STEP
     lost = (towards != 0) & (rate > 0) & rate.isfinite()
     tail = -torch.log1p(-torch.rand_like(wide)) / torch.where(lost, rate, 1.0)
     return lost, (inner + towards * tail).to(flat.dtype)

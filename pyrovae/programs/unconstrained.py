@@ -30,7 +30,7 @@ from .sites import (
 from .support import _Image, _Union, support_of
 from .tracing import Substitute, explained, same_random_stream, trace_from_prior, trace_pair, trace_program
 from .wake_sleep import unconditioned
-from .wrappers import base_distribution, is_factor
+from .wrappers import base_distribution, is_factor, is_point
 
 __all__ = ["UnconstrainedPair", "UnconstrainedTerms"]
 
@@ -54,7 +54,8 @@ class UnconstrainedPair:
     .. math:: z = T(u), \qquad \log p(x, u) = \log p(x, T(u)) + \log \left| \det \frac{\partial T}{\partial u} \right|
 
     T is ``torch.distributions.biject_to`` of the support of each latent site in the model, which may depend on earlier latents.
-    Latents in plates within a datum are part of its vector. The integral of p(x, u) over u is p(x).
+    Latents in plates within a datum are part of its vector; a ``Delta`` of the model is not, since it is a function of them.
+    The integral of p(x, u) over u is p(x).
 
     Args:
         model: a Pyro program for p(x, z).
@@ -91,7 +92,7 @@ class UnconstrainedPair:
         self._wide: dict[str, bool] = {}
         start = 0
         for site in model_sites:
-            if site["is_observed"]:
+            if site["is_observed"] or is_point(site):  # a Delta of the model is a function of other latents
                 continue
             name, sizes = site["name"], plate_sizes(site, self.nesting)
             shape = _unconstrained_shape(site)
@@ -100,8 +101,13 @@ class UnconstrainedPair:
             self._wide[name] = _both_take_float64(site, traces.guide.nodes[name])
             self._sizes[name], self._shapes[name], self._columns[name] = sizes, shape, slice(start, start + width)
             start += width
+        if not self.latents:
+            raise ValueError(
+                "All latents of the model are Deltas, so there is nothing to integrate over: log p(x) is the log-likelihood, "
+                "and pyro.deterministic records values that are no latents."
+            )
         self.num_latents = start
-        self.dtype = next((site["value"].dtype for site in model_sites if not site["is_observed"]), torch.get_default_dtype())
+        self.dtype = next(site["value"].dtype for site in model_sites if site["name"] in self.latents)
         self.device = args[0].device
 
     def terms(self, flat: Tensor, *, guide: bool = False) -> UnconstrainedTerms:
@@ -187,7 +193,10 @@ class UnconstrainedPair:
 
     def _log_density(self, site: dict, place: Substitute, size: int) -> Tensor:
         """A latent site's log-density over unconstrained numbers, (K, B)."""
-        term = log_density(site, *place.placed[site["name"]], self._wide[site["name"]])
+        if site["name"] not in place.placed:  # a Delta of the model
+            term = log_prob_of(site)
+        else:
+            term = log_density(site, *place.placed[site["name"]], self._wide[site["name"]])
         return per_datum(site, term, self.data, size, self.nesting)
 
     def _draw(self, num: int, start: str, inside: bool) -> Tensor:
