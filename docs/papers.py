@@ -57,7 +57,8 @@ def result(name: str) -> dict[str, Any]:
 def cost(found: dict[str, Any], time: str = "") -> str:
     """What a result cost, and where it was computed."""
     spent = f"{found['processor_seconds']:.0f} s of processor time" if "processor_seconds" in found else time
-    return f"Cost: {spent}, {found['machine']}, {found['date']}."
+    machine = found["machine"].replace("1 threads", "1 thread")
+    return f"Cost: {spent}, {machine}, {found['date']}."
 
 
 def importance_weighted() -> Paper:
