@@ -11,7 +11,7 @@ scale N/B, which belongs outside a logsumexp. Particles stand in a plate to the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -221,15 +221,10 @@ def read_weights(
         ) from error
     log_prior = {name: read(site) for name, site in priors.items()}
     if not torch.is_grad_enabled():
-        for site in guide_sites:
-            prior = priors.get(site["name"])
-            if prior is None or site["fn"] is prior["fn"]:
-                continue
-            beyond = densities_beyond(prior if from_prior else site, prior, site)
-            if beyond is not None:
-                log_prior[site["name"]], log_guide[site["name"]] = (
-                    per_datum(site, term, data, num_particles, layout.nesting) for term in beyond
-                )
+        for site, *beyond in _beyond_ends(priors, guide_sites, from_prior):
+            log_prior[site["name"]], log_guide[site["name"]] = (
+                per_datum(site, term, data, num_particles, layout.nesting) for term in beyond
+            )
     kls = _analytic_kls(priors, guide_sites) if analytic_kl else {}
     kl_terms = {name: per_datum(priors[name], kl, data, num_particles, layout.nesting) for name, kl in kls.items()}
     if traces.gate is not None:
@@ -271,6 +266,17 @@ def _leaves(traces: Traces, priors: dict[str, dict], log_prior: dict[str, Tensor
         )
         for site in sites_of(traces.guide)
     )
+
+
+def _beyond_ends(priors: dict[str, dict], guide_sites: list[dict], from_prior: bool) -> Iterator[tuple[dict, Tensor, Tensor]]:
+    """The latents of which rounding has left some at an end of their support, with both log-densities there."""
+    for site in guide_sites:
+        prior = priors.get(site["name"])
+        if prior is None or site["fn"] is prior["fn"]:
+            continue
+        beyond = densities_beyond(prior if from_prior else site, prior, site)
+        if beyond is not None:
+            yield site, *beyond
 
 
 def _analytic_kls(priors: dict[str, dict], guide_sites: list[dict]) -> dict[str, Tensor]:
