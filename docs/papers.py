@@ -75,7 +75,9 @@ def importance_weighted() -> Paper:
         found = result("importance_weighted_autoencoder")
         for row in found["rows"]:
             rows.append(Row(f"{row['what']}, {found['epochs']} epochs", f"{row['published']:.2f}", f"{row['measured']:.2f}"))
-        spent = f"The others: {found['epochs']} epochs, {found['images']:,} images. {cost(found)}"
+        missing = {(1, 1), (1, 5), (2, 1), (2, 5)} - {(row["layers"], int(row["what"].split()[-1])) for row in found["rows"]}
+        words = f" **Not measured yet**: {', '.join(f'{n} layers, K = {k}' for n, k in sorted(missing))}." if missing else ""
+        spent = f"The others: {found['epochs']} epochs, {found['images']:,} images. {cost(found)}{words}"
     return Paper(
         "Importance weighted autoencoders",
         "[Burda, Grosse and Salakhutdinov 2016](https://arxiv.org/abs/1509.00519), table 1, MNIST binarised anew in each epoch",
