@@ -77,6 +77,9 @@ def importance_weighted() -> Paper:
             rows.append(Row(f"{row['what']}, {found['epochs']} epochs", f"{row['published']:.2f}", f"{row['measured']:.2f}"))
         missing = {(1, 1), (1, 5), (2, 1), (2, 5)} - {(row["layers"], int(row["what"].split()[-1])) for row in found["rows"]}
         words = f" **Not measured yet**: {', '.join(f'{n} layers, K = {k}' for n, k in sorted(missing))}." if missing else ""
+        one, two = (next((row["measured"] for row in found["rows"] if row["layers"] == n), None) for n in (1, 2))
+        if one is not None and two is not None and two < one:
+            words += f" The second layer is not trained after {found['epochs']} epochs: it is behind one layer, not ahead."
         spent = f"The others: {found['epochs']} epochs, {found['images']:,} images. {cost(found)}{words}"
     return Paper(
         "Importance weighted autoencoders",
