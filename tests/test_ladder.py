@@ -199,7 +199,7 @@ def test_what_the_ladder_spends_is_counted_and_bounded():
     x = torch.ones(2, 8)
     evidence = pv.log_marginal(model, guide, x, num_samples=2000, proposal="auto", seed=0, compile=False)
     assert not evidence.reliable.any()
-    assert (evidence.calls < 100_000).all()
+    assert (evidence.calls < 300_000).all()
     assert evidence.calls.max() < 3 * calls
 
 

@@ -47,7 +47,7 @@ def log_marginal(
       that open, more ascents look for them. Else a Gaussian is matched to the gradients around each mode (Cai et al. 2024),
       tempered and given the tail by which the weights of a second pilot vary least, adapted to those weights if need be, and
       mixed with the prior, which has 4 % of the draws. If that fails, more ascents and larger pilots make a second proposal,
-      and if no proposal is good enough, 64 chains are annealed from the best one, through 60 temperatures. What is then
+      and if no proposal is good enough, 64 chains are annealed from the best one, through 60 temperatures or 240. What is then
       still not reliable is flagged. ``rung`` says which it was, ``calls`` what it cost. Reported draws are fresh, so
       :math:`\hat p(x)` is unbiased but for data that their own draws turn back, which costs at most half a standard error. The
       ``elbo`` is the guide's. Discrete latents are summed if that takes no more decoder calls than ``num_samples``. Where it
