@@ -1,7 +1,7 @@
 """Kill training runs at random moments, resume them, and compare with the run that nobody ended.
 
-``python kills.py [NUMBER]`` has so many at once. Each run is a process of its own. Some signals come while a checkpoint is
-being written, since one is written every three steps.
+``python kills.py [NUMBER [SIGNAL]]`` has so many at once; with a signal, it measures that one anew and keeps the others. Each
+run is a process of its own. Some signals come while a checkpoint is being written, since one is written every three steps.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def train(folder: str | None, kind: str, answer: Any) -> None:
     import pyrovae as pv
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets jobs in the background ignore it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     warnings.simplefilter("error")
     torch.manual_seed(0)
@@ -89,6 +90,7 @@ def ended(folder: Path, kind: str, number: int, draws: random.Random) -> dict[st
     process.join()
     left = [path.name for path in folder.iterdir() if path.name.startswith((".new", ".old"))]
     steps = sorted(path.name for path in folder.glob("step-*"))
+    unfinished = unfinished and process.exitcode != 0
     return {"ended": unfinished, "code": process.exitcode, "in a write": bool(left), "step": int(steps[-1].split("-")[1])}
 
 
@@ -105,11 +107,13 @@ def attempt(kind: str, number: int, run: int, whole: list[str]) -> dict[str, Any
 def main() -> None:
     """Kill, resume, compare, and write the result."""
     CONTEXT.set_forkserver_preload(PRELOADED)
-    result: dict[str, Any] = {}
+    chosen = {number: runs for number, runs in SIGNALS.items() if number.name in sys.argv[2:] or len(sys.argv) < 3}
+    file = Path(__file__).parent / "results" / "kills.json"
+    result: dict[str, Any] = json.loads(file.read_text()) if len(chosen) < len(SIGNALS) else {}
     with ThreadPoolExecutor(int(sys.argv[1]) if len(sys.argv) > 1 else 1) as pool:
         for kind in KINDS:
             whole = finished(None, kind)
-            for number, runs in SIGNALS.items():
+            for number, runs in chosen.items():
                 found = list(pool.map(partial(attempt, kind, number, whole=whole), range(runs)))
                 result[f"{kind}, {signal.Signals(number).name}"] = {
                     "runs": runs,

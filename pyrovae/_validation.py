@@ -49,7 +49,7 @@ def positive_number(value: Any, what: str) -> float:
 def unknown(what: str, name: Any, known: Iterable[str]) -> str:
     """One sentence for a name that does not exist: the nearest one that does, or all of them if none is near."""
     known = sorted(known)
-    cure = f"choose one of {', '.join(known)}."
+    cure = f"choose one of {', '.join(known)}." if known else "leave it out, as there are none."
     nearest = _nearest(str(name).casefold(), known)
     if nearest is not None:
         cure = f"did you mean {nearest!r}?"

@@ -12,27 +12,24 @@ import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 __all__ = [
-    "load_weights",
-    "read_arrays",
-    "read_json",
-    "read_lines",
-    "save_weights",
-    "together",
-    "write_arrays",
-    "write_bytes",
-    "write_text",
-]
+    "LOCK", "OWNER", "load_weights", "read_arrays", "read_json", "read_lines", "save_weights", "taken", "together",
+    "write_arrays", "write_bytes", "write_text",
+]  # fmt: skip
+
+LOCK, OWNER = ".lock", ".owner.json"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -167,6 +164,59 @@ def together(folder: str | Path) -> Iterator[Path]:
             path.replace(target / path.name)
     finally:
         shutil.rmtree(staged)
+
+
+@contextmanager
+def taken(folder: str | Path) -> Iterator[str | None]:
+    """A context in which no other process takes the folder; it is made if it does not exist.
+
+    The system gives back what a process held when it ends, however it ends.
+
+    Args:
+        folder: where the context is to be alone.
+
+    Yields:
+        The process that held the folder and was killed, in words; ``None`` if there is none.
+
+    Raises:
+        OSError: nothing can be written there.
+        ValueError: another process holds it; the message says which.
+
+    Example:
+        >>> import tempfile
+        >>> from pyrovae.files import taken
+        >>> with tempfile.TemporaryDirectory() as folder, taken(folder):
+        ...     with taken(folder):  # doctest: +ELLIPSIS
+        ...         pass
+        Traceback (most recent call last):
+        ...
+        ValueError: ... is in use by process ...: wait for it, or choose another folder.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    lock, note = filelock.FileLock(path / LOCK, timeout=0), path / OWNER
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        holder = _owner(note) or "another process"
+        raise ValueError(f"{folder} is in use by {holder}: wait for it, or choose another folder.") from error
+    try:
+        before = _owner(note)
+        # No more than a name for a sentence: it need not survive a loss of power, so it is not synchronised.
+        note.write_text(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}) + "\n", encoding="utf-8")
+        yield before
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(note: Path) -> str | None:
+    """The process that a folder's note names; ``None`` if there is no note, or one that was not written whole."""
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+        return f"process {found['process']} on {found['machine']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 _CHECKSUM, _BLANK = "sha256", "0" * 64

@@ -37,9 +37,10 @@ _MODULES = {
     "model": "models",
 }
 KINDS = tuple(_MODULES)
-_classes: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
+# A module that is loaded again keeps what is registered: the modules of the classes are not loaded again with it.
+_classes: dict[str, dict[str, type]] = globals().get("_classes") or {kind: {} for kind in KINDS}
 # Abbreviations in lower case, each with the registered name.
-_aliases: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+_aliases: dict[str, dict[str, str]] = globals().get("_aliases") or {kind: {} for kind in KINDS}
 # Kinds whose entry points have been read, and the entry points that did not load.
 _read: set[str] = set()
 _refused: dict[str, dict[str, EntryPoint]] = {kind: {} for kind in KINDS}
@@ -136,7 +137,9 @@ def build(kind: str, spec: Any, **defaults: Any) -> Any:
         return spec
     options = {key: _rebuilt(value) for key, value in spec.items() if key != "component"}
     if "kind" not in options:
-        raise ValueError(f'A {kind} table must have the key kind, got {options!r}: add kind = "{names(kind)[0]}", for example.')
+        article = "An" if kind[0] in "aeiou" else "A"
+        example = f'add kind = "{names(kind)[0]}", for example.'
+        raise ValueError(f"{article} {kind} table must have the key kind, got {options!r}: {example}")
     name = options.pop("kind")
     cls = find(kind, name)
     takes = inspect.signature(cls).parameters

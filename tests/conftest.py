@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pyro
 import pytest
 import torch
+from runs import TrainedRun, trained
 
 torch.set_num_threads(1)
 # Components with mistakes on purpose, which only test_broken_components.py registers, in a process of its own.
@@ -41,3 +44,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A run that is trained once in each process, for tests that read it."""
+    return trained(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def copied_run(trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Copies that run to ``runs/NAME`` of the test's folder, which becomes the current one, for tests that change it."""
+    monkeypatch.chdir(tmp_path)
+    return lambda name: Path(shutil.copytree(trained_run.folder, tmp_path / "runs" / name))

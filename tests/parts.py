@@ -89,12 +89,14 @@ COMBINATIONS = [(prior, encoder) for prior in names("prior") for encoder in name
 def encoder_for(prior: str) -> str:
     """An encoder that fits a prior, the simplest if there are several."""
     fitting = [encoder for name, encoder in COMBINATIONS if name == prior]
+    assert fitting, f"no encoder has the support of the prior {prior}, {find('prior', prior).support}: write one"
     return "diagonal_normal" if "diagonal_normal" in fitting else fitting[0]
 
 
 def prior_for(encoder: str) -> str:
     """A prior that fits an encoder, the simplest if there are several."""
     fitting = [prior for prior, name in COMBINATIONS if name == encoder and prior != "vamp"]
+    assert fitting, f"no prior has the support of the encoder {encoder}, {find('encoder', encoder).support}: write one"
     return "standard_normal" if "standard_normal" in fitting else fitting[0]
 
 

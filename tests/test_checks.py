@@ -17,6 +17,7 @@ from pyro.distributions.testing.rejection_gamma import ShapeAugmentedGamma
 from pyro.infer import autoguide
 from pyro.infer.autoguide.effect import AutoHierarchicalNormalMessenger, AutoNormalMessenger
 from scipy import stats
+from scipy.special import betaln
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
@@ -725,6 +726,71 @@ def test_an_observed_value_is_not_broadcast(distribution: Any, value: Any, match
     _assert_refused(
         _observes(distribution, value), guide, rf"value observed at site 'x' has shape .*{match}", proposals=("guide", "prior")
     )
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["one parameter for all numbers", "expanded"])
+def test_a_distribution_may_be_broadcast_to_what_is_observed(wide: bool) -> None:
+    """x_d ~ Bernoulli(z) for d = 1, ..., 5, with z ~ Beta(2, 1): log B(2 + s, 1 + 5 - s) / B(2, 1)."""
+
+    def program(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Beta(torch.tensor(2.0), 1.0))[..., None]
+        pyro.sample("x", dist.Bernoulli(z if wide else z.expand(*z.shape[:-1], 5)).to_event(1), obs=x)
+
+    def posterior(x: Tensor) -> None:
+        pyro.sample("z", dist.Beta(2 + x.sum(-1), 6 - x.sum(-1)))
+
+    x = torch.tensor([[1.0, 1, 1, 1, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]])
+    found = _score(_in_data(program), _in_data(posterior), x)
+    ones = x.sum(-1).numpy()
+    assert_allclose(found.log_px, betaln(2 + ones, 6 - ones) - betaln(2, 1), atol=1e-5)
+    assert found.num_dims == 5
+    assert found.measure == pv.evidence.measure.Measure(0, 5)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_delta_of_the_model_is_a_function_of_its_other_latents() -> None:
+    """z ~ N(0, 1), y = 2 z as a Delta in both programs, x ~ N(y, 1), so that x ~ N(0, sqrt 5)."""
+
+    def program(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(pyro.sample("y", dist.Delta(2 * z)), 1.0), obs=x)
+
+    def posterior(x: Tensor) -> None:
+        pyro.sample("y", dist.Delta(2 * pyro.sample("z", dist.Normal(0.4 * x, 0.5))))
+
+    model, guide, x = _in_data(program), _in_data(posterior), torch.tensor([0.0, 1.0, 3.0])
+    truth = stats.norm(0, math.sqrt(5)).logpdf(x)
+    assert_allclose(pv.exact(model, guide, x).log_px, truth, atol=1e-5)
+    for proposal in ("mixture", "refined", "auto"):
+        found = _score(model, guide, x, proposal=proposal, num_samples=400)
+        assert found.reliable.all()
+        assert_allclose(found.log_px, truth, atol=0.1)
+    annealed = pv.ais(model, guide, x, start="guide", num_temperatures=10, num_chains=32, seed=0)
+    assert (np.abs(annealed.log_px - truth) < 5 * annealed.se + 0.01).all()
+
+    def nothing_else(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("y", dist.Delta(torch.zeros(()))), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="All latents of the model are Deltas"):
+        pv.exact(_in_data(nothing_else), _in_data(lambda x: pyro.sample("y", dist.Delta(0 * x))), x)
+
+
+def test_values_outside_a_support_that_depends_on_a_latent_are_the_same_data_each_time() -> None:
+    """z ~ U(0, 4), x ~ U(z - 1, z + 1): what is observed does not depend on the draw at which it was looked at."""
+
+    def program(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Uniform(torch.zeros(()), 4.0))
+        pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    def anywhere(x: Tensor) -> None:
+        pyro.sample("z", dist.Uniform(0 * x, 4.0))
+
+    x = torch.tensor([0.2, 1.0, 3.5])
+    found = {str(seed): pv.log_marginal(_in_data(program), _in_data(anywhere), x, num_samples=99, seed=seed) for seed in (0, 1)}
+    found["exact"] = pv.exact(_in_data(program), _in_data(anywhere), x)
+    assert_allclose(found["exact"].log_px, np.log((np.minimum(4, x.numpy() + 1) - np.maximum(0, x.numpy() - 1)) / 8), atol=1e-5)
+    assert_allclose(found["0"].squares, x.square())
+    assert len(pv.compare(found).names) == 3
 
 
 def test_a_constant_that_every_datum_observes_is_fine() -> None:

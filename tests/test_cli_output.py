@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ def test_quiet_prints_errors_alone(capsys: pytest.CaptureFixture):
 def test_a_log_of_the_default_number_of_epochs_is_short(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pyrovae.training.progress.SECONDS_BETWEEN_LINES", 0.0)  # as of epochs that take a second each
     quick = ["--evaluate.num-samples", "100", "--evaluate.decompose", "5", "--train.batch-size", "700", "--model.hidden", "8"]
+    quick += ["--evaluate.limit", "8", "--evaluate.proposal", "guide"]
     assert main(["train", *quick]) == 0
     printed = capsys.readouterr()
     assert len((printed.out + printed.err).encode()) < 3000
@@ -78,12 +80,12 @@ def test_a_name_that_is_no_folder_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, copied_run: Callable[[str], Path]
 ):
     def worked(*_: object, **__: object) -> None:
         raise AssertionError("the work began")
 
-    assert main(["train", "--name", "a", *QUICK, "--quiet"]) == 0
+    copied_run("a")
     monkeypatch.setattr("pyrovae.training.loop.fit", worked)
     monkeypatch.setattr("pyrovae.models.base.PairModule.log_marginal", worked)
     Path("file").write_text("x")

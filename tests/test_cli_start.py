@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -107,13 +108,45 @@ def test_torchs_want_of_memory_is_known():
 
 def test_every_command_has_an_example_in_its_help_that_names_its_options(capsys: pytest.CaptureFixture):
     commands = [name for name in app if not name.startswith("-")]
-    assert {"train", "evaluate", "compare", "estimators", "list", "doctor", "init", "export"} <= set(commands)
+    assert {
+        "train",
+        "evaluate",
+        "compare",
+        "estimators",
+        "list",
+        "doctor",
+        "init",
+        "export",
+        "sweep",
+        "impute",
+        "interpolate",
+        "report",
+    } <= set(commands)
     for command in commands:
         assert main([command, "--help"]) == 0
         said = " ".join(capsys.readouterr().out.split())
         assert f"Example: pyrovae {command}" in said
+        assert {"--json", "--quiet"} <= set(said.split()), command
         for option in re.findall(r"--[\w.-]+", said.partition("Example: ")[2].partition("╭")[0]):
             assert said.count(option) > 1
+
+
+def test_names_are_listed_as_json(capsys: pytest.CaptureFixture):
+    assert main(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == set(KINDS)
+    assert found["prior"]["vamp"] == json_of(capsys, "list", "priors")["prior"]["vamp"]
+    dreg = json_of(capsys, "list", "DReG")["estimator"]["dreg"]
+    assert dreg["options"]["num_particles"] == {"default": "5", "meaning": "K."}
+    assert "https://arxiv.org/abs/1810.04152" in dreg["references"][0]
+    assert main(["list", "dregg", "--json"]) == 2
+    assert capsys.readouterr() == ("", "pyrovae: There is no name 'dregg'; did you mean 'dreg'?\n")
+
+
+def json_of(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
+    """What a command prints as JSON."""
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def test_a_shell_completes_commands_and_options(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -244,9 +245,19 @@ def test_a_captured_loss_of_pyros_still_warns_of_nan_eagerly(elbo: type) -> None
 # Hooks
 
 
-@pytest.mark.parametrize("kind", ["pre", "post", "pre of all", "post of all"])
-@pytest.mark.parametrize("when", ["before the first step", "after some steps"])
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "when", "fused"),
+    [  # each kind at both moments, and with both optimizers
+        ("pre", "before the first step", True),
+        ("pre", "after some steps", False),
+        ("post", "before the first step", False),
+        ("post", "after some steps", True),
+        ("pre of all", "before the first step", False),
+        ("pre of all", "after some steps", True),
+        ("post of all", "before the first step", True),
+        ("post of all", "after some steps", False),
+    ],
+)
 def test_hooks_of_an_optimizer_run_at_every_step(kind: str, when: str, fused: bool) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -453,3 +464,23 @@ def test_nothing_fails_in_silence_here() -> None:
         assert "suppress(" not in text
         assert "unittest" not in text
         assert "except:" not in text
+
+
+def test_inductors_notes_on_slow_calls_are_kept_from_users(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    lowering = logging.getLogger("torch._inductor.ir")
+
+    def compiles(module: Any, inputs: Any, options: Any) -> Callable[..., Any]:
+        lowering.warning("%s is missing a c-shim implementation, using proxy executor as fallback", "aten.op")
+        lowering.warning("something else")
+        return module.forward
+
+    monkeypatch.setattr(torch._inductor, "compile", compiles)
+    monkeypatch.setattr(lowering, "propagate", True)
+    caplog.set_level(logging.WARNING, lowering.name)
+    lowering.addHandler(caplog.handler)
+    inductor._compile_fx(torch.fx.symbolic_trace(lambda x: x.sin()), [X], {})
+    lowering.warning("after")
+    lowering.removeHandler(caplog.handler)
+    said = {record.getMessage() for record in caplog.records}
+    assert said == {"something else", "after"}
+    assert not lowering.filters

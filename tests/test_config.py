@@ -10,9 +10,11 @@ import pytest
 
 from pyrovae import registry
 from pyrovae.cli.config import SECTIONS, Run, build_model, load_model, load_split, read_run, run_name, with_data, write_run
+from pyrovae.cli.sections import TrainSection
 from pyrovae.models.conditional import ConditionalVAE, SemiSupervisedVAE, make_conditional_vae, make_semi_supervised_vae
 from pyrovae.models.hierarchical import HierarchicalVAE, make_hierarchical_vae
 from pyrovae.models.vae import VAE, make_vae
+from pyrovae.training.options import FitKeywords
 
 
 def test_written_runs_read_back_equal(tmp_path: Path):
@@ -31,6 +33,15 @@ def test_written_runs_read_back_equal(tmp_path: Path):
     assert read_run(path) == run
     path.write_text(write_run(Run()))
     assert read_run(path) == read_run()
+
+
+def test_settings_of_training_are_those_of_fit():
+    section = TrainSection(validation=0.0, every=7)
+    keywords = section.fit_keywords()
+    assert keywords["validation"] is None
+    assert keywords["every"] == 7
+    beside = {"estimator", "shuffle", "seed", "progress", "transform", "on_epoch", "callbacks", "checkpoint", "resume"}
+    assert keywords.keys() == FitKeywords.__optional_keys__ - beside
 
 
 def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path):
@@ -216,7 +227,7 @@ def test_the_likelihood_that_was_chosen_is_written_down(tmp_path: Path):
     split = load_split(run)
     path = tmp_path / "run.toml"
     path.write_text(write_run(with_data(run, split)))
-    assert tomllib.loads(path.read_text())["model"]["likelihood"] == {"kind": "binomial", "total_count": 16}
+    assert tomllib.loads(path.read_text())["model"]["likelihood"] == {"kind": "beta_binomial", "total_count": 16}
     given = read_run(path, {"model": {"likelihood": "poisson"}})
     assert with_data(given, split) is given
 

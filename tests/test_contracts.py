@@ -91,7 +91,7 @@ def _output(kind: str, component: nn.Module, arguments: list[Tensor]) -> Tensor:
 def test_a_component_keeps_its_arguments_and_is_rebuilt_from_them(kind: str, table: dict) -> None:
     component = _component(kind, table)
     for argument in inspect.signature(type(component)).parameters:
-        assert hasattr(component, argument)
+        assert hasattr(component, argument), f"write self.{argument} = {argument} in __init__"
     again = build(kind, json.loads(json.dumps(describe(component, kind))))
     assert list(again.state_dict()) == list(component.state_dict())
     again.load_state_dict(component.state_dict())
@@ -122,7 +122,7 @@ def test_a_component_keeps_the_precision_of_its_weights(kind: str, table: dict, 
     vae = None if kind == "body" else _vae(**parts_for(kind, table)).to(dtype)
     component = _component(kind, table).to(dtype) if vae is None else getattr(vae, kind)
     arguments = [argument.to(dtype) for argument in _arguments(kind, component, 3)]
-    assert _output(kind, component, arguments).dtype == dtype
+    assert _output(kind, component, arguments).dtype == dtype, "constant tensors must be buffers"
     if kind != "body":
         assert component(*arguments).sample().dtype == dtype
 
@@ -138,7 +138,8 @@ def test_leading_dimensions_are_particles_and_data(kind: str, table: dict) -> No
         assert together.shape == (3, 4, *component.out_shape)
         torch.testing.assert_close(component(arguments[0][1, 2]), together[1, 2])
         return
-    assert (together.batch_shape, together.event_shape) == (() if kind == "prior" else (3, 4), (2,))
+    shapes = (() if kind == "prior" else (3, 4), (2,))
+    assert (together.batch_shape, together.event_shape) == shapes, "one latent vector is one event: write .to_event(1)"
     wide = together.expand((5, 3, 4))
     z = wide.sample()
     assert z.shape == (5, 3, 4, 2)

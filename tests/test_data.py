@@ -24,7 +24,7 @@ def test_digits_split_is_fixed_and_complete():
     both = torch.cat([one.train, one.test]).flatten(1).numpy()
     original = load_digits().data
     np.testing.assert_array_equal(both[np.lexsort(both.T)], original[np.lexsort(original.T)])
-    assert one.likelihood == {"kind": "binomial", "total_count": 16}
+    assert one.likelihood == {"kind": "beta_binomial", "total_count": 16}
     # Each label still belongs to its image.
     label_of = {
         image.tobytes(): label for image, label in zip(load_digits().images.astype("f4"), load_digits().target, strict=True)

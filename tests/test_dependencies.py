@@ -16,7 +16,7 @@ import pyrovae
 ROOT = Path(pyrovae.__file__).parent
 # Distributions whose import has another name, and what comes with one of them.
 DISTRIBUTIONS = {"pyro": "pyro-ppl", "sklearn": "scikit-learn", "tomli_w": "tomli-w"}
-OPTIONAL = {"arviz_stats", "arviz_base", "onnxruntime", "tensorboard", "wandb", "mlflow", "cuda", "triton"}
+OPTIONAL = {"arviz_stats", "arviz_base", "onnxruntime", "tensorboard", "wandb", "mlflow", "schedulefree", "cuda", "triton"}
 READERS = {"h5py": "h5py", "pandas": "pandas", "PIL": "pillow", "pyarrow": "pyarrow", "scipy": "scipy", "polars": "polars"}
 
 

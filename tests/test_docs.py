@@ -24,13 +24,16 @@ EXAMPLES = {
     "encoder": ("encoders.py", "DiagonalLaplace", 15),
     "estimator": ("estimators/elbo.py", "Median", 15),
 }
-COMMAND = "import sys; from pyrovae.cli import main; sys.exit(main())"
+
+
+def _blocks() -> list[str]:
+    """The Python blocks of CONTRIBUTING.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
 
 
 def _examples() -> dict[str, str]:
-    """The Python blocks of CONTRIBUTING.md that register a class, by kind."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
-    return {block.split('"')[1]: block for block in blocks if block.startswith("@register(")}
+    """Those that register a class, by kind."""
+    return {block.split('"')[1]: block for block in _blocks() if block.startswith("@register(")}
 
 
 def _run(folder: Path, *arguments: str) -> str:
@@ -50,6 +53,13 @@ def contributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, block in _examples().items():
         with (folder / "pyrovae" / EXAMPLES[kind][0]).open("a", encoding="utf-8") as file:
             file.write("\n\n" + block)
+    own = "from torch import Tensor\n\nfrom ..programs.weights import LogWeights\nfrom ..registry import register\n"
+    own += "from .base import Estimator\n\n\n" + _examples()["estimator"].replace("Median", "Quantile")
+    (options,) = (block for block in _blocks() if block.startswith("    def __init__"))
+    own = own.replace("    def reduce", options + "\n    def reduce")
+    (folder / "pyrovae" / "estimators" / "quantile.py").write_text(own, encoding="utf-8")
+    (method,) = (block for block in _blocks() if "-> Evidence:" in block)
+    (folder / "pyrovae" / "evidence" / "halves.py").write_text(method, encoding="utf-8")
     return folder
 
 
@@ -62,36 +72,40 @@ def test_an_example_of_each_kind_is_a_few_lines() -> None:
 
 
 def test_a_contributed_class_is_known_everywhere(contributed: Path) -> None:
-    python = (
-        "import torch, pyrovae as pv\n"
-        "parts = dict(prior='logistic', likelihood='gumbel', encoder='diagonal_laplace')\n"
-        "vae = pv.make_vae(3, latent_dim=2, hidden=[4], **parts)\n"
-        "vae.fit(torch.randn(8, 3), estimator='median', epochs=1, progress=False)\n"
-    )
-    _run(contributed, "-c", python)
-    listed = _run(contributed, "-c", COMMAND, "list")
-    assert all(re.search(rf"^  {name} ", listed, re.M) for name in ("logistic", "gumbel", "diagonal_laplace", "median"))
-    _run(contributed, "docs/components.py")
-    page = (contributed / "docs" / "components.md").read_text(encoding="utf-8")
-    assert "| `logistic` | Independent logistic dimensions" in page
-    assert "| `median` | The median of the log-weights" in page
-
-
-def test_a_contributed_class_trains_from_toml_and_the_command_line(contributed: Path) -> None:
+    """In Python, to ``pyrovae list``, from TOML and the command line, and in the lists of the documentation."""
     np.save(contributed / "x.npy", np.random.default_rng(0).normal(size=(40, 3)).astype("float32"))
     (contributed / "run.toml").write_text(
         'estimator = "median"\n[data]\npath = "x.npy"\n'
         '[model]\nprior = "logistic"\nlikelihood = "gumbel"\nlatent_dim = 2\nhidden = [4]\n'
-        "[train]\nepochs = 1\n[evaluate]\nnum_samples = 50\ndecompose = 0\n"
+        '[train]\nepochs = 1\n[evaluate]\nnum_samples = 50\ndecompose = 0\nproposal = "guide"\n'
     )
-    _run(contributed, "-c", COMMAND, "train", "run.toml", "--model.encoder", "diagonal_laplace", "--name", "run")
+    # One process for all, as each takes seconds to start.
+    python = (
+        "import runpy, torch, pyrovae as pv\n"
+        "from pyrovae.cli import main\n"
+        "parts = dict(prior='logistic', likelihood='gumbel', encoder='diagonal_laplace')\n"
+        "vae = pv.make_vae(3, latent_dim=2, hidden=[4], **parts)\n"
+        "vae.fit(torch.randn(8, 3), estimator='median', epochs=1, progress=False)\n"
+        "assert pv.estimators.Median.__name__ == 'Median' and pv.priors.Logistic.__name__ == 'Logistic'\n"
+        "assert pv.estimators.make_estimator({'kind': 'quantile', 'quantile': 0.2}).quantile == 0.2\n"
+        "assert main(['list']) == 0\n"
+        "assert main(['train', 'run.toml', '--model.encoder', 'diagonal_laplace', '--name', 'run']) == 0\n"
+        "runpy.run_path('docs/components.py', run_name='__main__')\n"
+    )
+    listed = _run(contributed, "-c", python)
+    assert all(
+        re.search(rf"^  {name} ", listed, re.M) for name in ("logistic", "gumbel", "diagonal_laplace", "median", "quantile")
+    )
+    page = (contributed / "docs" / "components.md").read_text(encoding="utf-8")
+    assert "| `logistic` | Independent logistic dimensions" in page
+    assert "| `median` | The median of the log-weights" in page
     described = (contributed / "runs" / "run" / "run.toml").read_text(encoding="utf-8")
     assert "logistic" in described
     assert "diagonal_laplace" in described
 
 
 def test_the_contract_tests_take_contributed_classes(contributed: Path) -> None:
-    chosen = "logistic or gumbel or diagonal_laplace or median"
+    chosen = "logistic or gumbel or diagonal_laplace or median or quantile"
     tests = [str(ROOT / "tests" / name) for name in ("test_contracts.py", "test_contracts_likelihoods.py")]
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     report = _run(contributed, "-m", "pytest", *options, "-k", chosen, *tests)
@@ -99,8 +113,25 @@ def test_the_contract_tests_take_contributed_classes(contributed: Path) -> None:
     assert "skipped" not in report
 
 
-def test_the_lists_of_components_are_those_of_the_registry() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "docs" / "components.py"), "--check"], capture_output=True, text=True)
+def test_a_contributed_method_agrees_with_the_exact_answer(contributed: Path) -> None:
+    python = (
+        f"import sys; sys.path.insert(1, {str(ROOT / 'tests')!r})\n"
+        "import numpy as np, pyrovae as pv\n"
+        "from pairs import LinearGaussian\n"
+        "from pyrovae.evidence.halves import halves\n"
+        "pair = LinearGaussian(spread=1.3)\n"
+        "x = pair.sample(50)\n"
+        "evidence = halves(pair.model, pair.guide, x, num_samples=4000, seed=0)\n"
+        "assert evidence.reliable.all() and evidence.num_samples == 4000\n"
+        "assert (np.abs(evidence.log_px - pair.log_px(x)) < 4 * evidence.se).all()\n"
+        "pv.compare({'halves': evidence, 'exact': pv.exact(pair.model, pair.guide, x)})\n"
+    )
+    _run(contributed, "-c", python)
+
+
+@pytest.mark.parametrize("page", ["components", "papers"])
+def test_pages_that_are_written_by_scripts_are_up_to_date(page: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / f"{page}.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

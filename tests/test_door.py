@@ -270,6 +270,15 @@ DOORS: dict[str, Callable[[Any], np.ndarray]] = {
 }
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_of_several_shapes_are_refused_with_their_shapes(workers: int) -> None:
+    ragged = DataLoader([torch.zeros(3, 4), torch.zeros(3, 5)], batch_size=2, num_workers=workers)
+    vae = pv.make_vae(12, latent_dim=2, hidden=[4])
+    for use in (vae.log_marginal, lambda data: vae.fit(data, epochs=1, progress=False)):
+        with pytest.raises(ValueError, match=r"one shape, got \[3, 4\] and \[3, 5\] in one batch: resize or pad them"):
+            use(ragged)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_scores_are_in_the_order_of_the_data(door: str) -> None:
     loader = DataLoader(ROWS, batch_size=6, shuffle=True, drop_last=True)

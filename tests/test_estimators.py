@@ -1241,8 +1241,11 @@ def store_gradients(estimator: Any, model: Any, guide: Any, x: Tensor, repeats: 
     return {name: torch.stack(values) for name, values in found.items()}
 
 
-@pytest.mark.parametrize("name", ["elbo", "stl", "iwae", "dreg", "gdreg", "score_elbo", "vimco"])
-@pytest.mark.parametrize("subsampled", [False, True])
+@pytest.mark.parametrize(
+    ("name", "subsampled"),
+    [(name, False) for name in ("elbo", "stl", "iwae", "dreg", "gdreg", "score_elbo", "vimco")]
+    + [(name, True) for name in ("elbo", "dreg", "score_elbo", "vimco")],
+)
 def test_normal_normal_in_the_parameter_store(name: str, subsampled: bool) -> None:
     """z ~ N(0, 1), x ~ N(z, 1); the ELBO's gradient for q = N(loc, e^log_scale) is known, and a subsample scales it."""
     data = torch.tensor([-0.5, 2.0])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -212,7 +214,7 @@ def test_summary_says_how_many_are_unreliable_and_what_to_do():
     assert "can be believed" in made(-np.ones(3)).summary()
     said = made(-np.ones(3), khat=np.array([0.1, 0.9, 0.8])).summary()
     assert "2 of 3 data (first datum 1)" in said
-    for cure in ("draw more samples", 'proposal="refined"', "pv.ais"):
+    for cure in ("draw more samples", 'proposal="auto"', "pv.ais"):
         assert cure in said
     curve = Curve(np.array([1000, 5000]), np.array([[-1.25] * 3, [-1.0] * 3]), np.zeros((2, 3)))
     said = made(-np.ones(3), khat=np.array([0.1, 0.9, 0.8]), curve=curve, log_px_psis=np.full(3, -0.5)).summary()
@@ -565,6 +567,62 @@ def test_a_density_of_other_values_is_not_ranked(change):
         compare({"lognormal": own["lognormal"], "other": other})
 
 
+def _with_factor(factor: Callable | None) -> tuple[Callable, Callable]:
+    """x ~ N(z, 1), and a factor of z and x."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            if factor is not None:
+                pyro.factor("f", factor(z, x))
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    return model, guide
+
+
+def _filled(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Numbers of the latent in a tensor that was made without it."""
+    whole = torch.zeros(z.shape)
+    whole[...] = z
+    return whole
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [lambda z, x: -x.log(), lambda z, x: torch.full_like(z, -3.0), lambda z, x: (x > 1).float(), lambda z, x: 0 * x + 1],
+)
+def test_a_factor_of_the_data_alone_is_not_ranked_against_a_model_without_it(factor):
+    x = torch.linspace(0.5, 3.0, 6)
+    plain, other = (log_marginal(*_with_factor(each), x, num_samples=20, seed=0) for each in (None, factor))
+    assert other.measure == Measure(1, 0, ("a factor of the data alone",))
+    with pytest.raises(ValueError, match=r"given a factor of the data alone.*put a change of variables into the likelihood"):
+        compare({"plain": plain, "other": other})
+    assert len(compare({"one": other, "same": other}).names) == 2
+    changed = log_marginal(*_with_factor(lambda z, x: factor(z, x) + 1), x, num_samples=20, seed=0)
+    with pytest.raises(ValueError, match="observes other values"):
+        compare({"one": other, "changed": changed})
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda z, x: dist.Normal(z, 1.0).log_prob(x.log()),
+        lambda z, x: -9.0 * (z < -20),
+        lambda z, x: _filled(z, x).clamp(max=-20),
+        lambda z, x: torch.zeros(z.shape).add_(z).sign() * x,
+        lambda z, x: torch.stack(torch.broadcast_tensors(x, z)).amax(0),
+        lambda z, x: -1.0 * x if bool((z > -20).all()) else x,
+    ],
+)
+def test_a_factor_that_a_latent_takes_part_in_belongs_to_the_model(factor):
+    x = torch.linspace(0.5, 3.0, 6)
+    assert log_marginal(*_with_factor(factor), x, num_samples=20, seed=0).measure == Measure(1, 0)
+
+
 def test_a_probability_of_coarser_values_is_not_ranked_and_of_renamed_ones_is(tmp_path):
     x = torch.tensor([0.0, 1.0, 3.0, 1.0, 2.0])
     laws = {
@@ -666,6 +724,10 @@ def test_evidence_is_one_line_and_keeps_what_it_knows(tmp_path: Path):
     assert scored.reliable.tolist() == [True, True, False]
     assert made([-9.0], missed=np.array([0.31])).reliable.tolist() == [False]
     assert made([-9.0], missed=np.array([0.06]), se=np.array([0.01])).reliable.tolist() == [False]
+    missed = made([-9.0], missed=np.array([0.31]))
+    assert 'Score with proposal="mixture", which also draws from the prior.' in missed.summary()
+    repaired = dataclasses.replace(missed, method=kinds.KINDS["auto"].method)
+    assert 'Anneal these data from the prior (pv.ais with start="prior").' in repaired.summary()
     scored.save(tmp_path / "evidence")
     loaded = Evidence.load(tmp_path / "evidence")
     for name in (*fields, "pilot"):

@@ -251,14 +251,18 @@ def test_log_weights_are_the_factors_written_out(kind: str) -> None:
     assert_allclose(traced.item(), by_hand.sum().item(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", GUIDES)
+def test_latents_come_in_the_order_of_the_guide(kind: str) -> None:
+    info = inspect_pair(_small(guide=kind).model, _small(guide=kind).guide, _binary(8, 6))
+    assert info.latents == (("z1", "z2") if kind == "bottom_up" else ("z2", "z1"))
+    assert info.not_reparameterized == ()
+
+
 # Pyro's own remark that nothing is there to enumerate.
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites:UserWarning")
 @pytest.mark.parametrize("kind", GUIDES)
 def test_every_estimator_that_applies_takes_a_step(kind: str) -> None:
     x = _binary(8, 6)
-    info = inspect_pair(_small(guide=kind).model, _small(guide=kind).guide, x)
-    assert info.latents == (("z1", "z2") if kind == "bottom_up" else ("z2", "z1"))
-    assert info.not_reparameterized == ()
     # A KL given parents is none of a guide that climbs while the model descends; Pyro itself says so, by a warning.
     unfit = {"trace_mean_field_elbo"} if kind == "bottom_up" else set()
     for name in sorted(set(names("estimator")) - unfit):

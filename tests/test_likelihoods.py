@@ -387,12 +387,12 @@ OUTSIDE: dict[str, tuple[float, str]] = {
     "continuous_bernoulli": (1.01, "ContinuousBernoulli"),
     "dequantized": (4.0, "Dequantized.* add noise with pyrovae.data.dequantize to them"),
     "discretized_logistic": (0.5, "DiscretizedLogistic"),
-    "laplace": (math.nan, "hold NaN"),
+    "laplace": (math.nan, "must be finite, got NaN"),
     "mixed": (-1.0, r"column\(s\) \[1, 2, 4\] of HeterogeneousIndependent"),
     "negative_binomial": (-1.0, "NegativeBinomial"),
-    "normal": (math.nan, "hold NaN"),
+    "normal": (math.nan, "must be finite, got NaN"),
     "poisson": (1.5, "Poisson"),
-    "student_t": (math.inf, "hold NaN or infinite"),
+    "student_t": (math.inf, "must be finite, got NaN or infinite"),
     "zero_inflated_negative_binomial": (0.5, "ZeroInflatedNegativeBinomial"),
 }
 

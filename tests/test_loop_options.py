@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import sys
@@ -106,6 +107,52 @@ def test_options_of_an_optimizer_reach_it() -> None:
     optimizer = named_optimizer({"kind": "AdamW", "weight_decay": 0.3, "betas": (0.5, 0.6)})(parameters, lr=0.2)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["fused"]) == (0.2, 0.3, (0.5, 0.6), True)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_schedule_free_optimizer_ends_at_its_average(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation and the trained model have what the library's own ``optimizer.eval()`` makes of the parameters."""
+    expected, validated = [], []
+
+    class Evaluated(pv.Callback):
+        def step(self, training: callbacks.Training) -> None:
+            if training.step % 3 == 0:  # an epoch has three steps
+                parameters, optimizer = copy.deepcopy((list(vae.parameters()), training.optimizer))
+                assert optimizer.param_groups[0]["train_mode"]
+                optimizer.eval()
+                expected.append(parameters)
+
+    def bound_of(*_: Any) -> float:
+        validated.append([each.detach().clone() for each in vae.parameters()])
+        return -1.0
+
+    vae = a_vae()
+    monkeypatch.setattr("pyrovae.training.validation.bound_of", bound_of)
+    options = {"optimizer": {"kind": "Schedule-Free", "betas": (0.8, 0.99)}, "compile": compiled, "callbacks": [Evaluated()]}
+    vae.fit(X, epochs=2, batch_size=20, lr=0.05, validation=X[:5], seed=0, progress=False, **options)
+    assert len(expected) == len(validated) == 2
+    for found, wanted in ((validated[0], expected[0]), (validated[1], expected[1]), (list(vae.parameters()), expected[1])):
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "schedule_free", "schedule": "cosine"}, "pass schedule='constant' (--train.schedule constant)"),
+        ({"optimizer": "schedule_free_sgd", "ema": 0.9}, "and leave ema out"),
+        ({"optimizer": {"kind": "schedule_free", "beta": 3}}, "There is no optimizer 'AdamWScheduleFree' option 'beta'"),
+    ],
+)
+def test_what_a_schedule_free_optimizer_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        a_vae().fit(X, epochs=1, progress=False, **options)
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(ValueError, match="not installed: pip install"):
+        a_vae().fit(X, epochs=1, progress=False, optimizer="schedule_free")
 
 
 def averages(values: list[torch.Tensor], decay: float) -> torch.Tensor:

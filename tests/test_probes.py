@@ -222,6 +222,48 @@ def test_constrained_latents_masks_and_vectors_are_judged_by_site():
     assert found[1].tolist() == [False, True, False, True]
 
 
+class _Coarse(dist.Exponential):
+    """Draws that round to zero for every other particle, as draws of a Weibull(0.05) do in float32."""
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return (torch.arange(shape[0]) % 2.0).reshape(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+
+
+class _CostlyExp(torch.distributions.transforms.ExpTransform):
+    """Of another module than torch's, so that its inverse counts as costly and two draws of the prior are scored."""
+
+
+def test_two_draws_are_moved_off_the_edges_to_which_they_round():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", _Coarse(torch.ones(()))), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(dist.Normal(0 * x, 1.0), [_CostlyExp()]))
+
+    found = programs_coverage.covered_data(model, guide, (torch.ones(4),), plate="data", nesting=1, num_dims=1)
+    assert found is not None
+    assert found.all()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_guide_that_fails_at_all_points_is_not_judged(fails: bool):
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x / 2, 0.7))
+            if fails and z.dim() > 1:  # many points at once
+                raise RuntimeError("no Cholesky factor")
+
+    found = programs_coverage.covered_data(model, guide, (torch.ones(4),), plate="data", nesting=1, num_dims=1)
+    assert found is None if fails else found.all()
+
+
 def test_what_is_not_known_is_not_judged():
     def auxiliary(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -486,8 +528,11 @@ def in_place_guide(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(loc[: len(x)], 0.7))
 
 
-@pytest.mark.parametrize("num", [20, 300])  # fewer than a group, and more
-@pytest.mark.parametrize("made", [lambda: per_datum_guide, lambda: AutoNormal(base_model)], ids=["parameter", "AutoNormal"])
+@pytest.mark.parametrize(
+    ("made", "num"),  # fewer data than a group, and more
+    [(lambda: per_datum_guide, 300), (lambda: AutoNormal(base_model), 20), (lambda: AutoNormal(base_model), 300)],
+    ids=["parameter-300", "AutoNormal-20", "AutoNormal-300"],
+)
 def test_a_guide_with_a_parameter_for_each_datum_is_scored_whole(made: Callable[[], Any], num: int):
     x, guide = data(num), made()
     untrained = pv.log_marginal(base_model, guide, x, num_samples=2000, seed=0)

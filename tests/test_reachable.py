@@ -120,8 +120,7 @@ def test_what_an_optimizer_holds_is_not_the_programs() -> None:
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
 
     def program(x: torch.Tensor) -> torch.Tensor:
-        if optimizer is None:  # an assert would bring pytest's own objects into reach
-            raise ValueError
+        assert optimizer is not None  # rewritten by pytest, whose own objects are not followed
         return net(x)
 
     assert set(parameters_of(program)) == {id(net.weight), id(net.bias)}

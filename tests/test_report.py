@@ -76,7 +76,14 @@ def test_the_numbers_on_the_page_are_the_evidences(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "word"), [(0, "Reliable"), (2, "Mostly reliable"), (20, "Partly reliable"), (40, "Not reliable")]
+    ("bad", "word"),
+    [
+        (0, "Reliable."),
+        (1, "Mostly reliable. Of the 50 data, 1 of them (2.0 %) does not have"),
+        (2, "Mostly reliable."),
+        (20, "Partly reliable. Of the 50 data, 20 of them (40.0 %) do not have"),
+        (40, "Not reliable."),
+    ],
 )
 def test_the_verdict_follows_the_share_of_unreliable_data(tmp_path: Path, bad: int, word: str):
     khat = evidence().khat.copy()
@@ -392,6 +399,10 @@ def test_runs_that_differ_in_their_seed_are_one_model():
     assert grouped(runs) == {"a (2 seeds)": ["a", "b"], "c": ["c"]}
     assert grouped({"a": one, "b": replace(one, seed=1)}) == {"a": ["a"], "b": ["b"]}
     assert settings_that_differ({"a": one, "c": other}) == {"train.epochs": ["60", "3"]}
+    named = replace(one, model=ModelSection(prior="standard_normal"))
+    table = replace(one, model=ModelSection(prior={"kind": "mixture", "components": 10}))
+    expected = {"model.prior.kind": ["standard_normal", "mixture"], "model.prior.components": ["–", "10"]}
+    assert settings_that_differ({"a": named, "b": table}) == expected
 
 
 def test_pages_in_a_browser(tmp_path: Path):

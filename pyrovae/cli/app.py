@@ -28,7 +28,7 @@ app = App(
     help="Variational autoencoders as honest probabilistic programs.",
     version=lambda: _version(),
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
-    suppress_keyboard_interrupt=False,  # main says so in a line, and returns 130
+    suppress_keyboard_interrupt=False,  # main prints a line, and returns 130
 )
 
 app.register_install_completion_command(help="Let bash, zsh or fish complete commands and options.")
@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(argv, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `pyrovae list | head`: the rest, and what is flushed at exit, go nowhere
+    except BrokenPipeError:  # `pyrovae list | head` closes the pipe: discard the rest, and what Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # as of a process that SIGPIPE ends
-    except KeyboardInterrupt as error:  # fit's own says which signal it was, and how to go on
+        return 128 + 13  # the code of a process that SIGPIPE ended
+    except KeyboardInterrupt as error:  # the message of fit's Interrupted names the signal, and how to go on
         print(f"pyrovae: {(str(error) or 'interrupted').rstrip('.')}.", file=sys.stderr)
         return 128 + getattr(error, "signal", 2)
-    except Exception as error:  # the one place where a user's terminal begins: never a traceback there
+    except Exception as error:  # users of the command line see one line, never a traceback
         if os.environ.get("PYROVAE_DEBUG"):
             raise
         code, line = explain(error)
@@ -79,14 +79,18 @@ def train(
     """
     del device, settings  # Declared for the help page and the spelling of options; what was given is in arguments.given.
     from .config import read_run, run_device, run_name
-    from .folders import Follower, RunFolder, new_folder
+    from .folders import Follower, RunFolder, alone, new_folder
 
     output, follows = output or Output(), _joined() > 0
     if resume is not None:
         if run is not None:
             raise ValueError(f"A run is resumed from its own settings, so give {run} or --resume {resume}, and not both.")
         described = _described(resume, given)
-        _train((Follower if follows else RunFolder)(resume, described, resumed=True), output)
+        if follows:
+            _train(Follower(resume, described, resumed=True), output)
+            return
+        with alone(resume, output):
+            _train(RunFolder(resume, described, resumed=True), output)
         return
     described = read_run(run, given)
     run_device(described)
@@ -146,31 +150,14 @@ def _train(folder: RunFolder, output: Output) -> None:
             vae.guide,
             vae.train_inputs(split.train, split.train_labels, **split.beside("train")),
             estimator=estimator,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            lr=options.lr,
-            optimizer=options.optimizer,
-            schedule=options.schedule,
-            clip_norm=options.clip_norm,
-            accumulate=options.accumulate,
-            ema=options.ema,
-            validation=options.validation or None,
-            validation_samples=options.validation_samples,
-            validate_every=options.validate_every,
-            patience=options.patience,
-            max_seconds=options.max_seconds,
-            max_steps=options.max_steps,
-            max_skips=options.max_skips,
-            compile=options.compile,
-            precision=options.precision,
             transform=split.transform,
             seed=described.seed,
             progress=not output.quiet,
             on_epoch=folder,
             callbacks=callbacks,
             checkpoint=folder.checkpoint if options.checkpoint else None,
-            every=options.every,
             resume="auto" if folder.resumed and options.checkpoint else None,
+            **options.fit_keywords(),
         )
     folder.finish(vae, history.records)
     score(folder.path, described, split, vae, history.records, output)
@@ -266,12 +253,7 @@ def compare(*runs: Path, output: Annotated[Output | None, Parameter(name="*")] =
     with output.words():
         print(comparison)
         print(f"Page: {page}")
-    columns = {"log_px": comparison.mean} | {name: getattr(comparison, name) for name in _COMPARED}
-    known = {name: column.tolist() for name, column in columns.items() if column is not None}
-    output.findings({"models": comparison.names, **known, "page": str(page)})
-
-
-_COMPARED = ("difference", "difference_se", "monte_carlo_se", "training_se", "num_runs", "unreliable", "stacking")
+    output.findings(comparison.to_dict() | {"page": str(page)})
 
 
 @app.command(sort_key=3)
@@ -285,6 +267,7 @@ def estimators(
     num_draws: int = 100,
     reference_particles: int = 512,
     train_seconds: float | None = None,
+    output: Annotated[Output | None, Parameter(name="*")] = None,
 ) -> None:
     """Compare estimators on a trained run: bound, gradient bias, noise and cost.
 
@@ -298,6 +281,7 @@ def estimators(
         num_draws: Gradient draws of each estimator.
         reference_particles: K of the DReG gradient that biases are against.
         train_seconds: Also train each from one fresh start for so long, and score the test data.
+        output: What is printed.
     """
     import torch
     from matplotlib.figure import Figure
@@ -306,7 +290,7 @@ def estimators(
     from ..diagnostics.gradients import compare_estimators, train_estimators
     from .config import build_model, load_model, load_split, run_device
 
-    described = _described(run)
+    output, described = output or Output(), _described(run)
     split, device = load_split(described), run_device(described)
     vae = load_model(run).to(device)
     torch.manual_seed(described.seed)
@@ -318,13 +302,15 @@ def estimators(
     chosen = {name: _with_particles(name, num_particles) for name in names or _SELECTION}
     reference = {"kind": "dreg", "num_particles": reference_particles}
     options: dict[str, Any] = {"num_draws": num_draws, "reference": reference, "seed": described.seed}
-    result = compare_estimators(vae.model, vae.guide, batch, chosen, progress=sys.stderr.isatty(), **options)
+    result = compare_estimators(vae.model, vae.guide, batch, chosen, progress=output.bars, **options)
     figure = Figure(figsize=(13, 1.6 + 0.42 * len(result.names)), layout="constrained")
     result.plot(figure.subplots(1, 4, sharey=True))
     figure.savefig(run / "estimators.png", dpi=150)
-    files.write_text(run / "estimators.json", json_text(result.to_dataset().to_dict()) + "\n")
-    print(result)
-    print(f"Figure: {run / 'estimators.png'}")
+    found = result.to_dataset().to_dict()
+    files.write_text(run / "estimators.json", json_text(found) + "\n")
+    with output.words():
+        print(result)
+        print(f"Figure: {run / 'estimators.png'}")
     if train_seconds is not None:
         torch.manual_seed(described.seed)
         fresh = build_model(described, split).to(device)
@@ -341,8 +327,11 @@ def estimators(
             lr=described.train.lr,
             transform=split.transform,
         )
-        print(f"\nHeld-out {fresh.quantity} after {train_seconds:g} s of training each, from the same start:")
-        print(ranking)
+        with output.words():
+            print(f"\nHeld-out {fresh.quantity} after {train_seconds:g} s of training each, from the same start:")
+            print(ranking)
+        found |= {"ranking": ranking.to_dict()}
+    output.findings(found | {"figure": str(run / "estimators.png")})
 
 
 _SELECTION = ("elbo", "stl", "iwae", "dreg", "miwae", "vimco")
@@ -356,19 +345,26 @@ def _with_particles(name: str, num_particles: int) -> Any:
 
 
 @app.command(sort_key=5)
-def doctor() -> None:
+def doctor(*, output: Annotated[Output | None, Parameter(name="*")] = None) -> None:
     """Print versions, what is compiled on this machine and why, and what to do about it.
 
     Example: pyrovae doctor
+
+    Args:
+        output: What is printed.
     """
     import textwrap
 
     from ..compile.doctor import report
 
-    lines = report()
+    lines, output = report(), output or Output()
     width = min(max(len(subject) for subject, _ in lines), 24)
-    for subject, said in lines:
-        print(textwrap.fill(f"{subject:<{width}}  {said}", 120, subsequent_indent=" " * (width + 2), break_on_hyphens=False))
+    with output.words():
+        for subject, said in lines:
+            print(
+                textwrap.fill(f"{subject:<{width}}  {said}", 120, subsequent_indent=" " * (width + 2), break_on_hyphens=False)
+            )
+    output.findings(dict(lines))
 
 
 def _described(folder: Path, overrides: dict[str, Any] | None = None) -> Run:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..files import write_text
 from ..plots import _number, gap_histogram, learning_curve
+from .config import COMPONENTS
 from .figures import svg
 from .report import csv_link, render
 from .sections import Run
@@ -99,6 +100,8 @@ def _without_seed(run: Run) -> Run:
 def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in table.items():
+        # A component given by its name alone is a table of one key.
+        value = {"kind": value} if key in COMPONENTS and isinstance(value, str) else value
         found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
     return found
 
@@ -125,7 +128,8 @@ def _verdict(comparison: Comparison, quantity: str) -> dict[str, str]:
     said = f"{names[0]} leads {names[1]} by {_number(lead)} nats per datum"
     kinds = "data, sampling and training" if len(errors) == 3 else "data and sampling"
     bad = int(comparison.unreliable[:2].max())
-    doubt = f" Up to {bad:,} estimates of a model are not reliable and probably too low." if bad else ""
+    noun, verb = ("estimate", "is") if bad == 1 else ("estimates", "are")
+    doubt = f" Up to {bad:,} {noun} of a model {verb} not reliable and probably too low." if bad else ""
     if not math.isfinite(lead):
         return {"level": "bad", "word": "Not usable", "text": f"{quantity} of {names[1]} is not finite."}
     if lead < 2 * total:

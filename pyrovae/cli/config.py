@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataSection", "EvaluateSection", "ModelSection", "Run", "TrainSection", "build_model", "load_model", "load_split",
-    "read_run", "run_device", "run_name", "with_data", "write_run",
+    "read_run", "run_device", "run_name", "run_of", "with_data", "write_run",
 ]  # fmt: skip
 
 COMPONENTS = ("prior", "likelihood", "encoder", "layer", "estimator", "optimizer", "schedule")
@@ -60,8 +60,16 @@ def read_run(path: str | Path | None = None, overrides: dict[str, Any] | None = 
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    return run_of(tables, overrides, str(path) if path is not None else "The run")
+
+
+def run_of(tables: dict[str, Any], overrides: dict[str, Any], where: str = "The run") -> Run:
+    """A run from the tables of its TOML file and overrides, checked; ``where`` begins the sentences of errors.
+
+    Raises:
+        ValueError: as :func:`read_run`.
+    """
     _drop_idle_binarize(tables.get("data"))
-    where = str(path) if path is not None else "The run"
     # Options without a name are meant for the component that would run without them.
     tables = {"estimator": Run().estimator} | tables
     try:
@@ -277,8 +285,19 @@ def _sentence(error: ValidationError, where: str) -> str:
     ]
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section = SECTIONS.get(path[0], Run) if len(path) > 1 else Run
+        home = _home(path[-1]) if len(path) <= 2 else None
+        if home is not None:
+            return f"{where}: There is no key {'.'.join(path)!r}; did you mean {home}?"
         return f"{where}: {unknown('key', '.'.join(path), _keys(section, path[:-1]))}"
     return f"{where}: {'.'.join(path)} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}."
+
+
+def _home(key: str) -> str | None:
+    """Where a key belongs that stands in the wrong table of a run's file."""
+    if key in Run.__dataclass_fields__:
+        return f"{key!r}, above the first table"
+    homes = (name for name, section in SECTIONS.items() if key in section.__dataclass_fields__)  # type: ignore[attr-defined]
+    return next((repr(f"{name}.{key}") for name in homes), None)
 
 
 def _keys(section: type, prefix: list[str]) -> list[str]:

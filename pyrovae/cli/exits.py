@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, MixedArgumentError
 
 __all__ = ["DIVERGED", "MISTAKE", "NO_MEMORY", "SYSTEM", "UNFORESEEN", "explain"]
 
@@ -10,7 +10,7 @@ UNFORESEEN = 1  # an error of pyrovae's own
 MISTAKE = 2  # of the command, its settings or its data
 SYSTEM = 3  # a full disk, a place that cannot be written
 DIVERGED = 4  # training, at NaN or infinite values
-NO_MEMORY = 5  # of the machine or the GPU
+NO_MEMORY = 5  # no memory is left on the machine or the GPU
 
 _UNFORESEEN = " (pyrovae did not foresee this error; PYROVAE_DEBUG=1 shows where it comes from)"
 # torch has an exception of its own for GPUs alone.
@@ -34,6 +34,9 @@ def explain(error: Exception) -> tuple[int, str]:
         return SYSTEM, f"{where}{reason[0].lower() if where else reason[0]}{reason[1:].rstrip('.')}."
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in first for word in _OUT_OF_MEMORY)):
         return NO_MEMORY, "There is not enough memory: use a smaller model, batch_size or num_samples, or less data."
+    if isinstance(error, MixedArgumentError) and error.argument is not None:
+        name = error.argument.name
+        return MISTAKE, f"{name} has a name and options: give the name as {name}.kind beside the options."
     if isinstance(error, FloatingPointError):
         return DIVERGED, first
     if isinstance(error, ValueError | OSError | CycloptsError):

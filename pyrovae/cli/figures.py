@@ -54,7 +54,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.labelcolor": INK,
 }
-_MAX_POINTS = 2000  # of a scatter: more would make the page heavy and show no more
+_MAX_POINTS = 2000  # in a scatter plot: more would make the page larger and show no more
 _MAX_PROFILES = 12
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Run, write_run
+from .output import Output
 
 if TYPE_CHECKING:
     from ..models.base import PairModule
     from ..training.callbacks import Callback
 
-__all__ = ["RUNS", "Follower", "RunFolder", "new_folder"]
+__all__ = ["RUNS", "Follower", "RunFolder", "alone", "check_name", "new_folder"]
 
 RUNS = Path("runs")
 
@@ -147,6 +148,32 @@ class Follower(RunFolder):
 
 
 @contextmanager
+def alone(folder: Path, output: Output) -> Iterator[None]:
+    """A context in which no other command works in a run's folder; a line says so if the last one there was killed.
+
+    Raises:
+        ValueError: another command works there; the message names its process.
+    """
+    from ..files import taken
+
+    with taken(folder) as before:
+        if before is not None:
+            with output.words():
+                print(f"{before[0].upper()}{before[1:]}, which was the last in {folder}, has ended: its work is taken over.")
+        yield
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is not that of one folder.
+
+    Raises:
+        ValueError: it is empty, has slashes, or means another folder.
+    """
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or "\\" in name:
+        raise ValueError(f"A run's name must be that of one folder, got {name!r}: leave out slashes and dots.")
+
+
+@contextmanager
 def new_folder(name: str, *, chosen: bool) -> Iterator[Path]:
     """A new folder in ``runs/``, which no other run has; it is removed if the run fails before it has kept anything.
 
@@ -157,8 +184,9 @@ def new_folder(name: str, *, chosen: bool) -> Iterator[Path]:
     Raises:
         ValueError: the name is not that of a folder, or taken.
     """
-    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or "\\" in name:
-        raise ValueError(f"A run's name must be that of one folder, got {name!r}: leave out slashes and dots.")
+    from ..files import taken
+
+    check_name(name)
     made_runs = not RUNS.exists()
     folder, number = RUNS / name, 1
     while True:
@@ -171,7 +199,8 @@ def new_folder(name: str, *, chosen: bool) -> Iterator[Path]:
             number += 1
             folder = RUNS / f"{name}-{number}"
     try:
-        yield folder
+        with taken(folder):
+            yield folder
     except BaseException:
         if not (folder / "metrics.jsonl").exists() and not list(folder.glob("checkpoint/step-*")):
             shutil.rmtree(folder, ignore_errors=True)

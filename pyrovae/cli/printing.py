@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .. import registry
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from ..evidence.results import Evidence
     from ..models.base import PairModule
 
-__all__ = ["device_name", "likelihood_reason", "print_evidence", "print_name", "print_names", "print_start"]
+__all__ = [
+    "described_names", "device_name", "likelihood_reason", "print_evidence", "print_name", "print_names", "print_start",
+]  # fmt: skip
 
 
 def print_start(run: Run, split: Split, device: torch.device, vae: PairModule) -> None:
@@ -90,24 +93,54 @@ def print_name(name: str) -> None:
     Raises:
         ValueError: nothing has that name; the message has the nearest one.
     """
-    kinds = {word: kind for kind in registry.KINDS for word in (kind, f"{kind}s", "bodies" if kind == "body" else kind)}
-    if name.casefold() in kinds:
-        _print_kind(kinds[name.casefold()])
+    if name.casefold() in _kinds():
+        _print_kind(_kinds()[name.casefold()])
         return
-    found = [(kind, canonical(kind, name)) for kind in registry.KINDS]
-    found = [(kind, key) for kind, key in found if key in names(kind)]
-    if not found:
-        raise ValueError(unknown("name", name, [each for kind in registry.KINDS for each in names(kind)]))
-    for kind, key in found:
+    for kind, key in _named(name):
         cls = find(kind, key)
         print(textwrap.fill(f"{key}, {'an' if kind[0] in 'aeio' else 'a'} {kind}: {_summary(cls)}", 80))
-        _print_options(kind, cls)
+        for option, default, meaning in _options(kind, cls):
+            print(textwrap.fill(f"  {option}{default}  {meaning}".rstrip(), 80, subsequent_indent=" " * 6))
         for paper in _section(cls, "References"):
             print(textwrap.fill(paper, 80, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False))
 
 
-def _print_options(kind: str, cls: type) -> None:
-    """Print the arguments of a component, or of a kind of model as they stand in [model]."""
+def described_names(name: str | None) -> dict[str, Any]:
+    """What :func:`print_names` and :func:`print_name` print, by kind and name.
+
+    Raises:
+        ValueError: nothing has that name.
+    """
+    if name is None or name.casefold() in _kinds():
+        chosen = registry.KINDS if name is None else (_kinds()[name.casefold()],)
+        return {kind: {each: _summary(find(kind, each)) for each in names(kind)} for kind in chosen}
+    found: dict[str, Any] = {}
+    for kind, key in _named(name):
+        cls = find(kind, key)
+        options = {
+            option: {"default": default.removeprefix(" = ") or None, "meaning": said}
+            for option, default, said in _options(kind, cls)
+        }
+        found[kind] = {key: {"summary": _summary(cls), "options": options, "references": _section(cls, "References")}}
+    return found
+
+
+def _kinds() -> dict[str, str]:
+    """Kinds by the words for them, in the singular and the plural."""
+    return {word: kind for kind in registry.KINDS for word in (kind, f"{kind}s", "bodies" if kind == "body" else kind)}
+
+
+def _named(name: str) -> list[tuple[str, str]]:
+    """The kinds and registered names that a name is for."""
+    found = [(kind, canonical(kind, name)) for kind in registry.KINDS]
+    found = [(kind, key) for kind, key in found if key in names(kind)]
+    if not found:
+        raise ValueError(unknown("name", name, [each for kind in registry.KINDS for each in names(kind)]))
+    return found
+
+
+def _options(kind: str, cls: type) -> Iterator[tuple[str, str, str]]:
+    """The arguments of a component, or of a kind of model as they stand in [model]: name, default and meaning."""
     call = cls.from_names if kind == "model" else cls  # type: ignore[attr-defined]
     said = dict(line.split(": ", 1) for line in _section(cls, "Args") + _section(call, "Args") if ": " in line)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -116,7 +149,7 @@ def _print_options(kind: str, cls: type) -> None:
             continue
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
         meaning = re.sub(r"``([^`]*)``|:\w+:`~?\.?([^`]*)`", r"\1\2", said.get(parameter.name, ""))
-        print(textwrap.fill(f"  {parameter.name}{default}  {meaning}".rstrip(), 80, subsequent_indent=" " * 6))
+        yield parameter.name, default, meaning
 
 
 def _section(documented: Any, title: str) -> list[str]:

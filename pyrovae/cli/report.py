@@ -234,9 +234,9 @@ def verdict(evidence: Evidence) -> dict[str, str]:
         word = "Exact" if evidence.is_exact else "Reliable"
         return {"level": "good", "word": word, "text": f"every one has {evidence.criterion}.", "advice": ""}
     fraction = unreliable / num_data
+    lack, low = ("does", "its estimate is") if unreliable == 1 else ("do", "their estimates are")
     text = (
-        f"{_count(unreliable)} of them ({_percent(fraction)}) do not have {evidence.criterion}, "
-        f"and their estimates are probably too low."
+        f"{_count(unreliable)} of them ({_percent(fraction)}) {lack} not have {evidence.criterion}, and {low} probably too low."
     )
     level, word = ("bad", "Not reliable") if fraction > 0.5 else ("fair", "Partly reliable")
     return {"level": level, "word": "Mostly reliable" if fraction <= 0.05 else word, "text": text, "advice": advice}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ..models.base import PairModule
     from .shown import Shown
 
-__all__ = ["bound_name", "decomposed", "package_version", "score"]
+__all__ = ["bound_name", "decomposed", "package_version", "remake_report", "score"]
 
 
 def score(
@@ -46,17 +47,21 @@ def score(
         earlier: the folder of the run, if it may have been scored before.
 
     Raises:
-        ValueError: the data are not those that were scored before.
+        ValueError: the data are not those that were scored before, or another command works in the folder.
         OSError: the folder cannot be written; before the work begins.
     """
     from .. import files
+    from ..training.processes import is_first
+    from .folders import alone
 
     inputs = vae.score_inputs(split.test, split.test_labels, **split.beside("test"))
     inputs = tuple(each[: run.evaluate.limit] for each in inputs)
     if earlier is not None and (earlier / "evidence.safetensors").exists():
         _refuse_changed(earlier, inputs)
+    # A run that was just trained has its folder still.
+    takes = earlier is not None and is_first()
     with output.words():
-        with files.together(folder) as staged:
+        with alone(folder, output) if takes else nullcontext(), files.together(folder) as staged:
             summary = _score(staged, folder, run, split, vae, records, inputs, output.bars)
         if summary is None:
             return
@@ -102,7 +107,6 @@ def _score(
     """
     from .. import files
     from ..training.processes import leave
-    from .report import write_report
 
     scoring, labels = run.evaluate, split.test_labels
     began = time.perf_counter()
@@ -128,10 +132,30 @@ def _score(
     evidence.save(staged / "evidence.safetensors")
     summary = _summary(run, vae.quantity, evidence, parts, facts) | _known(split, evidence) | {"names": split.names()}
     files.write_text(staged / "summary.json", json_text(summary) + "\n")
+    _report(staged / "report.html", folder.name, run, split, vae, records, inputs, evidence, facts, parts)
+    return summary
+
+
+def _report(
+    path: Path,
+    title: str,
+    run: Run,
+    split: Split,
+    vae: PairModule,
+    records: list[dict[str, Any]],
+    inputs: tuple[Tensor, ...],
+    evidence: Evidence,
+    facts: dict[str, str],
+    parts: Decomposition | None,
+) -> None:
+    """Write the report of what was found."""
+    from .report import write_report
+
     bound = bound_name(run)
+    labels = None if split.test_labels is None else split.test_labels[: len(evidence)]
     write_report(
-        staged / "report.html",
-        title=folder.name,
+        path,
+        title=title,
         evidence=evidence,
         quantity=vae.quantity,
         records=records,
@@ -142,7 +166,34 @@ def _score(
         shown=_shown(vae, inputs, evidence, split, labels, run.seed),
         decomposition=parts,
     )
-    return summary
+
+
+def remake_report(folder: Path, run: Run, split: Split, vae: PairModule, bars: bool) -> Path:
+    """Write the report of a run that has been scored anew, and nothing else.
+
+    Args:
+        folder: of the run.
+        run: its settings.
+        split: its data.
+        vae: its model.
+        bars: whether to show progress.
+
+    Raises:
+        FileNotFoundError: the run has not been scored.
+        ValueError: the data are not those that were scored.
+    """
+    from .. import files
+    from ..evidence.results import Evidence
+
+    evidence = Evidence.load(folder / "evidence.safetensors")
+    inputs = vae.score_inputs(split.test, split.test_labels, **split.beside("test"))
+    inputs = tuple(each[: len(evidence)] for each in inputs)
+    _refuse_changed(folder, inputs)
+    first = tuple(each[: run.evaluate.decompose] for each in inputs)
+    parts = decomposed(vae, first, evidence, run.seed, bars) if run.evaluate.decompose else None
+    records, facts = files.read_lines(folder / "metrics.jsonl"), files.read_json(folder / "summary.json")["facts"]
+    _report(folder / "report.html", folder.name, run, split, vae, records, inputs, evidence, facts, parts)
+    return folder / "report.html"
 
 
 def _shown(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PlainSerializer, WrapValidator
@@ -174,6 +174,12 @@ class TrainSection:
     checkpoint: bool = True
     every: Positive | Literal["auto", "epoch"] = "auto"
 
+    def fit_keywords(self) -> dict[str, Any]:
+        """The options that :func:`pyrovae.fit` takes by the same names."""
+        others = {"device", "tensorboard", "wandb", "mlflow", "checkpoint"}
+        options = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in others}
+        return options | {"validation": self.validation or None}
+
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluateSection:
@@ -210,7 +216,7 @@ class Run:
         evaluate: How to score.
     """
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     name: str | None = None
     data: DataSection = field(default_factory=DataSection)
     model: ModelSection = field(default_factory=ModelSection)

@@ -19,8 +19,8 @@ __all__ = ["Shown", "baseline", "gather", "least_reliable"]
 
 Array = np.ndarray
 NUM_PAIRS, NUM_SAMPLES, NUM_WORST = 10, 48, 10
-STEPS, MOST_LATENTS = 9, 6  # of a traversal
-MOST_ROWS = 400  # whose latents are drawn
+STEPS, MOST_LATENTS = 9, 6  # images in a row, and rows, of a traversal
+MOST_ROWS = 400  # the most rows whose latents are drawn
 SPREAD = 2.5  # standard deviations on either side of a traversal's middle
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Average"]
+__all__ = ["Average", "ScheduleFree"]
 
 
 class Average:
@@ -54,3 +54,50 @@ class Average:
     def restore(self, values: list[Tensor]) -> None:
         """Give the parameters these values, in place."""
         torch._foreach_copy_(self.parameters, values)
+
+
+class ScheduleFree(Average):
+    r"""The average that a schedule-free optimizer keeps itself.
+
+    It takes gradients at y, and its average x lies between y and the iterate z that it keeps:
+
+    .. math:: x = y + (1 - 1 / \beta) (z - y)
+
+    Args:
+        optimizer: one of the library ``schedulefree``, whose parameters are at y while it trains.
+
+    References:
+        `Defazio, Yang, Mehta, Mishchenko, Khaled and Cutkosky, The road less scheduled, 2024
+        <https://arxiv.org/abs/2405.15682>`_.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.parameters = [each.detach() for group in optimizer.param_groups for each in group["params"]]
+        self.count = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def values(self) -> list[Tensor]:  # type: ignore[override]
+        """Nothing that the optimizer's own state does not have."""
+        return []
+
+    @property
+    def touched(self) -> list[Tensor]:
+        """None: the optimizer changes its own tensors."""
+        return []
+
+    def update(self, found_inf: Tensor | None = None) -> None:
+        """Nothing: the optimizer's step has done so."""
+
+    def load(self, count: float, values: list[Tensor]) -> None:
+        """Nothing: the optimizer's state is loaded by itself."""
+
+    @torch.no_grad()
+    def load_into_parameters(self) -> None:
+        """Give the parameters their averaged values."""
+        for group in self.optimizer.param_groups:
+            beta = group["betas"][0] if "betas" in group else group["momentum"]
+            for parameter in group["params"]:
+                iterate = self.optimizer.state.get(parameter, {}).get("z")
+                if iterate is not None:  # the parameter has been in a step
+                    parameter.lerp_(iterate, 1 - 1 / beta)

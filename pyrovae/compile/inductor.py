@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -99,8 +100,18 @@ def _compile_fx(module: fx.GraphModule, inputs: Tensors, options: dict[str, Any]
 
     # Inductor's cache on disk takes only graphs with an environment of symbolic sizes, even if it has none.
     sizes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    with tracing(TracingContext(sizes)):
-        return _inductor.compile(module, list(inputs), options=options)
+    lowering = logging.getLogger("torch._inductor.ir")
+    lowering.addFilter(_says_more_than_slow_calls)
+    try:
+        with tracing(TracingContext(sizes)):
+            return _inductor.compile(module, list(inputs), options=options)
+    finally:
+        lowering.removeFilter(_says_more_than_slow_calls)
+
+
+def _says_more_than_slow_calls(record: logging.LogRecord) -> bool:
+    """False of Inductor's notes that it calls an operator by a slower way, which a user can do nothing about."""
+    return "missing a c-shim implementation" not in record.getMessage()
 
 
 def _shims(module: fx.GraphModule) -> dict[str, Any]:

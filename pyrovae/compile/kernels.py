@@ -341,8 +341,10 @@ OPERATIONS = {
         lambda left, weights, biases, activations, x, rounded: left.new_empty(left.shape[0]),
     ),
 }
-if "_LIBRARY" not in globals():  # it is there already if the module is loaded again
-    _LIBRARY = torch.library.Library("pyrovae", "DEF")
+# Torch takes each operation once in a process, and forgets it with its library. So torch keeps the library, for when this
+# module is loaded again, or the package imported anew in a notebook.
+if "pyrovae_operations" not in vars(torch.library):
+    _LIBRARY = torch.library.pyrovae_operations = torch.library.Library("pyrovae", "DEF")  # type: ignore[attr-defined]
     for _schema, (_function, _shape) in OPERATIONS.items():
         _LIBRARY.define(_schema)
         if _function is not None:

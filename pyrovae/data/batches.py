@@ -16,7 +16,7 @@ from .._validation import positive_integer
 from .containers import Lazy, opened
 from .matching import Batch, match
 from .rows import Rows, number_array
-from .streams import Stream, in_order, is_one_pass
+from .streams import Stream, in_order, is_one_pass, of_one_shape
 
 __all__ = ["Batch", "Batches", "arguments", "as_arrays", "content_hash", "fingerprints"]
 
@@ -111,7 +111,7 @@ class Batches:
 
     @property
     def changes(self) -> bool:
-        """Whether each pass may give other data, as a loader may that draws or augments them."""
+        """Whether each pass may give different data, since a loader can draw or augment them."""
         return self.source is not None and self.rows is None
 
     @property
@@ -155,10 +155,12 @@ class Batches:
         if self._stream is None:
             return next(iter(self))
         by_rows = self._stream is self.source
-        found = self._stream.take(self.batch_size if by_rows else 1)
-        if not found:
-            self._refuse_empty()
-        return self.load(*self._taken(default_collate(found) if by_rows else found[0]))
+        with of_one_shape():
+            found = self._stream.take(self.batch_size if by_rows else 1)
+            if not found:
+                self._refuse_empty()
+            first = default_collate(found) if by_rows else found[0]
+        return self.load(*self._taken(first))
 
     def forget_peeked(self) -> None:
         """Let the next pass over a stream begin anew."""
@@ -168,7 +170,7 @@ class Batches:
     def inputs(self) -> Iterator[Batch]:
         """One pass, as the inputs of :meth:`load`: row indices and the whole arrays, or the arrays of a batch."""
         if self.rows is not None:
-            # As arrays are, so that data give the same batches from disk as from memory.
+            # The same order as for arrays, so that data give the same batches from disk as from memory.
             numbers = torch.randperm(len(self.rows), device="cpu") if self.shuffle else torch.arange(len(self.rows))
             for start in range(0, len(numbers), self.batch_size):
                 yield self._read(numbers[start : start + self.batch_size])
@@ -176,9 +178,10 @@ class Batches:
         loader = self.loader
         if loader is not None:
             empty = True
-            for item in loader if self._stream in (None, self.source) else self._stream:
-                empty, self._found_any = False, True
-                yield self._taken(item)
+            with of_one_shape():
+                for item in loader if self._stream in (None, self.source) else self._stream:
+                    empty, self._found_any = False, True
+                    yield self._taken(item)
             if empty:
                 self._refuse_empty()
             return
@@ -214,7 +217,7 @@ class Batches:
         return batch if self.transform is None else (self.transform(batch[0]), *batch[1:])
 
     def _taken(self, item: Any) -> Batch:
-        """The arrays of one batch that the program takes."""
+        """The arrays of a loader's batch that the program takes."""
         item = tuple(item) if self.source is not None and isinstance(item, list) else item
         return self._moved(as_arrays(item, self.dtype, self.device, program=self.program, strict=False))
 
@@ -292,13 +295,15 @@ def _checked(
         raise ValueError("The data are empty: give at least one datum, with data along the first dimension.")
     lengths = [len(array) for array in arrays]
     if len(set(lengths)) > 1:
-        raise ValueError(f"The arrays have different lengths {lengths}: give each argument one entry per datum.")
+        raise ValueError(
+            f"The arrays must have one length, got different lengths {lengths}: give each argument one entry per datum."
+        )
     for array in (array for array in arrays if array.is_floating_point()):
         bad = ~torch.isfinite(array).flatten(1).all(1) if array.dim() > 1 else ~torch.isfinite(array)
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
             raise ValueError(
-                f"The data hold NaN or infinite values in {int(bad.sum())} of {len(bad)} rows, first row "
+                f"The data must be finite, got NaN or infinite values in {int(bad.sum())} of {len(bad)} rows, first row "
                 f"{first if numbers is None else int(numbers[first])}: drop or repair them; where "
                 f"values are missing, pass a mask beside zeros."
             )
@@ -358,7 +363,9 @@ def _as_tensor(item: Any, dtype: torch.dtype | None, device: torch.device | str 
             f"The data must be an array of numbers, got {what}: give an array, a tensor, a tuple, a Dataset or a DataLoader."
         ) from error
     if tensor.is_complex():
-        raise ValueError("The data are complex: give real numbers, for example real and imaginary parts side by side.")
+        raise ValueError(
+            "The data must be real, got complex numbers: give their real and imaginary parts side by side, for example."
+        )
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 

@@ -1,4 +1,4 @@
-"""What holds a user's data, opened: arrays, and the parameters of the program that they are for."""
+"""The arrays in a user's data of any kind, each with the parameter of the program that it is for."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Lazy(Dataset):
         self.items, self.names = tuple(items), list(names)
         lengths = [len(item) for item in self.items]
         if len(set(lengths)) > 1:
-            raise DataError(f"The arrays have different lengths {lengths}: give each argument one entry per datum.")
+            raise DataError(
+                f"The arrays must have one length, got different lengths {lengths}: give each argument one entry per datum."
+            )
         if any(0 in item.shape for item in self.items):
             raise DataError("The data are empty: give at least one datum, with data along the first dimension.")
 
@@ -58,12 +60,12 @@ class Lazy(Dataset):
 
 
 def opened(data: Any, program: Callable[..., Any] | None = None) -> tuple[tuple[Any, ...], list[str | None]]:
-    """The arrays of any data, masks last, and the name of the parameter that each is for, or ``None`` for a place.
+    """The arrays in any data, masks last, and the name of the parameter that each is for; ``None`` where its position decides.
 
     Args:
         data: an array, a table, a data frame, a path, a sparse matrix, a tuple of them, or a dictionary of them by the names of
             the program's parameters.
-        program: the model, of whose parameters a table gives what it has beside the data.
+        program: the model; a table gives it those of its further arrays that the parameters name.
 
     Raises:
         ValueError: several masks; or a file or a frame cannot be read.
@@ -112,7 +114,7 @@ def _open(item: Any, parameters: Sequence[str]) -> tuple[list[Any], list[str | N
     if (isinstance(item, np.memmap) and item.ndim > 1) or _library(item) == "h5py":
         return [ArrayRows(item)], [None]
     if isinstance(item, list) and any(isinstance(row, np.ma.MaskedArray) for row in item):
-        # A plain array of masked rows would show what they hide.
+        # A plain array of these rows would lose their masks.
         item = np.ma.stack([np.ma.asarray(row) for row in item])
     if isinstance(item, np.ma.MaskedArray):
         return [item.filled(0), ~np.ma.getmaskarray(item)], [None, MASK]

@@ -26,7 +26,9 @@ SHARING = 16
 
 
 def binarize(x: Tensor) -> Tensor:
-    """Draw 0 or 1 with the grey value as probability, anew at each call.
+    r"""Draw 0 or 1 with the grey value as probability, anew at each call.
+
+    .. math:: b_d \sim \mathrm{Bernoulli}(x_d), \qquad 0 \le x_d \le 1
 
     References:
         Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, https://arxiv.org/abs/1509.00519.
@@ -37,7 +39,7 @@ def binarize(x: Tensor) -> Tensor:
         >>> binarize(torch.tensor([0.0, 1.0]))
         tensor([0., 1.])
     """
-    if x.is_cuda:  # random numbers are cheap there, and the bytes below were compiled to other numbers than in eager mode
+    if x.is_cuda:  # random numbers are cheap there, and Inductor compiled the code below to wrong numbers
         return torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).lt(x).to(x.dtype)
     # Compare each pixel with 8 random bits. Ties (1 in 256) are broken by 16 further bits, which are shared by 16 images to
     # save random numbers. That is as fine as float32's random numbers, in a fifth of the time.
@@ -56,7 +58,9 @@ def binarize(x: Tensor) -> Tensor:
 
 
 def dequantize(x: Tensor) -> Tensor:
-    """Add uniform noise to integer levels, anew at each call, for a ``dequantized`` likelihood.
+    r"""Add uniform noise to integer levels, anew at each call, for a ``dequantized`` likelihood.
+
+    .. math:: y_d = x_d + u_d, \qquad u_d \sim \mathrm{Uniform}(0, 1)
 
     Level k becomes a number in the open interval (k, k + 1), in torch's default type if it was an integer.
 
@@ -97,6 +101,12 @@ class Split:
         classes: names of the classes, if they have names.
         covariate_names: names of the columns of the covariates.
         test_log_px: the true log p(x) of the held-out data in nats, shape (M,), if the distribution is known.
+
+    Example:
+        >>> from pyrovae.data import load
+        >>> digits = load("digits")
+        >>> digits.train.shape, digits.data_shape, digits.likelihood
+        (torch.Size([1437, 1, 8, 8]), (1, 8, 8), {'kind': 'beta_binomial', 'total_count': 16})
     """
 
     name: str
@@ -232,10 +242,10 @@ def _digits() -> Split:
         test=images[test],
         test_labels=torch.as_tensor(bunch.target)[test],
         train_labels=torch.as_tensor(bunch.target)[train],
-        likelihood={"kind": "binomial", "total_count": 16},
+        likelihood={"kind": "beta_binomial", "total_count": 16},
         transform=None,
         note="scikit-learn's handwritten digits, 8 x 8 counts 0..16; 1,437 train, 360 test, by a fixed permutation",
-        reason="the pixels are counts 0..16",
+        reason="the pixels are counts 0..16 that vary more than a binomial's",
     )
 
 

@@ -169,7 +169,7 @@ def _numbers(series: Any, name: str, where: str) -> tuple[np.ndarray, np.ndarray
         known = np.array([_is_known(cell) for cell in cells], bool)
         wrong = [row for row in np.flatnonzero(known) if not _is_number(cells[row])]
         if wrong:
-            # A column of a text file is all text because of a single cell, which is to be named.
+            # A single cell of text makes a whole column of a text file text: name that cell.
             row = next((row for row in wrong if not _reads_as_number(cells[row])), wrong[0])
             shown = repr(cells[row])
             raise DataError(

@@ -18,12 +18,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 COLOURS = {"rgb": "RGB", "grey": "L"}
 # Modes of Pillow with eight bits in a channel, by whether they are grey.
 GREY, COLOURED = ("1", "L", "LA"), ("P", "RGB", "RGBA", "CMYK", "YCbCr", "PA", "HSV", "LAB", "RGBX", "RGBa", "La")
-# The largest side that is chosen where none is asked for: a larger one costs minutes that nobody asked for.
+# The largest side that is chosen by default: a run on larger images takes minutes.
 LARGEST_SIDE = 64
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is called as images are."""
+    """Whether a file's name ends as that of an image."""
     return path.suffix.lower() in SUFFIXES
 
 
@@ -36,7 +36,7 @@ def read_images(
 
     Args:
         folder: its subfolders, if all images lie in subfolders, are the classes.
-        reading: makes a sentence of Pillow's own errors.
+        reading: a context that turns Pillow's errors into one sentence.
         size: height and width, or one number for both; by default that of the images, or their median if they differ.
         colour: ``"rgb"`` or ``"grey"``; by default ``"grey"`` if all images are.
         memory: more pixels than this, in bytes of float32, are read in batches.

@@ -19,7 +19,17 @@ NUMBERS_AT_ONCE = 1 << 22
 
 
 class DataError(ValueError):
-    """A refusal of data, in one sentence that names the file, the row or the column."""
+    """A refusal of data, in one sentence that names the file, the row or the column.
+
+    Example:
+        >>> import pandas as pd
+        >>> from pyrovae.data import DataError, read
+        >>> try:
+        ...     read(pd.DataFrame({"a": [1.0, float("inf")]}))
+        ... except DataError as error:
+        ...     print("column 'a'" in str(error))
+        True
+    """
 
 
 class Rows(ABC):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dis
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.utils.data import (
     default_convert,
 )
 
-__all__ = ["Stream", "in_order", "is_one_pass"]
+__all__ = ["Stream", "in_order", "is_one_pass", "of_one_shape"]
 
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 # Data of the first batch on which a collate_fn is tried.
@@ -56,6 +58,27 @@ class Stream(IterableDataset):
     def forget(self) -> None:
         """Let the next pass begin anew."""
         self._items = None
+
+
+@contextmanager
+def of_one_shape() -> Iterator[None]:
+    """Say what to do where torch cannot stack the data of a batch.
+
+    Raises:
+        ValueError: data of one batch differ in shape.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        shapes = re.search(
+            r"stack expects each tensor to be equal size, but got (\[.*?\]) at entry \d+ and (\[.*?\]) at", str(error)
+        )
+        if shapes is None:
+            raise
+        raise ValueError(
+            f"The data set must give data of one shape, got {shapes[1]} and {shapes[2]} in one batch: resize or pad them, or "
+            f"give the DataLoader a collate_fn that does."
+        ) from error
 
 
 def _after(taken: list[Any], items: Iterator[Any]) -> Iterator[Any]:
@@ -107,7 +130,7 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def is_one_pass(dataset: Any) -> bool:
-    """Whether an iterable data set can be read only once, as far as this shows without reading it."""
+    """Whether an iterable data set can be read only once, as far as can be told without reading it."""
     if not isinstance(dataset, IterableDataset):
         return False
     first, second = iter(dataset), iter(dataset)

@@ -16,7 +16,7 @@ LEVELS = 256  # of an 8-bit pixel
 
 @dataclass(frozen=True)
 class Values:
-    """What the values of a data set show of it.
+    """A summary of the values of a data set.
 
     Attributes:
         low: the smallest.
@@ -24,8 +24,8 @@ class Values:
         whole: whether all are integers, in any type.
         image: whether a datum has more than one dimension.
         byte: whether they are stored as 8-bit integers.
-        size: how many there are.
-        num_missing: how many of them are missing, and tell nothing.
+        size: the number of values, missing ones included.
+        num_missing: the number of missing values, which the other attributes ignore.
     """
 
     low: float
@@ -57,11 +57,11 @@ class Values:
 
 
 def summarize(array: np.ndarray | Rows, mask: np.ndarray | Rows | None = None) -> Values:
-    """One look at all values.
+    """Summarise all values in one pass.
 
     Args:
         array: data of shape (N, ...).
-        mask: true where a value was observed; the others are not looked at.
+        mask: true where a value was observed; the others are ignored.
 
     Raises:
         ValueError: no value was observed, or some are NaN or infinite.
@@ -96,7 +96,7 @@ def choose_likelihood(array: np.ndarray | Rows, mask: np.ndarray | Rows | None =
 
     Args:
         array: data of shape (N, ...); more than one dimension in a datum makes it an image.
-        mask: true where a value was observed; the others do not matter.
+        mask: true where a value was observed; the others are ignored.
 
     Example:
         >>> import numpy as np

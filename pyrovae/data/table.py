@@ -37,8 +37,15 @@ class Table:
         columns: names of the columns of ``x``, if they have names.
         classes: names of the classes.
         covariate_names: names of the columns of ``covariates``.
-        others: further arrays of N rows by name, which programs take that have a parameter of that name.
+        others: further arrays of N rows by name; a program takes those that its parameters name.
         note: what was read and what was left out, in words.
+
+    Example:
+        >>> import pandas as pd
+        >>> from pyrovae.data import read
+        >>> table = read(pd.DataFrame({"a": [1.5, None], "b": [2.0, 3.0], "kind": ["x", "y"]}), labels="kind")
+        >>> table.columns, table.mask.tolist(), table.labels.tolist()
+        (('a', 'b'), [[True, True], [False, True]], [0, 1])
     """
 
     x: np.ndarray | Rows
@@ -90,7 +97,7 @@ def from_arrays(
         where: the file, for errors.
         key: the name of the data; by default the only array, or the one that is called ``x`` or ``data``.
         labels: the name of the labels; by default whole numbers, one for each datum, that are called ``y`` or ``labels``.
-        note: what is said of the file.
+        note: a remark on the file, for the report.
 
     Raises:
         DataError: there is no such array, or it is unclear which one has the data.

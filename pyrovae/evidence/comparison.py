@@ -6,11 +6,12 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..plots import intervals
+from ..programs.observed import FACTOR_OF_DATA
 from ..tables import Table, Tabular
 from .psis import Array, _comparison, _elpd
 from .results import Evidence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "sampling_error", "training_error"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,13 @@ class Comparison(Tabular):
         known = {name: column for name, column in columns.items() if column is not None}
         return pandas.DataFrame(known, index=pandas.Index(self.names, name="model"))
 
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Lists by name, best first, as JSON takes them; ``log_px`` is the mean, in nats per datum."""
+        names = ("difference", "difference_se", "monte_carlo_se", "training_se", "num_runs", "unreliable", "stacking")
+        columns = {"log_px": self.mean} | {name: getattr(self, name) for name in names}
+        known = {name: column.tolist() for name, column in columns.items() if column is not None}
+        return {"models": list(self.names), **known}
+
 
 def compare(evidence: Mapping[str, Evidence | Sequence[Evidence]]) -> Comparison:
     r"""Compare models by their evidence over the same data.
@@ -156,11 +164,11 @@ def compare(evidence: Mapping[str, Evidence | Sequence[Evidence]]) -> Comparison
     _check_same_data(flat)
     _check_same_measure(flat)
     log_px = {name: np.mean([run.log_px for run in each], 0) for name, each in runs.items()}
-    sampling = {name: math.sqrt(sum(run.mean_se**2 for run in each)) / len(each) for name, each in runs.items()}
+    sampling = {name: sampling_error(each) for name, each in runs.items()}
     ranked = sorted(runs, key=lambda name: -np.nan_to_num(float(np.mean(log_px[name])), nan=-np.inf))
     best, others = ranked[0], ranked[1:]
     paired = [log_px[name] - log_px[best] for name in ranked]
-    training = {name: _training_error(each) for name, each in runs.items()}
+    training = {name: training_error(each) for name, each in runs.items()}
     return Comparison(
         names=ranked,
         mean=np.array([float(np.mean(log_px[name])) for name in ranked]),
@@ -186,7 +194,12 @@ def _runs_by_name(evidence: Mapping[str, Evidence | Sequence[Evidence]]) -> dict
     return runs
 
 
-def _training_error(runs: list[Evidence]) -> float:
+def sampling_error(runs: Sequence[Evidence]) -> float:
+    """The standard error from sampling of the mean over runs."""
+    return math.sqrt(sum(run.mean_se**2 for run in runs)) / len(runs)
+
+
+def training_error(runs: Sequence[Evidence]) -> float:
     """The standard error from training of the mean over runs, without what their sampling adds; NaN for one run."""
     if len(runs) < 2:
         return math.nan
@@ -218,9 +231,11 @@ def _check_same_measure(evidence: Mapping[str, Evidence]) -> None:
     for name, measure in known.items():
         first, expected = next(iter(known.items()))
         if not measure.agrees(expected):
+            cure = "compare models whose likelihoods are of one kind"
+            if FACTOR_OF_DATA in {*measure.given} ^ {*expected.given}:
+                cure = "put a change of variables into the likelihood, as TransformedDistribution does, not into a factor"
             raise ValueError(
-                f"log p(x) of {name!r} is {measure}, and that of {first!r} is {expected}: their nats do not compare; compare "
-                f"models whose likelihoods are of one kind."
+                f"log p(x) of {name!r} is {measure}, and that of {first!r} is {expected}: their nats do not compare; {cure}."
             )
         differ = _other_values(evidence[name], evidence[first])
         if differ.any():

@@ -106,7 +106,8 @@ class ImportanceSampled(EvidenceKind):
     bound = "Bound (ELBO)"
     who_misses = "the guide misses"
     cover_cure = 'proposal="mixture"'
-    other_proposal = '"refined", which fits the guide to each datum'
+    missed_cure = 'Score with proposal="mixture", which also draws from the prior.'
+    other_proposal = '"auto", which repairs the estimates where the guide fails'
     other_modes = ""
 
     def consistent(self, scores: _Scores) -> Array:
@@ -180,6 +181,7 @@ class Repaired(ImportanceSampled):
 
     who_misses = "every proposal misses"
     cover_cure = 'proposal="mixture"'
+    missed_cure = 'Anneal these data from the prior (pv.ais with start="prior").'
 
     def consistent(self, scores: _Scores) -> Array:
         """Whether k is below the threshold, or half of the chains are effective."""

@@ -271,10 +271,11 @@ class Evidence(EvidenceDisplay):
             )
         if self._blind.any():
             assert self.missed is not None
+            assert isinstance(self.kind, ImportanceSampled)
             worst = float(self.missed[self._blind].max())
             words += (
                 f" {data_have(self._blind)} an estimate that is too low: other draws find up to {worst:.3g} nats more "
-                f'where the proposal draws next to nothing. Score with proposal="mixture", which also draws from the prior.'
+                f"where the proposal draws next to nothing. {self.kind.missed_cure}"
             )
         return words + self._second_opinion()
 

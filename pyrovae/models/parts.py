@@ -141,6 +141,8 @@ SET_NAMES = [
     (constraints.sphere, "the unit sphere"),
     (constraints.simplex, "the simplex"),
     (constraints.one_hot, "one-hot vectors"),
+    (constraints.independent(constraints.positive, 1), "vectors of positive numbers"),
+    (constraints.independent(constraints.unit_interval, 1), "vectors of numbers in [0, 1]"),
 ]
 
 

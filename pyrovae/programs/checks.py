@@ -58,7 +58,7 @@ def check_finite(args: tuple) -> None:
         if isinstance(arg, Tensor) and arg.is_floating_point() and not bool(torch.isfinite(arg).all()):
             bad = (~torch.isfinite(arg)).flatten(1).any(1) if arg.dim() > 1 else ~torch.isfinite(arg)
             raise ValueError(
-                f"The data hold NaN or infinite values in {int(bad.sum())} of {len(bad)} rows, first row "
+                f"The data must be finite, got NaN or infinite values in {int(bad.sum())} of {len(bad)} rows, first row "
                 f"{int(bad.nonzero()[0])}: drop or repair them; where values are missing, pass a mask beside zeros."
             )
 

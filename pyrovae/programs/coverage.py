@@ -60,7 +60,7 @@ def covered_data(
         vectorize: whether several points can be scored at once.
 
     Returns:
-        ``None`` if the guide's density is known at its own draws only.
+        ``None`` if the guide's density is known at its own draws only, or the programs fail at all points.
     """
     with _probing(args):
         sites = latents_of(trace_program(guide, args))
@@ -68,7 +68,7 @@ def covered_data(
             return None
         coverage = _Coverage(model, guide, args, nesting, tuple(site["name"] for site in sites), plate)
         draws = COSTLY_DRAWS if any(_is_costly(base_distribution(site)) for site in sites) else COVERAGE_DRAWS
-        covered = torch.ones(len(args[0]), dtype=torch.bool, device=args[0].device)
+        covered, judged = torch.ones(len(args[0]), dtype=torch.bool, device=args[0].device), False
         draws = draws if vectorize else min(draws, len(FAR))
         if all(isinstance(base_distribution(site), POSITIVE_EVERYWHERE) for site in sites):
             draws = min(draws, COSTLY_DRAWS)
@@ -82,10 +82,11 @@ def covered_data(
                         return None
                     if bool(missed.any()):
                         covered &= ~(missed & coverage.allowed(points, together, num_dims)).any(0)
+                    judged = True
                 except (ValueError, RuntimeError, IndexError):
                     # A program may fail at values that the guide never draws, such as a matrix without a Cholesky factor.
                     continue
-    return covered
+    return covered if judged else None
 
 
 def joined_flags(parts: list[Tensor | None]) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from ..data.matching import Batch
 from .checks import check_finite, check_sites, check_support, improper_latents, refuse_improper, why_no_weights
 from .independence import PROBED_ROWS, check_independence
 from .log_weights import read_weights
-from .observed import outside_by_a_latent, squares_of_shifted
+from .observed import FACTOR_OF_DATA, factors_of_data, outside_by_a_latent, squares_of_shifted
 from .parameters import all_parameters, own_parameters, refuse_uninitialized
 from .rounding import log_weight_rounding
 from .sites import Program, data_plate, num_known_of, num_observed_of, observed_squares, plate_nesting, sites_of
@@ -54,7 +54,8 @@ class PairInfo:
         discrete: latent sites with a discrete support.
         num_densities: those of the numbers observed that have a density.
         num_probabilities: those that have a probability; a one-hot vector is one.
-        given: the parts of a datum that the likelihood conditions on, from its distribution's ``conditional_on``.
+        given: the parts of a datum that the likelihood conditions on, from its distribution's ``conditional_on``, and whether a
+            ``pyro.factor`` depends on the data alone.
         squares: the sum of squares of each datum's observed values, shape (B,), or of the data if they are observed shifted.
         rounding: the rounding error of each datum's log-weight, shape (B,), in nats.
     """
@@ -115,6 +116,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         no_weights = why_no_weights(model, guide, args, kwargs, traces)
         rounding = log_weight_rounding(traces)
         shifted = squares_of_shifted(model, guide, args, kwargs, traces)
+        factors = factors_of_data(model, args, kwargs, traces)
     observed = [site for site in sites_of(model_trace) if site["is_observed"]]
     data = data_plate([*sites_of(model_trace), *sites_of(guide_trace)])
     latent_sites = [site for site in sites_of(guide_trace) if not site["is_observed"]]
@@ -123,6 +125,9 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
     numbers = [(num_known_of(site, data) / _redundant(site), _fraction_discrete(site)) for site in counted]
     nesting = plate_nesting(model_trace, guide_trace)
     squares = [shifted[s["name"]] if s["name"] in shifted else observed_squares(s, data, nesting) for s in observed]
+    given = {what for site in observed for what in _conditions(site)}
+    if factors is not None:
+        squares, given = [*squares, factors.square()], given | {FACTOR_OF_DATA}
     return PairInfo(
         max_plate_nesting=nesting,
         num_data=weights.num_data,
@@ -138,7 +143,7 @@ def inspect_pair(model: Program, guide: Program, *args: Any, **kwargs: Any) -> P
         discrete=tuple(site["name"] for site in latent_sites if _is_discrete(site)),
         num_densities=sum(number * (1 - discrete) for number, discrete in numbers),
         num_probabilities=sum(number * discrete for number, discrete in numbers),
-        given=tuple(sorted({what for site in observed for what in _conditions(site)})),
+        given=tuple(sorted(given)),
         squares=torch.stack(squares).sum(0) if squares else None,
         rounding=rounding,
         improper=improper_latents(model_trace),

@@ -11,7 +11,7 @@ scale N/B, which belongs outside a logsumexp. Particles stand in a plate to the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from torch.distributions import kl_divergence
 
 from .._validation import positive_integer
 from .checks import check_same_latents, check_scores, look_at
+from .edges import densities_beyond
 from .sites import Layout, Program, common_scale, data_plate, log_prob_of, num_dims_of, per_datum, plate_nesting, sites_of
 from .support import reaches_beyond, support_of
 from .tracing import Gradients, Traces, find_nesting, trace_from_prior, trace_pair
@@ -123,7 +124,7 @@ def prior_weights(
         with pyro.validation_enabled(False):  # a prior's draw may well lie outside the guide's support
             traces = trace_from_prior(model, guide, args, together, max_plate_nesting)
             try:
-                weights = read_weights(traces, together)
+                weights = read_weights(traces, together, from_prior=True)
             except (NotImplementedError, KeyError) as error:
                 raise ValueError(
                     f"The guide's flow cannot be inverted ({str(error) or type(error).__name__}), so its density at the "
@@ -175,15 +176,22 @@ def _concatenate(draws: list[LogWeights]) -> LogWeights:
 
 
 def read_weights(
-    traces: Traces, num_particles: int, gradients: Gradients = Gradients.TOTAL, analytic_kl: bool = False
+    traces: Traces,
+    num_particles: int,
+    gradients: Gradients = Gradients.TOTAL,
+    analytic_kl: bool = False,
+    from_prior: bool = False,
 ) -> LogWeights:
     """Log-weights from the traces of one run.
+
+    Without gradients, the densities of latents are those of :func:`pyrovae.programs.edges.densities_beyond`.
 
     Args:
         traces: the traces of one run of guide and model.
         num_particles: K.
         gradients: how the samples were drawn; see :func:`log_weights`.
         analytic_kl: fill in the closed-form KL of each site that has one.
+        from_prior: the latents were drawn from the prior.
     """
     model_sites, guide_sites = list(sites_of(traces.model)), list(sites_of(traces.guide))
     check_same_latents(model_sites, guide_sites)
@@ -212,6 +220,11 @@ def read_weights(
             f"path: choose an estimator that needs the total gradient only, such as elbo or iwae."
         ) from error
     log_prior = {name: read(site) for name, site in priors.items()}
+    if not torch.is_grad_enabled():
+        for site, *beyond in _beyond_ends(priors, guide_sites, from_prior):
+            log_prior[site["name"]], log_guide[site["name"]] = (
+                per_datum(site, term, data, num_particles, layout.nesting) for term in beyond
+            )
     kls = _analytic_kls(priors, guide_sites) if analytic_kl else {}
     kl_terms = {name: per_datum(priors[name], kl, data, num_particles, layout.nesting) for name, kl in kls.items()}
     if traces.gate is not None:
@@ -253,6 +266,17 @@ def _leaves(traces: Traces, priors: dict[str, dict], log_prior: dict[str, Tensor
         )
         for site in sites_of(traces.guide)
     )
+
+
+def _beyond_ends(priors: dict[str, dict], guide_sites: list[dict], from_prior: bool) -> Iterator[tuple[dict, Tensor, Tensor]]:
+    """The latents of which rounding has left some at an end of their support, with both log-densities there."""
+    for site in guide_sites:
+        prior = priors.get(site["name"])
+        if prior is None or site["fn"] is prior["fn"]:
+            continue
+        beyond = densities_beyond(prior if from_prior else site, prior, site)
+        if beyond is not None:
+            yield site, *beyond
 
 
 def _analytic_kls(priors: dict[str, dict], guide_sites: list[dict]) -> dict[str, Tensor]:

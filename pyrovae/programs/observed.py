@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pyro
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from .sites import Layout, Program, data_plate, plate_nesting, plate_sizes, sites_of
+from .sites import Layout, Program, data_plate, log_prob_of, per_datum, plate_nesting, plate_sizes, sites_of
 from .support import bare, bounds_of, inside_of, support_of
 from .tracing import Substitute, Traces, trace_pair, trace_program
 from .wrappers import is_factor, is_point, mask_of
 
-__all__ = ["outside_by_a_latent", "squares_of_shifted"]
+__all__ = ["FACTOR_OF_DATA", "factors_of_data", "outside_by_a_latent", "squares_of_shifted"]
+
+# What a log-likelihood is given if a pyro.factor of the model depends on no latent, such as the Jacobian of x.log().
+FACTOR_OF_DATA = "a factor of the data alone"
 
 # By this factor the data are scaled, to see how an observed value follows them. It keeps every sign, and values below one.
 SCALE = 0.99
@@ -31,7 +38,7 @@ def outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple,
     safe = inside_of(support, site["value"])
     if not moves or safe is None:
         return False
-    site["outside"] = ~support.check(site["value"])
+    site["outside"], site["given"] = ~support.check(site["value"]), site["value"]
     site["value"] = torch.where(site["outside"][(..., *[None] * support.event_dim)], safe, site["value"])
     return True
 
@@ -83,6 +90,77 @@ def squares_of_shifted(model: Program, guide: Program, args: tuple, kwargs: dict
                 f"observe the data themselves, and let the latent move their distribution, as Normal(0.0, z) for obs=x / z."
             )
     return found
+
+
+def factors_of_data(model: Program, args: tuple, kwargs: dict, traces: Traces) -> Tensor | None:
+    """The sum of the model's ``pyro.factor`` terms that no latent takes part in, shape (B,), or ``None`` without such terms.
+
+    They multiply p(x) by a function of x, so that it has another base measure than that of a model without them.
+    """
+    if not any(is_factor(site) for site in sites_of(traces.model)):
+        return None
+    latents = {site["name"]: site["value"] for site in sites_of(traces.model) if not site["is_observed"]}
+    with pyro.validation_enabled(False), _Follow(latents.values()) as follow:
+        again = trace_program(model, args, 1, None, Substitute(latents), kwargs=kwargs)
+    if follow.read:
+        return None
+    factors = [site for site in sites_of(again) if is_factor(site) and site["fn"].log_factor not in follow]
+    if not factors:
+        return None
+    data, nesting = data_plate([*sites_of(traces.model), *sites_of(traces.guide)]), plate_nesting(traces.model, traces.guide)
+    return torch.stack([per_datum(site, log_prob_of(site), data, 1, nesting)[0].double() for site in factors]).sum(0)
+
+
+class _Follow(TorchFunctionMode):
+    """Follow tensors through all functions of torch that a program calls.
+
+    Attributes:
+        read: whether a number that depends on one of them was read into Python, beyond which nothing is known.
+    """
+
+    def __init__(self, tensors: Any):
+        super().__init__()
+        # By storage, which is common to all views of a tensor. The references keep it alive, so that no other has its address.
+        self._dependent: dict[int, Tensor] = {}
+        self.read = False
+        self._hold(list(tensors))
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether a value depends on the tensors."""
+        return isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._dependent
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__
+        values = (
+            [args[1:], kwargs] if name in _SHAPES or name.endswith("_like") else [args[:1]] if name in _AS else [args, kwargs]
+        )
+        if any(leaf in self for leaf in _leaves(values)):
+            self.read = self.read or name in _READS
+            self._hold([*_leaves(out), *([args[0]] if _is_in_place(name) else [])])
+        return out
+
+    def _hold(self, values: list[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                self._dependent[value.untyped_storage().data_ptr()] = value
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What containers within containers hold."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, list | tuple) else [value]
+
+
+def _is_in_place(name: str) -> bool:
+    return name == "__setitem__" or (name.startswith("__i") and name not in _READS) or (name[0] != "_" and name.endswith("_"))
+
+
+# Functions that read the shape and the type alone: of their first argument, and of the others.
+_SHAPES = ("new_empty", "new_full", "new_ones", "new_zeros")
+_AS = ("expand_as", "reshape_as", "type_as", "view_as")
+_READS = ("__bool__", "__complex__", "__float__", "__index__", "__int__", "__array__", "item", "numpy", "tolist")
 
 
 def _has_density(site: dict) -> bool:

@@ -24,7 +24,8 @@ __all__ = [
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
 # Packages whose functions and objects keep no state of a user's program. The walk enters their networks all the same.
-LIBRARIES = {"torch", "pyro", "numpy", "scipy", "tqdm", "pyrovae"} | set(sys.stdlib_module_names)
+# pytest puts its own functions into whatever asserts.
+LIBRARIES = {"torch", "pyro", "numpy", "scipy", "tqdm", "pyrovae", "pytest", "_pytest"} | set(sys.stdlib_module_names)
 # The walk stops after this many objects: a program that holds more keeps data, not settings.
 MOST_OBJECTS = 20_000
 # A search for modules skips collections with more items than this: they hold data.
@@ -117,6 +118,8 @@ def _token(value: Any) -> Any:
 
 def _may_hold_modules(value: Any) -> bool:
     """Whether a search for modules follows a value."""
+    if type(value) in SCALARS:  # most values, and faster than isinstance of a Parameter
+        return False
     if isinstance(value, nn.Module | nn.Parameter | FunctionType | MethodType | partial):
         return True
     if isinstance(value, (*SCALARS, Tensor, type, ModuleType)):

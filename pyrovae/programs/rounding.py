@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch.distributions import TransformedDistribution
 
 from .sites import data_plate, log_prob_of, per_datum, plate_nesting, sites_of
 from .tracing import Trace, Traces
-from .wrappers import base_distribution, is_factor, layers_of
+from .wrappers import base_distribution, is_factor, layers_of, with_tensors
 
 __all__ = ["log_joint_rounding", "log_weight_rounding"]
 
@@ -53,7 +51,7 @@ def _error_within(site: dict) -> Tensor | None:
         if bool((error.abs() > NOTICEABLE).any()):
             # Rounding is small by chance at some draws: look at the same distribution with parameters next to its own.
             for change in NEIGHBOURS:
-                neighbour = {**site, "fn": _with_tensors(site["fn"], partial(torch.mul, other=1 - change))}
+                neighbour = {**site, "fn": with_tensors(site["fn"], partial(torch.mul, other=1 - change))}
                 near = _float32_error(neighbour)
                 if near is not None:
                     error = torch.where(near.isfinite() & (near.abs() > error.abs()), near, error)
@@ -68,19 +66,7 @@ def _float32_error(site: dict) -> Tensor | None:
     if own.dtype != torch.float32:
         return None
     wide = value.double() if value.is_floating_point() else value
-    return own.double() - log_prob_of({**site, "fn": _with_tensors(site["fn"], torch.Tensor.double), "value": wide})
-
-
-def _with_tensors(distribution: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A distribution with changed float32 parameters."""
-    other = copy.copy(distribution)
-    other._validate_args = False
-    for name, part in vars(distribution).items():
-        if isinstance(part, Tensor) and part.dtype == torch.float32:
-            other.__dict__[name] = change(part)
-        elif isinstance(part, torch.distributions.Distribution):
-            other.__dict__[name] = _with_tensors(part, change)
-    return other
+    return own.double() - log_prob_of({**site, "fn": with_tensors(site["fn"], torch.Tensor.double), "value": wide})
 
 
 def log_joint_rounding(trace: Trace, data: Any, num: int, nesting: int) -> Tensor:

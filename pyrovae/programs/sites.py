@@ -18,7 +18,7 @@ from .wrappers import is_factor, is_one_hot, mask_of
 __all__ = [
     "PARTICLES", "Layout", "Program", "check_batch", "common_scale", "data_plate", "latents_of", "log_prob_of", "num_dims_of",
     "num_known_of", "num_observed_of", "observed_squares", "per_datum", "plate_nesting", "plate_sizes", "plates_of",
-    "refuse_auxiliary", "sites_of",
+    "refuse_auxiliary", "sites_of", "sum_last",
 ]  # fmt: skip
 
 Program = Callable[..., Any]
@@ -94,7 +94,22 @@ def sites_of(trace: Trace) -> Iterator[dict]:
     """The sample sites that have a density."""
     for site in trace.nodes.values():
         if site["type"] == "sample" and not site["infer"].get("_deterministic"):
+            if site["is_observed"]:
+                _give_all_numbers(site)
             yield site
+
+
+def _give_all_numbers(site: dict) -> None:
+    """Expand an observed site's events of independent numbers that are alike, such as of shape (1,), to those of its value."""
+    distribution, value = site["fn"], site["value"]
+    if not isinstance(distribution, torch.distributions.Independent) or not isinstance(value, Tensor):
+        return
+    event_dim, base = distribution.reinterpreted_batch_ndims, distribution.base_dist
+    own, seen = distribution.event_shape, value.shape[-event_dim:]
+    if own == seen or len(own) != event_dim or len(own) != len(seen):
+        return
+    if all(size == 1 or size == wanted for size, wanted in zip(own, seen, strict=True)):
+        site["fn"] = base.expand(distribution.batch_shape + seen).to_event(event_dim)
 
 
 def plates_of(site: dict) -> list[Any]:
@@ -166,10 +181,15 @@ def log_prob_of(site: dict) -> Tensor:
         ):  # then constants, rounded alike in every term, are float64 too
             value = value.double()
     value = distribution.log_prob(value, *site["args"], **site["kwargs"])
-    value = _summed(value, tuple(range(-inner, 0)))
+    value = sum_last(value, inner)
     if "outside" in site:
         value = torch.where(site["outside"], -torch.inf, value)
     return scale_and_mask(value, 1.0, site["mask"])
+
+
+def sum_last(terms: Tensor, dims: int) -> Tensor:
+    """The sum over the last dimensions, in float64 if it has very many terms."""
+    return _summed(terms, tuple(range(-dims, 0)))
 
 
 def _summed(terms: Tensor, dims: tuple[int, ...] | list[int]) -> Tensor:
@@ -228,7 +248,7 @@ def observed_squares(site: dict, data: Any, nesting: int) -> Tensor:
     if is_factor(site):
         return torch.zeros(data.size, dtype=torch.float64, device=site["value"].device)
     shape = distribution.batch_shape + distribution.event_shape
-    squares = value.expand(shape).double().square()
+    squares = site.get("given", value).expand(shape).double().square()
     mask = mask_of(site)
     if mask is not True:
         squares = torch.where(torch.as_tensor(mask, device=value.device).expand(shape), squares, 0.0)

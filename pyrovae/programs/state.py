@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,9 +19,20 @@ from torch import nn
 
 from .reachable import modules_of, parameters_of
 
-__all__ = ["buffers_kept", "in_own_scope", "own_scope"]
+__all__ = ["buffers_kept", "in_own_scope", "one_thread", "own_scope"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_turn = threading.RLock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A context that one thread at a time is in; others wait.
+
+    Pyro's handlers and parameter store, and torch's random stream, belong to the process and not to a thread.
+    """
+    with _turn:
+        yield
 
 
 @contextmanager
@@ -36,6 +48,12 @@ def own_scope(
             are restored.
         undo: the exceptions after which nothing is kept.
     """
+    with one_thread(), _own_scope(model, guide, keep, undo):
+        yield
+
+
+@contextmanager
+def _own_scope(model: Any, guide: Any, keep: bool, undo: tuple[type[BaseException], ...]) -> Iterator[None]:
     store = pyro.get_param_store()
     outside = store.get_state()
     inside = _without_foreign(outside, parameters_of(model, guide))

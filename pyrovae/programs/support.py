@@ -20,7 +20,7 @@ from torch.distributions.transforms import ComposeTransform
 from .wrappers import base_distribution, is_factor, is_point, layers_of
 
 __all__ = [
-    "ReferenceMeasure", "accept_any_component", "bare", "bounds_of", "free_numbers", "inside_of", "measure_of",
+    "ReferenceMeasure", "accept_any_component", "bare", "bounds_of", "free_numbers", "inside_of", "is_mixture", "measure_of",
     "reaches_beyond", "support_of",
 ]  # fmt: skip
 
@@ -199,6 +199,11 @@ def _constraints_of(support: Any) -> Iterator[Any]:
 _MIXTURES = (MixtureSameFamilyConstraint, _Union)
 
 
+def is_mixture(support: Any) -> bool:
+    """Whether a support is that of a mixture, whose bounds have a dimension for its components."""
+    return any(isinstance(each, _MIXTURES) for each in _constraints_of(support))
+
+
 def free_numbers(support: Any, event_shape: torch.Size) -> int | None:
     """The dimension of the manifold that a support is; ``None`` where torch knows no bijection to it."""
     constraint, event_shape = bare(support), torch.Size(event_shape)  # an ImproperUniform may have a plain tuple
@@ -252,7 +257,7 @@ def inside_of(support: Any, value: Tensor) -> Tensor | None:
         first = torch.zeros_like(value).index_fill(-1, torch.zeros((), dtype=torch.long, device=value.device), 1)
         return first * getattr(constraint, "upper_bound", 1)
     low, high = bounds_of(constraint)
-    if any(isinstance(each, _MIXTURES) for each in _constraints_of(support)):
+    if is_mixture(support):
         # The last dimension of its bounds is that of its components.
         low, high = (bound[..., 0] if isinstance(bound, Tensor) and bound.dim() else bound for bound in (low, high))
     if not any(isinstance(bound, Tensor) for bound in (low, high)) and (low, high) == (-math.inf, math.inf):

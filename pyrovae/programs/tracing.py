@@ -15,10 +15,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
+from .edges import to_value
 from .reachable import modules_of
 from .sites import PARTICLES, Layout, Program, _latents_and_observed, data_plate, plate_nesting, refuse_auxiliary, sites_of
+from .state import one_thread
 from .support import _Inside, support_of
 from .wrappers import is_factor
 
@@ -292,18 +293,16 @@ class Substitute(Messenger):
     def __init__(self, values: dict[str, Tensor], *, unconstrained: bool = False):
         super().__init__()
         self.values, self.unconstrained = values, unconstrained
-        self.log_jacobian: dict[str, Tensor] = {}
+        self.placed: dict[str, tuple[Any, Tensor]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         value = self.values.get(msg["name"])
         if value is None:
             return
         if self.unconstrained:
-            transform = biject_to(support_of(msg["fn"]))
-            flat, value = value, transform(value)
-            jacobian = transform.log_abs_det_jacobian(flat, value)
-            inner = msg["fn"].event_dim - transform.codomain.event_dim
-            self.log_jacobian[msg["name"]] = jacobian.sum(tuple(range(-inner, 0))) if inner else jacobian
+            support = support_of(msg["fn"])
+            self.placed[msg["name"]] = (support, value)
+            value = to_value(support, value)
         msg["value"], msg["done"] = value, True
 
 
@@ -380,7 +379,7 @@ def scoring_context(model: Program, guide: Program, seed: int | None, device: to
         device: where the pair's numbers are drawn.
     """
     devices = [device] if device.type == "cuda" else []
-    with evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
+    with one_thread(), evaluation_mode(model, guide), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         yield

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from .checks import check_same_latents, refuse_masked
+from .edges import from_value, log_density, takes_float64
 from .sites import (
     Layout,
     Program,
@@ -29,7 +30,7 @@ from .sites import (
 from .support import _Image, _Union, support_of
 from .tracing import Substitute, explained, same_random_stream, trace_from_prior, trace_pair, trace_program
 from .wake_sleep import unconditioned
-from .wrappers import base_distribution, is_factor
+from .wrappers import base_distribution, is_factor, is_point
 
 __all__ = ["UnconstrainedPair", "UnconstrainedTerms"]
 
@@ -53,7 +54,8 @@ class UnconstrainedPair:
     .. math:: z = T(u), \qquad \log p(x, u) = \log p(x, T(u)) + \log \left| \det \frac{\partial T}{\partial u} \right|
 
     T is ``torch.distributions.biject_to`` of the support of each latent site in the model, which may depend on earlier latents.
-    Latents in plates within a datum are part of its vector. The integral of p(x, u) over u is p(x).
+    Latents in plates within a datum are part of its vector; a ``Delta`` of the model is not, since it is a function of them.
+    The integral of p(x, u) over u is p(x).
 
     Args:
         model: a Pyro program for p(x, z).
@@ -77,7 +79,6 @@ class UnconstrainedPair:
             traces = trace_pair(model, guide, args, {}, 1, None)
         model_sites, guide_sites = list(sites_of(traces.model)), list(sites_of(traces.guide))
         check_same_latents(model_sites, guide_sites)
-        refuse_auxiliary(guide_sites)
         self.data = data_plate(model_sites + guide_sites)
         common_scale(model_sites + guide_sites, self.data)
         refuse_masked(model_sites + guide_sites)
@@ -88,18 +89,25 @@ class UnconstrainedPair:
         self._sizes: dict[str, list[int]] = {}
         self._shapes: dict[str, torch.Size] = {}
         self._columns: dict[str, slice] = {}
+        self._wide: dict[str, bool] = {}
         start = 0
         for site in model_sites:
-            if site["is_observed"]:
+            if site["is_observed"] or is_point(site):  # a Delta of the model is a function of other latents
                 continue
             name, sizes = site["name"], plate_sizes(site, self.nesting)
             shape = _unconstrained_shape(site)
             width = shape.numel() * torch.Size(sizes).numel() // self.num_data
             self.latents += (name,)
+            self._wide[name] = _both_take_float64(site, traces.guide.nodes[name])
             self._sizes[name], self._shapes[name], self._columns[name] = sizes, shape, slice(start, start + width)
             start += width
+        if not self.latents:
+            raise ValueError(
+                "All latents of the model are Deltas, so there is nothing to integrate over: log p(x) is the log-likelihood, "
+                "and pyro.deterministic records values that are no latents."
+            )
         self.num_latents = start
-        self.dtype = next((site["value"].dtype for site in model_sites if not site["is_observed"]), torch.get_default_dtype())
+        self.dtype = next(site["value"].dtype for site in model_sites if site["name"] in self.latents)
         self.device = args[0].device
 
     def terms(self, flat: Tensor, *, guide: bool = False) -> UnconstrainedTerms:
@@ -128,7 +136,7 @@ class UnconstrainedPair:
         for _ in range(1 if self.vectorize else num):
             together = num if self.vectorize else 1
             trace = trace_from_prior(self.model, None, self.args, together, self.nesting).model
-            sites = [self._flat_site(trace.nodes[name], trace.nodes[name]["value"], together) for name in self.latents]
+            sites = [self._flat_site(trace.nodes[name], trace.nodes[name], together) for name in self.latents]
             parts.append(torch.cat([flat for flat, _ in sites], -1))
         return torch.cat(parts)
 
@@ -157,52 +165,62 @@ class UnconstrainedPair:
         for site in sites_of(trace):
             if is_factor(site):
                 raise ValueError(f"The model's pyro.factor {site['name']!r} cannot be simulated: remove it.")
-        return trace, self._flatten(trace, {name: trace.nodes[name]["value"] for name in self.latents}, 1)
+        return trace, self._flatten(trace, trace, 1)
 
     def _terms(self, flat: Tensor, with_guide: bool) -> UnconstrainedTerms:
         size = len(flat)
-        layout = self._layout(size)
         trace, place = self.model_trace(flat)
         prior = likelihood = flat.new_zeros(size, self.num_data)
         for site in sites_of(trace):
-            term = per_datum(site, log_prob_of(site), self.data, size, self.nesting)
             if site["is_observed"]:
-                likelihood = likelihood + term
+                likelihood = likelihood + per_datum(site, log_prob_of(site), self.data, size, self.nesting)
             else:
-                prior = prior + term
-        jacobian = sum((layout.sum_per_datum(term, 0) for term in place.log_jacobian.values()), torch.zeros_like(prior))
+                prior = prior + self._log_density(site, place, size)
         log_guide = None
         if with_guide:
             values = {name: trace.nodes[name]["value"] for name in self.latents}
-            guide_trace, _ = self._run(self.guide, values, size)
+            guide_sites = latents_of(self._run(self.guide, values, size)[0])
+            refuse_auxiliary(guide_sites)
             try:
-                terms = [per_datum(site, log_prob_of(site), self.data, size, self.nesting) for site in latents_of(guide_trace)]
+                terms = [self._log_density(site, place, size) for site in guide_sites]
             except (NotImplementedError, KeyError) as error:
                 raise ValueError(
                     f"The guide's flow cannot be inverted ({str(error) or type(error).__name__}), so its density is not "
                     f"known at draws that are not its own: start from the prior."
                 ) from error
-            log_guide = sum(terms, jacobian)
-        return UnconstrainedTerms(prior + jacobian, likelihood, log_guide)
+            log_guide = sum(terms, torch.zeros_like(prior))
+        return UnconstrainedTerms(prior, likelihood, log_guide)
+
+    def _log_density(self, site: dict, place: Substitute, size: int) -> Tensor:
+        """A latent site's log-density over unconstrained numbers, (K, B)."""
+        if site["name"] not in place.placed:  # a Delta of the model
+            term = log_prob_of(site)
+        else:
+            term = log_density(site, *place.placed[site["name"]], self._wide[site["name"]])
+        return per_datum(site, term, self.data, size, self.nesting)
 
     def _draw(self, num: int, start: str, inside: bool) -> Tensor:
         if start == "prior":
             model_trace = trace_from_prior(self.model, None, self.args, num, self.nesting).model
-            return self._flatten(model_trace, {name: model_trace.nodes[name]["value"] for name in self.latents}, num)
+            return self._flatten(model_trace, model_trace, num)
         traces = trace_pair(self.model, self.guide, self.args, {}, num, self.nesting)
-        values = {name: traces.guide.nodes[name]["value"] for name in self.latents}
         if not inside:
-            return self._flatten(traces.model, values, num)
-        parts = [self._flat_site(traces.model.nodes[name], values[name], num) for name in self.latents]
+            return self._flatten(traces.model, traces.guide, num)
+        parts = [self._flat_site(traces.model.nodes[name], traces.guide.nodes[name], num) for name in self.latents]
         kept = torch.stack([within.all(-1) for _, within in parts]).all(0)[..., None]
         flat = torch.cat([part for part, _ in parts], -1)
         return flat if bool(kept.all()) else torch.where(kept, flat, self._draw(num, "prior", True))
 
-    def _flatten(self, model_trace: Trace, values: dict[str, Tensor], num: int) -> Tensor:
+    def _flatten(self, model_trace: Trace, drawn: Trace, num: int) -> Tensor:
         parts = []
         for name in self.latents:
-            flat, within = self._flat_site(model_trace.nodes[name], values[name], num)
+            flat, within = self._flat_site(model_trace.nodes[name], drawn.nodes[name], num)
             if not bool(within.all()):
+                if drawn is model_trace:
+                    raise ValueError(
+                        f"A draw of the prior at the latent site {name!r} rounds to an end of its support, such as infinity: "
+                        f"run the pair in float64, or give the site a prior of less extreme values."
+                    )
                 raise ValueError(
                     f"A draw of the latent site {name!r} lies outside the support that the model declares for it: start from "
                     f"the prior, or give the guide a distribution with that support."
@@ -210,10 +228,10 @@ class UnconstrainedPair:
             parts.append(flat)
         return torch.cat(parts, -1)
 
-    def _flat_site(self, site: dict, value: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        """One site's unconstrained numbers, (num, B, n), and which of them belong to a value inside its support."""
-        support = support_of(site["fn"])
-        flat = biject_to(support).inv(value)
+    def _flat_site(self, site: dict, drawn: dict, num: int) -> tuple[Tensor, Tensor]:
+        """The unconstrained numbers of a draw of one site, (num, B, n), and which belong to a value inside its support."""
+        support, value = support_of(site["fn"]), drawn["value"]
+        flat = from_value(drawn, support, value)
         within = torch.isfinite(flat)
         while isinstance(support, constraints.independent):
             support = support.base_constraint
@@ -249,6 +267,17 @@ class UnconstrainedPair:
             torch.cat([terms.log_likelihood for terms in parts]),
             torch.cat(guides) if guides else None,
         )
+
+
+def _both_take_float64(model_site: dict, guide_site: dict) -> bool:
+    """Whether the densities of a latent in both programs can be computed in float64."""
+    try:
+        support = support_of(model_site["fn"])
+        return all(
+            takes_float64(site, support, biject_to(support).inv(model_site["value"])) for site in (model_site, guide_site)
+        )
+    except NotImplementedError:  # such as a support without a bijection, which is refused in words elsewhere
+        return False
 
 
 def _unconstrained_shape(site: dict) -> torch.Size:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "base_distribution", "is_factor", "is_masked_anywhere", "is_one_hot", "is_point", "is_reparameterized", "layers_of",
-    "mask_of", "masks_of", "same_mask",
+    "mask_of", "masks_of", "same_mask", "with_tensors",
 ]  # fmt: skip
 
 Mask = Tensor | bool
@@ -56,6 +57,21 @@ def is_reparameterized(site: dict) -> bool:
     distribution = base_distribution(site)
     own = getattr(type(distribution), "score_parts", None)
     return bool(site["fn"].has_rsample) and own in (None, Distribution.score_parts, TorchDistributionMixin.score_parts)
+
+
+def with_tensors(distribution: Any, change: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32) -> Any:
+    """A distribution whose parameters of one floating type are changed, also those of the distributions inside it.
+
+    Transforms keep theirs.
+    """
+    other = copy.copy(distribution)
+    other._validate_args = False
+    for name, part in vars(distribution).items():
+        if isinstance(part, Tensor) and part.dtype == dtype:
+            other.__dict__[name] = change(part)
+        elif isinstance(part, torch.distributions.Distribution):
+            other.__dict__[name] = with_tensors(part, change, dtype)
+    return other
 
 
 def masks_of(site: dict) -> list[tuple[Mask, int]]:

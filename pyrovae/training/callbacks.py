@@ -49,7 +49,7 @@ class Training:
 class Callback:
     """The base class of callbacks; each method may be overridden.
 
-    On a GPU steps run behind the callbacks, whose losses are known at the end of an epoch. What a callback keeps is not part of
+    On a GPU, steps are queued, and their losses are known at the end of an epoch. What a callback keeps is not part of
     a checkpoint.
 
     Example:
@@ -96,7 +96,7 @@ class TensorBoard(Callback):
         self._board: Any = None
 
     def start(self, training: Training) -> None:
-        """Open the file; what an interrupted run wrote after its checkpoint is hidden."""
+        """Open the file, and hide what an interrupted run wrote after its last checkpoint."""
         self._board = self._make(str(self.folder), purge_step=training.step + 1 if training.step else None)
 
     def epoch(self, training: Training, record: dict[str, Any]) -> None:

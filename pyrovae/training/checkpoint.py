@@ -21,18 +21,18 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..files import LOCK, taken
 from .history import History
 
 __all__ = ["Checkpoint", "CheckpointFolder", "load_checkpoint", "pack", "unpack"]
@@ -40,7 +40,6 @@ __all__ = ["Checkpoint", "CheckpointFolder", "load_checkpoint", "pack", "unpack"
 # Raised when an older version could no longer read what is written.
 FORMAT = 1
 NOTES = "checkpoint.json"
-LOCK = ".lock"
 # Beginnings of the names of what is not finished yet, and of what is being removed.
 UNFINISHED, REMOVED = ".new-", ".old-"
 
@@ -85,6 +84,13 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: a file is damaged, missing, or of a later format; the message names the file.
+
+    Example:
+        >>> import tempfile, torch, pyrovae as pv
+        >>> vae, folder = pv.make_vae(9, latent_dim=2, hidden=[16]), tempfile.mkdtemp()
+        >>> _ = vae.fit(torch.ones(50, 9), epochs=3, progress=False, checkpoint=folder)
+        >>> pv.load_checkpoint(folder).step
+        3
     """
     path = _last(Path(folder))
     if path is None:
@@ -123,12 +129,8 @@ class CheckpointFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
-            # The system releases the lock of a process that is killed.
-            self._lock = filelock.FileLock(self.path / LOCK, timeout=0)
-            try:
-                self._lock.acquire()
-            except filelock.Timeout as error:
-                raise ValueError(f"{self.path} is in use by another run: wait for it, or choose another folder.") from error
+            self._held = ExitStack()
+            self._held.enter_context(taken(self.path))
         self.sweep()
 
     @property
@@ -138,7 +140,7 @@ class CheckpointFolder:
 
     def close(self) -> None:
         """Let other runs use the folder; remove one that a refused run has made."""
-        self._lock.release()
+        self._held.close()
         if self._made and self.last is None and {each.name for each in self.path.iterdir()} <= {LOCK}:
             (self.path / LOCK).unlink(missing_ok=True)
             self.path.rmdir()

@@ -69,7 +69,7 @@ def _fingerprint(batches: Batches) -> str:
 def _described(estimator: Any) -> Any:
     try:
         return _plain(describe(estimator, "estimator"))
-    except ValueError:  # one of a class of the user's own
+    except ValueError:  # the user's own class
         return f"{type(estimator).__qualname__} of {estimator.num_particles} particles"
 
 

@@ -32,6 +32,13 @@ class History(Tabular):
         stopped: why training ended.
         precision: of matrix products and convolutions.
         skipped: steps that were skipped, since their loss or gradient was not finite.
+
+    Example:
+        >>> import torch, pyrovae as pv
+        >>> vae = pv.make_vae(9, latent_dim=2, hidden=[16])
+        >>> history = vae.fit(torch.ones(50, 9), estimator="iwae", epochs=3, seed=0, progress=False)
+        >>> history.bound_name, len(history.bound), history.stopped
+        ('IWAE, K = 5', 3, 'all epochs done')
     """
 
     estimator: str

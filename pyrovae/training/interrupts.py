@@ -17,10 +17,10 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         signal: the number of the signal.
-        history: the records of the epochs that were complete.
+        history: the records of the epochs that were complete; ``None`` of a sweep, which has many.
     """
 
-    def __init__(self, message: str, number: int, history: History):
+    def __init__(self, message: str, number: int, history: History | None = None):
         super().__init__(message)
         self.signal, self.history = number, history
 

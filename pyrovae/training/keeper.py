@@ -60,7 +60,8 @@ class Keeper:
             if self.found is None and path is not None:
                 self.found = load_checkpoint(path)
         ranks.start_alike()
-        if self.found is not None and options.compile == "auto":  # whatever is left of the run, it is one run
+        if self.found is not None and options.compile == "auto":
+            # The choice depends on the number of steps of the whole run, not of what is left of it.
             self.options = replace(options, compile=self.found.notes["compile"])
         self.failed = False
         self._configuration: dict[str, Any] = {}

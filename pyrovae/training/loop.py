@@ -115,11 +115,11 @@ def fit(
             ``history.skipped``. A warning names the data that caused the first one. So many in a row end the run.
         compile: capture the step as one graph and compile it (:mod:`pyrovae.compile`); ``"auto"`` does so for runs of 3,000
             steps or more, which repay the compiler's seconds. The random numbers are the same either way, and the losses agree
-            to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them.
-            A pair that cannot be captured trains as it is, and a warning says why: one that reads values
-            of tensors into Python, or keeps a count there. The graph is compared with the pair in the second step, after an
-            ``on_epoch`` that changed an object which the pair can reach, and at the start of an epoch once 500 steps (on a GPU
-            2,000) have been taken since; where they differ, training goes on without the graph and a warning says since when.
+            to rounding. On a GPU whole steps become CUDA graphs, with the kernel of Adam and AdamW in them. A pair that cannot
+            be captured trains as it is, and a warning says why: one that reads values of tensors into Python, or keeps a count
+            there. The graph is compared with the pair in the second step, after an ``on_epoch`` that changed an object which
+            the pair can reach, and at the start of an epoch once 500 steps (on a GPU 2,000) have been taken since; where they
+            differ, training goes on without the graph and a warning says since when.
         precision: of matrix products and convolutions. ``"float32"`` is that on a GPU too, whatever torch's settings are;
             ``"tf32"`` takes an NVIDIA GPU's faster units, which round factors to 10 bits, and is refused on a CPU.
             ``"bfloat16"`` rounds factors to 7 bits, and compiles; parameters, sums and log-weights stay in float32. It is

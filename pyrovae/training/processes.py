@@ -23,7 +23,7 @@ from .options import FitOptions
 from .state import RunState
 from .tensors import random_states, set_random_states
 
-__all__ = ["Ranks", "join", "leave", "told"]
+__all__ = ["Ranks", "is_first", "join", "leave", "told"]
 
 # A step waits so long for another rank. Compilers, validation, callbacks and checkpoints may take longer.
 LOST_AFTER, PATIENCE = timedelta(seconds=45), timedelta(minutes=30)
@@ -44,6 +44,11 @@ def join() -> bool:
     with _lost("at the start", int(os.environ["RANK"])):
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     return True
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes; true if it is the only one."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def told(value: Any) -> Any:

@@ -15,11 +15,27 @@ from .._validation import unknown
 
 __all__ = [
     "OPTIMIZERS", "SCHEDULES", "MakeOptimizer", "MakeSchedule", "Schedule", "constant", "cosine", "follow_bound",
-    "named_optimizer", "named_schedule", "plateau", "step",
+    "is_schedule_free", "named_optimizer", "named_schedule", "plateau", "step",
 ]  # fmt: skip
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], Any]
+
+
+def _of_schedule_free(name: str) -> MakeOptimizer:
+    """An optimizer of the library ``schedulefree``, which is imported when one is made."""
+
+    def make(params: Any, lr: float, **options: Any) -> torch.optim.Optimizer:
+        try:
+            import schedulefree
+        except ImportError as error:
+            raise ValueError('The optimizer is one of a library that is not installed: pip install "schedulefree".') from error
+        cls = getattr(schedulefree, name)
+        _check_options("optimizer", {"kind": name}, options, set(inspect.signature(cls).parameters) - {"params", "lr"})
+        return cls(params, lr=lr, **options)
+
+    return make
+
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adadelta": torch.optim.Adadelta,
@@ -32,6 +48,9 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "radam": torch.optim.RAdam,
     "rmsprop": torch.optim.RMSprop,
     "rprop": torch.optim.Rprop,
+    "schedule_free": _of_schedule_free("AdamWScheduleFree"),
+    "schedule_free_radam": _of_schedule_free("RAdamScheduleFree"),
+    "schedule_free_sgd": _of_schedule_free("SGDScheduleFree"),
     "sgd": torch.optim.SGD,
 }
 
@@ -101,7 +120,7 @@ def constant(optimizer: torch.optim.Optimizer, total: int | None, epoch: int | N
 def cosine(
     optimizer: torch.optim.Optimizer, total: int | None, epoch: int | None, *, warm_up: int = 0, final: float = 0.0
 ) -> Schedule:
-    """Half a cosine over all steps, down to the part ``final`` of the rate."""
+    """Half a cosine over all steps, down to the fraction ``final`` of the rate."""
     if total is None:
         raise ValueError("A cosine schedule needs data that know their length: choose schedule='constant'.")
     steps = max(1, total - warm_up)
@@ -153,8 +172,14 @@ def named_optimizer(choice: Any) -> MakeOptimizer:
     if not isinstance(choice, str | Mapping):
         return choice
     make, options = _chosen(choice, "optimizer", OPTIMIZERS)
-    _check_options("optimizer", choice, options, set(inspect.signature(make).parameters) - {"params", "lr"})
+    if "options" not in inspect.signature(make).parameters:  # else it looks at them itself
+        _check_options("optimizer", choice, options, set(inspect.signature(make).parameters) - {"params", "lr"})
     return partial(make, **options) if options else make
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is of the library ``schedulefree``, whose parameters are no average while it trains."""
+    return type(optimizer).__module__.partition(".")[0] == "schedulefree"
 
 
 def named_schedule(choice: Any, total: int | None, epoch: int | None) -> MakeSchedule:
@@ -194,7 +219,7 @@ def follow_bound(schedule: Any, bound: float | None) -> None:
 
 def _chosen(choice: str | Mapping[str, Any], what: str, choices: Mapping[str, Callable]) -> tuple[Callable, dict[str, Any]]:
     table = {"kind": choice} if isinstance(choice, str) else dict(choice)
-    name = str(table.pop("kind", None)).casefold()
+    name = str(table.pop("kind", None)).casefold().replace("-", "_")
     if name not in choices:
         raise ValueError(unknown(what, choice if isinstance(choice, str) else choice.get("kind"), choices))
     return choices[name], table

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..compile.average import Average
+from ..compile.average import Average, ScheduleFree
 from ..compile.cuda import check_precision
 from ..compile.step import Step, stage
 from ..data.batches import Batches
@@ -21,7 +21,7 @@ from ..programs.sites import Program
 from ..programs.state import buffers_kept
 from .options import FitOptions
 from .preflight import check_other_batches, check_programs, checked_optimizer, rehearse
-from .schedules import Schedule, named_optimizer, named_schedule
+from .schedules import Schedule, is_schedule_free, named_optimizer, named_schedule
 from .values import SupportCheck, check_first_loss
 
 __all__ = ["Setup", "set_up", "split"]
@@ -126,6 +126,8 @@ def set_up(model: Program, guide: Program, data: Any, options: FitOptions) -> Se
         )
     step.waits, step.parts = False, options.accumulate
     step.average = None if options.ema is None else Average(first.parameters, options.ema)
+    if is_schedule_free(optimizer):
+        step.average = ScheduleFree(optimizer)
     return Setup(
         model, guide, estimator, train, held_out, first, check, checked_train, checked_held_out,
         optimizer, scheduler, step, loads, total_steps, options.depends_on_length(), rows,
@@ -172,6 +174,13 @@ def _make_optimizer(
         raise ValueError(
             "optimizer must evaluate the loss once for each step, got LBFGS, which does so several times: choose 'adam'."
         )
+    if is_schedule_free(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]  # its steps begin at y
+        if options.ema is not None or options.depends_on_length():
+            raise ValueError(
+                "A schedule-free optimizer averages the parameters itself, in place of a falling rate and of ema: pass "
+                "schedule='constant' (--train.schedule constant) and leave ema out."
+            )
     scheduler = named_schedule(options.schedule, total_steps, epoch)(optimizer)
     follows = isinstance(scheduler, ReduceLROnPlateau) or (isinstance(scheduler, Schedule) and scheduler.patience is not None)
     if follows and options.validation is None:

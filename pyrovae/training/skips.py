@@ -96,8 +96,9 @@ class Skips:
     def _with_rows(self, rows: list[int], step: Taken, cause: str | None, cure: str) -> str:
         places, whose = self._places(rows, step)
         more = ", ..." if len(rows) == MOST_ROWS else ""
+        cause_it, them = ("causes it", "it") if len(rows) == 1 else ("cause it", "them")
         listed = f"{'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, places))}{more} of {whose} (counted from 0)"
-        return f"{cause[:-1]} ({listed})." if cause else f"{listed} cause it: repair or drop them, or {cure}"
+        return f"{cause[:-1]} ({listed})." if cause else f"{listed} {cause_it}: repair or drop {them}, or {cure}"
 
     def _places(self, rows: list[int], step: Taken) -> tuple[list[int], str]:
         """The rows of a batch as rows of the data that were given."""
@@ -115,7 +116,7 @@ def batch_of(setup: Setup, inputs: Batch) -> Batch:
 
 
 def bad_rows(setup: Setup, batch: Batch) -> list[int]:
-    """The first rows of a batch that make a loss NaN or a gradient not finite; none if all or chance do."""
+    """The first rows of a batch that make a loss NaN or a gradient not finite; none if all rows or only some draws do."""
     size, found = len(batch[0]), list[int]()
     if size > 3 and all(_is_bad(setup, batch, [row]) for row in (0, size // 2, size - 1)):
         return []
@@ -148,7 +149,7 @@ def _is_bad(setup: Setup, batch: Batch, rows: list[int]) -> bool:
             if math.isnan(float(loss.detach())) or not loss.requires_grad:
                 return math.isnan(float(loss.detach()))
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    except (RuntimeError, ValueError):  # a part that the pair cannot take, or values that let no program run
+    except (RuntimeError, ValueError):  # the pair does not run on these rows alone, or on such values
         return False
     return not all(bool(torch.isfinite(each).all()) for each in gradients if each is not None)
 

@@ -156,7 +156,7 @@ def cause_in_data(model: Program, guide: Program, args: Batch) -> str | None:
     try:
         with pyro.validation_enabled(False):
             sites = observed_sites(model, guide, args)
-    except (RuntimeError, ValueError):  # parameters gone astray may let no program run
+    except (RuntimeError, ValueError):  # with parameters that are NaN no program may run
         return None
     for site in sites:
         if isinstance(site["value"], Tensor) and not bool(torch.isfinite(site["value"]).all()):
