@@ -53,7 +53,8 @@ def log_marginal(
       ``elbo`` is the guide's. Discrete latents are summed if that takes no more decoder calls than ``num_samples``. Where it
       takes more, and for pairs that are tied to one set of data and for more than 400 latents, the rungs are ``"guide"`` and
       ``"mixture"`` only; the evidence's ``notes`` say why;
-    - ``"guide"``: q(z|x), the guide itself;
+    - ``"guide"``: q(z|x), the guide itself, which is what papers report. It is the default of this function, whose cost is
+      then known beforehand; that of the command line is ``"auto"``;
     - ``"prior"``: p(z), so that the weights are likelihoods: the naive estimator, hopeless if x says much about z;
     - ``"mixture"``: :math:`\alpha p(z) + (1 - \alpha) q(z \mid x)`, whose weights are at most :math:`p(x \mid z) / \alpha` even
       if the guide misses what the model allows (Owen and Zhou 2000). The draws are stratified: exactly :math:`\alpha S` come
