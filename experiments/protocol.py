@@ -182,10 +182,10 @@ def figure(rows: dict[str, dict[str, Any]]) -> None:
     for place, name in enumerate(names):
         words = f"{rows[name]['reliable_guide']:.0%} → {rows[name]['reliable_auto']:.0%}"
         ax.annotate(words, (below[place] + error[place], place), (4, -3), textcoords="offset points")
-    ax.set_xlabel("repaired minus guide's estimate of log p(x), nats per image, with two standard errors")
+    ax.set_xlabel("repaired minus guide's estimate, nats per image, with two standard errors")
     ax.set_title("Reliable estimates by the guide → repaired", fontsize=10, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.margins(x=0.15)
+    ax.set_xlim(right=1.3 * max(place + width for place, width in zip(below, error, strict=True)))
     plt.savefig(record.RESULTS / f"{NAME}.png", dpi=120)
     plt.close()
 

@@ -464,8 +464,8 @@ def test_a_run_file_can_do_without_validation(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     options = "--train.validation 0 --evaluate.limit 5 --name short"
     assert main(["train", *QUICK, *options.split()]) == 0
-    records = [json.loads(line) for line in (tmp_path / "runs" / "short" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["validation"] for record in records] == [None, None]
+    records = (tmp_path / "runs" / "short" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(record)["validation"] for record in records] == [None, None]
 
 
 @pytest.mark.parametrize(("kind", "quantity"), [("conditional", "log p(x|y)"), ("semi_supervised", "log p(x)")])

@@ -199,7 +199,7 @@ def test_what_the_ladder_spends_is_counted_and_bounded():
     x = torch.ones(2, 8)
     evidence = pv.log_marginal(model, guide, x, num_samples=2000, proposal="auto", seed=0, compile=False)
     assert not evidence.reliable.any()
-    assert (evidence.calls < 100_000).all()
+    assert (evidence.calls < 300_000).all()
     assert evidence.calls.max() < 3 * calls
 
 
@@ -373,7 +373,7 @@ def test_discrete_latents_are_summed_where_that_takes_no_more_calls_than_draws(b
 
 @pytest.mark.usefixtures("float64")
 def test_a_second_opinion_refutes_an_estimate_that_lacks_a_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pyrovae.evidence.second.CHAINS", {"num_chains": 32, "num_temperatures": 40, "leapfrog_steps": 3})
+    monkeypatch.setattr("pyrovae.evidence.second.CHAINS", {"num_chains": 100, "num_temperatures": 40, "leapfrog_steps": 3})
     pair = TwoModes(1)
     x = torch.as_tensor(np.random.default_rng(0).uniform(0.5, 2.0, (12, 1)))
     alone = pv.log_marginal(pair.model, pair.guide, x, num_samples=2000, proposal="guide", seed=0, second=4)

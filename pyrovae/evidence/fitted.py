@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Fitted", "candidates", "slope_of", "tempered", "weighed"]
+__all__ = ["Fitted", "candidates", "slope_of", "stacked", "tempered", "weighed"]
 
 # Degrees of freedom that are tried, and powers of the likelihood: wider than the posterior is safe, narrower is not.
 TAILS, POWERS = (6.0, 30.0, 1000.0), (0.35, 0.5, 0.7, 0.85, 1.0)
@@ -97,6 +98,13 @@ class Fitted(NamedTuple):
     def log_prob(self, flat: Tensor) -> Tensor:
         """Log-density at points (S, B, L), shape (S, B)."""
         return torch.logsumexp(self.log_parts(flat) + self.shares.log(), -1)
+
+
+def stacked(proposals: Sequence[Fitted]) -> Fitted:
+    """The proposals of several data side by side, with as many components as the largest."""
+    most = max(proposal.loc.shape[1] for proposal in proposals)
+    padded = [proposal.padded(most) for proposal in proposals]
+    return Fitted(*(torch.cat(columns) for columns in zip(*padded, strict=True)))
 
 
 def slope_of(fitted: Fitted, flat: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.matching import Batch
 from .ascent import curvature
-from .fitted import Fitted, candidates, weighed
+from .fitted import Fitted, candidates, stacked, weighed
 from .matching import match_gradients, match_weights, smoothed_weights
 from .modes import Modes
 from .terms import CALLS_OF_A_GRADIENT, PairTerms
@@ -89,7 +89,7 @@ def fit(terms: PairTerms, args: Batch, modes: Modes, calls: Tensor) -> Fitted:
         at = own.point.gather(0, which[..., None].expand(-1, -1, own.point.shape[-1]))
         parts.append(_gaussians(terms, tuple(array[rows] for array in args), at, own.unit, calls, rows))
         order.append(rows)
-    return _together(parts, torch.cat(order))
+    return stacked(parts).rows(torch.argsort(torch.cat(order)))
 
 
 def _gaussians(terms: PairTerms, args: Batch, at: Tensor, unit: Tensor, calls: Tensor, rows: Tensor) -> Fitted:
@@ -113,13 +113,6 @@ def _gaussians(terms: PairTerms, args: Batch, at: Tensor, unit: Tensor, calls: T
     loc, tril = loc.transpose(0, 1), tril.transpose(0, 1)
     shares = torch.full(loc.shape[:2], 1 / modes, dtype=loc.dtype, device=loc.device)
     return Fitted.of(loc, tril, shares, torch.full_like(shares[:, 0], 8.0))
-
-
-def _together(parts: list[Fitted], order: Tensor) -> Fitted:
-    """Mixtures of several numbers of components as one, in the data's order."""
-    most = max(part.loc.shape[1] for part in parts)
-    whole = Fitted(*(torch.cat(columns) for columns in zip(*(part.padded(most) for part in parts), strict=True)))
-    return whole.rows(torch.argsort(order))
 
 
 def adapted(fitted: Fitted, unit: Tensor, scored: Scored, rounds: int = 3) -> Fitted:

@@ -47,13 +47,14 @@ def log_marginal(
       that open, more ascents look for them. Else a Gaussian is matched to the gradients around each mode (Cai et al. 2024),
       tempered and given the tail by which the weights of a second pilot vary least, adapted to those weights if need be, and
       mixed with the prior, which has 4 % of the draws. If that fails, more ascents and larger pilots make a second proposal,
-      and if no proposal is good enough, 64 chains are annealed from the best one, through 60 temperatures. What is then
+      and if no proposal is good enough, 64 chains are annealed from the best one, through 60 temperatures or 240. What is then
       still not reliable is flagged. ``rung`` says which it was, ``calls`` what it cost. Reported draws are fresh, so
       :math:`\hat p(x)` is unbiased but for data that their own draws turn back, which costs at most half a standard error. The
       ``elbo`` is the guide's. Discrete latents are summed if that takes no more decoder calls than ``num_samples``. Where it
       takes more, and for pairs that are tied to one set of data and for more than 400 latents, the rungs are ``"guide"`` and
       ``"mixture"`` only; the evidence's ``notes`` say why;
-    - ``"guide"``: q(z|x), the guide itself;
+    - ``"guide"``: q(z|x), the guide itself, which is what papers report. It is the default of this function, whose cost is
+      then known beforehand; that of the command line is ``"auto"``;
     - ``"prior"``: p(z), so that the weights are likelihoods: the naive estimator, hopeless if x says much about z;
     - ``"mixture"``: :math:`\alpha p(z) + (1 - \alpha) q(z \mid x)`, whose weights are at most :math:`p(x \mid z) / \alpha` even
       if the guide misses what the model allows (Owen and Zhou 2000). The draws are stratified: exactly :math:`\alpha S` come

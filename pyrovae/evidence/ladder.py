@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from ..data.matching import Batch
 from .annealing_options import AnnealingOptions
 from .chunks import ahead
-from .fitted import Fitted, tempered
+from .fitted import Fitted, stacked, tempered
 from .fitting import Scored, adapted, draws_for, fit, tuned
 from .kinds import RUNGS
 from .modes import FEW_LATENTS, Found, Modes
@@ -44,8 +45,8 @@ FIRST_POWER, FIRST_DF = 0.6, 30.0
 ADAPTATIONS, FITTED_PILOT, SECOND_PILOT = 2, 2, 4
 # Nats that modes which were not found may add before more starts look for them.
 UNSEEN = 0.02
-# The last rung: chains from the best proposal so far.
-CHAINS = AnnealingOptions(num_chains=64, num_temperatures=60, leapfrog_steps=4, step_size=0.2)
+# The last rung: chains from the best proposal so far, and again through more temperatures if they do not agree.
+CHAINS, TEMPERATURES = AnnealingOptions(num_chains=64, leapfrog_steps=4, step_size=0.2), (60, 240)
 # The prior's fraction of the mixture with the guide, where nothing can be fitted.
 MIXTURE_SHARE = 0.25
 # Numbers that the covariances of data that are fitted together may have.
@@ -336,7 +337,7 @@ class Ladder:
                 draw, batch = self.task.mixture(number, prior_count(number, MIXTURE_SHARE)), self.part(part)
                 yield part, (draw(batch, size) for size in _sizes(number, self.block))
         else:
-            fitted = _stacked([self.proposals[row] for row in rows.tolist()])
+            fitted = stacked([self.proposals[row] for row in rows.tolist()])
             place = 0
             for part, blocks in self._fitted_blocks(rows, fitted, number):
                 which = torch.arange(place, place + len(part))
@@ -356,13 +357,19 @@ class Ladder:
             yield log_joint - log_drawn
 
     def _anneal(self, rows: Array) -> None:
-        """Chains from the best proposals to the posterior, for what no proposal was good enough for."""
+        """Chains from the best proposals to the posterior, for what no proposal was good enough for; longer ones if need be."""
+        for temperatures in TEMPERATURES if self.task.terms is not None else ():
+            options = replace(CHAINS, num_temperatures=temperatures)
+            if len(rows):
+                self.piloted[rows[self.rung[rows] == ANNEALED]] += CHAINS.num_chains
+                self._anneal_by(AnnealingPath(options, options.betas), rows)
+                rows = rows[self.arrays["ess"][rows] < CHAINS.num_chains / 2]
+
+    def _anneal_by(self, path: AnnealingPath, rows: Array) -> None:
         terms = self.task.terms
-        if terms is None or not len(rows):
-            return
-        path, each = AnnealingPath(CHAINS, CHAINS.betas), max(1, terms.gradients // CHAINS.num_chains)
-        for part in torch.from_numpy(rows).split(each):
-            field = FittedField.of(terms, self.part(part), _stacked([self.proposals[row] for row in part.tolist()]))
+        assert terms is not None
+        for part in torch.from_numpy(rows).split(max(1, terms.gradients // CHAINS.num_chains)):
+            field = FittedField.of(terms, self.part(part), stacked([self.proposals[row] for row in part.tolist()]))
             with tqdm(disable=True) as bar:
                 log_w = path.forward(field, path.tune(field, bar), bar)
             moments = LogMoments(len(part), self.task.num_samples, self.device, curve=True)
@@ -390,10 +397,3 @@ class Ladder:
 def _sizes(number: int, most: int) -> Iterator[int]:
     """``number`` draws in blocks of ``most``; the last may be smaller."""
     return (min(most, number - start) for start in range(0, number, most))
-
-
-def _stacked(proposals: list[Fitted]) -> Fitted:
-    """The proposals of single data side by side, with as many components as the largest."""
-    most = max(proposal.loc.shape[1] for proposal in proposals)
-    padded = [proposal.padded(most) for proposal in proposals]
-    return Fitted(*(torch.cat(columns) for columns in zip(*padded, strict=True)))
