@@ -20,8 +20,8 @@ from torch.distributions.kl import register_kl
 from ._validation import unknown
 
 __all__ = [
-    "Beta", "BetaBinomial", "ContinuousBernoulli", "Dequantized", "DiagonalNormalMixture", "DiscretizedLogistic", "FlowDistribution",
-    "HeterogeneousIndependent", "HypersphereUniform", "NormalMixture", "OneHot", "OrdinalCategorical", "PowerSpherical",
+    "Beta", "BetaBinomial", "ContinuousBernoulli", "Dequantized", "DiagonalNormalMixture", "DiscretizedLogistic",
+    "FlowDistribution", "HeterogeneousIndependent", "HypersphereUniform", "NormalMixture", "OneHot", "OrdinalCategorical", "PowerSpherical",
     "RelaxedOneHot", "ZeroInflatedNegativeBinomial", "centre", "check_sphere", "conditioned", "flow_transform", "log_area",
     "mixture", "normalizing_flow", "same_support",
 ]  # fmt: skip
@@ -679,8 +679,8 @@ class BetaBinomial(dist.BetaBinomial):
 
     .. math:: \log p(x) = \log \binom{n}{x} + \log \frac{B(x + \alpha, n - x + \beta)}{B(\alpha, \beta)}
 
-    Near a binomial the concentrations are in the thousands, and the difference of logarithms of the gamma function loses a tenth
-    of a nat in float32.
+    Near a binomial the concentrations are in the thousands, and the difference of logarithms of the gamma function loses a
+    tenth of a nat in float32.
 
     Example:
         >>> import torch
