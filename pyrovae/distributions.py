@@ -22,8 +22,8 @@ from ._validation import unknown
 __all__ = [
     "Beta", "BetaBinomial", "ContinuousBernoulli", "Dequantized", "DiagonalNormalMixture", "DiscretizedLogistic",
     "FlowDistribution", "HeterogeneousIndependent", "HypersphereUniform", "NormalMixture", "OneHot", "OrdinalCategorical",
-    "PowerSpherical", "RelaxedOneHot", "ZeroInflatedNegativeBinomial", "centre", "check_sphere", "conditioned", "flow_transform", "log_area",
-    "mixture", "normalizing_flow", "same_support",
+    "PowerSpherical", "RelaxedOneHot", "ZeroInflatedNegativeBinomial", "centre", "check_sphere", "conditioned",
+    "flow_transform", "log_area", "mixture", "normalizing_flow", "same_support",
 ]  # fmt: skip
 
 
