@@ -675,12 +675,13 @@ class Beta(dist.Beta):
 
 
 class BetaBinomial(dist.BetaBinomial):
-    r"""Pyro's beta-binomial with a log-probability that is computed in float64, and returned in the parameters' type.
+    r"""Pyro's beta-binomial with a log-probability that is precise in float32.
 
-    .. math:: \log p(x) = \log \binom{n}{x} + \log \frac{B(x + \alpha, n - x + \beta)}{B(\alpha, \beta)}
+    .. math:: \log p(x) = \log \binom{n}{x} + R(\alpha, x) + R(\beta, n - x) - R(\alpha + \beta, n),
+        \qquad R(a, x) = \log \frac{\Gamma(a + x)}{\Gamma(a)}
 
-    Near a binomial the concentrations are in the thousands, and the difference of logarithms of the gamma function loses a
-    tenth of a nat in float32.
+    Near a binomial the concentrations are in the thousands, where Pyro's difference of logarithms of the gamma function loses
+    a tenth of a nat. Here R is a difference of Stirling's series for large a, in which no large numbers cancel.
 
     Example:
         >>> import torch
@@ -695,13 +696,32 @@ class BetaBinomial(dist.BetaBinomial):
         """The log-probability of counts, in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        a, b, counts, number = (each.double() for each in (self.concentration1, self.concentration0, value, self.total_count))
-        if not any(self.total_count.stride()):  # one count for all, which need not be looked at for each particle
-            number = self.total_count[(0,) * self.total_count.dim()].double()
-        left = number - counts
-        log_prob = (number + 1).lgamma() - (counts + 1).lgamma() - (left + 1).lgamma()
-        log_prob = log_prob + (a + counts).lgamma() - a.lgamma() + (b + left).lgamma() - b.lgamma()
-        return (log_prob + (a + b).lgamma() - (a + b + number).lgamma()).to(self.concentration1.dtype)
+        a, b, number = self.concentration1, self.concentration0, self.total_count
+        if not any(number.stride()):  # one count for all, which need not be looked at for each particle
+            number = number[(0,) * number.dim()]
+        counts, total = value.double(), number.double()
+        choices = (total + 1).lgamma() - (counts + 1).lgamma() - (total - counts + 1).lgamma()
+        value, number = value.to(a.dtype), number.to(a.dtype)
+        return choices.to(a.dtype) + _log_rising(a, value) + _log_rising(b, number - value) - _log_rising(a + b, number)
+
+
+# From here on Stirling's series is exact in float64.
+LARGE = 30.0
+
+
+def _log_rising(a: Tensor, x: Tensor) -> Tensor:
+    """log Gamma(a + x) - log Gamma(a)."""
+    small, large = a.clamp(max=LARGE), a.clamp(min=LARGE)
+    last = large + x
+    series = (last - 0.5) * torch.log1p(x / large) + x * large.log() - x
+    series = series + _stirling(last.reciprocal()) - _stirling(large.reciprocal())
+    return torch.where(a < LARGE, (small + x).lgamma() - small.lgamma(), series)
+
+
+def _stirling(inverse: Tensor) -> Tensor:
+    """What Stirling's formula for log Gamma leaves out, by the inverse of its argument."""
+    square = inverse * inverse
+    return inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
 
 
 class OrdinalCategorical(dist.Categorical):

@@ -362,7 +362,7 @@ def test_the_beta_binomial_is_precise_in_float32(total_count: int):
     ours = BetaBinomial(a, b, total_count=total_count).log_prob(x)
     wide = [parameter.double() for parameter in (a, b)]
     truth = BetaBinomial(*wide, total_count=total_count).log_prob(x.double())
-    torch.testing.assert_close(ours.double(), truth, rtol=3e-6, atol=2e-4 if total_count > 16 else 3e-5)
+    torch.testing.assert_close(ours.double(), truth, rtol=3e-6, atol=1e-3 if total_count > 16 else 3e-5)
     # Exactly, by a product of rational numbers; scipy's own loses digits for large concentrations.
     index = torch.arange(total_count).double().reshape(-1, 1, 1, 1)
     counts, number = x.double(), torch.tensor(float(total_count), dtype=torch.float64)
