@@ -57,7 +57,8 @@ def result(name: str) -> dict[str, Any]:
 def cost(found: dict[str, Any], time: str = "") -> str:
     """What a result cost, and where it was computed."""
     spent = f"{found['processor_seconds']:.0f} s of processor time" if "processor_seconds" in found else time
-    return f"Cost: {spent}, {found['machine']}, {found['date']}."
+    machine = found["machine"].replace("1 threads", "1 thread")
+    return f"Cost: {spent}, {machine}, {found['date']}."
 
 
 def importance_weighted() -> Paper:
@@ -74,7 +75,12 @@ def importance_weighted() -> Paper:
         found = result("importance_weighted_autoencoder")
         for row in found["rows"]:
             rows.append(Row(f"{row['what']}, {found['epochs']} epochs", f"{row['published']:.2f}", f"{row['measured']:.2f}"))
-        spent = f"The others: {found['epochs']} epochs, {found['images']:,} images. {cost(found)}"
+        missing = {(1, 1), (1, 5), (2, 1), (2, 5)} - {(row["layers"], int(row["what"].split()[-1])) for row in found["rows"]}
+        words = f" **Not measured yet**: {', '.join(f'{n} layers, K = {k}' for n, k in sorted(missing))}." if missing else ""
+        one, two = (next((row["measured"] for row in found["rows"] if row["layers"] == n), None) for n in (1, 2))
+        if one is not None and two is not None and two < one:
+            words += f" The second layer is not trained after {found['epochs']} epochs: it is behind one layer, not ahead."
+        spent = f"The others: {found['epochs']} epochs, {found['images']:,} images. {cost(found)}{words}"
     return Paper(
         "Importance weighted autoencoders",
         "[Burda, Grosse and Salakhutdinov 2016](https://arxiv.org/abs/1509.00519), table 1, MNIST binarised anew in each epoch",

@@ -540,7 +540,7 @@ class BetaBinomial(Likelihood):
     def forward(self, z: Tensor) -> dist.Distribution:
         """p(x|z): batch shape ``z.shape[:-1]``, event shape ``event_shape``."""
         alpha, beta = self.output(z).exp().unbind(-self.event_dim - 1)
-        return dist.BetaBinomial(alpha, beta, total_count=self.total_count).to_event(self.event_dim)
+        return distributions.BetaBinomial(alpha, beta, total_count=self.total_count).to_event(self.event_dim)
 
 
 @register("likelihood")

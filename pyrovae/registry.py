@@ -137,8 +137,8 @@ def build(kind: str, spec: Any, **defaults: Any) -> Any:
         return spec
     options = {key: _rebuilt(value) for key, value in spec.items() if key != "component"}
     if "kind" not in options:
+        example = f'add kind = "{names(kind)[0]}", for example.'  # names refuses what is no kind
         article = "An" if kind[0] in "aeiou" else "A"
-        example = f'add kind = "{names(kind)[0]}", for example.'
         raise ValueError(f"{article} {kind} table must have the key kind, got {options!r}: {example}")
     name = options.pop("kind")
     cls = find(kind, name)

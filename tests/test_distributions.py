@@ -18,6 +18,7 @@ from torch.distributions import kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrovae.distributions import (
+    BetaBinomial,
     DiagonalNormalMixture,
     FlowDistribution,
     HypersphereUniform,
@@ -352,3 +353,33 @@ def test_a_mixture_by_products_holds_no_number_for_each_dimension_of_each_compon
 def test_other_components_make_a_mixture_of_the_usual_kind() -> None:
     for parts in (dist.Laplace(torch.zeros(3, 2), 1.0).to_event(1), dist.MultivariateNormal(torch.zeros(3, 2), torch.eye(2))):
         assert type(mixture(torch.zeros(3), parts)) is dist.MixtureSameFamily
+
+
+@pytest.mark.parametrize("total_count", [1, 16, 255])
+def test_the_beta_binomial_is_precise_in_float32(total_count: int):
+    a, b = torch.meshgrid(torch.logspace(-4, 7, 23), torch.logspace(-4, 7, 23), indexing="ij")
+    x = torch.tensor(sorted({0, 1, total_count // 3, total_count - 1, total_count}))[:, None, None].float()
+    ours = BetaBinomial(a, b, total_count=total_count).log_prob(x)
+    wide = [parameter.double() for parameter in (a, b)]
+    truth = BetaBinomial(*wide, total_count=total_count).log_prob(x.double())
+    torch.testing.assert_close(ours.double(), truth, rtol=3e-6, atol=2e-4 if total_count > 16 else 3e-5)
+    # Exactly, by a product of rational numbers; scipy's own loses digits for large concentrations.
+    index = torch.arange(total_count).double().reshape(-1, 1, 1, 1)
+    counts, number = x.double(), torch.tensor(float(total_count), dtype=torch.float64)
+
+    def rising(start: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        return torch.where(index < steps, (start + index).log(), 0.0).sum(0)
+
+    choices = (number + 1).lgamma() - (counts + 1).lgamma() - (number - counts + 1).lgamma()
+    products = rising(wide[0], counts) + rising(wide[1], number - counts) - rising(wide[0] + wide[1], number)
+    torch.testing.assert_close(truth, choices + products, rtol=1e-8, atol=1e-7)
+
+
+def test_the_beta_binomial_has_gradients_and_expands():
+    a, b = torch.tensor([1e-3, 2.0, 3e4], requires_grad=True), torch.tensor([5.0, 0.1, 2e4], requires_grad=True)
+    x = torch.tensor([0.0, 3.0, 9.0])
+    wide = [parameter.detach().double().requires_grad_() for parameter in (a, b)]
+    gradients = torch.autograd.grad(BetaBinomial(a, b, total_count=16).expand((2, 3)).log_prob(x).sum(), (a, b))
+    exact = torch.autograd.grad(2 * dist.BetaBinomial(*wide, total_count=16).log_prob(x.double()).sum(), wide)
+    for ours, theirs in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-7)

@@ -315,3 +315,9 @@ def test_numpy_numbers_become_plain() -> None:
 
     likelihood = Normal(MLP(np.int64(2), [np.int64(4)], (np.int64(3),)), scale=np.float32(0.5))
     assert json.loads(json.dumps(describe(likelihood, "likelihood")))["scale"] == 0.5
+
+
+@pytest.mark.parametrize("component", [3, 0.5, "", "priors"])
+def test_a_table_of_no_kind_of_component_is_refused(component: object) -> None:
+    with pytest.raises(ValueError, match="kind"):
+        registry.build("prior", {"kind": "flow", "latent_dim": 2, "base": {"component": component}})

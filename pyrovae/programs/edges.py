@@ -132,9 +132,7 @@ def densities_beyond(drawn: dict, model_site: dict, guide_site: dict) -> tuple[T
     except (NotImplementedError, KeyError):  # no support, no bijection to it, or a flow without an inverse
         return None
     lost = sum_last(found[0].double(), found[0].dim() - beyond[0].dim()) > 0
-    log_prior, log_guide = (
-        torch.where(lost, other, log_prob_of({**site, "value": value})) for other, site in zip(beyond, sites, strict=True)
-    )
+    log_prior, log_guide = (torch.where(lost, other, log_prob_of(site)) for other, site in zip(beyond, sites, strict=True))
     return log_prior, log_guide
 
 
