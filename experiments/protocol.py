@@ -177,12 +177,12 @@ def figure(rows: dict[str, dict[str, Any]]) -> None:
     names = list(reversed(rows))
     below = [rows[name]["below"] for name in names]
     error = [2 * np.hypot(rows[name]["below_se_monte_carlo"], rows[name]["below_se_images"]) for name in names]
-    _, ax = plt.subplots(figsize=(7, 0.32 * len(names) + 1.2), layout="constrained")
+    _, ax = plt.subplots(figsize=(7.6, 0.32 * len(names) + 1.2), layout="constrained")
     ax.barh(names, below, xerr=error, color="#9db7d5", ecolor="#333333", capsize=2)
     for place, name in enumerate(names):
         words = f"{rows[name]['reliable_guide']:.0%} → {rows[name]['reliable_auto']:.0%}"
         ax.annotate(words, (below[place] + error[place], place), (4, -3), textcoords="offset points")
-    ax.set_xlabel("repaired minus guide's estimate, nats per image, with two standard errors")
+    ax.set_xlabel("repaired minus guide's estimate (nats per image, two standard errors)")
     ax.set_title("Reliable estimates by the guide → repaired", fontsize=10, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlim(right=1.3 * max(place + width for place, width in zip(below, error, strict=True)))
