@@ -10,7 +10,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
-from runs import TrainedRun, trained
+from trained_runs import TrainedRun, trained
 
 torch.set_num_threads(1)
 # Components with mistakes on purpose, which only test_broken_components.py registers, in a process of its own.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import QUICK, TrainedRun
+from trained_runs import QUICK, TrainedRun
 
 import pyrovae as pv
 from pyrovae.cli.app import main
