@@ -1221,6 +1221,20 @@ def test_a_value_that_a_latent_stretches_lacks_its_jacobian(value: Any) -> None:
             score(program, drawn, _x())
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_count_that_stretches_is_found_where_it_is_mostly_zero(seed: int) -> None:
+    """At z = 0 the observed values are the data themselves, which the first draws may all be."""
+    torch.manual_seed(seed)
+    program, drawn = _computed(lambda x, z: x * (1 + z), dist.Bernoulli(0.2)), _drawn(lambda x: dist.Bernoulli(0 * x + 0.2))
+    with pytest.raises(ValueError, match="observed at site 'x' depends on a latent by more than a shift"):
+        pv.log_marginal(program, drawn, _x()[:4], num_samples=50)
+
+
+@pytest.mark.parametrize("value", [lambda x, z: x - 1000 * z + 999 * z, lambda x, z: x + z.exp() * 100])
+def test_a_residual_may_be_far_from_the_data(value: Any) -> None:
+    pv.log_marginal(_computed(value), guide, _x(), num_samples=50, seed=0)
+
+
 def test_missing_values_drawn_as_latents_are_observed_with_the_others() -> None:
     """Pyro's idiom of imputation: the latent takes the place of what is missing, so the rest is observed as it is."""
 

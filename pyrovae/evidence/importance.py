@@ -80,7 +80,7 @@ def log_marginal(
 
     Weights cannot show what the proposal never draws. Therefore one draw of the prior for every 64 is scored as well.
     ``missed`` is what they add to log p(x) where their weights are larger than any that was drawn; a datum with more than 0.05
-    nats and three standard errors is not reliable. A mixture draws from the prior anyway. If a draw of the prior cannot be
+    nats and two standard errors is not reliable. A mixture draws from the prior anyway. If a draw of the prior cannot be
     scored under the guide, as with a flow that cannot be inverted, ``missed`` is ``None`` and ``notes`` say why.
 
     If ``torch.distributed`` is initialised, pass all data to each process. The processes divide the work, and each returns the

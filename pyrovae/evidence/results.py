@@ -180,7 +180,7 @@ class Evidence(EvidenceDisplay):
         heavier-weighted chain was missed. This check is weaker than Pareto k: few chains can agree by chance, and all can miss
         the same mode; :func:`pyrovae.bdmc` shows what to expect. For exact answers: they are finite, and their standard error,
         which is the doubt that rounding and two independent grids leave, is at most 0.01 nats. Estimates also need a
-        ``rounding`` of at most 0.05 nats, a ``missed`` of at most that or three standard errors, and ``covered`` if known.
+        ``rounding`` of at most 0.05 nats, a ``missed`` of at most that or two standard errors, and ``covered`` if known.
         """
         return np.isfinite(self.log_px) & self.kind.consistent(self) & ~self._rounded & ~self._blind & self._covers
 
@@ -199,7 +199,7 @@ class Evidence(EvidenceDisplay):
         """Whether draws of the prior find more mass than the error of the estimate explains."""
         if self.missed is None:
             return np.zeros(len(self), bool)
-        return self.missed > np.fmax(NEGLIGIBLE, 3 * self.se)
+        return self.missed > np.fmax(NEGLIGIBLE, 2 * self.se)
 
     @property
     def samples_drawn(self) -> Array:

@@ -21,6 +21,8 @@ FACTOR_OF_DATA = "a factor of the data alone"
 
 # By this factor the data are scaled, to see how an observed value follows them. It keeps every sign, and values below one.
 SCALE = 0.99
+# How often the latents are drawn anew to see whether they change an observed value.
+DRAWS = 4
 
 
 def outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple, kwargs: dict) -> bool:
@@ -67,28 +69,40 @@ def squares_of_shifted(model: Program, guide: Program, args: tuple, kwargs: dict
     data = data_plate([*sites_of(traces.model), *sites_of(traces.guide)])
     layout = Layout(1, data.size, plate_nesting(traces.model, traces.guide), data.dim)
     given = _numbers_of(args, data.size)
-    sites = [site for site in sites if not _are_among(_rows(layout, site, site["value"]), given, _kept(layout, site))]
+    latents = {site["name"]: site["value"] for site in sites_of(traces.model) if not site["is_observed"]}
+    with pyro.validation_enabled(False), _Follow(latents.values()) as follow:
+        again = trace_program(model, args, 1, None, Substitute(latents), kwargs=kwargs)
+    # A value that a latent may change can be a datum by chance, as x * (1 + z) is where a count z is zero.
+    sites = [
+        site
+        for site in sites
+        if follow.read
+        or again.nodes[site["name"]]["value"] in follow
+        or not _are_among(_rows(layout, site, site["value"]), given, _kept(layout, site))
+    ]
+    # Random numbers of the program's own are another check's.
+    sites = [site for site in sites if torch.equal(again.nodes[site["name"]]["value"], site["value"])]
     if not sites:
         return {}
-    latents = {site["name"]: site["value"] for site in sites_of(traces.model) if not site["is_observed"]}
     scaled = tuple(arg * SCALE if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
-    traced = [trace_program(model, each, 1, None, Substitute(latents), kwargs=kwargs) for each in (args, scaled)]
-    traced.append(trace_pair(model, guide, args, kwargs, 1, None).model)
-    found = {}
-    for site in sites:
-        name, kept, value = site["name"], _kept(layout, site), _rows(layout, site, site["value"])
-        again, followed, other = (_rows(layout, site, trace.nodes[name]["value"]) for trace in traced)
-        if bool((again != value).any()):  # random numbers of the program's own are another check's
-            continue
-        moved, step = bool((other != value).any()), followed - value
-        shifted = _shifted_data(step, args, kept)
-        if shifted is not None and (moved or bool((step != 0).any())):
-            found[name] = shifted.square().sum(-1)
-        elif moved:
-            raise ValueError(
-                f"The value observed at site {name!r} depends on a latent by more than a shift, so p(x|z) lacks its Jacobian: "
-                f"observe the data themselves, and let the latent move their distribution, as Normal(0.0, z) for obs=x / z."
-            )
+    runs = [again, *(trace_pair(model, guide, args, kwargs, 1, None).model for _ in range(DRAWS))]
+    found: dict[str, Tensor] = {}
+    for run in runs:
+        drawn = {site["name"]: site["value"] for site in sites_of(run) if not site["is_observed"]}
+        follows = trace_program(model, scaled, 1, None, Substitute(drawn), kwargs=kwargs)
+        for site in sites:
+            name, kept, first = site["name"], _kept(layout, site), _rows(layout, site, site["value"])
+            value, followed = (_rows(layout, site, trace.nodes[name]["value"]) for trace in (run, follows))
+            moved, step = bool((value != first).any()), followed - value
+            shifted = _shifted_data(step, value, args, kept)
+            if shifted is not None and (moved or bool((step != 0).any())):
+                found.setdefault(name, shifted.square().sum(-1))
+            elif moved:
+                raise ValueError(
+                    f"The value observed at site {name!r} depends on a latent by more than a shift, so p(x|z) lacks its "
+                    f"Jacobian: observe the data themselves, and let the latent move their distribution, as Normal(0.0, z) for "
+                    f"obs=x / z."
+                )
     return found
 
 
@@ -209,14 +223,17 @@ def _are_among(value: Tensor, given: Tensor | None, kept: Tensor) -> bool:
     return bool(among.all())
 
 
-def _shifted_data(step: Tensor, args: tuple, kept: Tensor) -> Tensor | None:
+def _shifted_data(step: Tensor, value: Tensor, args: tuple, kept: Tensor) -> Tensor | None:
     """The data whose scaling moved values by such a step, with zeros for values that stayed; ``None`` if no argument did."""
     if bool(((step == 0) | ~kept).all()):
         return torch.zeros_like(step)
     for arg in args:
         if isinstance(arg, Tensor) and arg.is_floating_point() and arg.numel() == step.numel():
             numbers = arg.detach().double().reshape(step.shape)
-            same = torch.isclose(step.abs(), numbers.abs() * (1 - SCALE), rtol=0.02, atol=1e-5 * float(arg.abs().max()))
+            # Latents may be larger than the data, whose rounding the step then has; a stretch by so little can be neglected.
+            rounding = 1e-5 * float(numbers.abs().max()) + 16 * torch.finfo(arg.dtype).eps * value.abs()
+            same = torch.isclose(step.abs(), numbers.abs() * (1 - SCALE), rtol=1e-3, atol=0.0)
+            same |= (step.abs() - numbers.abs() * (1 - SCALE)).abs() <= rounding
             if bool((same | (step == 0) | ~kept).all()):
                 return torch.where((step == 0) | ~kept, 0.0, numbers)
     return None
