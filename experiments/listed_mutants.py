@@ -39,8 +39,8 @@ class Change(NamedTuple):
 CHANGES = [
     Change(
         "the Jacobian of the guide's density in unconstrained space left out",
-        "programs/unconstrained.py", "log_guide = sum(terms, jacobian)", "log_guide = sum(terms, 0 * jacobian)",
-        "proposals", "jacobian",
+        "programs/unconstrained.py", "[self._log_density(site, place, size) for site in guide_sites]",
+        "[per_datum(site, log_prob_of(site), self.data, size, self.nesting) for site in guide_sites]", "proposals", "jacobian",
     ),
     Change(
         "a gate's zero times infinity",
@@ -150,7 +150,7 @@ CHANGES = [
     ),
     Change(
         "clipping that also lengthens short gradients",
-        "compile/step.py", "(self.clip_norm / (norm + 1e-6)).clamp(max=1.0)", "self.clip_norm / (norm + 1e-6)",
+        "compile/step.py", "(clip_norm / (norm + 1e-6)).clamp(max=1.0)", "clip_norm / (norm + 1e-6)",
         "staging", "clipping",
     ),
     Change(
