@@ -78,7 +78,7 @@ def log_marginal(
     pilot missed the large weights. Discrete latents may give weights without any spread, which shows only that all draws have
     the same value: then all ``num_samples`` are drawn.
 
-    Weights cannot show what the proposal never draws. Therefore one draw of the prior for every 64 is scored as well.
+    Weights cannot show what the proposal never draws. Therefore one draw of the prior for every 80 is scored as well.
     ``missed`` is what they add to log p(x) where their weights are larger than any that was drawn; a datum with more than 0.05
     nats and two standard errors is not reliable. A mixture draws from the prior anyway. If a draw of the prior cannot be
     scored under the guide, as with a flow that cannot be inverted, ``missed`` is ``None`` and ``notes`` say why.

@@ -75,7 +75,7 @@ MIN_DRAWS = 250
 REACH = 4
 # One draw of the prior is scored for every PROBE_EVERY draws of the proposal, and at least and at most these many. Of few draws
 # twice as many are, up to USUAL_PROBES: sixteen show too little of a mode with a third of the posterior.
-PROBE_EVERY, FEWEST_PROBES, MOST_PROBES = 64, 16, 256
+PROBE_EVERY, FEWEST_PROBES, MOST_PROBES = 80, 16, 256
 PROBE_FEW_EVERY, USUAL_PROBES = 32, 64
 
 
