@@ -18,7 +18,7 @@ import pytest
 import pyrovae as pv
 from pyrovae.cli import main, sweeping
 from pyrovae.cli.config import read_run
-from pyrovae.cli.grid import Grid, parse_axes
+from pyrovae.cli.grid import Grid, parse_axes, read_plan, write_plan
 
 QUICK = [
     *("--train.max-steps", "2", "--evaluate.num-samples", "20", "--evaluate.decompose", "0", "--evaluate.limit", "6"),
@@ -30,7 +30,7 @@ AXES = ["--grid", "train.lr=1e-2,1e-3", "--seeds", "2", "--name", "s"]
 class _Here:
     """A process of a sweep as a call in this one."""
 
-    def __init__(self, folder: Path, place: int, cell: Any, jobs: int):
+    def __init__(self, folder: Path, place: int, cell: Any, threads: int):
         with (
             (folder / "logs" / f"{cell.name}.log").open("a") as log,
             contextlib.redirect_stdout(log),
@@ -185,6 +185,17 @@ def test_values_of_every_kind_are_read_and_named_apart():
         {"model": {"kind": "vae", "latent_dim": 3, "encoder": "diagonal_normal"}}, {"model.kind": ["vae", "conditional"]}, 1
     )
     assert [cell.run.model.kind for cell in kinds.cells()] == ["vae", "conditional"]
+
+
+def test_a_sweep_keeps_its_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rounding depends on it, so that a sweep that goes on with another --jobs would end with other numbers."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [sweeping.threads_each(jobs) for jobs in (1, 2, 3, 20)] == [8, 4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert sweeping.threads_each(2) == 5
+    write_plan(tmp_path, Grid({}, {}, 1, threads=4))
+    assert write_plan(tmp_path, Grid({}, {}, 3, threads=8)) == read_plan(tmp_path) == Grid({}, {}, 3, threads=4)
 
 
 @pytest.mark.slow

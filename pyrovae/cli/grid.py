@@ -44,11 +44,13 @@ class Grid:
         base: what all runs share.
         axes: the values of each setting, such as ``{"train.lr": [1e-3, 3e-4]}``.
         seeds: the number of seeds, which go up from the base's.
+        threads: the number of threads that each process of a run computes with, on which the rounding of its numbers depends.
     """
 
     base: dict[str, Any]
     axes: dict[str, list[Any]]
     seeds: int
+    threads: int = 1
 
     def cells(self) -> list[Cell]:
         """The runs, in order: seeds change fastest, and then the last setting.
@@ -106,8 +108,8 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
     return axes
 
 
-def write_plan(folder: Path, grid: Grid) -> None:
-    """Write what :func:`read_plan` reads.
+def write_plan(folder: Path, grid: Grid) -> Grid:
+    """Write what :func:`read_plan` reads, and return it: a sweep that goes on keeps its number of threads.
 
     Raises:
         ValueError: the folder has another sweep, whose runs differ in more than seeds and the values of the grid.
@@ -124,8 +126,10 @@ def write_plan(folder: Path, grid: Grid) -> None:
         if list(before.axes) != list(grid.axes):
             over = ", ".join(before.axes) or "seeds alone"
             raise ValueError(f"{folder} has another sweep, over {over}: choose another --name.")
-    tables = {"seeds": grid.seeds, "grid": grid.axes, "run": grid.base}
+        grid = replace(grid, threads=before.threads)
+    tables = {"seeds": grid.seeds, "threads": grid.threads, "grid": grid.axes, "run": grid.base}
     files.write_text(folder / PLAN, tomli_w.dumps(tables))
+    return grid
 
 
 def read_plan(folder: Path) -> Grid:
@@ -140,7 +144,8 @@ def read_plan(folder: Path) -> Grid:
         raise FileNotFoundError(f"There is no sweep in {folder}: give a folder that pyrovae sweep wrote, with its {PLAN}.")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Grid(dict(tables["run"]), {key: list(values) for key, values in tables["grid"].items()}, int(tables["seeds"]))
+        axes = {key: list(values) for key, values in tables["grid"].items()}
+        return Grid(dict(tables["run"]), axes, int(tables["seeds"]), int(tables["threads"]))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): start the sweep again with its own options.") from error
 

@@ -51,7 +51,7 @@ def sweep(
     """
     del settings  # as in train
     from .grid import Grid, base_of, parse_axes, read_plan, write_plan
-    from .sweeping import finish, planned_folder, train_all, train_one
+    from .sweeping import finish, planned_folder, threads_each, train_all, train_one
 
     output = output or Output()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -64,19 +64,19 @@ def sweep(
         folder, plan = resume, read_plan(resume)
     else:
         base = base_of(run, given)
-        plan = Grid(base, parse_axes(grid or []), seeds or 1)
+        plan = Grid(base, parse_axes(grid or []), seeds or 1, threads_each(jobs))
         folder = planned_folder(base, given.get("name"))
     cells = plan.cells()
     if index is not None and not 0 <= index < len(cells):
         raise ValueError(f"--index must be from 0 to {len(cells) - 1}, since the sweep has {len(cells)} runs, got {index}.")
     if resume is None:
-        write_plan(folder, plan)
+        plan = write_plan(folder, plan)
     if index is not None:
         train_one(folder, cells[index], output)
         return
     with output.words():
         print(f"{_number(cells)} in {folder}", flush=True)
-        failed = train_all(folder, cells, jobs)
+        failed = train_all(folder, cells, jobs, plan.threads)
         found = finish(folder, cells, failed)
     output.findings(found)
     if failed:

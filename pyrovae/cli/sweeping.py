@@ -23,7 +23,7 @@ from .output import Output
 if TYPE_CHECKING:
     from ..evidence.results import Evidence
 
-__all__ = ["finish", "planned_folder", "train_all", "train_one"]
+__all__ = ["finish", "planned_folder", "threads_each", "train_all", "train_one"]
 
 LOGS, SECONDS_BETWEEN_LOOKS = "logs", 0.1
 
@@ -40,6 +40,13 @@ def planned_folder(base: dict[str, Any], name: str | None) -> Path:
     if (folder / "run.toml").exists():
         raise ValueError(f"{folder} is the folder of a run: choose another --name.")
     return folder
+
+
+def threads_each(jobs: int) -> int:
+    """The threads of each of so many processes: what OMP_NUM_THREADS says, or an equal part of the cores."""
+    # Processes that each take all cores hinder one another.
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) > 0 else max(1, (os.cpu_count() or 1) // jobs)
 
 
 def train_one(folder: Path, cell: Cell, output: Output) -> None:
@@ -61,7 +68,7 @@ def train_one(folder: Path, cell: Cell, output: Output) -> None:
             raise
 
 
-def train_all(folder: Path, cells: Sequence[Cell], jobs: int) -> dict[str, tuple[int, str]]:
+def train_all(folder: Path, cells: Sequence[Cell], jobs: int, threads: int) -> dict[str, tuple[int, str]]:
     """Train the runs that are not done, so many at once, each in a process of its own.
 
     Returns:
@@ -82,7 +89,7 @@ def train_all(folder: Path, cells: Sequence[Cell], jobs: int) -> dict[str, tuple
             while (waiting or running) and signals.received is None:
                 while waiting and len(running) < jobs:
                     place, cell = waiting.pop(0)
-                    running[cell] = _start(folder, place, cell, jobs)
+                    running[cell] = _start(folder, place, cell, threads)
                 ended = [cell for cell, process in running.items() if process.poll() is not None]
                 for cell in ended:
                     code, done = running.pop(cell).returncode, done + 1
@@ -141,11 +148,9 @@ def finish(folder: Path, cells: Sequence[Cell], failed: dict[str, tuple[int, str
     return found
 
 
-def _start(folder: Path, place: int, cell: Cell, jobs: int) -> subprocess.Popen:
+def _start(folder: Path, place: int, cell: Cell, threads: int) -> subprocess.Popen:
     """A process that trains a run; what it prints is in its log."""
     command = [sys.executable, "-m", "pyrovae", "sweep", "--resume", str(folder), "--index", str(place)]
-    # Processes that each take all cores hinder one another.
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     package = str(Path(__file__).parents[2])
     paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     with (folder / LOGS / f"{cell.name}.log").open("ab") as log:
@@ -155,7 +160,7 @@ def _start(folder: Path, place: int, cell: Cell, jobs: int) -> subprocess.Popen:
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": paths},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths},
             start_new_session=True,
         )
 
