@@ -181,28 +181,25 @@ def compiled(folder: Path, rank: int) -> Any:
 
 def killed(folder: Path, rank: int) -> Any:
     """One rank dies in the second epoch."""
-
-    def dying(x: torch.Tensor) -> torch.Tensor:
-        dying.calls += 1
-        if rank == 1 and dying.calls == 12:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return x
-
-    dying.calls = 0
-    return trained(new_vae(), data(), transform=dying, epochs=10_000, checkpoint=folder / "killed", every="epoch")
+    return _halted(folder / "killed", rank, signal.SIGKILL)
 
 
 def stopped(folder: Path, rank: int) -> Any:
     """One rank stands still, as if its machine were lost; the other one wakes it when it has ended."""
+    return _halted(folder / "stopped", rank, signal.SIGSTOP)
 
-    def stopping(x: torch.Tensor) -> torch.Tensor:
-        stopping.calls += 1
-        if rank == 1 and stopping.calls == 12:
-            os.kill(os.getpid(), signal.SIGSTOP)
+
+def _halted(checkpoint: Path, rank: int, number: int) -> Any:
+    """Training in which one rank gets a signal in the second epoch."""
+
+    def halting(x: torch.Tensor) -> torch.Tensor:
+        halting.calls += 1
+        if rank == 1 and halting.calls == 12:
+            os.kill(os.getpid(), number)
         return x
 
-    stopping.calls = 0
-    return trained(new_vae(), data(), transform=stopping, epochs=10_000, checkpoint=folder / "stopped", every="epoch")
+    halting.calls = 0
+    return trained(new_vae(), data(), transform=halting, epochs=10_000, checkpoint=checkpoint, every="epoch")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from .independence import COSTLY_DRAWS, COVERAGE_DRAWS, Latents, _frame, _probin
 from .sites import Layout, Program, latents_of, log_prob_of, sites_of
 from .support import support_of
 from .tracing import Substitute, in_particles, trace_program
-from .wrappers import base_distribution, is_factor
+from .wrappers import base_distribution, is_enumerable, is_factor
 
 __all__ = ["covered_data", "joined_flags"]
 
@@ -29,8 +29,6 @@ POSITIVE_EVERYWHERE = (
     torch.distributions.Normal,
     torch.distributions.StudentT,
 )
-# A discrete latent with at most this many values is enumerated.
-MOST_VALUES = 64
 # The number of observed values that are scored at once, to find the draws that the model allows.
 CHUNK_NUMBERS = 2**22
 
@@ -128,7 +126,7 @@ class _Coverage:
             if beyond is not None:
                 ours = _unmasked(site, beyond) & ~_outside(points[site["name"]]["fn"], site["value"])
                 missed |= _any_of_datum(layout, site, beyond & ours)
-            if density or _is_enumerable(site["fn"]):
+            if density or is_enumerable(site["fn"]):
                 try:
                     log_prob = log_prob_of(site)
                 except (NotImplementedError, KeyError):  # a flow that cannot be inverted
@@ -195,7 +193,7 @@ def _far_value(distribution: Any, start: int, num: int) -> Tensor | None:
     index = torch.arange(start, start + num)
     index = index.reshape(num, *[1] * (len(batch) - 1)) if num > 1 else index[0]
     try:
-        if _is_enumerable(distribution):
+        if is_enumerable(distribution):
             values = distribution.enumerate_support(expand=False)
             values = values.reshape(len(values), *distribution.event_shape)
             return values[(index % len(values)).to(values.device)].expand(*batch, *distribution.event_shape)
@@ -209,13 +207,6 @@ def _far_value(distribution: Any, start: int, num: int) -> Tensor | None:
         return transform(points.reshape(*points.shape, *[1] * (len(shape) - points.dim())).expand(shape))
     except NotImplementedError:  # raised by a distribution without a support, or a support without a bijection
         return None
-
-
-def _is_enumerable(distribution: Any) -> bool:
-    try:
-        return bool(distribution.has_enumerate_support) and len(distribution.enumerate_support(expand=False)) <= MOST_VALUES
-    except NotImplementedError:  # as of a Binomial whose total_count differs between data
-        return False
 
 
 def _is_costly(distribution: Any) -> bool:
@@ -236,7 +227,7 @@ def _is_never_drawn(site: dict) -> Tensor:
     """Whether a discrete value has probability zero; torch clamps it to the rounding error in the logarithm."""
     distribution, value = base_distribution(site), site["value"]
     probs = vars(getattr(distribution, "_categorical", distribution)).get("probs")
-    if probs is None or not _is_enumerable(distribution):
+    if probs is None or not is_enumerable(distribution):
         return torch.zeros((), dtype=torch.bool, device=value.device)
     if distribution.event_shape:
         never = (probs * value).sum(-1) == 0

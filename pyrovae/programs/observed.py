@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from .sites import Layout, Program, data_plate, log_prob_of, per_datum, plate_nesting, plate_sizes, sites_of
 from .support import bare, bounds_of, inside_of, support_of
-from .tracing import Substitute, Traces, trace_pair, trace_program
-from .wrappers import is_factor, is_point, mask_of
+from .tracing import Substitute, Trace, Traces, trace_pair, trace_program
+from .wrappers import is_enumerable, is_factor, is_point, mask_of
 
 __all__ = ["FACTOR_OF_DATA", "factors_of_data", "outside_by_a_latent", "squares_of_shifted"]
 
@@ -21,8 +21,8 @@ FACTOR_OF_DATA = "a factor of the data alone"
 
 # By this factor the data are scaled, to see how an observed value follows them. It keeps every sign, and values below one.
 SCALE = 0.99
-# How often the latents are drawn anew to see whether they change an observed value.
-DRAWS = 4
+# How often the latents are drawn anew, or given another of their values, to see whether they change an observed value.
+DRAWS = 8
 
 
 def outside_by_a_latent(site: dict, model: Program, guide: Program, args: tuple, kwargs: dict) -> bool:
@@ -85,7 +85,7 @@ def squares_of_shifted(model: Program, guide: Program, args: tuple, kwargs: dict
     if not sites:
         return {}
     scaled = tuple(arg * SCALE if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
-    runs = [again, *(trace_pair(model, guide, args, kwargs, 1, None).model for _ in range(DRAWS))]
+    runs = [again, *(_elsewhere(model, guide, args, kwargs, again, place) for place in range(DRAWS))]
     found: dict[str, Tensor] = {}
     for run in runs:
         drawn = {site["name"]: site["value"] for site in sites_of(run) if not site["is_observed"]}
@@ -104,6 +104,17 @@ def squares_of_shifted(model: Program, guide: Program, args: tuple, kwargs: dict
                     f"obs=x / z."
                 )
     return found
+
+
+def _elsewhere(model: Program, guide: Program, args: tuple, kwargs: dict, trace: Trace, place: int) -> Trace:
+    """The model at other draws of the guide; a discrete latent takes its values in turn, as one may be too rare to be drawn."""
+    other = trace_pair(model, guide, args, kwargs, 1, None).model
+    values = {site["name"]: site["value"] for site in sites_of(other) if not site["is_observed"]}
+    for site in sites_of(trace):
+        if not site["is_observed"] and is_enumerable(site["fn"]):
+            listed = site["fn"].enumerate_support(expand=False)
+            values[site["name"]] = listed[place % len(listed)].expand_as(values[site["name"]])
+    return trace_program(model, args, 1, None, Substitute(values), kwargs=kwargs)
 
 
 def factors_of_data(model: Program, args: tuple, kwargs: dict, traces: Traces) -> Tensor | None:

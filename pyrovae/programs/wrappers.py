@@ -12,11 +12,13 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 __all__ = [
-    "base_distribution", "is_factor", "is_masked_anywhere", "is_one_hot", "is_point", "is_reparameterized", "layers_of",
-    "mask_of", "masks_of", "same_mask", "with_tensors",
+    "base_distribution", "is_enumerable", "is_factor", "is_masked_anywhere", "is_one_hot", "is_point", "is_reparameterized",
+    "layers_of", "mask_of", "masks_of", "same_mask", "with_tensors",
 ]  # fmt: skip
 
 Mask = Tensor | bool
+# A discrete latent with at most this many values is enumerated.
+MOST_VALUES = 64
 WRAPPERS = (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)
 
 
@@ -37,6 +39,14 @@ def base_distribution(site: dict) -> Any:
     """A site's distribution without the wrappers around it."""
     *_, distribution = layers_of(site["fn"])
     return distribution
+
+
+def is_enumerable(distribution: Any) -> bool:
+    """Whether a distribution lists its values, and they are at most ``MOST_VALUES``."""
+    try:
+        return bool(distribution.has_enumerate_support) and len(distribution.enumerate_support(expand=False)) <= MOST_VALUES
+    except NotImplementedError:  # as of a Binomial whose total_count differs between data
+        return False
 
 
 def is_point(site: dict) -> bool:
