@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import pyrovae as pv
 from pyrovae.cli.app import main
@@ -159,7 +160,9 @@ def test_two_runs_at_once_have_two_folders(in_folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_command_that_is_ended_is_resumed(in_folder: Path, number: int, code: int) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(pv.__file__).parents[1])}
+    # The same bits take the same number of threads, which is this process's.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | threads | {"PYTHONPATH": str(Path(pv.__file__).parents[1])}
     assert main(["train", "--name", "whole", *MANY_EPOCHS]) == 0
     process = subprocess.Popen(command("train", "--name", "ended", *MANY_EPOCHS), env=environment, stderr=subprocess.DEVNULL)
     while not list(in_folder.glob("runs/ended/checkpoint/step-*")):
