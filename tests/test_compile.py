@@ -389,7 +389,7 @@ def test_the_doctor_says_what_is_on_and_why(monkeypatch: pytest.MonkeyPatch, cap
     assert "Unset PYROVAE_COMPILE" in printed
     monkeypatch.setenv("PYROVAE_COMPILE", "all")
     assert main(["doctor"]) == 2
-    assert "PYROVAE_COMPILE must be eager, aten or inductor, got 'all'" in capsys.readouterr().err
+    assert "PYROVAE_COMPILE must be eager, aten, native or inductor, got 'all'" in capsys.readouterr().err
 
 
 def test_the_doctor_knows_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -243,6 +244,68 @@ def test_a_captured_decoder_is_one_operation(activation: type[nn.Module], joined
     assert found.count(torch.ops.aten.mm.default) == 3 - joined
     with torch.no_grad():
         assert torch.allclose(run(z, x), decoder(z, x), rtol=1e-5)
+
+
+def _as_image(decoder: Decoder, z: Tensor, x: Tensor) -> Tensor:
+    """The likelihood of an image, as the package's own models have it: logits and data with an event of three dimensions."""
+    logits = decoder.logits(z).view(*z.shape[:-1], 1, 28, 28)
+    terms = -functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+    return terms.reshape(*z.shape[:-1], -1).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "joined"),
+    [
+        ((4, 1, 28, 28), True),
+        ((1, 28, 28), True),
+        ((200, 4, 1, 28, 28), True),
+        ((28,), False),  # a row that all rows of the image have in common
+        ((4, 1, 28, 1), False),
+        ((200, 1, 1, 28, 28), False),  # data that repeat within the draws
+    ],
+)
+def test_a_decoder_of_images_is_one_operation(x_shape: tuple[int, ...], joined: bool) -> None:
+    decoder = Decoder([12, 100, 784], nn.ReLU)
+    z, x = torch.randn(200, 4, 12), torch.rand(x_shape).round()
+    run, found = targets(lambda z, x: _as_image(decoder, z, x), z, x)
+    assert (OPERATION in found) == joined
+    with torch.no_grad():
+        assert torch.allclose(run(z, x), _as_image(decoder, z, x), rtol=1e-5)
+
+
+def test_a_layer_of_the_rows_of_an_image_stays() -> None:
+    decoder = Decoder([12, 100, 28], nn.ReLU)
+    z, x = torch.randn(200, 4, 28, 12), torch.rand(4, 28, 28).round()
+
+    def of_image(z: Tensor, x: Tensor) -> Tensor:
+        logits = decoder.logits(z)
+        terms = -functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+        return terms.reshape(200, 4, 784).sum(-1)
+
+    run, found = targets(of_image, z, x)
+    assert OPERATION not in found
+    with torch.no_grad():
+        assert torch.allclose(run(z, x), of_image(z, x), rtol=1e-5)
+
+
+def test_the_native_backend_joins_a_decoder_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_graph, "_inductor", lambda *args: pytest.fail("Inductor is called"))
+    decoder = Decoder([12, 100, 784], nn.Tanh)
+    x = torch.rand(4, 784).round()
+
+    def draw(length: Tensor, x: Tensor) -> tuple[Tensor]:
+        return (decoder(torch.randn(len(length), len(x), 12), x),)
+
+    with torch.no_grad(), contextlib.closing(compile_graph.Staged(draw, "native", threads=2)) as staged:
+        for _ in range(3):
+            staged.submit(torch.empty(200, 0), x)()
+        (graph,) = staged._graphs.values()
+        assert [node.target for node in graph.module.graph.nodes].count(OPERATION) == 1
+        torch.manual_seed(0)
+        value = staged.submit(torch.empty(200, 0), x)()[0]
+        torch.manual_seed(0)
+        assert torch.allclose(value, draw(torch.empty(200, 0), x)[0], rtol=1e-5)
+    assert staged.reason is None
 
 
 def test_a_rounded_decoder_is_joined_as_one() -> None:

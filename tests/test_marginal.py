@@ -295,8 +295,11 @@ def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, threads: int, m
 
 
 @pytest.mark.usefixtures("float64")
-def test_many_draws_of_the_prior_are_scored_by_a_graph(monkeypatch: pytest.MonkeyPatch):
+def test_draws_of_the_prior_are_scored_by_a_graph_where_the_guides_are(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(graph, "_inductor", lambda module, *args: module)
+    captured = []
+    trace = graph.trace
+    monkeypatch.setattr(graph, "trace", lambda *args: captured.append(args) or trace(*args))
 
     def model(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -308,15 +311,13 @@ def test_many_draws_of_the_prior_are_scored_by_a_graph(monkeypatch: pytest.Monke
             pyro.sample("z", dist.Normal(x - 2, 0.2))
 
     x = torch.linspace(-1.0, 1.0, 8)
-    found = []
-    for fewest in (1, 10**9):
-        monkeypatch.setattr(planning, "PROBES_TO_COMPILE", fewest)
-        found.append(log_marginal(model, guide, x, num_samples=200, proposal="guide", compile=True, seed=0))
-    graphed, plain = found
+    graphed, plain = (
+        log_marginal(model, guide, x, num_samples=200, proposal="guide", compile=compile, seed=0) for compile in (True, False)
+    )
+    assert len(captured) == 3  # what sizes the chunks, the guide's draws, and the prior's
     assert plain.missed is not None
     assert plain.missed.max() > 0.05
-    np.testing.assert_allclose(graphed.log_px, plain.log_px, rtol=1e-12)
-    # The graph draws its normals otherwise, so that both differ by chance.
+    # A graph draws its normals otherwise, so that both differ by chance.
     assert graphed.missed is not None
     assert ((graphed.missed > 0.05) == (plain.missed > 0.05)).mean() > 0.7
 

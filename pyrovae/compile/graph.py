@@ -18,7 +18,7 @@ from .capture import trace
 from .inductor import Tensors, _inductor, computed_values
 from .kernels import SeededNormals, seeded
 from .rewrites import draws_as_inputs, join_decoders
-from .settings import limit_backend
+from .settings import BACKENDS, limit_backend
 
 __all__ = ["MOST_GRAPHS", "USES_BEFORE_CAPTURE", "Staged", "largest_value", "rolled"]
 
@@ -36,11 +36,12 @@ class Staged:
 
     Args:
         function: what to run; it may read live parameters and buffers, and draw from torch's random stream.
-        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing. The variable
+        backend: ``"inductor"`` compiles; ``"native"`` puts our own operations in place of decoders (on a CPU), which needs no
+            compiler once they are built; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing. The variable
             ``PYROVAE_COMPILE`` limits it.
         precision: ``"float32"`` and ``"tf32"`` leave products as they are (see :func:`pyrovae.compile.cuda.products_in`);
             ``"bfloat16"`` rounds the factors of float32 products in a compiled graph.
-        threads: number of :meth:`submit` calls that run concurrently, on one CPU thread each (compiled graphs only).
+        threads: number of :meth:`submit` calls that run concurrently, on one CPU thread each (``"inductor"`` and ``"native"``).
         programs: the objects whose Python state a run must not change; by default the function.
 
     Attributes:
@@ -68,21 +69,15 @@ class Staged:
         threads: int = 1,
         programs: tuple[Any, ...] | None = None,
     ):
-        if backend not in ("inductor", "aten", "eager"):
-            raise ValueError(f'backend must be "inductor", "aten" or "eager", got {backend!r}.')
+        if backend not in BACKENDS:
+            raise ValueError(f'backend must be "inductor", "native", "aten" or "eager", got {backend!r}.')
         if precision not in ("float32", "tf32", "bfloat16"):
             raise ValueError(f'precision must be "float32", "tf32" or "bfloat16", got {precision!r}.')
-        if precision == "bfloat16" and backend != "inductor":
-            raise ValueError(
-                f'precision="bfloat16" must have a compiled step, got backend={backend!r}: pass compile=True, or leave '
-                "precision out."
-            )
         limited = limit_backend(backend)
         if precision == "bfloat16" and limited != "inductor":
-            raise ValueError(
-                f'precision="bfloat16" must have a compiled step, got PYROVAE_COMPILE={limited}: unset it, or leave '
-                "precision out."
-            )
+            asked = backend != "inductor"
+            got = f"backend={backend!r}: pass compile=True" if asked else f"PYROVAE_COMPILE={limited}: unset it"
+            raise ValueError(f'precision="bfloat16" must have a compiled step, got {got}, or leave precision out.')
         self.function, self.backend, self.precision, self.threads = function, limited, precision, threads
         self.programs = (function,) if programs is None else programs
         self.reason = (
@@ -121,7 +116,7 @@ class Staged:
 
     def leave_uncompiled(self) -> None:
         """Compile no further graphs: a CUDA graph runs the steps, and captured graphs are only compared with it."""
-        self.backend = "aten" if self.backend == "inductor" else self.backend
+        self.backend = "eager" if self.backend == "eager" else "aten"
 
     def recheck(self, when: str) -> None:
         """Compare function and graph at the next call; if they differ, later calls run the function as it is.
@@ -235,15 +230,18 @@ class Staged:
     def _compile(self, graph: _Graph, inputs: Tensors, state: _State, value: Tensors) -> None:
         """Compile a graph that agrees with its function, and compare the result with ``value``, computed from ``state``."""
         graph.run, inputs = graph.module, _distinct(inputs)
-        if self.backend != "inductor":
+        if self.backend == "aten" or (self.backend == "native" and any(tensor.is_cuda for tensor in inputs)):
             return
         rounded, after = self.precision == "bfloat16", _State(graph, inputs)
         try:
             single_threaded = self.threads > 1 and graph.draw_first()
             state.put_back()
-            example = (*inputs, *graph.outside, *graph.drawn())
-            state.put_back()
-            graph.run = _inductor(graph.module, example, rounded, single_threaded)
+            if self.backend == "native":
+                graph.run = join_decoders(graph.module)
+            else:
+                example = (*inputs, *graph.outside, *graph.drawn())
+                state.put_back()
+                graph.run = _inductor(graph.module, example, rounded, single_threaded)
             compiled = graph.value_of(graph.run, inputs)
         except Exception as error:  # no C++ compiler, say; the graph is right without
             self._fall_back("aten", f"the compiler failed ({_first_line(error)})")

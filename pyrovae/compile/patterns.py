@@ -27,34 +27,41 @@ def _split_addmm(graph: fx.Graph, node: fx.Node) -> None:
         _replace(node, graph.call_function(aten.view.default, (added, shape)))
 
 
-def _under_views(node: fx.Node) -> fx.Node:
-    """The node below views that keep the last dimension and have one use each."""
+def _under_views(node: fx.Node, size: int | None = None) -> fx.Node:
+    """The node below views that have one use each, whose last dimension has ``size``; by default that of ``node``.
+
+    Views, and expansions that repeat nothing, keep the order of the numbers, whatever shapes lie in between.
+    """
+    found = node
+    size = node.meta["val"].shape[-1] if size is None and "val" in node.meta else size
     while node.target in (*VIEWS, aten.expand.default) and len(node.users) == 1:
         inner = node.args[0]
         if not isinstance(inner, fx.Node) or "val" not in inner.meta or "val" not in node.meta:
             break
-        outer_shape, shape = node.meta["val"].shape, inner.meta["val"].shape
-        if shape[-1:] != outer_shape[-1:] or shape.numel() != outer_shape.numel():
+        if inner.meta["val"].numel() != node.meta["val"].numel():
             break
         node = inner
-    return node
+        if node.meta["val"].shape[-1:] == (size,):
+            found = node
+    return found
 
 
 # From torch 2.15 on, linear layers are captured with the second.
 VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
-def _data(x: fx.Node, shape: list[int]) -> fx.Node | None:
-    """The data below an expansion over draws, if its dimensions are the last of ``shape``; else ``None``."""
+def _data(x: fx.Node, size: int) -> fx.Node | None:
+    """The data below an expansion over draws, if rows of ``size`` numbers repeat in order; else ``None``."""
+    expanded = list(x.meta["val"].shape)
     if x.target is aten.expand.default:
         x = x.args[0]  # type: ignore[assignment]
     value = x.meta["val"]
     own = list(value.shape)
     while len(own) > 1 and own[0] == 1:
         own.pop(0)
-    if value.dtype is not torch.float32 or not value.is_contiguous() or own != shape[len(shape) - len(own) :]:
+    if value.dtype is not torch.float32 or not value.is_contiguous():
         return None
-    return x
+    return x if own == expanded[len(expanded) - len(own) :] and value.numel() % size == 0 else None
 
 
 def _replace(node: fx.Node, other: fx.Node) -> None:

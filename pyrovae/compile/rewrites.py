@@ -70,7 +70,7 @@ def join_decoders(module: fx.GraphModule, rounded: bool = False) -> fx.GraphModu
         if found is None:
             continue
         logits, x, shape = found
-        data, layers = _data(x, shape), [_layer(logits)]
+        data, layers = _data(x, shape[-1]), [_layer(logits, shape[-1])]
         if data is None or layers[0] is None or kernels.load_library() is None:
             continue
         depth = layers[0][1].meta["val"].shape[0]
@@ -223,9 +223,9 @@ def _bernoulli_sum(graph: fx.Graph, node: fx.Node) -> None:
         _replace(node, call(aten.sum.dim_IntList, each, [-1]))
 
 
-def _layer(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Inputs, weights and bias of a linear layer whose value has only this use."""
-    node = _under_views(node)
+def _layer(node: fx.Node, size: int | None = None) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Inputs, weights and bias of a linear layer whose value has only this use, and ``size`` columns."""
+    node = _under_views(node, size)
     if node.target is not aten.addmm.default or len(node.users) != 1 or node.kwargs:
         return None
     found = [value.meta.get("val") for value in node.args if isinstance(value, fx.Node)]

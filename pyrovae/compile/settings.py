@@ -20,7 +20,7 @@ from pathlib import Path
 
 __all__ = ["BACKENDS", "NATIVE", "cache_folder", "cxx_flags", "limit_backend", "native_level"]
 
-BACKENDS = ("eager", "aten", "inductor")
+BACKENDS = ("eager", "aten", "native", "inductor")
 NATIVE = ("none", "decoder", "all")
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["ahead", "chunk_sizes", "parts_of", "runs_of", "side_by_side"]
+
+Value = TypeVar("Value")
 
 
 def parts_of(
@@ -64,9 +67,9 @@ def side_by_side(blocks: Iterator[Tensor], parts: list[tuple[Tensor, int]], step
     return iter([torch.cat(columns, 1)])
 
 
-def ahead(calls: Iterable[Callable[[], Tensor]], number: int) -> Iterator[Tensor]:
+def ahead(calls: Iterable[Callable[[], Value]], number: int) -> Iterator[Value]:
     """The values of the calls in order; ``number`` further calls are made before each value is waited for."""
-    waiting: deque[Callable[[], Tensor]] = deque()
+    waiting: deque[Callable[[], Value]] = deque()
     for call in calls:
         waiting.append(call)
         if len(waiting) > number:

@@ -30,6 +30,7 @@ from .streaming import LogMoments
 __all__ = [
     "CHUNK_NUMBERS",
     "GROUP",
+    "Group",
     "ImportanceOptions",
     "Plan",
     "make_plan",
@@ -66,8 +67,6 @@ CHUNKS_TO_COMPILE = 300
 # Chunks after which a captured graph is compared with the program again, on other data; then after twice as many, and so on. A
 # comparison takes as long as some six compiled chunks.
 CHUNKS_TO_RECHECK = 1000
-# Draws of the prior, over all data, that repay a compiled graph of their own.
-PROBES_TO_COMPILE = 2**17
 # If there is a target for the standard error, the fewest draws that an estimate is from. Other numbers of draws are this times
 # a power of two.
 MIN_DRAWS = 250
@@ -180,6 +179,25 @@ class Plan:
     num_probes: int
     refine: RefineOptions | None
     refined_rows: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Data that are scored together.
+
+    Attributes:
+        start: the number of the first of them.
+        batch: the arrays, one for each argument of the programs.
+        refinement: the proposal that was fitted to them, if there is one.
+    """
+
+    start: int
+    batch: Batch
+    refinement: Refinement | None
+
+    def __len__(self) -> int:
+        """How many data there are."""
+        return len(self.batch[0])
 
 
 def num_probes(options: ImportanceOptions) -> int:

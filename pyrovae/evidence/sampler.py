@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,7 @@ from .finishing import finished
 from .kinds import KINDS
 from .ladder import Ladder
 from .measure import SCORED_DATA, evidence_fields, scored_data
-from .planning import REACH, ImportanceOptions, make_plan, needed_draws, one_datum, pilot_sizes
+from .planning import REACH, Group, ImportanceOptions, make_plan, needed_draws, one_datum, pilot_sizes
 from .proposals import (
     Draw,
     Probe,
@@ -52,26 +51,7 @@ from .store import PairIdentity, Store, agreed_seed, state_hash
 from .streaming import LogMoments
 from .task import Task, make_task
 
-__all__ = ["Group", "ImportanceSampler"]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Data that are scored together.
-
-    Attributes:
-        start: the number of the first of them.
-        batch: the arrays, one for each argument of the programs.
-        refinement: the proposal that was fitted to them, if there is one.
-    """
-
-    start: int
-    batch: Batch
-    refinement: Refinement | None
-
-    def __len__(self) -> int:
-        """How many data there are."""
-        return len(self.batch[0])
+__all__ = ["ImportanceSampler"]
 
 
 class ImportanceSampler:
@@ -136,8 +116,9 @@ class ImportanceSampler:
         backend = "inductor" if self._plan.compile else "eager"
         model, guide, threads = self.model, self.guide, self._plan.threads
         self.staged = Staged(self._staged_draw, backend, self.options.precision, threads, programs=(model, guide))
-        many = (self.data.num_data or 0) * self._plan.num_probes >= planning.PROBES_TO_COMPILE
-        self.staged_probe = Staged(self._probe_plain, backend if many else "eager", threads=threads, programs=(model, guide))
+        # Inductor takes longer to compile than it saves on so few draws.
+        probe_backend = "native" if self._plan.compile else "eager"
+        self.staged_probe = Staged(self._probe_plain, probe_backend, threads=threads, programs=(model, guide))
         if self.options.kind == "auto":
             own: Any = {"draw_guide": self._submit_staged, "probe": self._probe, "finish": self._finish_part}
             self._task, self._why_unfitted = make_task(model, guide, self.first, self.options, self._plan, **own)
@@ -277,7 +258,12 @@ class ImportanceSampler:
                 submit, batch = self._submit(group, rows, done), tuple(array[place] for array in group.batch)
                 yield from (submit(batch, size) for size in chunk_sizes(step, most))
 
-        return ahead(calls(), self._plan.threads + 2 if self._plan.threads > 1 else 0)
+        return ahead(calls(), self._num_ahead)
+
+    @property
+    def _num_ahead(self) -> int:
+        """Chunks that are submitted before the first is waited for."""
+        return self._plan.threads + 2 if self._plan.threads > 1 else 0
 
     def _submit(self, group: Group, rows: Tensor, done: int) -> Callable[[Batch, int], Callable[[], Tensor]]:
         """What starts to draw log-weights of some rows of a group, and returns the function that waits for them."""
@@ -336,25 +322,30 @@ class ImportanceSampler:
         """What the proposal missed of each datum of a group, by draws of the prior or the guide, in nats."""
         plan, missed = self._plan, np.full(len(group), math.nan)
         try:
-            # A number of rows that divides a group, so that there is one shape to compile; eager draws of half a chunk stay
-            # nearer to a cache.
+            # A number of rows that divides a group, so that there is one shape to capture; draws of half a chunk stay nearer to
+            # a cache.
             rows_at_once = 1 << (max(1, plan.chunk // 2 // plan.num_probes).bit_length() - 1)
             chunk = min(plan.chunk, rows_at_once * plan.num_probes)
-            for chosen, most in parts_of(torch.arange(len(group)), plan.num_probes, chunk, None, plan.group, plan.whole):
-                rows, batch = chosen.numpy(), tuple(array[chosen] for array in group.batch)
-                submit = self._submit_probe
-                if group.refinement is not None:
-                    refinement, vectorize = group.refinement.rows(rows), self.options.vectorize_particles
-                    submit = partial(partial, refined_probe(self.model, self.guide, refinement, vectorize))
-                with self.staged.all_threads() if not self.staged_probe.captured else contextlib.nullcontext():
-                    blocks = [value() for value in [submit(batch, size) for size in chunk_sizes(plan.num_probes, most)]]
-                joint = Probe(*(torch.cat(columns).cpu() for columns in zip(*blocks, strict=True)))
-                largest, log_px = (torch.from_numpy(arrays[name][rows]) for name in ("largest", "log_px"))
-                missed[rows] = missed_nats(joint, largest, log_px, CONSTANT).numpy()
+            parts = list(parts_of(torch.arange(len(group)), plan.num_probes, chunk, None, plan.group, plan.whole))
+            with self.staged.all_threads() if self.staged_probe.backend == "eager" else contextlib.nullcontext():
+                blocks = ahead(self._probe_calls(group, parts), self._num_ahead)
+                for chosen, most in parts:
+                    rows, own = chosen.numpy(), [next(blocks) for _ in chunk_sizes(plan.num_probes, most)]
+                    joint = Probe(*(torch.cat(columns).cpu() for columns in zip(*own, strict=True)))
+                    largest, log_px = (torch.from_numpy(arrays[name][rows]) for name in ("largest", "log_px"))
+                    missed[rows] = missed_nats(joint, largest, log_px, CONSTANT).numpy()
         except (RuntimeError, ValueError, NotImplementedError) as error:
             # The prior may have no sampler, the guide no density there, and a network no answer; the pair may be valid.
             self._probe_errors.append(str(error) or type(error).__name__)
         return missed
+
+    def _probe_calls(self, group: Group, parts: list[tuple[Tensor, int]]) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
+        for chosen, most in parts:
+            batch, submit = tuple(array[chosen] for array in group.batch), self._submit_probe
+            if group.refinement is not None:
+                refinement, vectorize = group.refinement.rows(chosen.numpy()), self.options.vectorize_particles
+                submit = partial(partial, refined_probe(self.model, self.guide, refinement, vectorize))
+            yield from (submit(batch, size) for size in chunk_sizes(self._plan.num_probes, most))
 
     def _submit_probe(self, batch: Batch, size: int) -> Callable[[], tuple[Tensor, ...]]:
         return self.staged_probe.submit(torch.empty(size, 0, device=self.device), *batch)

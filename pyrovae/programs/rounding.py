@@ -28,31 +28,32 @@ def log_weight_rounding(traces: Traces) -> Tensor:
     """
     sites = [*sites_of(traces.model), *sites_of(traces.guide)]
     data, nesting = data_plate(sites), plate_nesting(traces.model, traces.guide)
-    terms = [per_datum(site, log_prob_of(site), data, 1, nesting)[0] for site in sites]
+    log_probs = [log_prob_of(site) for site in sites]
+    terms = [per_datum(site, log_prob, data, 1, nesting)[0] for site, log_prob in zip(sites, log_probs, strict=True)]
     largest = torch.stack([term.double().abs() for term in terms]).nan_to_num(posinf=0.0).amax(0)
     total = largest * max(torch.finfo(term.dtype).eps for term in terms)
-    for site in sites:
-        error = _error_within(site)
+    for site, log_prob in zip(sites, log_probs, strict=True):
+        error = _error_within(site, log_prob)
         if error is not None:
             total = torch.maximum(total, per_datum(site, error, data, 1, nesting)[0].abs())
     return total
 
 
-def _error_within(site: dict) -> Tensor | None:
+def _error_within(site: dict, log_prob: Tensor) -> Tensor | None:
     """A site's log-probability in float64 minus that in float32, or ``None`` if it is not float32 or cannot be computed."""
     value, layers = site["value"], list(layers_of(site["fn"]))
     # Flows are left out: they keep their own draws, and the networks inside them keep their type.
     if is_factor(site) or not isinstance(value, Tensor) or any(isinstance(each, TransformedDistribution) for each in layers):
         return None
     try:
-        error = _float32_error(site)
+        error = _float32_error(site, log_prob)
         if error is None:
             return None
         if bool((error.abs() > NOTICEABLE).any()):
             # Rounding is small by chance at some draws: look at the same distribution with parameters next to its own.
             for change in NEIGHBOURS:
                 neighbour = {**site, "fn": with_tensors(site["fn"], partial(torch.mul, other=1 - change))}
-                near = _float32_error(neighbour)
+                near = _float32_error(neighbour, log_prob_of(neighbour))
                 if near is not None:
                     error = torch.where(near.isfinite() & (near.abs() > error.abs()), near, error)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):  # such as a user's own distribution
@@ -60,13 +61,13 @@ def _error_within(site: dict) -> Tensor | None:
     return torch.where(error.isfinite(), error, 0.0)
 
 
-def _float32_error(site: dict) -> Tensor | None:
+def _float32_error(site: dict, log_prob: Tensor) -> Tensor | None:
     """A site's log-probability in float32 less that in float64; ``None`` if it is not float32."""
-    own, value = log_prob_of(site), site["value"]
-    if own.dtype != torch.float32:
+    if log_prob.dtype != torch.float32:
         return None
+    value = site["value"]
     wide = value.double() if value.is_floating_point() else value
-    return own.double() - log_prob_of({**site, "fn": with_tensors(site["fn"], torch.Tensor.double), "value": wide})
+    return log_prob.double() - log_prob_of({**site, "fn": with_tensors(site["fn"], torch.Tensor.double), "value": wide})
 
 
 def log_joint_rounding(trace: Trace, data: Any, num: int, nesting: int) -> Tensor:
