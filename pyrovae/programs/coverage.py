@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from .independence import COSTLY_DRAWS, COVERAGE_DRAWS, Latents, _frame, _probing
 from .sites import Layout, Program, latents_of, log_prob_of, sites_of
-from .support import support_of
+from .support import bare, support_of
 from .tracing import Substitute, in_particles, trace_program
 from .wrappers import base_distribution, is_enumerable, is_factor
 
@@ -68,9 +68,12 @@ def covered_data(
         draws = COSTLY_DRAWS if any(_is_costly(base_distribution(site)) for site in sites) else COVERAGE_DRAWS
         covered, judged = torch.ones(len(args[0]), dtype=torch.bool, device=args[0].device), False
         draws = draws if vectorize else min(draws, len(FAR))
+        rounds = [(len(FAR), True), (draws, False)]
         if all(isinstance(base_distribution(site), POSITIVE_EVERYWHERE) for site in sites):
-            draws = min(draws, COSTLY_DRAWS)
-        for number, far in ((len(FAR), True), (draws, False)):
+            # No number is far enough to lie outside the reals.
+            rounds[1] = (min(draws, COSTLY_DRAWS), False)
+            rounds = rounds[1:] if all(_is_real(site["fn"]) for site in sites) else rounds
+        for number, far in rounds:
             together = number if vectorize else 1
             for start in range(0, number, together):
                 try:
@@ -213,6 +216,14 @@ def _is_costly(distribution: Any) -> bool:
     """Whether the density at other draws may need a flow's inverse, number by number."""
     transforms = getattr(distribution, "transforms", ())
     return hasattr(distribution, "dist") or any(not type(t).__module__.startswith("torch.distributions") for t in transforms)
+
+
+def _is_real(distribution: Any) -> bool:
+    """Whether a support is all real numbers, vectors or arrays."""
+    try:
+        return isinstance(bare(support_of(distribution)), type(constraints.real))
+    except NotImplementedError:  # raised by a distribution without a support
+        return False
 
 
 def _beyond(distribution: Any, value: Tensor) -> Tensor | None:
