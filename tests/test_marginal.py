@@ -297,6 +297,7 @@ def test_a_captured_chunk_gives_the_eager_numbers(proposal: str, threads: int, m
 @pytest.mark.usefixtures("float64")
 def test_draws_of_the_prior_are_scored_by_a_graph_where_the_guides_are(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(graph, "_inductor", lambda module, *args: module)
+    monkeypatch.setattr(planning, "PROBES_TO_CAPTURE", 1)
     captured = []
     trace = graph.trace
     monkeypatch.setattr(graph, "trace", lambda *args: captured.append(args) or trace(*args))

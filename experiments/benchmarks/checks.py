@@ -28,7 +28,7 @@ from pyrovae.training import setup
 from pyrovae.training.values import SupportCheck
 
 SEED, MOST = 0, 0.03
-# Epochs of fit, and images that are scored: all test digits; few of MNIST, without the compiler by default; part and all of it, with it.
+# Epochs of fit, and images that are scored: all test digits; of MNIST few, which are not compiled, a part, and all.
 RUNS = {"digits": (100, (360,)), "mnist": (100, (300, 3_000, 10_000))}
 IN_FIT = "prepare check_estimator inspect_pair check_other_batches check_steady_scale rehearse check_first_loss".split()
 IN_SCORING = "open_pair inspect_pair covered_data".split()

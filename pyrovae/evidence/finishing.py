@@ -10,24 +10,22 @@ from .streaming import LogMoments
 __all__ = ["finished"]
 
 
-def finished(moments: LogMoments, precision: float, on_gpu: bool) -> dict[str, Array]:
+def finished(moments: LogMoments, precision: float) -> dict[str, Array]:
     """The answer for some data from their sums, by the names of the store's files.
 
     Args:
         moments: the sums.
         precision: relative rounding error of the log-weights.
-        on_gpu: whether all tails are fitted at once, on the device that holds them.
     """
     drawn, sums, estimate = moments.num_drawn, moments.arrays(), moments.finish()
     size = len(estimate.log_px)
-    khat, smoothed, rest = np.empty(size), np.empty(size), np.ones(size, dtype=bool)
-    if on_gpu:
-        largest = moments.tail[:, : tail_size(drawn)]
-        fitted = pareto_smooth_together(largest, moments.log_sum, drawn, precision=precision)
-        khat, smoothed, ordinary = (part.cpu().numpy() for part in fitted)
-        rest = ~ordinary
-    tail = sums["tail"][rest, : tail_size(drawn)]
-    khat[rest], smoothed[rest] = pareto_smooth(tail, estimate.log_px[rest], drawn, precision=precision)
+    largest = moments.tail[:, : tail_size(drawn)]
+    fitted = pareto_smooth_together(largest, moments.log_sum, drawn, precision=precision)
+    khat, smoothed, ordinary = (part.cpu().numpy() for part in fitted)
+    rest = ~ordinary
+    if rest.any():
+        tail = sums["tail"][rest, : tail_size(drawn)]
+        khat[rest], smoothed[rest] = pareto_smooth(tail, estimate.log_px[rest], drawn, precision=precision)
     # If a datum stopped before K draws, its curve stays at what it had.
     reached = np.array(moments.recorded) <= drawn
     curves = {

@@ -67,6 +67,8 @@ CHUNKS_TO_COMPILE = 300
 # Chunks after which a captured graph is compared with the program again, on other data; then after twice as many, and so on. A
 # comparison takes as long as some six compiled chunks.
 CHUNKS_TO_RECHECK = 1000
+# Draws of the prior, over all data, that repay the capture of a graph.
+PROBES_TO_CAPTURE = 2**16
 # If there is a target for the standard error, the fewest draws that an estimate is from. Other numbers of draws are this times
 # a power of two.
 MIN_DRAWS = 250
@@ -157,7 +159,6 @@ class Plan:
         chunk: (sample, datum) pairs that are scored at once.
         compile: whether the scoring of a chunk is compiled.
         threads: compiled chunks that run at the same time.
-        on_gpu: whether launches cost more than memory.
         reduced: log-weights of several data that are reduced together.
         checks: the numbers of draws that an estimate may be from, ascending.
         num_prior: draws of a mixture that come from the prior.
@@ -172,7 +173,6 @@ class Plan:
     chunk: int
     compile: bool
     threads: int
-    on_gpu: bool
     reduced: int
     checks: list[int]
     num_prior: int
@@ -281,7 +281,6 @@ def make_plan(
         chunk=chunk,
         compile=compile,
         threads=threads,
-        on_gpu=on_gpu,
         reduced=reduced,
         checks=checks,
         num_prior=num_prior,

@@ -116,8 +116,9 @@ class ImportanceSampler:
         backend = "inductor" if self._plan.compile else "eager"
         model, guide, threads = self.model, self.guide, self._plan.threads
         self.staged = Staged(self._staged_draw, backend, self.options.precision, threads, programs=(model, guide))
-        # Inductor takes longer to compile than it saves on so few draws.
-        probe_backend = "native" if self._plan.compile else "eager"
+        # So few draws repay a capture at most: Inductor takes longer to compile than it saves.
+        many = (self.data.num_data or 0) * self._plan.num_probes >= planning.PROBES_TO_CAPTURE
+        probe_backend = "native" if self._plan.compile and many else "eager"
         self.staged_probe = Staged(self._probe_plain, probe_backend, threads=threads, programs=(model, guide))
         if self.options.kind == "auto":
             own: Any = {"draw_guide": self._submit_staged, "probe": self._probe, "finish": self._finish_part}
@@ -310,7 +311,7 @@ class ImportanceSampler:
             yield rows, part
 
     def _finish_part(self, moments: LogMoments) -> dict[str, Array]:
-        return finished(moments, self.eps, self._plan.on_gpu)
+        return finished(moments, self.eps)
 
     def _probe(self, batch: Batch, largest: Array, log_px: Array) -> Array:
         """What the guide missed of some data, in nats; nothing if there are too few samples to ask."""
