@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..files import LOCK, taken
+from ..files import LOCK, synchronise, taken
 from .history import History
 
 __all__ = ["Checkpoint", "CheckpointFolder", "load_checkpoint", "pack", "unpack"]
@@ -172,11 +172,11 @@ class CheckpointFolder:
                 record = vars(history) | {"records": list(history.records)}
                 notes = {"format": FORMAT, "step": step, "files": files, "history": record, "run": run}
                 _write(new / NOTES, _with_checksum(notes))
-                _synchronise(new)
+                synchronise(new)
                 if target.exists():  # a resumed run may write the step that it began with
                     target.rename(self.path / f"{REMOVED}{secrets.token_hex(8)}")
                 new.rename(target)
-                _synchronise(self.path)
+                synchronise(self.path)
             except BaseException:
                 shutil.rmtree(new, ignore_errors=True)
                 raise
@@ -306,17 +306,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _synchronise(folder: Path) -> None:
-    """Write a folder's names to the disk, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
