@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -87,7 +88,8 @@ def _structure(programs: tuple[Any, ...]) -> tuple[dict[str, list[Any]], list[tu
     owners = [part for program in programs for part in (_owner(program), getattr(program, "__func__", None))]
     state = {name: tokens for name, tokens in python_state(*owners).items() if name.rpartition(".")[2] != "training"}
     state = {name: [token[0] if isinstance(token, tuple) else token for token in tokens] for name, tokens in state.items()}
-    tensors = ((name, value) for name, value in reachable(*owners) if isinstance(value, Tensor))
+    tensors = [(name, value) for name, value in reachable(*owners) if isinstance(value, Tensor)]
+    tensors += pyro.get_param_store().named_parameters()
     return state, [(name, value.data_ptr()) for name, value in tensors if value.layout is torch.strided]
 
 
