@@ -172,7 +172,7 @@ def together(folder: str | Path) -> Iterator[Path]:
         synchronise(target)
         settle(target)
     except BaseException:
-        settle(target)  # from here on there is no way back to the old files
+        settle(target)  # once one of them has been moved, there is no way back to the old ones
         raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)

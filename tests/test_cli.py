@@ -245,6 +245,20 @@ def test_evaluate_that_ends_at_any_rename_leaves_one_whole_set(
     assert len(calls) >= len(names) * 2 + 1
 
 
+def test_a_command_completes_the_set_of_files_that_a_killed_one_was_moving(run_folder: Path, capsys: pytest.CaptureFixture):
+    assert main(["evaluate", "runs/mine", "--num-samples", "30", "--limit", "20", "--decompose", "0", "--output", "other"]) == 0
+    moving = run_folder / ".complete-0"
+    moving.mkdir()
+    for name in ("summary.json", "report.html"):  # the evidence has been moved
+        Path("other", name).rename(moving / name)
+    Path("other/evidence.safetensors").replace(run_folder / "evidence.safetensors")
+    capsys.readouterr()
+    assert main(["encode", "runs/mine"]) == 0, capsys.readouterr().err
+    assert json.loads((run_folder / "summary.json").read_text())["num_data"] == 20
+    assert "20" in (run_folder / "report.html").read_text()
+    assert not moving.exists()
+
+
 def test_evaluate_writes_elsewhere_and_compare_takes_it(run_folder: Path, capsys: pytest.CaptureFixture):
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     assert main(["evaluate", "runs/mine", "--num-samples", "30", "--output", "elsewhere"]) == 0
