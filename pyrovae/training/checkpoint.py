@@ -42,6 +42,8 @@ FORMAT = 1
 NOTES = "checkpoint.json"
 # Beginnings of the names of what is not finished yet, and of what is being removed.
 UNFINISHED, REMOVED = ".new-", ".old-"
+# Types that JSON holds as they are.
+_PLAIN = {bool, int, float, str, type(None)}
 
 
 @dataclass(frozen=True)
@@ -210,10 +212,10 @@ def pack(value: Any, arrays: dict[str, Tensor], name: str) -> Any:
     if isinstance(value, Tensor):
         arrays[name] = value.detach()
         return {"tensor": name}
-    if isinstance(value, list):
-        return [pack(each, arrays, f"{name}.{place}") for place, each in enumerate(value)]
-    if isinstance(value, tuple):
-        return {"tuple": [pack(each, arrays, f"{name}.{place}") for place, each in enumerate(value)]}
+    if isinstance(value, list | tuple):
+        plain = _PLAIN.issuperset(map(type, value))  # as the hundreds of numbers of a random state are
+        packed = list(value) if plain else [pack(each, arrays, f"{name}.{place}") for place, each in enumerate(value)]
+        return packed if isinstance(value, list) else {"tuple": packed}
     if isinstance(value, Mapping):
         return {"items": [[pack(key, arrays, name), pack(each, arrays, f"{name}.{key}")] for key, each in value.items()]}
     raise ValueError(
