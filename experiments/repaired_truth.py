@@ -33,7 +33,7 @@ EXACT: dict[str, Any] = {"num_samples": 400_000, "target_se": 0.002}
 USUAL: dict[str, Any] = {"num_samples": 5_000}
 CHAINS: dict[str, Any] = {"num_chains": 16, "num_temperatures": 3_000, "leapfrog_steps": 5}
 # Of the default run; so many of its images are annealed together.
-LONG_CHAINS: dict[str, Any] = {"num_chains": 64, "num_temperatures": 10_000, "leapfrog_steps": 5}
+LONG_CHAINS: dict[str, Any] = {"num_chains": 16, "num_temperatures": 1_000, "leapfrog_steps": 5}
 TOGETHER = 10
 RUNS = Path("runs") / "repaired_truth"
 
