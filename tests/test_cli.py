@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,65 @@ def test_evaluate_goes_on_where_it_was_interrupted(run_folder: Path, monkeypatch
     assert drawn == [False, True], "the first 256 of 360 data are not scored again"
     np.testing.assert_array_equal(pv.Evidence.load(run_folder / "evidence.safetensors").log_px, whole.log_px)
     assert {path.name for path in run_folder.iterdir() if path.is_file()} == set(kept)
+
+
+SCORED = ("evidence.safetensors", "summary.json", "report.html")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", [None, "elsewhere"])
+def test_evaluate_that_ends_at_any_rename_leaves_one_whole_set(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, output: str | None
+):
+    command = ["evaluate", "runs/mine", "--limit", "20", "--decompose", "0", "--proposal", "guide"]
+    command += [] if output is None else ["--output", output]
+    assert main([*command, "--num-samples", "20"]) == 0
+    folder = run_folder if output is None else Path(output)
+    names = SCORED if output is None else (*SCORED, "run.toml", "metrics.jsonl")
+    rename, replace = os.rename, os.replace
+    for last in range(1, 100):
+        before, calls = {name: (folder / name).read_bytes() for name in names}, list[int]()
+
+        def until_the_last(move: Callable[..., None], *paths: str, calls: list[int] = calls, last: int = last) -> None:
+            move(*paths)
+            calls.append(1)
+            if len(calls) == last:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "rename", partial(until_the_last, rename))
+        monkeypatch.setattr(os, "replace", partial(until_the_last, replace))
+        code = main([*command, "--num-samples", str(20 + last)])
+        monkeypatch.undo()
+        monkeypatch.chdir(run_folder.parents[1])
+        num_samples = {
+            pv.Evidence.load(folder / "evidence.safetensors").num_samples,
+            json.loads((folder / "summary.json").read_text())["num_samples"],
+        }
+        changed = {name for name in SCORED if (folder / name).read_bytes() != before[name]}
+        if output is not None:
+            num_samples.add(read_run(folder / "run.toml").evaluate.num_samples)
+        assert len(num_samples) == 1
+        assert changed in (set(), set(SCORED))
+        assert bool(changed) == (20 + last in num_samples)
+        assert not [path for path in folder.iterdir() if path.name.startswith((".staged", ".complete"))]
+        if code == 0:
+            break
+        assert code == 130
+    assert len(calls) >= len(names) * 2 + 1
+
+
+def test_a_command_completes_the_set_of_files_that_a_killed_one_was_moving(run_folder: Path, capsys: pytest.CaptureFixture):
+    assert main(["evaluate", "runs/mine", "--num-samples", "30", "--limit", "20", "--decompose", "0", "--output", "other"]) == 0
+    moving = run_folder / ".complete-0"
+    moving.mkdir()
+    for name in ("summary.json", "report.html"):  # the evidence has been moved
+        Path("other", name).rename(moving / name)
+    Path("other/evidence.safetensors").replace(run_folder / "evidence.safetensors")
+    capsys.readouterr()
+    assert main(["encode", "runs/mine"]) == 0, capsys.readouterr().err
+    assert json.loads((run_folder / "summary.json").read_text())["num_data"] == 20
+    assert "20" in (run_folder / "report.html").read_text()
+    assert not moving.exists()
 
 
 def test_evaluate_writes_elsewhere_and_compare_takes_it(run_folder: Path, capsys: pytest.CaptureFixture):
