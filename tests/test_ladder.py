@@ -17,7 +17,8 @@ from torch import Tensor
 import pyrovae as pv
 from pyrovae.evidence import RUNGS
 from pyrovae.evidence.ascent import climb, curvature
-from pyrovae.evidence.fitted import Fitted, slope_of, tempered
+from pyrovae.evidence.fitted import Fitted, slope_of, stacked, tempered
+from pyrovae.evidence.fitting import Scored, adapted
 from pyrovae.evidence.ladder import Ladder
 from pyrovae.evidence.matching import match_gradients
 from pyrovae.evidence.strata import FittedField
@@ -286,6 +287,27 @@ def test_tempering_takes_a_power_of_the_likelihood():
     precision, new = (torch.linalg.inv(each.tril @ each.tril.mT) for each in (fitted, wider))
     torch.testing.assert_close(new, 0.4 * torch.eye(5).double() / 4 + 0.6 * precision)
     torch.testing.assert_close(wider.inverse @ wider.tril, torch.eye(5).double().expand_as(wider.tril))
+
+
+def test_a_neighbour_with_more_modes_leaves_a_proposal_as_it_would_be():
+    many, unit, number = _some_fitted(), torch.full((1, 5), 2.0, dtype=torch.float64), 2000
+    one = many.rows(torch.tensor([0]))
+    one = Fitted.of(one.loc[:, :1], one.tril[:, :1], torch.ones(1, 1, dtype=torch.float64), one.df)
+    torch.manual_seed(0)
+    flat = one.sample(number)
+    # The posterior is broader than the proposal, so that the best one is tempered.
+    log_joint = tempered(one, unit, 0.5).log_prob(flat)
+    alone = adapted(one, unit, Scored(flat, log_joint, log_joint, (one,), 0.0))
+    both = stacked([one, many.rows(torch.tensor([1]))])
+    beside = Scored(flat.expand(-1, 2, -1), log_joint.expand(-1, 2), log_joint.expand(-1, 2), (both,), 0.0)
+    padded = adapted(both, unit.expand(2, -1), beside).rows(torch.tensor([0]))
+    assert padded.shares.tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    assert torch.isfinite(padded.inverse).all()
+    torch.testing.assert_close(padded.loc[:, 0], alone.loc[:, 0])
+    torch.testing.assert_close(padded.tril[:, 0], alone.tril[:, 0])
+    torch.testing.assert_close(padded.df, alone.df)
+    for own, other in zip(slope_of(padded, flat), slope_of(alone, flat), strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_ascent_curvature_and_matching_are_exact_on_gaussians():

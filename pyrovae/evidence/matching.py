@@ -68,7 +68,8 @@ def match_weights(loc: Tensor, tril: Tensor, draws: Tensor, weights: Tensor, shr
     """
     total = weights.sum(0)
     own = weights / total.clamp(min=1e-300)
-    effective = 1 / own.square().sum(0).clamp(min=1e-300)
+    # A component without weight, which a datum has if others have more modes, keeps its Gaussian.
+    effective = torch.where(total > 0, 1 / own.square().sum(0).clamp(min=1e-300), 0.0)
     pull = (effective / (effective + shrinkage))[..., None]
     mean = torch.einsum("sbm,sbl->bml", own, draws)
     fresh_loc = loc + pull * (mean - loc)
