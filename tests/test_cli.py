@@ -77,11 +77,12 @@ def test_toml_file_and_overrides(in_folder: Path):
     (in_folder / "r.toml").write_text('[train]\nepochs = 50\n[model]\nencoder = "diagonal_normal"\nhidden = [9]\n')
     command = ["train", "r.toml", "--train.epochs", "1", "--evaluate.num-samples", "30", "--estimator.kind", "iwae"]
     command += ["--evaluate.decompose", "0", "--evaluate.limit", "10", "--evaluate.proposal", "guide"]
-    assert main([*command, "--estimator.num-particles", "3", "--model.latent-dim", "2"]) == 0
+    command += ["--estimator.num-particles", "3", "--model.latent-dim", "2", "--model.hidden", "[8, 7]"]
+    assert main(command) == 0
     run = read_run(in_folder / "runs" / "digits-iwae-2" / "run.toml")
     assert run.train.epochs == 1
     assert run.model.encoder == "diagonal_normal"
-    assert run.model.hidden == [9]
+    assert run.model.hidden == [8, 7]
     assert run.estimator == {"kind": "iwae", "num_particles": 3}
 
 
@@ -385,6 +386,7 @@ def test_list_names_the_components(capsys: pytest.CaptureFixture):
     for name in ("standard_normal", "binomial", "full_covariance_normal", "gated_mlp", "iwae", "trace_elbo"):
         assert f"  {name} " in out
     assert max(map(len, out.splitlines())) <= 80
+    assert "`" not in out
 
 
 @pytest.mark.parametrize(
@@ -421,6 +423,8 @@ def test_list_names_the_components(capsys: pytest.CaptureFixture):
             "hidden must be a list of positive integers",
         ),
         ("train --model.hidden [9] [9]", "hidden must be a list of positive integers"),
+        ("train --seed 0 1 2", "2 is one value too many"),
+        ("train --seeds 3", "--seeds is an option of pyrovae sweep"),
         ("train --model.body conw", "did you mean 'conv"),
         ("train --model.activation tahn", "did you mean 'tanh'"),
         ("train --estimator iwea", "did you mean 'iwae'"),

@@ -325,6 +325,8 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: str) -
     import torch
 
     packages = ("pyrovae", "pyro-ppl", "arviz", "arviz-stats", "numpy")
+    numbers = {"core": os.cpu_count() or 1, "thread": torch.get_num_threads()}
+    cores = ", ".join(f"{number} {noun}{'' if number == 1 else 's'}" for noun, number in numbers.items())
     return {
         "data": split.note,
         "likelihood": likelihood_reason(run, split),
@@ -332,7 +334,7 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: str) -
         "trained": f"{len(records)} epochs, {records[-1]['step']} steps, {records[-1]['seconds']:.1f} s",
         "scored": scored,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+        "machine": f"{platform.machine()}, {cores}, {platform.system()}",
         "device": device_name(run_device(run)),
         "python": platform.python_version(),
         "torch": torch.__version__,
