@@ -109,7 +109,8 @@ def finished(folder: Path | None, kind: str, size: int, place: Path) -> list[Any
 
 def ended(folder: Path, kind: str, number: int, draws: random.Random, targets: list[int], size: int) -> dict[str, Any]:
     """Send a signal at a random moment between the first checkpoint and what would be the end."""
-    processes = [process for process, _ in started(folder, kind, size, folder.parent)]
+    run = started(folder, kind, size, folder.parent)  # with the ends of the pipes, so that a run can answer and end well
+    processes = [process for process, _ in run]
     while all(process.is_alive() for process in processes) and not list(folder.glob("step-*")):
         time.sleep(0.001)
     time.sleep(draws.random() * WINDOW[size])
