@@ -79,7 +79,7 @@ def importance_weighted() -> Paper:
         words = f" **Not measured yet**: {', '.join(f'{n} layers, K = {k}' for n, k in sorted(missing))}." if missing else ""
         one, two = (next((row["measured"] for row in found["rows"] if row["layers"] == n), None) for n in (1, 2))
         if one is not None and two is not None and two < one:
-            words += f" The second layer is not trained after {found['epochs']} epochs: it is behind one layer, not ahead."
+            words += f" After {found['epochs']} epochs the model of two layers is far from trained, and is behind that of one."
         spent = f"The others: {found['epochs']} epochs, {found['images']:,} images. {cost(found)}{words}"
     return Paper(
         "Importance weighted autoencoders",
@@ -168,7 +168,7 @@ def signal_to_noise() -> Paper:
         for curve in found["curves"]
     ]
     gain = trained["dreg"]["log_px"] - trained["iwae"]["log_px"]
-    rows.append(Row("log p(x) of DReG less that of IWAE, MNIST", "+0.28, K = 5", f"+{gain:.2f}, K = 8"))
+    rows.append(Row("log p(x) of DReG minus that of IWAE, MNIST", "+0.28, K = 5", f"+{gain:.2f}, K = 8"))
     return Paper(
         "DReG and the signal-to-noise ratio",
         "[Rainforth et al. 2018](https://arxiv.org/abs/1802.04537), Gaussian model of 20 dimensions, and "

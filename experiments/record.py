@@ -21,14 +21,18 @@ USED = {"numpy": "numpy", "pyro": "pyro-ppl", "jax": "jax", "numpyro": "numpyro"
 
 def write(name: str, result: dict[str, Any]) -> None:
     """Write ``results/<name>.json``."""
-    about = {
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result | about(), indent=1) + "\n")
+
+
+def about() -> dict[str, Any]:
+    """The date, the machine and the versions."""
+    return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyrovae": pv.__version__}
         | {package: metadata.version(package) for module, package in USED.items() if module in sys.modules},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result | about, indent=1) + "\n")
 
 
 def processor() -> str:

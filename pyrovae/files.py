@@ -14,7 +14,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 __all__ = [
-    "LOCK", "OWNER", "load_weights", "read_arrays", "read_json", "read_lines", "save_weights", "taken", "together",
-    "write_arrays", "write_bytes", "write_text",
+    "LOCK", "OWNER", "load_weights", "read_arrays", "read_json", "read_lines", "save_weights", "settle", "synchronise",
+    "taken", "together", "write_arrays", "write_bytes", "write_text",
 ]  # fmt: skip
 
 LOCK, OWNER = ".lock", ".owner.json"
+# Beginnings of the names of folders: of files that are being written, and of complete ones that are being moved.
+_STAGED, _COMPLETE = ".staged-", ".complete-"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -146,7 +148,9 @@ def load_weights(path: str | Path, module: nn.Module, *, cast: bool = False) -> 
 def together(folder: str | Path) -> Iterator[Path]:
     """A context that gives an empty folder; at its end, the files written there replace those of the same names in ``folder``.
 
-    If the context ends by an exception, ``folder`` keeps what it has.
+    If the context ends by an exception, ``folder`` keeps what it has. The new files are complete, and on the disk, before the
+    first one is moved. A process that is interrupted while it moves them moves the rest first; after one that was killed,
+    :func:`settle` does so. No other process may write ``folder`` meanwhile.
 
     Args:
         folder: where the files go; it is made if it does not exist.
@@ -156,14 +160,51 @@ def together(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    staged = target / f".{secrets.token_hex(8)}"
+    settle(target)
+    for orphan in target.glob(f"{_STAGED}*"):
+        shutil.rmtree(orphan)
+    staged = target / f"{_STAGED}{secrets.token_hex(8)}"
     staged.mkdir()
     try:
         yield staged
-        for path in sorted(staged.iterdir()):
-            path.replace(target / path.name)
+        synchronise(staged)
+        staged.rename(target / f"{_COMPLETE}{secrets.token_hex(8)}")
+        synchronise(target)
+        settle(target)
+    except BaseException:
+        settle(target)  # once one of them has been moved, there is no way back to the old ones
+        raise
     finally:
-        shutil.rmtree(staged)
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def settle(folder: str | Path) -> None:
+    """Finish what a process that was killed at the end of :func:`together` had begun, if there was one.
+
+    Several processes may do so at once.
+
+    Raises:
+        OSError: the folder cannot be written, and its files are of two sets.
+    """
+    target = Path(folder)
+    for complete in target.glob(f"{_COMPLETE}*"):
+        with suppress(FileNotFoundError):  # another process is doing the same, and has moved it
+            for path in sorted(complete.iterdir()):
+                with suppress(FileNotFoundError):
+                    path.replace(target / path.name)
+            synchronise(target)
+            complete.rmdir()
+
+
+def synchronise(folder: Path) -> None:
+    """Write a folder's names to the disk, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

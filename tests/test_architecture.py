@@ -258,3 +258,19 @@ def test_modules_that_moved_can_still_be_imported() -> None:
     said, same = done.stdout.strip().splitlines()
     assert "pyrovae.marginal moved to pyrovae.evidence.importance" in said
     assert same == "True"
+
+
+# The first column of the table of rooms in ARCHITECTURE.md; a star marks a room that takes callables.
+ROOM = re.compile(r"`(\w+)/?`(\*?)")
+
+
+def test_the_page_has_the_same_floors() -> None:
+    text = (ROOT.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text[text.index("| room |") : text.index("Some libraries")]
+    rows = [ROOM.findall(line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    assert [{room for room, _ in row} for row in rows] == FLOORS
+    assert {room for row in rows for room, star in row if star} == TAKE_CALLABLES
+    (catalogues,) = re.findall(r"The catalogues \((.*?)\)", text)
+    assert {room for room, _ in ROOM.findall(catalogues)} == CATALOGUES
+    assert f"at most {MOST_LINES} lines" in text
+    assert f"at most {MOST_CODE_IN_A_FUNCTION} lines of code" in text

@@ -7,7 +7,9 @@ import json
 import os
 import pickle
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -259,6 +261,68 @@ def test_files_written_together_replace_the_old_ones_at_the_end_or_not_at_all(tm
         assert not (tmp_path / "two").exists()
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
     assert (tmp_path / "one").read_text() == "new"
+
+
+def at_rename(monkeypatch: pytest.MonkeyPatch, call: int, end: Callable[[], None], *, after: bool = False) -> None:
+    """Let something happen before or after the n-th rename."""
+    calls = list[int]()
+
+    def watched(rename: Callable[..., None]) -> Callable[..., None]:
+        def renamed(*paths: Any) -> None:
+            calls.append(1)
+            if len(calls) == call and not after:
+                end()
+            rename(*paths)
+            if len(calls) == call:
+                end()
+
+        return renamed
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def written(folder: Path, word: str) -> None:
+    """Three files are written, then the folder of all of them is renamed, then each is moved: seven renames."""
+    with files.together(folder) as staged:
+        for name in ("one", "two", "three"):
+            files.write_text(staged / name, word)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("call", range(1, 8))
+def test_an_interrupt_at_any_rename_leaves_the_old_set_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, after: bool
+) -> None:
+    written(tmp_path, "old")
+    with monkeypatch.context() as patch:
+        at_rename(patch, call, interrupt, after=after)
+        with pytest.raises(KeyboardInterrupt):
+            written(tmp_path, "new")
+    word = "new" if (call, after) >= (4, True) else "old"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(("one", "two", "three"), word)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that ends at a given rename")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("call", range(1, 8))
+def test_a_set_of_files_is_settled_after_a_kill_at_any_rename(tmp_path: Path, call: int) -> None:
+    written(tmp_path, "old")
+    child = os.fork()
+    if child == 0:
+        at_rename(pytest.MonkeyPatch(), call, lambda: os._exit(9))
+        written(tmp_path, "new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    files.settle(tmp_path)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert found == dict.fromkeys(("one", "two", "three"), "new" if call > 4 else "old")
+    written(tmp_path, "last")
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "three"}, "what the process left is swept"
 
 
 def test_a_failed_write_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,12 @@ def test_toml_file_and_overrides(in_folder: Path):
     (in_folder / "r.toml").write_text('[train]\nepochs = 50\n[model]\nencoder = "diagonal_normal"\nhidden = [9]\n')
     command = ["train", "r.toml", "--train.epochs", "1", "--evaluate.num-samples", "30", "--estimator.kind", "iwae"]
     command += ["--evaluate.decompose", "0", "--evaluate.limit", "10", "--evaluate.proposal", "guide"]
-    assert main([*command, "--estimator.num-particles", "3", "--model.latent-dim", "2"]) == 0
+    command += ["--estimator.num-particles", "3", "--model.latent-dim", "2", "--model.hidden", "[8, 7]"]
+    assert main(command) == 0
     run = read_run(in_folder / "runs" / "digits-iwae-2" / "run.toml")
     assert run.train.epochs == 1
     assert run.model.encoder == "diagonal_normal"
-    assert run.model.hidden == [9]
+    assert run.model.hidden == [8, 7]
     assert run.estimator == {"kind": "iwae", "num_particles": 3}
 
 
@@ -197,6 +199,65 @@ def test_evaluate_goes_on_where_it_was_interrupted(run_folder: Path, monkeypatch
     assert drawn == [False, True], "the first 256 of 360 data are not scored again"
     np.testing.assert_array_equal(pv.Evidence.load(run_folder / "evidence.safetensors").log_px, whole.log_px)
     assert {path.name for path in run_folder.iterdir() if path.is_file()} == set(kept)
+
+
+SCORED = ("evidence.safetensors", "summary.json", "report.html")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", [None, "elsewhere"])
+def test_evaluate_that_ends_at_any_rename_leaves_one_whole_set(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, output: str | None
+):
+    command = ["evaluate", "runs/mine", "--limit", "20", "--decompose", "0", "--proposal", "guide"]
+    command += [] if output is None else ["--output", output]
+    assert main([*command, "--num-samples", "20"]) == 0
+    folder = run_folder if output is None else Path(output)
+    names = SCORED if output is None else (*SCORED, "run.toml", "metrics.jsonl")
+    rename, replace = os.rename, os.replace
+    for last in range(1, 100):
+        before, calls = {name: (folder / name).read_bytes() for name in names}, list[int]()
+
+        def until_the_last(move: Callable[..., None], *paths: str, calls: list[int] = calls, last: int = last) -> None:
+            move(*paths)
+            calls.append(1)
+            if len(calls) == last:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "rename", partial(until_the_last, rename))
+        monkeypatch.setattr(os, "replace", partial(until_the_last, replace))
+        code = main([*command, "--num-samples", str(20 + last)])
+        monkeypatch.undo()
+        monkeypatch.chdir(run_folder.parents[1])
+        num_samples = {
+            pv.Evidence.load(folder / "evidence.safetensors").num_samples,
+            json.loads((folder / "summary.json").read_text())["num_samples"],
+        }
+        changed = {name for name in SCORED if (folder / name).read_bytes() != before[name]}
+        if output is not None:
+            num_samples.add(read_run(folder / "run.toml").evaluate.num_samples)
+        assert len(num_samples) == 1
+        assert changed in (set(), set(SCORED))
+        assert bool(changed) == (20 + last in num_samples)
+        assert not [path for path in folder.iterdir() if path.name.startswith((".staged", ".complete"))]
+        if code == 0:
+            break
+        assert code == 130
+    assert len(calls) >= len(names) * 2 + 1
+
+
+def test_a_command_completes_the_set_of_files_that_a_killed_one_was_moving(run_folder: Path, capsys: pytest.CaptureFixture):
+    assert main(["evaluate", "runs/mine", "--num-samples", "30", "--limit", "20", "--decompose", "0", "--output", "other"]) == 0
+    moving = run_folder / ".complete-0"
+    moving.mkdir()
+    for name in ("summary.json", "report.html"):  # the evidence has been moved
+        Path("other", name).rename(moving / name)
+    Path("other/evidence.safetensors").replace(run_folder / "evidence.safetensors")
+    capsys.readouterr()
+    assert main(["encode", "runs/mine"]) == 0, capsys.readouterr().err
+    assert json.loads((run_folder / "summary.json").read_text())["num_data"] == 20
+    assert "20" in (run_folder / "report.html").read_text()
+    assert not moving.exists()
 
 
 def test_evaluate_writes_elsewhere_and_compare_takes_it(run_folder: Path, capsys: pytest.CaptureFixture):
@@ -325,6 +386,7 @@ def test_list_names_the_components(capsys: pytest.CaptureFixture):
     for name in ("standard_normal", "binomial", "full_covariance_normal", "gated_mlp", "iwae", "trace_elbo"):
         assert f"  {name} " in out
     assert max(map(len, out.splitlines())) <= 80
+    assert "`" not in out
 
 
 @pytest.mark.parametrize(
@@ -361,6 +423,8 @@ def test_list_names_the_components(capsys: pytest.CaptureFixture):
             "hidden must be a list of positive integers",
         ),
         ("train --model.hidden [9] [9]", "hidden must be a list of positive integers"),
+        ("train --seed 0 1 2", "2 is one value too many"),
+        ("train --seeds 3", "--seeds is an option of pyrovae sweep"),
         ("train --model.body conw", "did you mean 'conv"),
         ("train --model.activation tahn", "did you mean 'tanh'"),
         ("train --estimator iwea", "did you mean 'iwae'"),

@@ -184,9 +184,11 @@ def test_a_single_run_has_no_error_from_training():
     same = pv.compare({"one": [one, one], "other": other})
     assert same.difference.tolist() == plain.difference.tolist()
     assert math.isnan(same.training_se[1])
-    with pytest.raises(TypeError, match="mapping of names to evidence"):
+    with pytest.raises(TypeError, match="mapping of names to evidence, got a dict with something else"):
         pv.compare({"one": [], "other": other})
-    with pytest.raises(ValueError, match=r"different numbers of data .*one\[1\]"):
+    with pytest.raises(TypeError, match="mapping of names to evidence, got a list: pass"):
+        pv.compare([one, other])
+    with pytest.raises(ValueError, match=r"different numbers of data .*one\[1\].*: score all on the same rows"):
         pv.compare({"one": [one, evidence(20)], "other": other})
 
 

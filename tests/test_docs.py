@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import pyrovae
 
@@ -23,6 +27,13 @@ EXAMPLES = {
     "likelihood": ("likelihoods.py", "Gumbel", 20),
     "encoder": ("encoders.py", "DiagonalLaplace", 15),
     "estimator": ("estimators/elbo.py", "Median", 15),
+}
+
+
+# Where the walks of ARCHITECTURE.md lead, and a call that takes each.
+WALKS: dict[str, Callable[..., Any]] = {
+    "a log-weight": lambda model, guide, x: pyrovae.fit(model, guide, x, epochs=1, compile=False, progress=False),
+    "an `Evidence`": lambda model, guide, x: pyrovae.log_marginal(model, guide, x, num_samples=100, proposal="guide"),
 }
 
 
@@ -157,23 +168,73 @@ def test_files_that_are_named_exist() -> None:
             assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
-def test_the_walks_of_the_architecture_name_what_there_is() -> None:
+def _walk(to: str) -> list[str]:
+    """The functions, classes and modules that a walk of ARCHITECTURE.md names, in its order."""
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    walks = text[text.index("### From `fit`") : text.index("## Words")]
-    found = re.findall(r"`((?:[a-z_]+\.)+\w+)`", walks)
-    assert len(found) > 10
-    for name in found:
-        assert _exists(f"pyrovae.{name}") or _exists(f"pyrovae.data.{name}"), (
-            f"ARCHITECTURE.md names {name}, which is not there"
-        )
+    walk = re.split(r"^#+ ", text[text.index(f"to {to}\n") :], flags=re.M)[0]
+    return re.findall(r"`((?:\w+\.)+\w+)`", walk)
+
+
+@pytest.mark.parametrize("to", WALKS)
+def test_the_walks_of_the_architecture_name_what_there_is(to: str) -> None:
+    names = _walk(to)
+    assert len(names) > 10
+    for name in names:
+        assert _exists(name), f"ARCHITECTURE.md names {name}, which is not there"
 
 
 def _exists(name: str) -> bool:
+    """Whether the package has a function, class or module, by its full name or, if it is of a class, by the name of that."""
+    first, rest = name.split(".", 1)
+    if first[0].isupper():
+        return any(hasattr(pkgutil.resolve_name(f"pyrovae.{full}"), rest) for full in _classes() if full.endswith(f".{first}"))
     try:
-        pkgutil.resolve_name(name)
+        pkgutil.resolve_name(f"pyrovae.{name}")
     except (ImportError, AttributeError):
         return False
     return True
+
+
+@functools.cache
+def _classes() -> list[str]:
+    """The full names of all classes."""
+    found = []
+    for path in sorted(Path(pyrovae.__file__).parent.rglob("*.py")):
+        module = ".".join(path.relative_to(Path(pyrovae.__file__).parent).with_suffix("").parts)
+        found += [f"{module}.{name}" for name in re.findall(r"^class (\w+)", path.read_text(encoding="utf-8"), re.M)]
+    return found
+
+
+def _calls() -> list[str]:
+    """The functions of the package that are being called, the first one first, without the models that are called."""
+    found, frame = [], sys._getframe()
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if Path(pyrovae.__file__).parent in path.parents:
+            module = ".".join(path.relative_to(Path(pyrovae.__file__).parent).with_suffix("").parts)
+            found.append(f"{module}.{frame.f_code.co_qualname}")
+        frame = frame.f_back
+    return [name for name in reversed(found) if not name.startswith("models.")]
+
+
+@pytest.mark.parametrize("to", WALKS)
+def test_the_walks_of_the_architecture_are_those_of_the_code(to: str) -> None:
+    """The guide, where it draws, is reached by what the walk names, in that order."""
+    vae = pyrovae.make_vae(3, latent_dim=2, hidden=[4])
+    calls: list[list[str]] = []
+
+    def guide(x: torch.Tensor) -> torch.Tensor:
+        calls.append(_calls())
+        return vae.guide(x)
+
+    WALKS[to](vae.model, guide, torch.ones(4, 3))
+    end = [each for each in calls if "programs.log_weights.log_weights" in each][-1]
+    classes = {full.rpartition(".")[2]: full for full in _classes()}
+    names = [name if name[0].islower() else f"{classes[name.split('.')[0]]}.{name.split('.', 1)[1]}" for name in _walk(to)]
+    places = [[place for place, call in enumerate(end) if f"{call}.".startswith(f"{name}.")] for name in names]
+    reached = [found[0] for found in places if found]
+    assert len(reached) >= 8
+    assert reached == sorted(reached), f"ARCHITECTURE.md has another order than {end}"
 
 
 def test_the_readme_is_short() -> None:

@@ -485,6 +485,8 @@ def test_programs_and_optimizers_of_another_kind_get_one_sentence() -> None:
             pv.fit(bad, vae.guide, x, progress=False)
     with pytest.raises(ValueError, match=r"The guide must be a Pyro program"):
         pv.fit(vae.model, vae, x, progress=False)
+    with pytest.raises(TypeError, match=r"^VAE is a pair of programs and cannot be called: .* fit, log_marginal, embed"):
+        vae(x)
     for optimizer in (pyro.optim.Adam({"lr": 1e-3}), torch.optim.SGD(vae.parameters(), lr=0.1), 3):
         with pytest.raises(ValueError, match=r"optimizer must be a name such as 'adam' or a callable .*got an instance of"):
             pv.fit(vae.model, vae.guide, x, optimizer=optimizer, progress=False)

@@ -16,7 +16,7 @@ import pyrovae as pv
 
 FAST = (
     "exact", "noisy", "curves", "in_order", "normed", "spoiled", "other_data", "other_weights", "other_options",
-    "refused_by_one", "changed_by_one", "in_two_parts", "interrupted", "scored",
+    "refused_by_one", "changed_by_one", "in_two_parts", "captured_in_two_parts", "interrupted", "scored",
 )  # fmt: skip
 Found = Callable[[str], list[Any]]
 
@@ -128,8 +128,9 @@ def test_only_the_first_rank_calls_on_epoch_which_must_not_change_the_pair(folde
     assert "The parameters of ranks 0 and 1 differ after epoch 2" in one["error"]
 
 
-def test_a_run_goes_on_to_the_same_bits(folder: Path):
-    for found in read(folder, "in_two_parts"):
+@pytest.mark.parametrize("scenario", ["in_two_parts", "captured_in_two_parts"])
+def test_a_run_goes_on_to_the_same_bits(folder: Path, scenario: str):
+    for found in read(folder, scenario):
         assert not same(found["first"], found["whole"])
         assert same(found["resumed"], found["whole"])
 

@@ -154,6 +154,19 @@ def in_two_parts(folder: Path, rank: int) -> Any:
     return {"whole": trained(new_vae(), data(), validation=data(30)), "first": first, "resumed": resumed}
 
 
+def captured_in_two_parts(folder: Path, rank: int) -> Any:
+    """A run of captured steps that clips its gradients, and one that is ended and taken up again."""
+    options: dict[str, Any] = {"compile": True, "clip_norm": 0.01, "validation": data(30)}
+    kept = {"checkpoint": folder / "captured", "resume": "auto"}
+    os.environ["PYROVAE_COMPILE"] = "aten"
+    try:
+        first = trained(new_vae(), data(), max_steps=6, **options, **kept)
+        resumed = trained(new_vae(), data(), **options, **kept)
+        return {"whole": trained(new_vae(), data(), **options), "first": first, "resumed": resumed}
+    finally:
+        del os.environ["PYROVAE_COMPILE"]
+
+
 def interrupted(folder: Path, rank: int) -> Any:
     """A signal that reaches one rank ends both after the same step, with a checkpoint."""
     options = {"checkpoint": folder / "ended", "resume": "auto"}

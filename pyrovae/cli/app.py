@@ -212,10 +212,10 @@ def evaluate(
     records, split = files.read_lines(run / "metrics.jsonl"), load_split(described)
     if output is not None and (output / "model.json").exists():
         raise ValueError(f"--output must not be the folder of a run, got {output}: choose another folder.")
-    score(run if output is None else output, described, split, vae, records, printed or Output(), run)
+    texts = {}
     if output is not None:
-        files.write_text(output / "run.toml", write_run(described))
-        files.write_text(output / "metrics.jsonl", (run / "metrics.jsonl").read_text(encoding="utf-8"))
+        texts = {"run.toml": write_run(described), "metrics.jsonl": (run / "metrics.jsonl").read_text(encoding="utf-8")}
+    score(run if output is None else output, described, split, vae, records, printed or Output(), run, texts)
 
 
 @app.command(sort_key=2)
@@ -369,8 +369,10 @@ def doctor(*, output: Annotated[Output | None, Parameter(name="*")] = None) -> N
 
 def _described(folder: Path, overrides: dict[str, Any] | None = None) -> Run:
     """The run behind a folder that ``train`` wrote."""
+    from ..files import settle
     from .config import read_run
 
+    settle(folder)
     if not (folder / "run.toml").is_file():
         raise FileNotFoundError(f"There is no run folder {folder}: give one that pyrovae train wrote, with its run.toml.")
     return read_run(folder / "run.toml", overrides)

@@ -15,7 +15,7 @@ SHORT = {"--device": "--train.device", "--data": "--data.path"}
 # Options of the command, not settings of the run.
 OWN = ("--resume", "--json", "--quiet", "--grid", "--seeds", "--jobs", "--index")
 
-# The setting whose elements may be lists themselves, so that [200, 200] is one element of it.
+# The setting whose elements may be lists themselves: of several lists each is an element, and one alone is the whole.
 NESTED = "hidden"
 
 # cyclopts would fill in defaults, and only what was given may win over the run's file.
@@ -39,7 +39,7 @@ def collect(_app: App, commands: tuple[str, ...], arguments: Any) -> None:
                 table[last] = token.value.lower() in ("", "true", "1", "yes") and ".no-" not in str(token.keyword)
             elif "list" in str(argument.hint):
                 value = literal(token.value) if token.value[:1] == "[" else token.value
-                whole = isinstance(value, list) and last != NESTED
+                whole = isinstance(value, list) and (last != NESTED or len(argument.tokens) == 1)
                 table.setdefault(last, []).extend(value if whole else [value])
             else:
                 table[last] = literal(token.value) if token.keys or token.value[:1] == "{" else token.value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cyclopts import CycloptsError, MixedArgumentError
+from cyclopts import CycloptsError, MixedArgumentError, UnknownOptionError, UnusedCliTokensError
 
 __all__ = ["DIVERGED", "MISTAKE", "NO_MEMORY", "SYSTEM", "UNFORESEEN", "explain"]
 
@@ -37,6 +37,13 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, MixedArgumentError) and error.argument is not None:
         name = error.argument.name
         return MISTAKE, f"{name} has a name and options: give the name as {name}.kind beside the options."
+    if isinstance(error, UnusedCliTokensError):
+        extra = " ".join(map(str, error.unused_tokens or []))
+        return MISTAKE, f"{extra} is one value too many: an option takes one, and pyrovae sweep runs several settings or seeds."
+    if isinstance(error, UnknownOptionError):
+        option = error.token.keyword or error.token.value
+        if option in ("--seeds", "--grid", "--jobs"):
+            return MISTAKE, f"{option} is an option of pyrovae sweep, which trains several runs: use that command."
     if isinstance(error, FloatingPointError):
         return DIVERGED, first
     if isinstance(error, ValueError | OSError | CycloptsError):

@@ -49,17 +49,18 @@ def print_evidence(
 
     def line(label: str, value: str, what: str = "") -> None:
         # Long findings go on below, in the same column.
-        first, *rest = textwrap.wrap(f"{value}{what}", 76 - width, drop_whitespace=False) or [""]
+        below = " " * (len(value) + 2 if what else 0)
+        first, *rest = textwrap.wrap(f"{value}{what}", 76 - width, subsequent_indent=below, drop_whitespace=False) or [""]
         print(f"  {label:<{width}}  {first}".rstrip())
         for part in rest:
-            print(f"{'':<{width + 4}}{part.strip()}")
+            print(f"{'':<{width + 4}}{below}{part.strip()}")
 
     if quantity != "log p(x)":
         line("scored", f"{quantity}, each of the {units} given its label")
     line("method", evidence.method)
     line("samples", evidence.effort)
     line("bound", f"{evidence.elbo.mean():9.2f}", f"  the {who}'s ELBO, which lies below {quantity}")
-    line(quantity, f"{evidence.mean:9.2f}", f"  an estimate; its standard error is {evidence.mean_se:.2f} from")
+    line(quantity, f"{evidence.mean:9.2f}", f"  an estimate; its standard error is {_error(evidence.mean_se)} from")
     line("", " " * 9, f"  sampling and {evidence.data_se:.2f} from the choice of {units}")
     condition = quantity.removeprefix("log p(").removesuffix(")").replace("|", ",")
     line("gap", f"{evidence.gap:9.2f}", f"  what the {who} misses: its KL from p(z|{condition})")
@@ -74,6 +75,17 @@ def print_evidence(
     if parts is not None:
         beside = "" if quantity == "log p(x)" else ", given their labels,"
         print(f"\nWhere the nats of the first {len(parts)}{beside} go:\n{parts}\n")
+
+
+def _error(value: float) -> str:
+    """A standard error to two decimals; a smaller one to one digit, so that it does not look like zero.
+
+    Example:
+        >>> from pyrovae.cli.printing import _error
+        >>> _error(0.63), _error(0.0013), _error(0.0)
+        ('0.63', '0.001', '0.00')
+    """
+    return f"{value:.1g}" if 0.0001 < value < 0.005 else f"{value:.2f}"
 
 
 def print_names() -> None:
@@ -165,7 +177,7 @@ def _section(documented: Any, title: str) -> list[str]:
 def _summary(cls: type) -> str:
     own = not cls.__module__.startswith("pyro.")
     first = (inspect.getdoc(cls) or "").split("\n\n")[0] if own else f"Pyro's own pyro.infer.{cls.__name__}, as it is."
-    return re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", " ".join(first.split()))
+    return re.sub(r"``([^`]*)``|:\w+:`~?\.?([^`]*)`", r"\1\2", " ".join(first.split()))
 
 
 def device_name(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ def score(
     records: list[dict[str, Any]],
     output: Output,
     earlier: Path | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Score the test data, print what was found, and write evidence, summary and report, together at the end.
 
@@ -45,6 +47,7 @@ def score(
         records: its learning curve.
         output: what is printed.
         earlier: the folder of the run, if it may have been scored before.
+        texts: further files that are written together with the others, by name.
 
     Raises:
         ValueError: the data are not those that were scored before, or another command works in the folder.
@@ -58,10 +61,13 @@ def score(
     inputs = tuple(each[: run.evaluate.limit] for each in inputs)
     if earlier is not None and (earlier / "evidence.safetensors").exists():
         _refuse_changed(earlier, inputs)
+    first = is_first()
     # A run that was just trained has its folder still.
-    takes = earlier is not None and is_first()
+    place = alone(folder, output) if first and earlier is not None else nullcontext()
     with output.words():
-        with alone(folder, output) if takes else nullcontext(), files.together(folder) as staged:
+        with place, files.together(folder) if first else nullcontext(folder) as staged:
+            for name, text in (texts or {}).items() if first else ():
+                files.write_text(staged / name, text)
             summary = _score(staged, folder, run, split, vae, records, inputs, output.bars)
         if summary is None:
             return
@@ -319,6 +325,8 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: str) -
     import torch
 
     packages = ("pyrovae", "pyro-ppl", "arviz", "arviz-stats", "numpy")
+    numbers = {"core": os.cpu_count() or 1, "thread": torch.get_num_threads()}
+    cores = ", ".join(f"{number} {noun}{'' if number == 1 else 's'}" for noun, number in numbers.items())
     return {
         "data": split.note,
         "likelihood": likelihood_reason(run, split),
@@ -326,7 +334,7 @@ def _facts(run: Run, split: Split, records: list[dict[str, Any]], scored: str) -
         "trained": f"{len(records)} epochs, {records[-1]['step']} steps, {records[-1]['seconds']:.1f} s",
         "scored": scored,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+        "machine": f"{platform.machine()}, {cores}, {platform.system()}",
         "device": device_name(run_device(run)),
         "python": platform.python_version(),
         "torch": torch.__version__,

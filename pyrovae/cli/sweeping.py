@@ -119,6 +119,8 @@ def finish(folder: Path, cells: Sequence[Cell], failed: dict[str, tuple[int, str
     from .comparison_page import write_comparison
     from .output import json_text
 
+    for cell in cells:  # one may have been scored again, and that call killed
+        files.settle(folder / cell.name)
     done = [cell for cell in cells if _is_done(folder / cell.name)]
     groups: dict[str, list[Cell]] = {}
     for cell in done:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from ..programs.reachable import changed_numbers, python_state
 from ..programs.tracing import same_random_stream
 from .capture import trace
+from .captured import Captured, State, random_state, set_random_state
 from .inductor import Tensors, _inductor, computed_values
+from .kept import put, take
 from .kernels import SeededNormals, seeded
-from .rewrites import draws_as_inputs, join_decoders
+from .rewrites import join_decoders
 from .settings import BACKENDS, limit_backend
 
 __all__ = ["MOST_GRAPHS", "USES_BEFORE_CAPTURE", "Staged", "largest_value", "rolled"]
@@ -43,6 +44,8 @@ class Staged:
             ``"bfloat16"`` rounds the factors of float32 products in a compiled graph.
         threads: number of :meth:`submit` calls that run concurrently, on one CPU thread each (``"inductor"`` and ``"native"``).
         programs: the objects whose Python state a run must not change; by default the function.
+        keep: what distinguishes this function among those of its programs. :meth:`close` then keeps the graphs for the next
+            object of the same programs and name, which compares them with the function before it uses them.
 
     Attributes:
         reason: why it runs slower than asked, in one sentence, or ``None``.
@@ -68,6 +71,7 @@ class Staged:
         precision: str = "float32",
         threads: int = 1,
         programs: tuple[Any, ...] | None = None,
+        keep: Hashable | None = None,
     ):
         if backend not in BACKENDS:
             raise ValueError(f'backend must be "inductor", "native", "aten" or "eager", got {backend!r}.')
@@ -85,7 +89,9 @@ class Staged:
         )
         self._agreed = ""
         self._pool: _SideBySide | None = None
-        self._graphs: dict[tuple, _Graph] = {}
+        self._name = None if keep is None or limited == "eager" else (keep, limited, precision, threads)
+        self._graphs: dict[tuple, Captured] = {}
+        self._earlier = {} if self._name is None else take(self.programs, self._name)
         self._uses: dict[tuple, int] = {}
 
     @property
@@ -169,10 +175,12 @@ class Staged:
             torch.set_num_threads(number)
 
     def close(self) -> None:
-        """Cancel what has not begun, and release the threads."""
+        """Cancel what has not begun, release the threads, and keep the graphs if they are to be kept."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+        if self._name is not None and self.reason is None:
+            put(self.programs, self._name, dict([*self._earlier.items(), *self._graphs.items()][-MOST_GRAPHS:]))
 
     def _captures(self, key: tuple) -> bool:
         """Count a use of a shape without a graph; whether it is worth one."""
@@ -180,20 +188,24 @@ class Staged:
         return not self._graphs or (uses >= USES_BEFORE_CAPTURE and len(self._graphs) < MOST_GRAPHS)
 
     def _first(self, key: tuple, inputs: Tensors) -> Tensors:
-        random = _random_state(inputs)
+        """The value of a shape's first use that is worth a graph: the graph of an earlier call, or a new one."""
+        if key in self._earlier:
+            self._graphs[key] = self._earlier.pop(key)
+            return self._checked(self._graphs[key], inputs)
+        random = random_state(inputs)
         try:
             self._graphs[key], outputs = _capture(self.function, _distinct(inputs))
             self._graphs[key].captured_on = inputs
         except Exception as error:  # whatever stops the tracer: run as it is, the program says what is wrong
-            _set_random_state(random)
+            set_random_state(random)
             self._fall_back("eager", f"it cannot be captured ({_first_line(error)})")
             return self.function(*inputs)
         return outputs
 
-    def _checked(self, graph: _Graph, inputs: Tensors) -> Tensors:
+    def _checked(self, graph: Captured, inputs: Tensors) -> Tensors:
         """Run the function and its graph on the same inputs and random numbers, and compare; return the function's value."""
         when, graph.due = graph.due, ""
-        state = _State(graph, inputs)
+        state = State(graph, inputs)
         captured = graph.value_of(graph.module, inputs)
         state.put_back()
         before = python_state(*self.programs)
@@ -203,9 +215,13 @@ class Staged:
         # On the inputs of the capture, a graph that froze a value of theirs still agrees: permute their rows and compare again.
         if agrees and not counted and graph.captured_on is not None and all(map(torch.equal, graph.captured_on, inputs)):
             agrees = self._agrees_on(graph, rolled(inputs))
-        graph.captured_on = None
+        graph.captured_on, graph.kept = None, graph.kept and not agrees
         if counted:
             self._fall_back("eager", f"it keeps a state in Python, which a graph does not: {', '.join(counted)}")
+        elif not agrees and graph.kept:
+            # Of programs as they were in an earlier call. The next use captures anew.
+            self._graphs = {key: other for key, other in self._graphs.items() if other is not graph}
+            self._earlier.clear()
         elif not agrees:
             since = f" {when}; {self._agreed}" if self._agreed else ""
             self._fall_back(
@@ -218,21 +234,21 @@ class Staged:
             self._agreed = f"they agreed {when}, so what was computed in between may belong to an older state"
         return value
 
-    def _agrees_on(self, graph: _Graph, inputs: Tensors) -> bool:
+    def _agrees_on(self, graph: Captured, inputs: Tensors) -> bool:
         """Whether graph and function agree on other inputs; all that they change is restored."""
-        state = _State(graph, inputs)
+        state = State(graph, inputs)
         captured = graph.value_of(graph.module, inputs)
         state.put_back()
         value = tuple(tensor.detach().clone() for tensor in self.function(*inputs))
         state.put_back()
         return graph.close(captured, value, inputs, exactly=True)
 
-    def _compile(self, graph: _Graph, inputs: Tensors, state: _State, value: Tensors) -> None:
+    def _compile(self, graph: Captured, inputs: Tensors, state: State, value: Tensors) -> None:
         """Compile a graph that agrees with its function, and compare the result with ``value``, computed from ``state``."""
         graph.run, inputs = graph.module, _distinct(inputs)
         if self.backend == "aten" or (self.backend == "native" and any(tensor.is_cuda for tensor in inputs)):
             return
-        rounded, after = self.precision == "bfloat16", _State(graph, inputs)
+        rounded, after = self.precision == "bfloat16", State(graph, inputs)
         try:
             single_threaded = self.threads > 1 and graph.draw_first()
             state.put_back()
@@ -283,10 +299,10 @@ class _SideBySide(ThreadPoolExecutor):
         torch.set_num_threads(self.before)
 
 
-def _capture(function: Callable[..., Tensors], inputs: Tensors) -> tuple[_Graph, Tensors]:
+def _capture(function: Callable[..., Tensors], inputs: Tensors) -> tuple[Captured, Tensors]:
     """Record one run; return the graph, and what that run itself returned."""
     module, returned = trace(function, inputs)
-    return _Graph(module), returned
+    return Captured(module), returned
 
 
 def largest_value(function: Callable[..., Tensors], *inputs: Tensor) -> int | None:
@@ -297,99 +313,6 @@ def largest_value(function: Callable[..., Tensors], *inputs: Tensor) -> int | No
     except Exception:  # whatever stops the tracer: the caller's own call warns with the reason
         return None
     return max((value.numel() for value in computed_values(join_decoders(graph.module))), default=0)
-
-
-class _Graph:
-    """A captured function: a module whose inputs are the function's, then the tensors that it closes over.
-
-    The latter are inputs too, so that no compiler takes a parameter for a constant.
-    """
-
-    def __init__(self, module: fx.GraphModule):
-        graph = module.graph
-        self.outside: list[Tensor] = []
-        self.draws: list[partial[Tensor]] = []
-        self.run: Callable[..., Any] | None = None
-        self.due = "at its second call"  # compare with the function at the next call; how to name this moment, or ""
-        self.captured_on: Tensors | None = None
-        placed: dict[int, fx.Node] = {}
-        last = list(graph.find_nodes(op="placeholder"))[-1]
-        for node in list(graph.find_nodes(op="get_attr")):
-            tensor = getattr(module, node.target)
-            if id(tensor) not in placed:
-                with graph.inserting_after(last):
-                    last = placed[id(tensor)] = graph.placeholder(f"outside_{len(self.outside)}")
-                self.outside.append(tensor.detach())  # shares the storage, so it follows an optimizer's updates
-                last.meta["val"] = self.outside[-1]
-            node.replace_all_uses_with(placed[id(tensor)])
-            graph.erase_node(node)
-        self.module = fx.GraphModule(nn.Module(), graph)
-
-    def __call__(self, inputs: Tensors, drawn: Tensors) -> Tensors:
-        """The function's value, from the random numbers that are inputs."""
-        assert self.run is not None
-        return tuple(self.run(*inputs, *self.outside, *drawn))
-
-    def draw_first(self) -> bool:
-        """Make random numbers inputs of the graph; whether it draws any, and all can be drawn before the rest."""
-        self.draws = draws_as_inputs(self.module)
-        return bool(self.draws)
-
-    def drawn(self) -> Tensors:
-        """Draw the random numbers that are inputs."""
-        return tuple(draw() for draw in self.draws)
-
-    def value_of(self, run: Callable[..., Any], inputs: Tensors) -> Tensors:
-        """The values of a form of the graph on the inputs, as copies."""
-        with torch.no_grad():
-            return tuple(tensor.clone() for tensor in run(*inputs, *self.outside, *self.drawn()))
-
-    def close(self, staged: Tensors, eager: Tensors, inputs: Tensors, *, exactly: bool) -> bool:
-        """Whether values agree, up to the rounding of the same kernels (``exactly``) or of a compiler's."""
-        tensors = [tensor for tensor in (*self.outside, *inputs, *eager) if tensor.is_floating_point()]
-        coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
-        return _close(staged, eager, tolerance=min(3 * coarsest ** (0.75 if exactly else 0.5), 0.1))
-
-
-class _State:
-    """The random stream and the tensors that a graph closes over, to be restored: a run draws numbers and moves buffers."""
-
-    def __init__(self, graph: _Graph, inputs: Tensors):
-        self.outside, self.random = graph.outside, _random_state(inputs)
-        self.values = [tensor.clone() for tensor in graph.outside]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        _set_random_state(self.random)
-        for tensor, value in zip(self.outside, self.values, strict=True):
-            tensor.copy_(value)
-
-
-def _close(staged: Tensors, eager: Tensors, tolerance: float) -> bool:
-    if len(staged) != len(eager):
-        return False
-    largest = max(float(torch.nan_to_num(tensor, 0.0, 0.0, 0.0).double().norm()) for tensor in eager)
-    for have, want in zip(staged, eager, strict=True):
-        if have.shape != want.shape or not torch.equal(torch.isfinite(have), torch.isfinite(want)):
-            return False
-        finite = torch.isfinite(want)
-        error = float((have[finite].double() - want[finite].double()).norm())
-        if error > tolerance * (float(want[finite].double().norm()) + 1e-2 * largest) + 1e-12:
-            return False
-    return True
-
-
-def _random_state(inputs: Tensors) -> list[tuple[torch.device, Tensor]]:
-    gpus = {tensor.device for tensor in inputs if tensor.is_cuda}
-    return [(torch.device("cpu"), torch.get_rng_state())] + [(gpu, torch.cuda.get_rng_state(gpu)) for gpu in gpus]
-
-
-def _set_random_state(states: list[tuple[torch.device, Tensor]]) -> None:
-    for device, state in states:
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)
 
 
 def _first_line(error: Exception) -> str:

@@ -60,7 +60,7 @@ class Sandwich(Tabular):
     def __repr__(self) -> str:
         """One line: the mean bounds and their gap."""
         return (
-            f"Sandwich({np.mean(self.lower):.4g} <= log p(x) <= {np.mean(self.upper):.4g} nats, {len(self)} simulated data, "
+            f"Sandwich(lower={np.mean(self.lower):.4g}, upper={np.mean(self.upper):.4g} nats, {len(self)} simulated data, "
             f"{self.num_chains} chains, {self.num_temperatures} temperatures)"
         )
 

@@ -158,7 +158,9 @@ def compare(evidence: Mapping[str, Evidence | Sequence[Evidence]]) -> Comparison
     flat = {f"{name}[{r}]" if several else name: run for name, each in runs.items() for r, run in enumerate(each)}
     sizes = {name: len(result) for name, result in flat.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"The models must be scored on the same data, got different numbers of data {sizes}.")
+        raise ValueError(
+            f"The models must be scored on the same data, got different numbers of data {sizes}: score all on the same rows."
+        )
     if min(sizes.values()) < 2:
         raise ValueError("The models must be scored on at least two data, so that differences have an error.")
     _check_same_data(flat)
@@ -190,7 +192,9 @@ def _runs_by_name(evidence: Mapping[str, Evidence | Sequence[Evidence]]) -> dict
     if not isinstance(evidence, Mapping) or not all(
         each and all(isinstance(run, Evidence) for run in each) for each in runs.values()
     ):
-        raise TypeError('evidence must be a mapping of names to evidence: pass {"one": evidence, "other": evidence}.')
+        got = f"a {type(evidence).__name__}" + (" with something else" if isinstance(evidence, Mapping) else "")
+        cure = 'pass {"one": evidence, "other": evidence}'
+        raise TypeError(f"evidence must be a mapping of names to evidence, got {got}: {cure}.")
     return runs
 
 

@@ -114,15 +114,19 @@ class ImportanceSampler:
                 f"x must be the {len(refinement)} data of the refinement in their order: pass the same data, as arrays."
             )
         backend = "inductor" if self._plan.compile else "eager"
-        model, guide, threads = self.model, self.guide, self._plan.threads
-        self.staged = Staged(self._staged_draw, backend, self.options.precision, threads, programs=(model, guide))
+        threads = self._plan.threads
+        programs, own_draws = (self.model, self.guide), ("prior" if self.options.kind == "prior" else "guide")
+        name = (self.options.vectorize_particles, self.info.max_plate_nesting)
+        self.staged = Staged(self._staged_draw, backend, self.options.precision, threads, programs, keep=(own_draws, *name))
         # So few draws repay a capture at most: Inductor takes longer to compile than it saves.
         many = (self.data.num_data or 0) * self._plan.num_probes >= planning.PROBES_TO_CAPTURE
         probe_backend = "native" if self._plan.compile and many else "eager"
-        self.staged_probe = Staged(self._probe_plain, probe_backend, threads=threads, programs=(model, guide))
+        self.staged_probe = Staged(
+            self._probe_plain, probe_backend, threads=threads, programs=programs, keep=(f"beside {own_draws}", *name)
+        )
         if self.options.kind == "auto":
             own: Any = {"draw_guide": self._submit_staged, "probe": self._probe, "finish": self._finish_part}
-            self._task, self._why_unfitted = make_task(model, guide, self.first, self.options, self._plan, **own)
+            self._task, self._why_unfitted = make_task(*programs, self.first, self.options, self._plan, **own)
 
     def _open_store(self) -> Store:
         """What keeps the groups that have been scored. The names of the settings are those of files."""

@@ -7,7 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, Unpack
 
 import pyro
 import torch
@@ -56,6 +56,17 @@ class PairModule(nn.Module):
     def __init__(self, name: str | None = None):
         super().__init__()
         self.name = name or _fresh_name()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse a call: a pair is two programs, and a call does not say which of its results is meant.
+
+        Raises:
+            TypeError: always; the message has the methods to call.
+        """
+        methods = [each for each in ("fit", "log_marginal", "embed", "reconstruct", "sample") if hasattr(self, each)]
+        raise TypeError(
+            f"{type(self).__name__} is a pair of programs and cannot be called: use one of its methods {', '.join(methods)}."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's store adds a weak reference to every parameter that it returns, which cannot be pickled. The next run adds it

@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..files import LOCK, taken
+from ..files import LOCK, synchronise, taken
 from .history import History
 
 __all__ = ["Checkpoint", "CheckpointFolder", "load_checkpoint", "pack", "unpack"]
@@ -42,6 +42,8 @@ FORMAT = 1
 NOTES = "checkpoint.json"
 # Beginnings of the names of what is not finished yet, and of what is being removed.
 UNFINISHED, REMOVED = ".new-", ".old-"
+# Types that JSON holds as they are.
+_PLAIN = {bool, int, float, str, type(None)}
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,11 @@ class CheckpointFolder:
                 record = vars(history) | {"records": list(history.records)}
                 notes = {"format": FORMAT, "step": step, "files": files, "history": record, "run": run}
                 _write(new / NOTES, _with_checksum(notes))
-                _synchronise(new)
+                synchronise(new)
                 if target.exists():  # a resumed run may write the step that it began with
                     target.rename(self.path / f"{REMOVED}{secrets.token_hex(8)}")
                 new.rename(target)
-                _synchronise(self.path)
+                synchronise(self.path)
             except BaseException:
                 shutil.rmtree(new, ignore_errors=True)
                 raise
@@ -210,10 +212,10 @@ def pack(value: Any, arrays: dict[str, Tensor], name: str) -> Any:
     if isinstance(value, Tensor):
         arrays[name] = value.detach()
         return {"tensor": name}
-    if isinstance(value, list):
-        return [pack(each, arrays, f"{name}.{place}") for place, each in enumerate(value)]
-    if isinstance(value, tuple):
-        return {"tuple": [pack(each, arrays, f"{name}.{place}") for place, each in enumerate(value)]}
+    if isinstance(value, list | tuple):
+        plain = _PLAIN.issuperset(map(type, value))  # as the hundreds of numbers of a random state are
+        packed = list(value) if plain else [pack(each, arrays, f"{name}.{place}") for place, each in enumerate(value)]
+        return packed if isinstance(value, list) else {"tuple": packed}
     if isinstance(value, Mapping):
         return {"items": [[pack(key, arrays, name), pack(each, arrays, f"{name}.{key}")] for key, each in value.items()]}
     raise ValueError(
@@ -306,17 +308,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _synchronise(folder: Path) -> None:
-    """Write a folder's names to the disk, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -106,10 +106,11 @@ class Keeper:
             self._configuration = configuration(setup, self.options, state.tensors) | {"processes": ranks.size}
         ranks.compare(self._configuration, state, self.options)
         ranks.part_ways()
+        # Before graphs are captured again: a step whose gradients are combined clips them afterwards, outside of its graph.
+        setup.step.combine = ranks.combine(state) if ranks.size > 1 else None
         if self.found is not None:
             self._check(self.found)
             state.restore(self.found, ranks.rank)
-        setup.step.combine = ranks.combine(state) if ranks.size > 1 else None
         self._began = self._last = time.perf_counter()
         return state
 

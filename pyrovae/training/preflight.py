@@ -34,9 +34,10 @@ def check_programs(model: Program, guide: Program) -> None:
         # Pyro's effect guides are modules that are called, without a forward.
         calls = (type(program).__call__, type(program).forward) if isinstance(program, nn.Module) else ()
         missing = calls in {(nn.Module.__call__, nn.Module.forward), (PyroModule.__call__, nn.Module.forward)}
+        parts = all(callable(getattr(program, part, None)) for part in ("model", "guide"))
+        missing |= parts and calls[1:] == (nn.Module.forward,)  # our pairs, whose own __call__ refuses
         if missing or not callable(program):
             kind = type(program).__name__
-            parts = all(callable(getattr(program, part, None)) for part in ("model", "guide"))
             cure = "pass its .model and its .guide" if parts else "pass a function, a bound method or a module with a forward"
             raise ValueError(f"The {name} must be a Pyro program, got {kind}, which cannot be called on data: {cure}.")
 
