@@ -504,6 +504,19 @@ def test_progress_bar_shows_the_bound(capsys: pytest.CaptureFixture):
     assert f"bound {history.bound[-1]:.2f}, validation {history.validation[-1]:.2f} nats/datum" in capsys.readouterr().err
 
 
+def test_the_bar_has_room_for_the_epoch_and_both_bounds_in_80_columns(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (80, 24))
+    vae = pv.make_vae(4, latent_dim=2, hidden=[8])
+    history = vae.fit(torch.ones(20, 4), epochs=2, validation=0.5)
+    last = capsys.readouterr().err.rstrip().rpartition("\r")[2]
+    assert last.endswith(f"epoch 2/2, bound {history.bound[-1]:.2f}, validation {history.validation[-1]:.2f}")
+    assert last.startswith("100%|")
+    assert len(last) <= 80
+
+
 def test_history_plots_itself():
     vae = pv.make_vae(4, latent_dim=2, hidden=[8])
     ax = vae.fit(torch.ones(20, 4), epochs=3, validation=0.5, progress=False).plot()

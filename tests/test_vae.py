@@ -490,8 +490,10 @@ def test_a_mask_of_another_kind_gets_one_sentence(mask: Tensor, message: str) ->
 
 
 def test_imputation_needs_a_mask_and_a_law_in_parts() -> None:
-    with pytest.raises(ValueError, match="The mask must be a boolean tensor"):
+    with pytest.raises(ValueError, match=r"mask must be a boolean tensor of .* got torch.float32 of shape \(4,\): pass a mask"):
         _small().impute(torch.zeros(4, 6), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"mask must be .* got none for data without missing values: pass a mask"):
+        _small().impute(torch.zeros(4, 6))
 
     class Joint(Normal):
         def forward(self, z: Tensor) -> dist.Distribution:

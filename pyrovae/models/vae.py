@@ -308,9 +308,10 @@ class VAE(PairModule):
         x, *masks = opened(self.model, x, mask)
         x, known = self._as_data(x), self._as_mask(x, masks[0] if masks else None)
         if known is None:
+            got = f"{masks[0].dtype} of shape {tuple(masks[0].shape)}" if masks else "none for data without missing values"
             raise ValueError(
                 f"mask must be a boolean tensor of the data's shape {tuple(x.shape)}, true where a value was observed, got "
-                "none for data without missing values: pass a mask, or a data frame with empty cells."
+                f"{got}: pass a mask, or a data frame with empty cells."
             )
         rows = max(1, chunk // num_samples)
         with torch.no_grad(), scoring_context(self.model, self.guide, seed, x.device):

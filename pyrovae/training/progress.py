@@ -14,6 +14,8 @@ __all__ = ["Progress"]
 # Lines in a log file: no more than one in so many seconds, and so many in all, besides the first epoch's and the last one's.
 SECONDS_BETWEEN_LINES = 1.0
 MOST_LINES = 15
+# Without the steps and their rate, a terminal of 80 columns has room for the epoch, both bounds and a bar.
+BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
@@ -28,7 +30,10 @@ class Progress:
 
     def __init__(self, total_steps: int | None, epochs: int, *, enabled: bool, done: int = 0):
         interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._bar = tqdm(total=total_steps, initial=done, unit="step", disable=not (enabled and interactive))
+        shown = enabled and interactive
+        self._bar = tqdm(
+            total=total_steps, initial=done, unit="step", disable=not shown, bar_format=BAR if total_steps else None
+        )
         self._prints, self._epochs = enabled and not interactive, epochs
         self._printed_at = -SECONDS_BETWEEN_LINES
         self._waiting: str | None = None
@@ -49,11 +54,11 @@ class Progress:
     def epoch(self, record: dict[str, Any]) -> None:
         """Show the bounds of an epoch."""
         validation = "" if record["validation"] is None else f", validation {record['validation']:.2f}"
-        bounds = f"bound {record['bound']:.2f}{validation} nats/datum"
-        self._bar.set_postfix_str(bounds)
+        bounds = f"bound {record['bound']:.2f}{validation}"
+        self._bar.set_postfix_str(f"epoch {record['epoch']}/{self._epochs}, {bounds}")
         if not self._prints:
             return
-        line = f"epoch {record['epoch']} of {self._epochs}: {bounds}, {record['seconds']:.0f} s"
+        line = f"epoch {record['epoch']} of {self._epochs}: {bounds} nats/datum, {record['seconds']:.0f} s"
         is_due = record["epoch"] % math.ceil(self._epochs / MOST_LINES) == 0 or self._is_first
         self._is_first = False
         if not is_due or time.monotonic() - self._printed_at < SECONDS_BETWEEN_LINES:
