@@ -260,6 +260,7 @@ class Staged:
                 graph.run = _inductor(graph.module, example, rounded, single_threaded)
             compiled = graph.value_of(graph.run, inputs)
         except Exception as error:  # no C++ compiler, say; the graph is right without
+            graph.run = graph.module
             self._fall_back("aten", f"the compiler failed ({_first_line(error)})")
             return
         finally:

@@ -98,8 +98,15 @@ def _compile_fx(module: fx.GraphModule, inputs: Tensors, options: dict[str, Any]
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    class StaticMode(FakeTensorMode):
+        """A mode whose sizes are numbers: torch 2.14 asks for symbols whatever the mode's own setting is."""
+
+        def from_tensor(self, tensor: Tensor, *, static_shapes: bool | None = None, **options: Any) -> Any:
+            options["symbolic_context"] = None
+            return super().from_tensor(tensor, static_shapes=True, **options)
+
     # Inductor's cache on disk takes only graphs with an environment of symbolic sizes, even if it has none.
-    sizes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    sizes = StaticMode(shape_env=ShapeEnv(), static_shapes=True)
     lowering = logging.getLogger("torch._inductor.ir")
     lowering.addFilter(_says_more_than_slow_calls)
     try:
