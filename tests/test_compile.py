@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import pyrovae as pv
 from pyrovae.cli import main
 from pyrovae.compile import choices, doctor, graph, inductor, kernels, notes, settings
+from pyrovae.compile import graph as compile_graph
 from pyrovae.compile.graph import Staged
 
 PACKAGE = Path(pv.__file__).parent
@@ -168,6 +169,18 @@ def test_a_graph_that_does_not_compile_at_all_gives_its_own_reason(monkeypatch: 
     with pytest.warns(RuntimeWarning, match=r"captured, but not compiled, since the compiler failed \(neither way\)") as caught:
         staged(x)
     assert len(caught) == 1
+
+
+def test_a_graph_that_compiles_but_does_not_run_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def does_not_run(*args: Tensor) -> Any:
+        raise NameError("name 's26' is not defined")
+
+    monkeypatch.setattr(compile_graph, "_inductor", lambda *args: does_not_run)
+    staged, x = Staged(double), torch.ones(2)
+    staged(x)
+    with pytest.warns(RuntimeWarning, match=r"captured, but not compiled, since the compiler failed \(name 's26'"):
+        assert torch.equal(staged(x)[0], 2 * x)
+    assert torch.equal(staged(x)[0], 2 * x)
 
 
 def test_a_compiled_function_without_a_graph_inside_is_left_as_it_is() -> None:
