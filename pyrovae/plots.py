@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 __all__ = [
-    "BLUE", "INK", "LINE", "MUTED", "ORANGE", "RED", "SURFACE", "gap_histogram", "intervals", "learning_curve", "log_ticks",
-    "new_axes", "new_panels", "pareto_k",
+    "BLUE", "INK", "LINE", "MUTED", "NARROW", "ORANGE", "RED", "SURFACE", "gap_histogram", "inches_of", "intervals",
+    "learning_curve", "log_ticks", "new_axes", "new_panels", "pareto_k",
 ]  # fmt: skip
 
 INK, MUTED, LINE, SURFACE = "#1d2433", "#5b6475", "#d5dae3", "#ffffff"
@@ -74,6 +74,10 @@ def _decade(value: float, _: int | None = None) -> str:
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+# Inches below which a legend has one column, and the label of an axis two lines.
+NARROW = 4.0
 
 
 def _plain_ticks(axis: Axis, most: int = 5, integer: bool = False) -> None:
@@ -277,10 +281,16 @@ def intervals(
     ax.set_yticks(rows, [name.replace("$", r"\$") for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
     if len(errors) > 1:
-        ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=min(len(errors), 2), handlelength=1.6)
-    _plain_ticks(ax.xaxis)
+        columns = min(len(errors), 2) if inches_of(ax) > NARROW else 1
+        ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=columns, handlelength=1.6)
+    _plain_ticks(ax.xaxis, most=min(5, max(2, int(inches_of(ax)))))
     _bare(ax, "x")
     return ax
+
+
+def inches_of(ax: Axes) -> float:
+    """The width of axes, which may be one of several in a figure."""
+    return float(ax.get_window_extent().width / ax.figure.dpi)
 
 
 def _is_finite(value: float | None) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import subprocess
@@ -773,6 +774,26 @@ def test_the_forest_plot_draws_each_model_once():
     points = np.concatenate([line.get_xydata() for line in ax.lines if line.get_marker() == "o"])
     np.testing.assert_allclose(points, [[0, 0], [-1, 1]], atol=1e-12)
     assert [text.get_text() for text in ax.texts] == ["50 unreliable"]
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_the_forest_plot_fits_its_axes(columns: int):
+    from matplotlib import pyplot
+
+    random = np.random.default_rng(0)
+    base = random.normal(-90, 10, size=50)
+    runs = {name: [made(base + level), made(base + level + 0.3)] for name, level in (("vamp", 1.0), ("standard", 0.0))}
+    figure, axes = pyplot.subplots(1, columns, figsize=(8, 2.6), layout="constrained", squeeze=False)
+    drawn = [compare(runs).plot(ax) for ax in axes[0]]
+    figure.draw_without_rendering()
+    for ax in drawn:
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes)), "ticks overprint"
+        for part in (ax.xaxis.label, ax.get_legend()):
+            box = part.get_window_extent()
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.x1, "cut off"
+    pyplot.close(figure)
 
 
 def draws_of(num_data: int, num_draws: int = 40) -> Draws:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..plots import intervals
+from ..plots import NARROW, inches_of, intervals
 from ..programs.observed import FACTOR_OF_DATA
 from ..tables import Table, Tabular
 from .psis import Array, _comparison, _elpd
@@ -89,7 +89,8 @@ class Comparison(Tabular):
         notes = [f"{number:,} unreliable" if number else "" for number in self.unreliable]
         ax = intervals(self.names, self.difference, errors, ax, hollow=bad, notes=notes if bad.any() else None)
         ax.axvline(0, color="0.6", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        ax.set_xlabel("log p(x) less the best (nats per datum)")
+        space = " " if inches_of(ax) > NARROW else "\n"
+        ax.set_xlabel(f"log p(x) less the best{space}(nats per datum)")
         return ax
 
     def to_pandas(self) -> pandas.DataFrame:
