@@ -54,3 +54,14 @@ def test_what_is_not_ordinary_is_left_to_arviz() -> None:
     _, _, ordinary = pareto_smooth_together(largest, log_sum, 1000, precision=1.2e-7)
     assert ordinary.tolist() == [False] * 7 + [True] * 2
     assert not pareto_smooth_together(*weights("normal", 3, 200), 200)[2].any()  # another size of tail
+
+
+@pytest.mark.parametrize(("samples", "khat", "lowered"), [(50, -2.73487644, 0.0377711), (500, -5.26479971, 0.03703932)])
+def test_a_tail_of_ties_is_fitted_as_arviz_did_until_it_refused(samples: int, khat: float, lowered: float) -> None:
+    # As many largest weights as the tail has, all the same, and one value below: discrete latents have such weights.
+    fitted = math.ceil(min(samples / 5, 3 * math.sqrt(samples)))
+    log_weights = np.where(np.arange(samples) < fitted, 0.0, -1.4641)[None]
+    log_px = np.log(np.mean(np.exp(log_weights), 1))
+    found, smoothed = pareto_smooth(np.sort(log_weights)[:, -tail_size(samples) :], log_px, samples)
+    np.testing.assert_allclose(found, khat, rtol=1e-7)  # by ArviZ 0.23.4
+    np.testing.assert_allclose(log_px - smoothed, lowered, rtol=1e-5)

@@ -167,20 +167,25 @@ def _smooth_together(largest: Tensor, log_sum: Tensor, num_samples: int, size: i
     top = largest[:, 0]
     relative = largest - top[:, None]
     tail, cutoff = relative[:, :size].flip(1).exp(), relative[:, size]  # ascending, as multiples of the largest
-    excess = tail - cutoff.exp()[:, None]
-    khat, sigma = _fit_together(excess)
-    probability = (torch.arange(size, dtype=largest.dtype, device=largest.device) + 0.5) / size
-    far = -torch.log1p(-probability)  # (M,)
-    shape = khat[:, None]
-    quantile = torch.where(shape == 0, far, torch.expm1(shape * far) / shape)
-    wanted = (cutoff.exp()[:, None] + sigma[:, None] * quantile).clamp(max=1.0)
+    khat, sigma, wanted = _smooth_tail(tail, cutoff.exp())
     # The weights below the tail are not changed.
     whole = (log_sum - top).exp()
     below = (whole - tail.sum(1)).clamp(min=0.0)
     smoothed = top + torch.log(below + wanted.sum(1)) - math.log(num_samples)
     varied = -cutoff > 64 * precision * top.abs().clamp(min=1.0)
-    ordinary = varied & (excess[:, 0] > 0) & (cutoff > LOWEST_CUTOFF) & ~largest.isnan().any(1) & top.isfinite()
+    ordinary = varied & (tail[:, 0] > cutoff.exp()) & (cutoff > LOWEST_CUTOFF) & ~largest.isnan().any(1) & top.isfinite()
     return khat, smoothed, ordinary & khat.isfinite() & smoothed.isfinite() & (sigma > 0)
+
+
+def _smooth_tail(tail: Tensor, cutoff: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape, scale and smoothed weights (N, M) of ascending tails (N, M) above their cutoffs (N,)."""
+    size = tail.shape[1]
+    khat, sigma = _fit_together(tail - cutoff[:, None])
+    probability = (torch.arange(size, dtype=tail.dtype, device=tail.device) + 0.5) / size
+    far = -torch.log1p(-probability)  # (M,)
+    shape = khat[:, None]
+    quantile = torch.where(shape == 0, far, torch.expm1(shape * far) / shape)
+    return khat, sigma, (cutoff[:, None] + sigma[:, None] * quantile).clamp(max=1.0)
 
 
 def _grid_points(size: int) -> int:
@@ -210,6 +215,13 @@ def _fit(row: Array, num_samples: int) -> tuple[float, float, float]:
     efficiency = 44 / _fitted_tail(num_samples)
     # Far below the largest, a weight is zero in float64 whatever it is: -inf would break the fit's own arithmetic.
     row = np.maximum(row - row.max(), -1e3)
+    cutoff, *tail = np.sort(row)[-_fitted_tail(num_samples) - 1 :]
+    if tail[0] == tail[-1]:
+        # ArviZ fits a tail of ties until 1.3, which refuses it.
+        weights = torch.tensor([tail], dtype=torch.float64).exp()
+        khat, _, wanted = _smooth_tail(weights, torch.tensor([cutoff], dtype=torch.float64).exp())
+        whole = float(np.sum(np.exp(row)))
+        return float(khat), whole, whole + float(wanted.sum() - weights.sum())
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         smoothed, khat = psislw(-row, r_eff=efficiency) if negates else psislw(row.copy(), reff=efficiency)
