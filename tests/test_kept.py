@@ -31,10 +31,11 @@ class Scaled(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.power, self.shift = torch.nn.Linear(3, 2), 1.0, torch.zeros(2)
+        self.levels = np.zeros(2)
         self.law = torch.distributions.Normal(torch.zeros(2), 1.0)
 
     def run(self, x: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.power * self.layer(x) + self.shift + self.law.loc + torch.randn(len(x), 2),)
+        return (self.power * self.layer(x) + self.shift + torch.tensor(self.levels) + self.law.loc + torch.randn(len(x), 2),)
 
 
 def _kept_run(program: Scaled, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -70,6 +71,10 @@ def _another_value(program: Scaled) -> None:
     program.power = 1.0 + 1e-7  # too near for a comparison of numbers
 
 
+def _other_numbers_in_an_array(program: Scaled) -> None:
+    program.levels += 1e-7
+
+
 def _another_tensor(program: Scaled) -> None:
     program.shift = torch.ones(2)
 
@@ -93,6 +98,7 @@ def _inside_an_object_of_torch(program: Scaled) -> None:
         (_trained_on, 0),
         (_to_evaluation, 0),
         (_another_value, 1),
+        (_other_numbers_in_an_array, 1),
         (_another_tensor, 1),
         (_another_layer, 1),
         (_other_memory, 1),

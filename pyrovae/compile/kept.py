@@ -87,10 +87,16 @@ def _structure(programs: tuple[Any, ...]) -> tuple[dict[str, list[Any]], list[tu
     # A bound method is a new object each time that it is asked for.
     owners = [part for program in programs for part in (_owner(program), getattr(program, "__func__", None))]
     state = {name: tokens for name, tokens in python_state(*owners).items() if name.rpartition(".")[2] != "training"}
-    state = {name: [token[0] if isinstance(token, tuple) else token for token in tokens] for name, tokens in state.items()}
     tensors = [(name, value) for name, value in reachable(*owners) if isinstance(value, Tensor)]
     tensors += pyro.get_param_store().named_parameters()
+    # Training gives a tensor other numbers, and another version with them, in the same memory.
+    trained = {id(value) for _, value in tensors}
+    state = {name: [_without_version(token, trained) for token in tokens] for name, tokens in state.items()}
     return state, [(name, value.data_ptr()) for name, value in tensors if value.layout is torch.strided]
+
+
+def _without_version(token: Any, tensors: set[int]) -> Any:
+    return token[0] if isinstance(token, tuple) and token[0] in tensors else token
 
 
 def _key(programs: tuple[Any, ...], name: Hashable) -> Hashable:
