@@ -423,7 +423,7 @@ def test_list_names_the_components(capsys: pytest.CaptureFixture):
             "hidden must be a list of positive integers",
         ),
         ("train --model.hidden [9] [9]", "hidden must be a list of positive integers"),
-        ("train --seed 0 1 2", "2 is one value too many"),
+        ("train --seed 0 1 2", "2 belongs to no option, each of which takes one value: pyrovae sweep"),
         ("train --seeds 3", "--seeds is an option of pyrovae sweep"),
         ("train --model.body conw", "did you mean 'conv"),
         ("train --model.activation tahn", "did you mean 'tanh'"),

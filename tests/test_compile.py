@@ -386,6 +386,17 @@ def test_a_folder_that_cannot_be_written_is_named_once(monkeypatch: pytest.Monke
 # The doctor
 
 
+@pytest.mark.parametrize(("backend", "unused"), [("native", {"products"}), ("aten", {"decoder", "normals", "products"})])
+def test_the_doctor_knows_which_graphs_call_our_operations(
+    backend: str, unused: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYROVAE_COMPILE", backend)
+    monkeypatch.setattr(doctor, "_try_to_compile", lambda: None)
+    lines = dict(doctor.report())
+    off = {name for name in ("decoder", "normals", "products") if "only compiled graphs" in lines[f"native {name}"]}
+    assert off == unused
+
+
 def test_the_doctor_says_what_is_on_and_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "_try_to_compile", lambda: None)
     lines = dict(doctor.report())

@@ -39,7 +39,8 @@ def explain(error: Exception) -> tuple[int, str]:
         return MISTAKE, f"{name} has a name and options: give the name as {name}.kind beside the options."
     if isinstance(error, UnusedCliTokensError):
         extra = " ".join(map(str, error.unused_tokens or []))
-        return MISTAKE, f"{extra} is one value too many: an option takes one, and pyrovae sweep runs several settings or seeds."
+        cure = "pyrovae sweep trains several" if "train" in (error.command_chain or ()) else "see --help"
+        return MISTAKE, f"{extra} belongs to no option, each of which takes one value: {cure}."
     if isinstance(error, UnknownOptionError):
         option = error.token.keyword or error.token.value
         if option in ("--seeds", "--grid", "--jobs"):

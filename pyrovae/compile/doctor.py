@@ -43,14 +43,15 @@ def report() -> list[tuple[str, str]]:
         failure = _try_to_compile()
         library = kernels.load_library()
         unused = "off, since only compiled graphs call it" if backend != "inductor" or failure is not None else ""
+        captured = "" if backend == "native" else unused
         lines = [
             *_versions(),
             ("processor", f"{_processor_name()}, {torch.get_num_threads()} threads of torch"),
             ("C++ compiler", _compiler()),
             ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"),
             ("compile backend", _backend_line(backend, failure)),
-            ("native decoder", unused or _native_line(level, library is not None)),
-            ("native normals", unused or _native_line(level, library is not None)),
+            ("native decoder", captured or _native_line(level, library is not None)),
+            ("native normals", captured or _native_line(level, library is not None)),
             ("native products", unused or _products_line(level, library is not None)),
             ("choices", _choices_line()),
         ]

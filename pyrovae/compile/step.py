@@ -58,8 +58,8 @@ def stage(
         count: a function from a batch to the number of data that its loss stands for; by default the batch size.
         load: a function from the tensors that a step is called with, such as row indices and the whole data, to a batch, by
             tensor operations, which become part of the graph; by default the tensors are the batch.
-        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing. The variable
-            ``PYROVAE_COMPILE`` limits it.
+        backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing; ``"native"`` is
+            for scoring (:class:`~pyrovae.compile.graph.Staged`). The variable ``PYROVAE_COMPILE`` limits it.
         precision: of products, as in :func:`pyrovae.fit`.
 
     Returns:

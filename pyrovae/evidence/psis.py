@@ -121,8 +121,8 @@ def pareto_smooth_together(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Pareto smoothing of many data at once, on the device that holds their weights: :func:`pareto_smooth` to rounding.
 
-    ArviZ fits one tail after another, a quarter of a millisecond each, a twentieth of scoring on a CPU and most of it on a GPU.
-    This is the same fit of all tails at once. Tails that are not ordinary are left to :func:`pareto_smooth`.
+    ArviZ fits one tail after another, which takes several times as long and keeps a GPU waiting. This is the same fit of all
+    tails at once. Tails that are not ordinary are left to :func:`pareto_smooth`.
 
     Args:
         largest: the largest log-weights of each datum in descending order, five times the tail that is fitted, float64, shape
