@@ -59,7 +59,7 @@ def stage(
         load: a function from the tensors that a step is called with, such as row indices and the whole data, to a batch, by
             tensor operations, which become part of the graph; by default the tensors are the batch.
         backend: ``"inductor"`` compiles; ``"aten"`` stops at the captured graph; ``"eager"`` captures nothing; ``"native"`` is
-            for scoring (:class:`~pyrovae.compile.graph.Staged`). The variable ``PYROVAE_COMPILE`` limits it.
+            for scoring, and leaves steps as ``"aten"`` does. The variable ``PYROVAE_COMPILE`` limits it.
         precision: of products, as in :func:`pyrovae.fit`.
 
     Returns:
